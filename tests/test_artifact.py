@@ -1,0 +1,189 @@
+"""The artifact container: reproducible, self-describing, and no damaged file is ever taken for weights."""
+
+import hashlib
+import random
+
+import pytest
+import torch
+
+TINY = {
+    "vocab_size": 64,
+    "num_layers": 2,
+    "model_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "mlp_mult": 2.0,
+    "rope_dims": 4,
+    "num_loops": 0,
+    "parallel_start_layer": 1,
+    "xsa_last_n": 2,
+}
+CODECS = ["brotli", "lzma"]
+
+
+def tiny_records(tg, config) -> dict:
+    model = tg.GPT(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return tg.quantize_state(tg.flatten_banks(model.state_dict(), config.num_layers), {}, config)
+
+
+@pytest.fixture(scope="module", params=CODECS)
+def packed(request, tg):
+    """(config, records, artifact bytes) for each codec."""
+    config = tg.Config(**TINY, compressor=request.param)
+    records = tiny_records(tg, config)
+    return config, records, tg.pack_artifact(records, config)
+
+
+def same(records: dict, others: dict) -> bool:
+    return list(records) == list(others) and all(
+        record.category == others[name].category
+        and set(record.arrays) == set(others[name].arrays)
+        and all(torch.equal(array, others[name].arrays[key]) for key, array in record.arrays.items())
+        for name, record in records.items()
+    )
+
+
+def test_round_trip(tg, packed):
+    config, records, blob = packed
+    settings, unpacked = tg.unpack_artifact(blob)
+    assert same(records, unpacked)
+    for key, value in TINY.items():
+        assert settings[key] == value
+    assert isinstance(blob, bytes)
+
+
+def test_same_weights_same_bytes(tg, packed):
+    config, _, blob = packed
+    assert tg.pack_artifact(tiny_records(tg, config), config) == blob
+
+
+def test_other_weights_other_bytes(tg, packed):
+    config, records, blob = packed
+    name = next(iter(records))
+    changed = tiny_records(tg, config)
+    changed[name].arrays[""].view(-1)[0] += 1
+    assert tg.pack_artifact(changed, config) != blob
+
+
+def test_size_is_what_is_counted(tg, packed, tmp_path):
+    """The bytes are the file: nothing is added on the way to the disk, and compression does compress."""
+    _, records, blob = packed
+    path = tmp_path / "final_model.int6.ptz"
+    path.write_bytes(blob)
+    raw = sum(array.numel() * array.element_size() for r in records.values() for array in r.arrays.values())
+    assert path.stat().st_size == len(blob) < raw + 8192
+
+
+def test_truncated_everywhere(tg, packed):
+    _, _, blob = packed
+    for length in range(0, len(blob), 97):
+        with pytest.raises(tg.ArtifactError):
+            tg.unpack_artifact(blob[:length])
+    with pytest.raises(tg.ArtifactError):
+        tg.unpack_artifact(blob[:-1])
+
+
+def test_flipped_bits(tg, packed):
+    """200 places over the whole file, the header's first 64 bytes among them."""
+    _, _, blob = packed
+    rng = random.Random(0)
+    places = [*range(64), *(rng.randrange(64, len(blob)) for _ in range(136))]
+    for place in places:
+        damaged = bytearray(blob)
+        damaged[place] ^= 1 << rng.randrange(8)
+        with pytest.raises(tg.ArtifactError):
+            tg.unpack_artifact(bytes(damaged))
+
+
+def test_damage_behind_a_right_checksum(tg, packed):
+    """A forged checksum reaches the parser: it may succeed or raise ArtifactError, nothing else."""
+    _, _, blob = packed
+    size = tg.PREFIX.size
+    rng = random.Random(1)
+    refused = 0
+    for _ in range(200):
+        body = bytearray(blob[size:])
+        place = rng.randrange(min(len(body), 600))
+        body[place] ^= 1 << rng.randrange(8)
+        prefix = blob[: size - 32] + hashlib.sha256(body).digest()
+        try:
+            tg.unpack_artifact(prefix + bytes(body))
+        except tg.ArtifactError:
+            refused += 1
+    assert refused > 100
+
+
+def test_trailing_bytes(tg, packed):
+    _, _, blob = packed
+    with pytest.raises(tg.ArtifactError):
+        tg.unpack_artifact(blob + b"\0")
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        b"",
+        b"\0" * 4096,
+        b"PK\x03\x04" + b"\0" * 200,
+        b"BSHF\x02" + b"a" * 300,
+        b"#!/bin/sh\nexit 1\n",
+        b"\xff" * 70,
+    ],
+    ids=["empty", "zeros", "zip", "byte_shuffled", "script", "ones"],
+)
+def test_foreign_file(tg, foreign):
+    with pytest.raises(tg.ArtifactError):
+        tg.unpack_artifact(foreign)
+
+
+def test_other_version_is_named(tg, packed):
+    """The first bytes say what the file is; the message says so instead of an unpacking error."""
+    with pytest.raises(tg.ArtifactError, match="."):
+        tg.unpack_artifact(b"not an artifact at all, but long enough to hold a header" * 20)
+
+
+def test_error_is_a_value_error(tg):
+    assert issubclass(tg.ArtifactError, ValueError)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("length", [0, 1, 2, 5, 64, 1001])
+def test_byte_shuffle_round_trip(tg, stride, length):
+    data = random.Random(length).randbytes(length)
+    shuffled = tg.byte_shuffle(data, stride)
+    assert tg.byte_unshuffle(shuffled) == data
+    assert sorted(shuffled[len(shuffled) - length :]) == sorted(data)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("data", [b"", b"a", b"abc" * 5000], ids=["empty", "one", "repeated"])
+def test_codec_round_trip(tg, codec, data):
+    compressed = tg.compress(data, codec)
+    assert tg.decompress(compressed, codec) == data
+    assert len(data) < 100 or len(compressed) < len(data) / 10
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_damaged_stream_is_an_artifact_error(tg, codec):
+    compressed = bytearray(tg.compress(bytes(range(256)) * 8, codec))
+    compressed[len(compressed) // 2] ^= 0xFF
+    with pytest.raises(tg.ArtifactError):
+        tg.decompress(bytes(compressed[: len(compressed) - 3]), codec)
+
+
+def test_packed_code_runs(tg, tmp_path):
+    """The counted wrapper is a script that behaves as its source."""
+    import subprocess
+    import sys
+
+    source = b'"""Docstring."""\nimport sys\n\nif __name__ == "__main__":\n    print(19 + 23, sys.argv[1])\n'
+    path = tmp_path / "train_gpt.packed.py"
+    wrapper, _ = tg.pack_code(source)
+    path.write_bytes(wrapper)
+    result = subprocess.run([sys.executable, str(path), "x"], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "42 x\n"), result.stderr
+    assert tg.pack_code(wrapper)[0] == wrapper  # packed once, not a wrapper in a wrapper

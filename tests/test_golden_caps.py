@@ -1,0 +1,134 @@
+"""CaseOps against the golden vectors (section 10, and the shard format of section 6.1)."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+import prepare_caseops_data as prepare
+from lossless_caps import LosslessCapsError, decode, encode, piece_byte_counts
+
+MODEL = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def cases(golden_dir):
+    return read_lines(golden_dir / "10_caseops/cases.jsonl")
+
+
+@pytest.fixture(scope="module")
+def decode_cases(golden_dir):
+    return read_lines(golden_dir / "10_caseops/decode_cases.jsonl")
+
+
+@pytest.fixture(scope="module")
+def meta(golden_json):
+    return golden_json("10_caseops/meta.json")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_dir):
+    return prepare.make_tokenizer(MODEL, (tokenizer_dir / MODEL).read_bytes())
+
+
+@pytest.fixture(scope="module")
+def mappings(cases, tokenizer):
+    return [tokenizer.processor.encode(case["encoded"], out_type="offset_mapping") for case in cases]
+
+
+def test_encode(cases, meta):
+    assert len(cases) == meta["cases"]
+    assert [case["id"] for case in cases if encode(case["text"]) != case["encoded"]] == []
+
+
+def test_decode(cases):
+    assert [case["id"] for case in cases if decode(case["encoded"]) != case["text"]] == []
+
+
+def test_byte_counts_of_given_surfaces(cases):
+    assert [c["id"] for c in cases if piece_byte_counts(c["surfaces"]) != c["byte_counts"]] == []
+
+
+def test_unusual_strings_decode(decode_cases):
+    unusual = [case for case in decode_cases if not case.get("error")]
+    assert unusual
+    for case in unusual:
+        assert decode(case["encoded"]) == case["decoded"], ascii(case)
+        assert (encode(case["decoded"]) == case["encoded"]) == case["reencodes_to_same"], ascii(case)
+        assert piece_byte_counts([case["encoded"]]) == [case["byte_counts_single_piece"]], ascii(case)
+
+
+def test_malformed_strings_raise(decode_cases):
+    malformed = [case for case in decode_cases if case.get("error")]
+    assert malformed and all(case["byte_counts_error"] for case in malformed)
+    for case in malformed:
+        with pytest.raises(LosslessCapsError):
+            decode(case["encoded"])
+        with pytest.raises(LosslessCapsError):
+            piece_byte_counts([case["encoded"]])
+
+
+def test_published_tokenizer(meta, tokenizer):
+    expected = meta["tokenizer"]
+    assert hashlib.sha256(tokenizer.model).hexdigest() == expected["sha256"]
+    processor = tokenizer.processor
+    assert processor.get_piece_size() == expected["vocab_size"]
+    ids = [processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id()]
+    assert ids == [expected[name] for name in ("pad_id", "bos_id", "eos_id", "unk_id")]
+    operators = {f"U+{ord(operator):04X}": processor.piece_to_id(operator) for operator in prepare.OPERATORS}
+    assert operators == expected["operator_ids"]
+
+
+def test_token_ids(cases, mappings):
+    wrong = [c["id"] for c, m in zip(cases, mappings, strict=True) if m["ids"] != c["token_ids"]]
+    assert wrong == []
+
+
+def test_surfaces(cases, mappings):
+    wrong = []
+    for case, mapping in zip(cases, mappings, strict=True):
+        surfaces = [case["encoded"][start:end] for start, end in mapping["offsets"]]
+        if surfaces != case["surfaces"]:
+            wrong.append(case["id"])
+    assert wrong == []
+
+
+def test_validation_documents(cases, tokenizer, meta):
+    """The whole path of a validation document: BOS and ids, 0 and byte counts, whether it comes back."""
+    charged_fully = round_trips = 0
+    for case in cases:
+        document = prepare.make_document(case["text"], case["id"])
+        tokens, counts, round_trip = prepare.tokenise_validation(tokenizer, document)
+        assert tokens.tolist() == [prepare.BOS_ID, *case["token_ids"]], case["id"]
+        assert counts.tolist() == [0, *case["byte_counts"]], case["id"]
+        assert round_trip == (case["decoded_tokens"] == case["encoded"]), case["id"]
+        assert document.size == case["utf8_len"], case["id"]
+        assert (counts.sum() == document.size) == case["sum_equals_utf8_len"], case["id"]
+        charged_fully += counts.sum() == document.size
+        round_trips += round_trip
+    assert charged_fully == meta["cases_sum_equals_utf8_len"]
+    assert round_trips == meta["cases_token_decode_equals_encoded"]
+
+
+def test_training_documents(cases, tokenizer):
+    tokens = prepare.tokenise(tokenizer.processor, [case["text"] for case in cases])
+    expected = [token for case in cases for token in (prepare.BOS_ID, *case["token_ids"])]
+    assert tokens.tolist() == expected
+
+
+def test_shard_format(golden_dir, tmp_path):
+    """A shard written from the tokens of a golden one is the same file."""
+    shards = sorted((golden_dir / "06_data/shards").glob("*.bin"))
+    assert shards
+    for number, shard in enumerate(shards):
+        tokens = np.frombuffer(shard.read_bytes(), dtype="<u2", offset=4 * prepare.SHARD_HEADER_INTS)
+        folder = prepare.DataFolder(tmp_path / str(number), overwrite=False)
+        writer = prepare.ShardWriter(folder, "fineweb_train_%06d.bin", len(tokens) + 1)
+        writer.add(tokens)
+        writer.flush()
+        assert (folder.path / "fineweb_train_000000.bin").read_bytes() == shard.read_bytes(), shard.name

@@ -1,0 +1,313 @@
+"""Golden folders 01_model (forward, losses, gradients) and 05_virtual_layers (layers, initial values)."""
+
+import json
+import math
+
+import golden_tools
+import pytest
+import torch
+from golden_tools import GRADIENTS_REL, VALUES_REL, assert_close, assert_digest, model_config
+
+LOOPS = ("loop_off", "loop_on")
+ROWS = ("nocu", "cu", "batch2")
+VARIANTS = (
+    "default",
+    "attn_out_gate_proj",
+    "attn_out_gate_q",
+    "gated_attn",
+    "no_gates",
+    "smear_only",
+    "sparse_only",
+    "sparse_scale_half",
+    "lane_attn",
+    "lane_mlp",
+    "lane_mean",
+    "skip_gates_off",
+    "xsa_0",
+    "xsa_4",
+    "ln_scale_0",
+    "num_loops_0",
+    "num_loops_1",
+    "tied_1",
+    "untied",
+    "parallel_off",
+    "rope_dims_0",
+    "rope_yarn",
+    "softcap_5",
+    "edge_parallel_start_inside_loop",
+)
+EDGE_VARIANT = "edge_parallel_start_inside_loop"
+VIRTUAL_LAYER_CASES = 20
+ORTHONORMAL_ABS = 1e-5  # max|W W^T - I| of a float32 QR factor at these sizes
+SAMPLING_SIGMAS = 5.0  # random initial values: allowed distance in standard errors
+
+
+class Case:
+    """One golden model with its inputs; builds the row layouts `nocu`, `cu`, `batch2`."""
+
+    def __init__(self, tg, config, weights: dict, inputs: dict) -> None:
+        self.model = tg.GPT(config)
+        self.model.load_state_dict(weights)
+        self.input_ids, self.target_ids = inputs["input_ids"].long(), inputs["target_ids"].long()
+        bos = (self.input_ids[0] == 1).nonzero().flatten()
+        self.segments = tg.document_segments(bos, self.input_ids.shape[1], config.train_seq_len)
+        assert torch.equal(self.segments.cu_seqlens, inputs["cu_seqlens"])
+
+    def rows(self, layout: str) -> tuple:
+        """(input_ids, target_ids, segments) of one row layout."""
+        if layout == "batch2":
+            even = self.input_ids.shape[1] // 2 * 2
+            return self.input_ids[:, :even].reshape(2, -1), self.target_ids[:, :even].reshape(2, -1), None
+        return self.input_ids, self.target_ids, self.segments if layout == "cu" else None
+
+    def losses(self, loop: str, layout: str) -> torch.Tensor:
+        """Per-token losses of one case."""
+        input_ids, target_ids, segments = self.rows(layout)
+        return self.model.losses(input_ids, target_ids, segments, looping=loop == "loop_on")
+
+
+@pytest.fixture(scope="module", params=["main", "small"])
+def golden(request, tg, golden_json, golden_tensors):
+    """(meta, case, outputs, grads) of a full golden model."""
+    name = request.param
+    files = {part: golden_tensors(f"01_model/{name}_{part}.safetensors") for part in ("weights", "inputs")}
+    meta = golden_json(f"01_model/{name}.json")
+    case = Case(tg, model_config(tg, meta["config"]), **files)
+    outputs = golden_tensors(f"01_model/{name}_outputs.safetensors")
+    return meta, case, outputs, golden_tensors(f"01_model/{name}_grads.safetensors")
+
+
+@pytest.fixture(scope="module")
+def variants(golden_json, golden_tensors):
+    """(entries, weights, inputs, outputs) of the one-option-changed models."""
+    entries = golden_json("01_model/variants.json")["variants"]
+    parts = ("weights", "inputs", "outputs")
+    return entries, *(golden_tensors(f"01_model/variants_{part}.safetensors") for part in parts)
+
+
+def test_thresholds_are_those_of_the_tolerances_file(golden_json):
+    suggested = {folder: entry["suggested"] for folder, entry in golden_json("tolerances.json").items()}
+    assert float(suggested["01_model"]["values"].split()[2]) == VALUES_REL
+    assert float(suggested["01_model"]["gradients"].split()[2]) == GRADIENTS_REL
+    assert float(suggested["02_ttt_forward"]["values"].split()[2]) == VALUES_REL
+    assert float(suggested["02_ttt_forward"]["gradients"].split()[2]) == GRADIENTS_REL
+    step = suggested["02_ttt_forward"]["after_optimizer_step"]
+    assert float(step.split()[2]) == golden_tools.STEP_ABS
+    assert f"at least {100 * golden_tools.STEP_FRACTION:g}% of the elements" in step
+    assert float(suggested["08_hessians"].split()[2]) == golden_tools.HESSIANS_REL
+
+
+@pytest.mark.parametrize("layout", ROWS)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_outputs(golden, loop, layout):
+    meta, case, outputs, _ = golden
+    input_ids, target_ids, segments = case.rows(layout)
+    with torch.no_grad():
+        hidden = case.model.hidden(input_ids, segments, looping=loop == "loop_on")
+        losses = case.losses(loop, layout)
+        actual = {"hidden": hidden, "logits": case.model.logits(hidden), "losses": losses}
+    actual["mean_loss"] = losses.mean().reshape(1)
+    suffix = f".{loop}.{layout}"
+    stored = {key.removesuffix(suffix): ref for key, ref in outputs.items() if key.endswith(suffix)}
+    assert "losses" in stored
+    for quantity, reference in stored.items():
+        assert_close(actual[quantity], reference, VALUES_REL)
+    mean_loss = torch.tensor([meta["mean_loss"][f"{loop}.{layout}"]], dtype=torch.float64)
+    assert_close(actual["mean_loss"], mean_loss, VALUES_REL)
+
+
+def test_embedding_stream(golden):
+    _, case, outputs, _ = golden
+    assert_close(case.model.embed(case.input_ids), outputs["x0"], VALUES_REL)
+
+
+def test_layer_lists(tg, golden):
+    meta = golden[0]
+    lists = tg.layer_order(model_config(tg, meta["config"]), True)
+    assert lists == (meta["encoder_indices"], meta["decoder_indices"])
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_gradients(golden, loop):
+    meta, case, _, grads = golden
+    case.model.zero_grad()
+    case.losses(loop, "cu").mean().backward()
+    actual = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in case.model.named_parameters()
+    }
+    digests, prefix = meta["param_grad_digest"][f"{loop}.cu"], f"{loop}.cu/"
+    stored = {key.removeprefix(prefix): ref for key, ref in grads.items() if key.startswith(prefix)}
+    assert actual.keys() == digests.keys()
+    small = {name for name, gradient in actual.items() if gradient.numel() <= 2048}
+    assert stored.keys() == (actual.keys() if loop == "loop_on" else small)
+    for name, reference in stored.items():
+        assert_close(actual[name], reference, GRADIENTS_REL)
+    for name, expected in digests.items():
+        assert_digest(actual[name], expected, GRADIENTS_REL)
+
+
+def test_every_variant_is_tested(variants):
+    entries, _, _, outputs = variants
+    assert set(VARIANTS) == entries.keys() == {key.split("/")[0] for key in outputs}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant(tg, variants, name):
+    entries, weights, inputs, outputs = variants
+    entry = entries[name]
+    config = _variant_config(tg, name, entry)
+    case = Case(tg, config, {key: weights[stored] for key, stored in entry["weights"].items()}, inputs)
+    with torch.no_grad():
+        hidden = case.model.hidden(case.input_ids, case.segments, looping=True)
+        actual = {"logits.loop_on.cu": case.model.logits(hidden)}
+        for loop in LOOPS:
+            for layout in ("cu", "nocu"):
+                actual[f"losses.{loop}.{layout}"] = case.losses(loop, layout)
+    assert {f"{name}/{key}" for key in actual} == {key for key in outputs if key.startswith(f"{name}/")}
+    for key, value in actual.items():
+        assert_close(value, outputs[f"{name}/{key}"], VALUES_REL)
+    for key, mean_loss in entry["mean_loss"].items():
+        expected = torch.tensor(mean_loss, dtype=torch.float64)
+        assert_close(actual[f"losses.{key}"].mean(), expected, VALUES_REL)
+    assert tg.layer_order(config, True) == (entry["encoder_indices"], entry["decoder_indices"])
+    assert tg.num_skips(config) == entry["num_skip_weights"]
+
+
+def _variant_config(tg, name: str, entry: dict):
+    """The variant's Config; the edge variant is refused, so its setting is put in behind the checks."""
+    if name != EDGE_VARIANT:
+        return model_config(tg, entry["config"])
+    with pytest.raises(tg.ConfigError, match="PARALLEL_START_LAYER"):
+        model_config(tg, entry["config"])
+    config = model_config(tg, entry["config"], parallel_start_layer=4)
+    object.__setattr__(config, "parallel_start_layer", entry["config"]["parallel_start_layer"])
+    return config
+
+
+@pytest.fixture(scope="module")
+def layer_cases(golden_json) -> list[dict]:
+    """Cases of 05_virtual_layers, all of them."""
+    cases = golden_json("05_virtual_layers/virtual_layers.json")
+    assert len(cases) == VIRTUAL_LAYER_CASES
+    return cases
+
+
+def _layer_case_model(tg, case: dict):
+    """An ungated 16-dimensional model with the case's layers (no lanes: they would forbid some lists)."""
+    layers = {key: case[key] for key in ("num_layers", "loop_start", "loop_end", "num_loops", "xsa_last_n")}
+    off = ("smear_gate_enabled", "sparse_attn_gate_enabled", "attn_out_gate_enabled", "gated_attn_enabled")
+    sizes = {"vocab_size": 32, "model_dim": 16, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 4}
+    config = tg.Config(**layers, **sizes, **dict.fromkeys(off, False), mlp_mult=2.0, parallel_start_layer=0)
+    return config, tg.GPT(config)
+
+
+@pytest.mark.parametrize("index", range(VIRTUAL_LAYER_CASES))
+def test_virtual_layer_lists(tg, layer_cases, index):
+    case = layer_cases[index]
+    config, model = _layer_case_model(tg, case)
+    assert tg.layer_order(config, True) == (case["looped_encoder"], case["looped_decoder"])
+    assert tg.layer_order(config, False) == (case["plain_encoder"], case["plain_decoder"])
+    assert tg.num_skips(config) == case["num_skip_weights"]
+    assert list(model.skip_weights.shape) == case["skip_weights_shape"]
+    assert tg.lora_slots(config, False) == case["lora_slots_plain"]
+    assert tg.lora_slots(config, True) == case["lora_slots_looped"]
+
+
+@pytest.mark.parametrize("index", range(VIRTUAL_LAYER_CASES))
+def test_virtual_layer_behaviour(tg, layer_cases, index):
+    """Visit order, s_i and XSA as a run shows them: |n_i| gives s_i, XSA leaves no component along v."""
+    case = layer_cases[index]
+    _, model = _layer_case_model(tg, case)
+    with torch.no_grad():
+        model.tok_emb.weight.copy_(torch.randn(32, 16, generator=torch.Generator().manual_seed(index)))
+    for looping in (False, True):
+        seen = []
+        ids = torch.arange(8).remainder(32).reshape(1, 8)
+        model.hidden(ids, looping=looping, tap=lambda name, x, seen=seen: seen.append((name, x.detach())))
+        visits = [(name, x) for name, x in seen if name.endswith(".attn.c_q.weight")]
+        heads = [x for name, x in seen if name.endswith(".attn.proj.weight")]
+        order = "looped" if looping else "plain"
+        assert [int(name.split(".")[1]) for name, _ in visits] == case[f"{order}_encoder"] + case[
+            f"{order}_decoder"
+        ]
+        for (name, normed), y in zip(visits, heads, strict=True):
+            layer = int(name.split(".")[1])
+            rms = normed.double().square().mean().sqrt().item()
+            assert rms == pytest.approx(case["ln_scale_factor"][layer], rel=1e-4)
+            _assert_xsa(model, layer, normed, y, layer in case["xsa_layers"])
+
+
+def _assert_xsa(model, layer: int, normed: torch.Tensor, y: torch.Tensor, excluded: bool) -> None:
+    """Head outputs y [1, T, D] have no component along their own value vector exactly where XSA acts."""
+    weight = model.kv_bank[model.kv_bank.shape[0] // 2 + layer]
+    v = (normed @ weight.T).unflatten(-1, (2, 4)).repeat_interleave(2, dim=-2)
+    v_unit = torch.nn.functional.normalize(v, dim=-1)
+    along = (y.unflatten(-1, (4, 4)) * v_unit).sum(-1).abs()
+    if excluded:
+        assert along.max() <= 1e-5 * v.norm(dim=-1).max()
+    else:  # the first token attends to itself alone: y = v
+        assert torch.allclose(along[0, 0], v.norm(dim=-1)[0, 0], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def initial(tg, golden_json):
+    """(config, {name: tensor} of a fresh model, {name: expected})."""
+    meta = golden_json("05_virtual_layers/initial_values.json")
+    torch.manual_seed(5)
+    config = model_config(tg, meta["config"])
+    return config, {name: p.detach() for name, p in tg.GPT(config).named_parameters()}, meta["parameters"]
+
+
+def test_initial_values(initial):
+    _, parameters, expected = initial
+    assert parameters.keys() == expected.keys()
+    for name, entry in expected.items():
+        tensor = parameters[name]
+        assert list(tensor.shape) == entry["shape"], name
+        if "values" in entry:
+            assert sorted(set(tensor.flatten().tolist())) == entry["values"], name
+        for part in entry.get("slices", ()):
+            _assert_slice(tensor[part["first"] : part["last"] + 1], part["kind"])
+        if "std" in entry:
+            _assert_normal(tensor, 0.005)
+            assert abs(entry["std"] - 0.005) < SAMPLING_SIGMAS * 0.005 / math.sqrt(2 * tensor.numel())
+    mix = parameters["blocks.0.resid_mix"]
+    assert torch.equal(mix[0], torch.ones_like(mix[0])) and torch.equal(mix[1], torch.zeros_like(mix[1]))
+
+
+def _assert_slice(matrices: torch.Tensor, kind: str) -> None:
+    """Every matrix of a bank slice is zero, or orthonormal on the named side, and no two are alike."""
+    if kind == "zero":
+        assert not matrices.any()
+        return
+    if kind == "orthonormal_columns":
+        matrices = matrices.mT
+    else:
+        assert kind == "orthonormal_rows"
+    gram = matrices.double() @ matrices.double().mT
+    assert (gram - torch.eye(gram.shape[-1])).abs().max() <= ORTHONORMAL_ABS
+    assert len({json.dumps(matrix.flatten()[:8].tolist()) for matrix in matrices}) == len(matrices)
+
+
+def _assert_normal(tensor: torch.Tensor, std: float) -> None:
+    """Mean 0 and the given standard deviation within sampling error."""
+    values = tensor.double()
+    assert values.mean().abs().item() < SAMPLING_SIGMAS * std / math.sqrt(values.numel())
+    assert abs(values.std().item() - std) < SAMPLING_SIGMAS * std / math.sqrt(2 * values.numel())
+
+
+def test_initial_values_untied(tg, golden_json):
+    meta = golden_json("05_virtual_layers/initial_values.json")
+    torch.manual_seed(6)
+    model = tg.GPT(model_config(tg, meta["config"], tie_embeddings=False))
+    _assert_normal(model.tok_emb.weight.detach(), 1.0)
+    assert not model.lm_head.weight.any()
+
+
+def test_initial_embedding_std_follows_its_setting(tg, golden_json):
+    meta = golden_json("05_virtual_layers/initial_values.json")
+    torch.manual_seed(7)
+    model = tg.GPT(model_config(tg, meta["config"], tied_embed_init_std=0.02, qk_gain_init=2.5))
+    _assert_normal(model.tok_emb.weight.detach(), 0.02)
+    assert model.get_parameter("blocks.3.attn.q_gain").tolist() == [2.5] * 4

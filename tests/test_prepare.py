@@ -1,0 +1,615 @@
+"""Data preparation end to end: shards, sidecar, manifest, tokenizer training, every error a user can meet."""
+
+import gzip
+import hashlib
+import json
+import lzma
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lossless_caps
+import prepare_caseops_data as prepare
+
+SCRIPT = Path(prepare.__file__)
+PUBLISHED = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+VOCAB = 400
+
+SUBJECTS = [
+    "The Fox",
+    "NASA",
+    "an iPhone",
+    "My  Friend McDonald",
+    "Pok\u00e9mon \u00c9toile \U0001f600",
+    "\tShe",
+]
+VERBS = ["SAW", "remembered\n\n", "Lost 1234 of", "is near", " (perhaps) Sold "]
+OBJECTS = ["the old HOUSE.", "a River\nin Spring. ", "2 USB-C cables!", "GmbH & Co. KG"]
+TEXTS = [f"{s} {v} {o}" for s in SUBJECTS for v in VERBS for o in OBJECTS]
+VAL_DOCS = 15
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def run(*arguments, **settings) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, timeout=120, **settings)
+
+
+def make(docs: Path, model: Path, out: Path, *more, val_docs: int = VAL_DOCS) -> dict:
+    """Run the program on good input; returns the manifest."""
+    result = run("--docs", docs, "--sp", model, "--out", out, "--val-docs", val_docs, *more)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == b""
+    return json.loads((out / "manifest.json").read_text())
+
+
+def read_shard(path: Path) -> np.ndarray:
+    data = path.read_bytes()
+    header = np.frombuffer(data, dtype="<i4", count=256)
+    values = np.frombuffer(data, dtype="<u2", offset=1024)
+    assert header[:3].tolist() == [20240520, 1, len(values)]
+    assert not header[3:].any()
+    return values
+
+
+def read_stream(out: Path, pattern: str) -> np.ndarray:
+    return np.concatenate([read_shard(path) for path in sorted(out.glob(pattern))])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def documents(texts: list[str]) -> list[prepare.Document]:
+    return [prepare.make_document(text, f"text {number}") for number, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="module")
+def docs(tmp_path_factory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("docs") / "docs.jsonl", TEXTS)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "small.model"
+    path.write_bytes(prepare.train_tokenizer(TEXTS, VOCAB))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model) -> prepare.Tokenizer:
+    return prepare.make_tokenizer("small.model", model.read_bytes(), lossless=True)
+
+
+@pytest.fixture(scope="module")
+def prepared(docs, model, tmp_path_factory) -> Path:
+    """Folder of the data set that the program makes of TEXTS."""
+    out = tmp_path_factory.mktemp("prepared")
+    make(docs, model, out)
+    return out
+
+
+# ---- What is written ---------------------------------------------------------------------------------------
+
+
+def test_tokens_are_those_of_the_documents(prepared, tokenizer):
+    for pattern, texts in (
+        ("fineweb_val_0*.bin", TEXTS[:VAL_DOCS]),
+        ("fineweb_train_*.bin", TEXTS[VAL_DOCS:]),
+    ):
+        expected = []
+        for text in texts:
+            expected += [1, *tokenizer.processor.encode(lossless_caps.encode(text))]
+        assert read_stream(prepared, pattern).tolist() == expected
+
+
+def test_sidecar_charges_every_byte(prepared):
+    tokens = read_stream(prepared, "fineweb_val_0*.bin")
+    counts = read_stream(prepared, "fineweb_val_bytes_*.bin")
+    assert len(tokens) == len(counts)
+    starts = np.flatnonzero(tokens == 1)
+    assert not counts[starts].any()
+    sums = np.add.reduceat(counts.astype(int), starts)
+    assert sums.tolist() == [len(text.encode()) for text in TEXTS[:VAL_DOCS]]
+
+
+def test_manifest(prepared, model):
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    names = ["fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin", "fineweb_train_000000.bin"]
+    assert sorted(contents(prepared)) == sorted([*names, "small.model", "manifest.json"])
+    assert manifest["format"] == "parameter-golf-data/1"
+    assert manifest["transform"] == "lossless_caps_caseops_v1"
+    assert manifest["val_docs"] == VAL_DOCS
+    sha256 = hashlib.sha256(model.read_bytes()).hexdigest()
+    expected = {"file": "small.model", "sha256": sha256, "vocab_size": VOCAB, "lossless": True}
+    assert manifest["tokenizer"] == expected
+    assert (prepared / "small.model").read_bytes() == model.read_bytes()
+    assert manifest["files"] == {
+        name: {
+            "tokens": len(read_shard(prepared / name)),
+            "sha256": hashlib.sha256((prepared / name).read_bytes()).hexdigest(),
+        }
+        for name in names
+    }
+    val = [text.encode() for text in TEXTS[:VAL_DOCS]]
+    train = [text.encode() for text in TEXTS[VAL_DOCS:]]
+    assert manifest["val_document_sha256"] == [hashlib.sha256(text).hexdigest()[:16] for text in val]
+    assert manifest["splits"] == {
+        "train": {
+            "documents": len(train),
+            "tokens": len(read_stream(prepared, "fineweb_train_*.bin")),
+            "bytes": sum(map(len, train)),
+            "dropped_duplicates": 0,
+            "empty_documents": 0,
+        },
+        "val": {
+            "documents": VAL_DOCS,
+            "tokens": len(read_stream(prepared, "fineweb_val_0*.bin")),
+            "bytes": sum(map(len, val)),
+            "uncharged_bytes": 0,
+            "round_trip_documents": VAL_DOCS,
+            "empty_documents": 0,
+        },
+    }
+
+
+def test_last_line_is_a_summary(docs, model, tmp_path):
+    result = run("--docs", docs, "--sp", model, "--out", tmp_path, "--val-docs", VAL_DOCS)
+    note, summary = result.stdout.decode().splitlines()
+    assert "--val-docs 15 is not the canonical split (50000)" in note
+    assert summary.startswith(f"prepared {tmp_path} files:3 train_documents:{len(TEXTS) - VAL_DOCS} ")
+    assert f" val_documents:{VAL_DOCS} " in summary
+
+
+def test_documents_straddle_shards(prepared, tokenizer, tmp_path):
+    manifest = prepare.prepare(documents(TEXTS), tokenizer, tmp_path, VAL_DOCS, shard_tokens=100)
+    for pattern in ("fineweb_val_0*.bin", "fineweb_val_bytes_*.bin", "fineweb_train_*.bin"):
+        sizes = [len(read_shard(path)) for path in sorted(tmp_path.glob(pattern))]
+        assert len(sizes) > 2
+        assert set(sizes[:-1]) == {100} and 0 < sizes[-1] <= 100
+        assert read_stream(tmp_path, pattern).tolist() == read_stream(prepared, pattern).tolist()
+    starts = [read_shard(path)[0] for path in tmp_path.glob("fineweb_train_*.bin")]
+    assert any(token != 1 for token in starts)
+    assert set(manifest["files"]) == {path.name for path in tmp_path.glob("*.bin")}
+
+
+def test_stream_that_fills_its_shards_exactly(prepared, tokenizer, tmp_path):
+    size = len(read_stream(prepared, "fineweb_train_*.bin"))
+    prepare.prepare(documents(TEXTS), tokenizer, tmp_path, VAL_DOCS, shard_tokens=size)
+    assert len(list(tmp_path.glob("fineweb_train_*.bin"))) == 1
+
+
+def test_batches_do_not_matter(tokenizer):
+    together = prepare.tokenise(tokenizer.processor, TEXTS)
+    alone = [prepare.tokenise(tokenizer.processor, [text]) for text in TEXTS]
+    assert together.dtype == np.uint16
+    assert together.tolist() == np.concatenate(alone).tolist()
+
+
+def test_duplicates_and_empty_documents(model, tmp_path):
+    texts = ["First Doc", "", "Second Doc", "Train One", "Second Doc", "", "First Doc", "Train one"]
+    manifest = make(write_jsonl(tmp_path / "d.jsonl", texts), model, tmp_path / "out", val_docs=3)
+    train, val = manifest["splits"]["train"], manifest["splits"]["val"]
+    assert (val["documents"], val["empty_documents"]) == (2, 1)
+    assert (train["documents"], train["dropped_duplicates"], train["empty_documents"]) == (2, 2, 1)
+    assert train["bytes"] == len("Train One" + "Train one")
+    assert len(manifest["val_document_sha256"]) == 2
+    assert (read_stream(tmp_path / "out", "fineweb_train_*.bin") == 1).sum() == 2
+
+
+def test_bare_strings_and_blank_lines(prepared, model, tmp_path):
+    lines = [json.dumps(text, ensure_ascii=False) for text in TEXTS]
+    (tmp_path / "d.jsonl").write_text("\n  \n".join(lines) + "\n\n", encoding="utf-8")
+    make(tmp_path / "d.jsonl", model, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(prepared)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [
+        (".xz", lzma.compress),
+        (".gz", gzip.compress),
+        (".zst", zstandard.compress),
+        (".zst", lambda data: zstandard.compress(data[:777]) + zstandard.compress(data[777:])),
+    ],
+    ids=["xz", "gz", "zst", "zst-frames"],
+)
+def test_compressed_input(docs, prepared, model, tmp_path, suffix, compress):
+    packed = tmp_path / f"docs.jsonl{suffix}"
+    packed.write_bytes(compress(docs.read_bytes()))
+    make(packed, model, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(prepared)
+
+
+def test_standard_input(docs, prepared, model, tmp_path):
+    result = run("--docs", "-", "--sp", model, "--out", tmp_path, "--val-docs", 15, input=docs.read_bytes())
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path) == contents(prepared)
+
+
+def test_tokenizer_that_normalises(tokenizer_dir, tmp_path):
+    """Bytes that the published tokenizer charges to no token are reported, and that it is not lossless."""
+    texts = ["  Two spaces before and one after ", "No loss here", "Two\nLines", "For training"]
+    docs = write_jsonl(tmp_path / "d.jsonl", texts)
+    manifest = make(docs, tokenizer_dir / PUBLISHED, tmp_path / "out", val_docs=3)
+    val = manifest["splits"]["val"]
+    assert val["uncharged_bytes"] == 3
+    assert val["bytes"] + val["uncharged_bytes"] == sum(len(text.encode()) for text in texts[:3])
+    assert val["bytes"] == read_stream(tmp_path / "out", "fineweb_val_bytes_*.bin").sum()
+    assert val["round_trip_documents"] == 1
+    assert manifest["tokenizer"]["lossless"] is False
+
+
+# ---- Trained tokenizers ------------------------------------------------------------------------------------
+
+
+def test_layout_of_a_trained_tokenizer(tokenizer):
+    processor = tokenizer.processor
+    assert processor.get_piece_size() == VOCAB
+    first = [processor.id_to_piece(token) for token in range(8)]
+    assert first == ["<pad>", "<s>", "</s>", "<unk>", "\ue001", "\ue002", "\ue003", "\ue004"]
+    assert [processor.is_byte(token) for token in range(7, 265)] == [False] + [True] * 256 + [False]
+    pieces = [processor.id_to_piece(token) for token in range(VOCAB)]
+    assert "\u2581" in pieces
+    assert [piece for piece in pieces[8:] if set(piece) & set("\ue001\ue002\ue003\ue004")] == []
+    digits = [piece for piece in pieces[264:] if any(map(str.isdigit, piece))]
+    assert all(len(piece) == 1 for piece in digits)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from("aAB \n\t\r\0\ue001\ue004\u2585\u3000<s>") | st.characters(codec="utf-8")))
+def test_trained_tokenizer_gives_every_text_back(tokenizer, text):
+    document = prepare.make_document(text.replace("\u2581", ""), "text")
+    tokens, counts, round_trip = prepare.tokenise_validation(tokenizer, document)
+    assert round_trip
+    assert lossless_caps.decode(tokenizer.processor.decode(tokens[1:].tolist())) == document.text
+    assert counts.sum() == document.size
+
+
+def test_training_a_tokenizer_is_deterministic_and_sees_no_validation_text(docs, tmp_path):
+    outs = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    other = write_jsonl(
+        tmp_path / "other.jsonl", ["zzz QQQ " * 50] * VAL_DOCS + TEXTS[VAL_DOCS:] + ["zzz QQQ " * 50]
+    )
+    for path, out in zip([docs, docs, other], outs, strict=True):
+        result = run("--docs", path, "--train-tokenizer", VOCAB, "--out", out, "--val-docs", VAL_DOCS)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == b""
+    assert contents(outs[0]) == contents(outs[1])
+    assert (outs[2] / "tokenizer.model").read_bytes() == (outs[0] / "tokenizer.model").read_bytes()
+    assert json.loads((outs[0] / "manifest.json").read_text())["tokenizer"]["lossless"] is True
+
+
+def test_tokenizer_texts_stop_at_the_limit(monkeypatch):
+    monkeypatch.setattr(prepare, "TOKENIZER_TRAINING_BYTES", 10)
+    texts = ["val", "1234", "val", "123456", "7"]
+    assert list(prepare.tokenizer_texts(documents(texts), 1)) == ["1234", "123456"]
+
+
+# ---- The output folder -------------------------------------------------------------------------------------
+
+
+def test_same_data_again_is_no_error(docs, prepared, model):
+    before = contents(prepared)
+    make(docs, model, prepared)
+    assert contents(prepared) == before
+
+
+def test_other_data_is_refused_then_overwritten(docs, model, tokenizer, tmp_path):
+    out = tmp_path / "out"
+    prepare.prepare(documents(TEXTS), tokenizer, out, VAL_DOCS, shard_tokens=100)
+    before = contents(out)
+    result = run("--docs", docs, "--sp", model, "--out", out, "--val-docs", VAL_DOCS)
+    assert_refused(result, "is of another data set", "--overwrite")
+    assert contents(out) == before
+    make(docs, model, out, "--overwrite")
+    assert sorted(path.name for path in out.glob("*.bin")) == [
+        "fineweb_train_000000.bin",
+        "fineweb_val_000000.bin",
+        "fineweb_val_bytes_000000.bin",
+    ]
+
+
+def test_shards_beyond_the_new_ones_are_refused(tokenizer, tmp_path):
+    """All new shards are there already, but the folder holds more: its manifest must not be replaced."""
+    fewer = TEXTS[: VAL_DOCS + 20]
+    size = len(prepare.tokenise(tokenizer.processor, fewer[VAL_DOCS:]))
+    prepare.prepare(documents(TEXTS), tokenizer, tmp_path, VAL_DOCS, shard_tokens=size)
+    before = contents(tmp_path)
+    with pytest.raises(prepare.DataError, match="fineweb_train_000001.bin: is of another data set"):
+        prepare.prepare(documents(fewer), tokenizer, tmp_path, VAL_DOCS, shard_tokens=size)
+    assert contents(tmp_path) == before
+
+
+def test_unknown_shards_are_refused(docs, model, tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"precious")
+    result = run("--docs", docs, "--sp", model, "--out", tmp_path, "--val-docs", VAL_DOCS)
+    assert_refused(result, "weights.bin", "--overwrite")
+    assert contents(tmp_path) == {"weights.bin": b"precious"}
+
+
+def test_other_tokenizer_is_not_replaced(docs, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"precious")
+    result = run("--docs", docs, "--train-tokenizer", VOCAB, "--out", tmp_path, "--val-docs", VAL_DOCS)
+    assert_refused(result, "tokenizer.model", "--overwrite")
+    assert contents(tmp_path) == {"tokenizer.model": b"precious"}
+
+
+@pytest.mark.parametrize("interruption", [prepare.DataError("bad line"), KeyboardInterrupt()], ids=repr)
+def test_a_run_that_ends_early_leaves_nothing(tokenizer, tmp_path, interruption):
+    seen = []
+
+    def broken():
+        yield from documents(TEXTS * 10)
+        seen.extend(path.name for path in tmp_path.iterdir())
+        raise interruption
+
+    with pytest.raises(type(interruption)):
+        prepare.prepare(broken(), tokenizer, tmp_path, VAL_DOCS, shard_tokens=100)
+    assert "fineweb_train_000000.bin" in seen
+    assert contents(tmp_path) == {}
+
+
+# ---- Errors ------------------------------------------------------------------------------------------------
+
+
+def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit code 2 and one line on stderr that holds every one of `words`."""
+    error = result.stderr.decode()
+    assert result.returncode == 2, error
+    assert error.startswith("prepare_caseops_data.py: error: ")
+    assert error.count("\n") == 1 and error.endswith("\n")
+    for word in words:
+        assert word in error
+
+
+GOOD = b'{"text": "Good"}\n'
+
+BAD_LINES = {
+    "broken JSON": (b'{"text": "cut', ["line 3", "not JSON"]),
+    "other JSON": (b"[1, 2]", ["line 3", "the text is of type list"]),
+    "no text": (b'{"body": "x"}', ["line 3", "no text"]),
+    "null": (b'{"text": null}', ["line 3", "no text"]),
+    "number": (b'{"text": 7}', ["line 3", "the text is of type int"]),
+    "surrogate": (b'{"text": "a\\ud800"}', ["line 3", "lone surrogate U+D800 at character 1"]),
+    "encoding": (b'{"text": "\xff"}', ["line 3", "not UTF-8 (byte 0xff at 10)"]),
+    "nesting": (b"[" * 100_000, ["line 3", "not JSON"]),
+}
+
+
+@pytest.mark.parametrize("val_docs", [1, 3], ids=["in-training", "in-validation"])
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_bad_line(model, tmp_path, kind, val_docs):
+    line, words = BAD_LINES[kind]
+    docs = tmp_path / "bad.jsonl"
+    docs.write_bytes(GOOD + GOOD + line + b"\n" + GOOD)
+    out = tmp_path / "out"
+    assert_refused(
+        run("--docs", docs, "--sp", model, "--out", out, "--val-docs", val_docs), str(docs), *words
+    )
+    assert not out.exists() or contents(out) == {}
+
+
+@pytest.mark.parametrize("suffix", ["xz", "gz", "zst"])
+@pytest.mark.parametrize("damage", ["cut", "foreign"])
+def test_damaged_archive(docs, model, tmp_path, suffix, damage):
+    compress = {"xz": lzma.compress, "gz": gzip.compress, "zst": zstandard.compress}[suffix]
+    data = compress(docs.read_bytes())
+    packed = tmp_path / f"docs.jsonl.{suffix}"
+    packed.write_bytes(data[:-20] if damage == "cut" else b"not an archive")
+    result = run("--docs", packed, "--sp", model, "--out", tmp_path / "out", "--val-docs", VAL_DOCS)
+    assert_refused(result, str(packed), "cannot be read")
+    assert not (tmp_path / "out").exists() or contents(tmp_path / "out") == {}
+
+
+def test_too_few_documents(docs, model, tmp_path):
+    for val_docs in (len(TEXTS), 50_000):
+        result = run("--docs", docs, "--sp", model, "--out", tmp_path / "out", "--val-docs", val_docs)
+        assert_refused(result, f"--val-docs {val_docs}", f"the input has {len(TEXTS)}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_training_document_left(model, tmp_path):
+    docs = write_jsonl(tmp_path / "d.jsonl", ["Same", "Same", ""])
+    result = run("--docs", docs, "--sp", model, "--out", tmp_path / "out", "--val-docs", 1)
+    assert_refused(result, "nothing to train on")
+    result = run("--docs", docs, "--train-tokenizer", VOCAB, "--out", tmp_path / "out", "--val-docs", 1)
+    assert_refused(result, f"--train-tokenizer {VOCAB}", "no training text")
+    assert contents(tmp_path / "out") == {}
+
+
+def test_no_validation_document_left(model, tmp_path):
+    docs = write_jsonl(tmp_path / "d.jsonl", ["", "", "For training"])
+    result = run("--docs", docs, "--sp", model, "--out", tmp_path / "out", "--val-docs", 2)
+    assert_refused(result, "--val-docs 2", "empty")
+    assert contents(tmp_path / "out") == {}
+
+
+def test_missing_files(docs, model, tmp_path):
+    out = tmp_path / "out"
+    missing = tmp_path / "missing"
+    assert_refused(run("--docs", missing, "--sp", model, "--out", out), str(missing), "No such file")
+    assert_refused(run("--docs", docs, "--sp", missing, "--out", out), str(missing), "No such file")
+    assert_refused(run("--docs", tmp_path, "--sp", model, "--out", out), str(tmp_path), "directory")
+    assert_refused(run("--docs", docs, "--sp", tmp_path, "--out", out), str(tmp_path), "directory")
+    result = run("--docs", docs, "--sp", model, "--out", docs, "--val-docs", VAL_DOCS)
+    assert_refused(result, str(docs), "exists")
+    assert not out.exists()
+
+
+def train_plain(path: Path, texts: list[str] = TEXTS, **settings) -> None:
+    """Write a small SentencePiece model that differs from ours by `settings`."""
+    base = {"vocab_size": 330, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    base |= {
+        "user_defined_symbols": list(prepare.OPERATORS),
+        "pad_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "unk_id": 3,
+    }
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=file, **(base | settings)
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"user_defined_symbols": []}, ["not a CaseOps tokenizer", "U+E001 is not token 4"]),
+        ({"user_defined_symbols": list(prepare.OPERATORS[::-1])}, ["U+E001 is not token 4"]),
+        ({"bos_id": 2, "eos_id": 1}, ["its BOS is 2", "needs 1"]),
+        (
+            {"texts": ["abcdefgh" * 9], "vocab_size": 275, "add_dummy_prefix": False},
+            ["no piece for a bare space"],
+        ),
+    ],
+    ids=["no-operators", "other-order", "bos", "space"],
+)
+def test_wrong_tokenizer(docs, tmp_path, settings, words):
+    path = tmp_path / "wrong.model"
+    train_plain(path, **settings)
+    result = run("--docs", docs, "--sp", path, "--out", tmp_path / "out", "--val-docs", VAL_DOCS)
+    assert_refused(result, str(path), *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("data", [b"", b"no model" * 100, b"\0"], ids=["empty", "text", "zero"])
+def test_tokenizer_that_is_no_model(docs, tmp_path, data):
+    path = tmp_path / "wrong.model"
+    path.write_bytes(data)
+    result = run("--docs", docs, "--sp", path, "--out", tmp_path / "out", "--val-docs", VAL_DOCS)
+    assert_refused(result, str(path), "not a SentencePiece model")
+
+
+@pytest.mark.parametrize(("vocab", "words"), [(300, ["smaller than required"]), (60_000, ["too high"])])
+def test_vocabulary_that_does_not_suit_the_text(docs, tmp_path, vocab, words):
+    out = tmp_path / "out"
+    result = run("--docs", docs, "--train-tokenizer", vocab, "--out", out, "--val-docs", VAL_DOCS)
+    assert_refused(result, f"--train-tokenizer {vocab}", *words)
+    assert not out.exists()
+
+
+def test_token_with_too_many_bytes(tokenizer_dir, tmp_path):
+    """The published tokenizer makes one token of any run of white space."""
+    texts = ["Good", "Space" + " " * 65_535 + "Man", "Too much" + " " * 65_536 + "Space", "For training"]
+    docs = write_jsonl(tmp_path / "d.jsonl", texts)
+    result = run(
+        "--docs", docs, "--sp", tokenizer_dir / PUBLISHED, "--out", tmp_path / "out", "--val-docs", 3
+    )
+    assert_refused(result, f"{docs} line 3", "65536 bytes", "65535")
+    assert contents(tmp_path / "out") == {}
+
+
+def test_text_that_a_trained_tokenizer_cannot_give_back(tmp_path):
+    docs = write_jsonl(tmp_path / "d.jsonl", ["Good", "Bad \u2581 bar", *TEXTS])
+    result = run("--docs", docs, "--train-tokenizer", VOCAB, "--out", tmp_path / "out", "--val-docs", 2)
+    assert_refused(result, f"{docs} line 2", "U+2581")
+    assert contents(tmp_path / "out") == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--docs FILE and --out DIR are required"]),
+        (["--docs", "d.jsonl"], ["--docs FILE and --out DIR are required"]),
+        (["--docs", "d.jsonl", "--out", "o"], ["--sp MODEL or --train-tokenizer VOCAB"]),
+        (["--docs", "d", "--out", "o", "--sp", "m", "--train-tokenizer", "512"], ["not allowed with"]),
+        (["--demo", "--docs", "d.jsonl"], ["--docs", "not allowed with --demo"]),
+        (["--demo", "--sp", "m"], ["--sp", "not allowed with"]),
+        (
+            ["--docs", "-", "--out", "o", "--train-tokenizer", "512"],
+            ["--docs -", "reads the documents twice"],
+        ),
+        (["--docs", "d", "--out", "o", "--train-tokenizer", "65537"], ["65537", "at most 65536"]),
+        (["--docs", "d", "--out", "o", "--sp", "m", "--val-docs", "0"], ["--val-docs", "'0'", "at least 1"]),
+        (["--demo", "--val-docs", "many"], ["--val-docs", "'many'", "whole number"]),
+        (["--demo", "--shards", "3"], ["unrecognized arguments", "--shards"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_command_line(tmp_path, arguments, words):
+    assert_refused(run(*arguments, cwd=tmp_path), *words)
+    assert contents(tmp_path) == {}
+
+
+# ---- Demo --------------------------------------------------------------------------------------------------
+
+
+def test_demo_is_made_of_real_text_and_reproducible(tmp_path):
+    first = run("--demo", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert first.stderr == b""
+    second = run("--demo", "--out", tmp_path / "again", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    demo = tmp_path / "data/demo"
+    assert contents(demo) == contents(tmp_path / "again")
+    manifest = json.loads((demo / "manifest.json").read_text())
+    train, val = manifest["splits"]["train"], manifest["splits"]["val"]
+    assert manifest["tokenizer"]["vocab_size"] == 1024
+    assert manifest["tokenizer"]["lossless"] is True
+    assert 1_500_000 < train["bytes"] < 4_000_000
+    assert val["documents"] == prepare.DEMO_VAL_DOCS
+    assert val["uncharged_bytes"] == 0
+    assert 80_000 < val["bytes"] < 160_000
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(demo / "tokenizer.model"))
+    text = lossless_caps.decode(processor.decode(read_stream(demo, "fineweb_val_0*.bin").tolist()))
+    assert text == "".join(document.text for document in prepare.demo_documents()[: prepare.DEMO_VAL_DOCS])
+
+
+LIBRARY = {
+    "alpha.py": '''"""About Alpha."""
+if True:
+    class Box:
+        """A box."""
+        async def open(self):
+            """Open it."""
+            def inner():
+                """Deep."""
+''',
+    "pack/__init__.py": '"""Package."""\n',
+    "pack/beta.py": 'raise SystemExit("never imported")\ndef f():\n    "Does f."\n',
+    "pack/new_syntax.py": '"""Lost."""\ndef (\n',
+    "pack/tests/gamma.py": '"""Lost."""\n',
+    "site-packages/delta.py": '"""Lost."""\n',
+    "idlelib/epsilon.py": '"""Lost."""\n',
+    "pydoc_data/topics.py": "# made by hand\ntopics = {'zen': 'Calm.\\n'}\n",
+}
+
+
+@pytest.fixture
+def library(tmp_path) -> Path:
+    for name, source in LIBRARY.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source)
+    return tmp_path
+
+
+def test_demo_documents_of_a_library(library, monkeypatch):
+    monkeypatch.setattr(prepare, "DEMO_MIN_CHARACTERS", 1)
+    monkeypatch.setattr(prepare, "DEMO_VAL_DOCS", 1)
+    found = {document.origin: document.text for document in prepare.demo_documents(library)}
+    assert found == {
+        "docstrings alpha": "alpha\n\nAbout Alpha.\n\nalpha.Box\n\nA box.\n\nalpha.Box.open\n\nOpen it.\n\n"
+        "alpha.Box.open.inner\n\nDeep.",
+        "docstrings pack": "pack\n\nPackage.",
+        "docstrings pack.beta": "pack.beta.f\n\nDoes f.",
+        "help zen": "Calm.\n",
+    }
+
+
+def test_demo_without_sources(library):
+    with pytest.raises(prepare.DataError, match="too little documentation"):
+        prepare.demo_documents(library)

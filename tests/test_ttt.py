@@ -1,0 +1,365 @@
+"""Score-first test-time training: the conditions of legality, watched through the evaluator's events."""
+
+import pytest
+import torch
+
+TINY = {
+    "vocab_size": 64,
+    "num_layers": 2,
+    "model_dim": 16,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "mlp_mult": 2.0,
+    "rope_dims": 4,
+    "num_loops": 1,
+    "loop_start": 0,
+    "loop_end": 1,
+    "parallel_start_layer": 0,
+    "xsa_last_n": 2,
+    "train_seq_len": 32,
+    "eval_seq_len": 32,
+    "ttt_eval_seq_len": 32,
+    "ttt_chunk_size": 8,
+    "ttt_batch_size": 4,
+    "ttt_lora_rank": 2,
+    "ttt_lora_lr": 0.01,
+    "phased_ttt_prefix_docs": 6,
+    "phased_ttt_num_phases": 2,
+    "global_ttt_chunk_tokens": 64,
+    "global_ttt_batch_seqs": 1,
+    "global_ttt_lr": 0.05,
+}
+LENGTHS = [23, 5, 40, 9, 61, 2, 17, 33, 8, 50, 1, 12]
+SETTINGS = {
+    "phased": {},
+    "no_phase": {"phased_ttt_prefix_docs": 0},
+    "two_steps": {"ttt_grad_steps": 2},
+    "rows_not_documents": {"global_ttt_respect_doc_boundaries": False},
+}
+
+
+def documents_stream(seed: int = 0) -> torch.Tensor:
+    """Documents of LENGTHS tokens, each starting with BOS."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for length in LENGTHS:
+        parts.append(torch.tensor([1]))
+        parts.append(torch.randint(2, 64, (length - 1,), generator=generator))
+    return torch.cat(parts)
+
+
+def random_model(tg, config, seed: int = 1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = tg.GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter + 0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def spans_of(kind: str, data: dict) -> list[tuple[int, tuple[int, int]]]:
+    """(document number, (first target, targets)) of the documents that an event scores or trains on."""
+    if kind not in ("scored", "trained"):
+        return []
+    spans = data["spans"] if kind == "scored" else data["part"].spans
+    active = [n > 0 for _, n in spans] if kind == "scored" else data["part"].trains.tolist()
+    numbers = [number for number, _ in data["batch"].documents]
+    return [(number, span) for number, span, on in zip(numbers, spans, active, strict=True) if on]
+
+
+class Watch:
+    """Per-target history built from the events; fails on the first illegal one."""
+
+    def __init__(self, num_targets: int) -> None:
+        self.scored = torch.zeros(num_targets, dtype=torch.int64)
+        self.order: list[tuple] = []
+        self.trained: set[int] = set()
+        self.chunk_losses: list[list[float]] = []
+        self.sgd_tokens: list[torch.Tensor] = []
+        self.last_chunks: set[tuple[int, int]] = set()
+        self.byte_sum = 0
+
+    def __call__(self, kind: str, **data) -> None:
+        documents = tuple(number for number, _ in spans_of(kind, data))
+        self.order.append((kind, data.get("batch_number"), data.get("chunk"), documents))
+        if kind == "scored":
+            for _, (first, count) in spans_of(kind, data):
+                self.scored[first : first + count] += 1
+        elif kind == "trained":
+            for _, (first, count) in spans_of(kind, data):
+                assert count == TINY["ttt_chunk_size"]
+                assert (self.scored[first : first + count] == 1).all(), "trained before it was scored"
+                self.trained.update(range(first, first + count))
+        elif kind == "batch_done":
+            self.chunk_losses += [list(chunk) for chunk in data["chunks"]]
+            self.byte_sum = data["byte_sum"]
+        elif kind == "global_sgd":
+            self.sgd_tokens.append(data["tokens"].clone())
+
+
+def run(tg, tokens: torch.Tensor, overrides: dict | None = None, seed: int = 7, model=None):
+    """(watch, meter, model, validation set) of one evaluation with one byte per token, none for BOS."""
+    config = tg.Config(**{**TINY, **(overrides or {})})
+    model = model or random_model(tg, config)
+    val = tg.ValidationSet.from_sidecar(tokens, (tokens != 1).long() * (tokens % 5 + 1))
+    watch = Watch(len(tokens) - 1)
+    generator = torch.Generator().manual_seed(seed)
+    meter = tg.score_first_ttt(model, val, config, looping=True, generator=generator, on_event=watch)
+    return watch, meter, model, val
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_every_target_is_scored_exactly_once(tg, name):
+    """C4, and the totals of the meter are those of the stream."""
+    watch, meter, _, val = run(tg, documents_stream(), SETTINGS[name])
+    assert (watch.scored == 1).all()
+    assert meter.tokens == len(watch.scored) == sum(LENGTHS) - 1
+    assert meter.bytes == watch.byte_sum == val.target_bytes.sum().item()
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_training_uses_scored_targets_only(tg, name):
+    """C3 within documents: `Watch` fails inside the run; here, that something was trained at all."""
+    watch, _, _, _ = run(tg, documents_stream(), SETTINGS[name])
+    assert len(watch.trained) > 100
+
+
+def test_global_phase_uses_scored_documents_only(tg):
+    """C3 across documents: every token of a phase lies in documents whose targets are all scored by then."""
+    tokens = documents_stream()
+    config = tg.Config(**TINY)
+    val = tg.ValidationSet.from_sidecar(tokens, torch.ones_like(tokens))
+    scored = torch.zeros(len(tokens) - 1, dtype=torch.bool)
+    phases = []
+
+    def on_event(kind: str, **data) -> None:
+        if kind == "scored":
+            for first, count in data["spans"]:
+                scored[first : first + count] = True
+        if kind == "global_sgd":
+            phases.append(data["tokens"])
+            finished = [
+                tokens[start : start + length].tolist()
+                for start, length in val.documents
+                if scored[start : start + length - 1].all()
+            ]
+            assert made_of(data["tokens"].tolist(), finished)
+
+    model, generator = random_model(tg, config), torch.Generator().manual_seed(0)
+    tg.score_first_ttt(model, val, config, looping=True, generator=generator, on_event=on_event)
+    assert len(phases) == 2
+    assert all(len(tokens) > TINY["global_ttt_chunk_tokens"] for tokens in phases)
+
+
+def made_of(stream: list[int], documents: list[list[int]]) -> bool:
+    """Whether the stream is whole documents one after the other."""
+    position = 0
+    while position < len(stream):
+        fitting = [d for d in documents if stream[position : position + len(d)] == d]
+        if not fitting:
+            return False
+        position += max(len(d) for d in fitting)
+    return True
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_last_chunk_is_never_trained_on(tg, name):
+    """No update after a document's last chunk: its targets are in no training span."""
+    watch, _, _, val = run(tg, documents_stream(), SETTINGS[name])
+    for start, length in val.documents:
+        targets = length - 1
+        first_of_last = (targets - 1) // TINY["ttt_chunk_size"] * TINY["ttt_chunk_size"]
+        last = set(range(start + first_of_last, start + targets))
+        assert not last & watch.trained
+        assert set(range(start, start + first_of_last)) <= watch.trained
+
+
+def test_scored_comes_before_trained_in_every_chunk(tg):
+    """Order of events: each `trained` repeats the `scored` just before it, restricted to longer documents."""
+    watch, _, _, _ = run(tg, documents_stream())
+    previous = None
+    for kind, batch, chunk, documents in watch.order:
+        if kind == "trained":
+            assert previous is not None and previous[:2] == (batch, chunk)
+            assert set(documents) <= set(previous[2])
+        elif kind == "scored":
+            previous = (batch, chunk, documents)
+
+
+def test_seed_reproduces(tg):
+    tokens = documents_stream()
+    first, second = run(tg, tokens), run(tg, tokens)
+    assert first[1].loss_sum == second[1].loss_sum
+    assert first[0].chunk_losses == second[0].chunk_losses
+    assert first[0].order == second[0].order
+    for name, weight in first[2].state_dict().items():
+        assert torch.equal(weight, second[2].state_dict()[name]), name
+
+
+def test_seed_matters(tg):
+    """Other adapter draws, other losses: the generator passed is the one used."""
+    tokens = documents_stream()
+    assert run(tg, tokens, seed=7)[1].loss_sum != run(tg, tokens, seed=8)[1].loss_sum
+
+
+def test_global_random_state_is_left_alone(tg):
+    torch.manual_seed(123)
+    expected = torch.rand(3)
+    torch.manual_seed(123)
+    run(tg, documents_stream())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_adaptation_changes_later_chunks_only(tg):
+    """The first chunk is scored before any update: as with a zero learning rate; later ones are not."""
+    tokens = documents_stream()
+    adapted = run(tg, tokens, {"phased_ttt_prefix_docs": 0})[0].chunk_losses
+    frozen = run(tg, tokens, {"phased_ttt_prefix_docs": 0, "ttt_lora_lr": 0.0})[0].chunk_losses
+    assert adapted[0] == frozen[0]
+    assert adapted[1][0] != frozen[1][0]
+
+
+@pytest.mark.parametrize("name", ["phased", "rows_not_documents"])
+@pytest.mark.parametrize("document", [4, 7, 0, 3, 1])
+def test_future_token_changes_no_earlier_score(tg, name, document):
+    """C1 and C3 end to end, adapters and global SGD included.
+
+    The evaluator processes chunk after chunk of batch after batch. Changing one token may change the chunk
+    that holds it as a target and what comes after in that order, nothing before.
+    """
+    tokens = documents_stream()
+    start = sum(LENGTHS[:document])
+    position = start + LENGTHS[document] * 2 // 3
+    changed = tokens.clone()
+    changed[position] = (changed[position] - 2 + 31) % 62 + 2
+    before, _, _, val = run(tg, tokens, SETTINGS[name])
+    after = run(tg, changed, SETTINGS[name])[0]
+    assert before.order == after.order
+    steps = [event for event in before.order if event[0] == "scored"]
+    chunk = (position - 1 - start) // TINY["ttt_chunk_size"]
+    first_affected = next(
+        i for i, (_, _, c, documents) in enumerate(steps) if c == chunk and document in documents
+    )
+    assert first_affected > 0
+    assert before.chunk_losses[:first_affected] == after.chunk_losses[:first_affected]
+    assert before.chunk_losses[first_affected][0] != after.chunk_losses[first_affected][0]
+
+
+def test_documents_do_not_leak_into_each_other(tg):
+    """Fresh adapters per batch of one document, no phase: every other document scores the same."""
+    overrides = {"phased_ttt_prefix_docs": 0, "ttt_batch_size": 1, "ttt_warm_start_a": False}
+    tokens = documents_stream()
+    changed = tokens.clone()
+    position = sum(LENGTHS[:4]) + 5  # in the longest document: the first batch of all
+    changed[position] = (changed[position] - 2 + 31) % 62 + 2
+    first, second = (run(tg, stream, overrides)[0].chunk_losses for stream in (tokens, changed))
+    chunks = -(-LENGTHS[4] // TINY["ttt_chunk_size"])
+    assert first[:chunks] != second[:chunks]
+    assert first[chunks:] == second[chunks:]
+    # A kept from batch to batch carries what the first document taught to the later ones: the test can see it.
+    overrides["ttt_warm_start_a"] = True
+    first, second = (run(tg, stream, overrides)[0].chunk_losses for stream in (tokens, changed))
+    assert first[chunks:] != second[chunks:]
+
+
+def test_base_weights_change_in_phases_only(tg):
+    tokens = documents_stream()
+    config = tg.Config(**{**TINY, "phased_ttt_prefix_docs": 0})
+    model = random_model(tg, config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run(tg, tokens, {"phased_ttt_prefix_docs": 0}, model=model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    phased = random_model(tg, config)
+    run(tg, tokens, model=phased)
+    assert any(not torch.equal(value, before[name]) for name, value in phased.state_dict().items())
+
+
+def test_one_document_alone(tg):
+    """A stream shorter than a batch and a chunk, with fewer documents than phases, is scored to the end."""
+    tokens = torch.tensor([1, 5, 6, 7, 8])
+    watch, meter, _, _ = run(tg, tokens)
+    assert meter.tokens == 4 and (watch.scored == 1).all()
+    assert not watch.trained
+
+
+def test_target_of_a_final_bos_is_scored(tg):
+    tokens = torch.tensor([1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 1])
+    watch, meter, _, val = run(tg, tokens, {"phased_ttt_prefix_docs": 0})
+    assert [tuple(document) for document in val.documents] == [(0, 11)]
+    assert meter.tokens == 10 and (watch.scored == 1).all()
+
+
+@pytest.mark.parametrize("prefix_docs", [0, 3, 12, 500])
+@pytest.mark.parametrize("num_phases", [1, 2, 3, 5])
+def test_phase_boundaries(tg, prefix_docs, num_phases):
+    """Evenly spread over the prefix; a boundary of no documents is no phase, whether listed or not."""
+    boundaries = [boundary for boundary in tg.phase_boundaries(prefix_docs, num_phases, 12) if boundary]
+    prefix = min(prefix_docs, 12)
+    expected = [prefix * (k + 1) // num_phases for k in range(num_phases)]
+    assert boundaries == [boundary for boundary in expected if boundary]
+
+
+def test_batches_hold_every_document_once(tg):
+    tokens = documents_stream()
+    documents = tg.find_documents(tokens)
+    batches = tg.ttt_batches(documents, 5)
+    numbers = [number for batch in batches for number, _ in batch.documents]
+    assert sorted(numbers) == list(range(len(documents)))
+    longest = [max(length for _, (_, length) in batch.documents) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+
+
+@pytest.mark.parametrize("pred_len", [1, 7, 8, 9, 31, 32, 33, 100])
+def test_windows_tile_a_document(tg, pred_len):
+    """The chunks' targets are every position once; a window never reaches beyond its chunk."""
+    seen = []
+    for chunk in range(-(-pred_len // 8)):
+        window = tg.chunk_window(chunk, pred_len, 8, 32)
+        first = window.start + window.offset
+        assert window.start >= 0 and window.length <= 32
+        assert first + window.targets == window.start + window.length
+        seen += range(first, first + window.targets)
+    assert seen == list(range(pred_len))
+
+
+@pytest.mark.parametrize(("chunk", "expected"), [(0, 0.001), (2, 0.0005), (4, 0.0)])
+def test_global_sgd_lr_is_a_cosine(tg, chunk, expected):
+    config = tg.Config(**{**TINY, "global_ttt_lr": 0.001, "global_ttt_warmup_chunks": 0})
+    assert tg.global_sgd_lr(chunk, 5, config) == pytest.approx(expected, rel=1e-12, abs=1e-18)
+
+
+def test_global_sgd_warms_up(tg):
+    overrides = {"global_ttt_lr": 0.004, "global_ttt_warmup_chunks": 3, "global_ttt_warmup_start_lr": 0.002}
+    config = tg.Config(**{**TINY, **overrides})
+    rates = [tg.global_sgd_lr(chunk, 8, config) for chunk in range(4)]
+    assert rates == pytest.approx([0.002, 0.003, 0.004, 0.004], rel=1e-12)
+
+
+def test_global_sgd_lowers_the_loss(tg):
+    config = tg.Config(**{**TINY, "global_ttt_lr": 0.05, "global_ttt_epochs": 6})
+    model = random_model(tg, config)
+    tokens = documents_stream()[:129]
+    x, y = tokens[None, :64], tokens[None, 1:65]
+
+    def loss() -> float:
+        with torch.no_grad():
+            return model.losses(x, y, looping=True).mean().item()
+
+    before = loss()
+    grad_norms, rates = tg.global_sgd(model, tokens, config, looping=True)
+    assert len(grad_norms) == len(rates) == 12  # one of two chunks, two rows, six epochs
+    assert loss() < before
+
+
+def test_global_sgd_skips_a_single_chunk(tg):
+    """The last chunk is never trained, so one chunk alone changes nothing."""
+    config = tg.Config(**TINY)
+    model = random_model(tg, config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    grad_norms, rates = tg.global_sgd(model, documents_stream()[:60], config, looping=True)
+    assert len(grad_norms) == len(rates) == 0
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name

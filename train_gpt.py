@@ -1,0 +1,2893 @@
+"""Train, quantise and score a 16 MB language model: the parameter-golf contest in one file.
+
+In ten minutes on eight H100s this trains an 11-layer GPT (17 virtual layers by depth recurrence) on CaseOps
+text, quantises it with GPTQ + LQER into an artifact of at most 16,000,000 bytes (code plus weights), loads
+that artifact into a clean model and scores it in bits per byte, adapting per-document LoRAs only on what has
+been scored.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py        # the record run: nothing set = PR #1851
+    python train_gpt.py                                          # the same on one GPU
+    PRESET=demo python train_gpt.py                              # minutes on a laptop's CPU (see `make demo`)
+    python train_gpt.py --help | --show [--json]                 # every setting | the resolved ones
+
+Sections: 1 constants and errors, 2 configuration, 3 runtime, 4 data, 5 attention, 6 kernels, 7 model,
+8 LoRA adapters, 9 optimisers, 10 training, 11 quantisation, 12 artifact, 13 evaluation, 14 main.
+A reader can stop at any banner and have understood what is above it.
+
+Shapes: B rows, T tokens of a row, D model dim, H query heads, G key/value heads, d = D/H, F MLP width,
+V vocabulary, L physical layers, S skips, r rank. A linear map is y = x W^T with W [out, in], never a bias.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import json
+import lzma
+import math
+import os
+import platform
+import random
+import re
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------------------
+# 1. Constants and errors
+# ---------------------------------------------------------------------------------------------------------
+
+BOS = 1  # first token of every document, fixed by the tokenizer
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+SIZE_LIMIT = 16_000_000  # decimal bytes, code plus model
+TRAIN_LIMIT = EVAL_LIMIT = 600.0  # seconds
+CONTEST_MICRO_BATCHES = 8  # a step is eight micro-batches, shared by the ranks
+SEGMENT_BUCKET = 64  # cu_seqlens is padded to a multiple of this, so that shapes stay few
+
+
+class UserError(ValueError):
+    """A mistake of the user's: reported as one line, exit code 2, nothing lost."""
+
+
+class ConfigError(UserError):
+    """A setting with a wrong name, type, value or combination."""
+
+
+class DataError(UserError):
+    """A shard, sidecar, manifest or tokenizer that is missing, damaged or does not fit the settings."""
+
+
+class ArtifactError(UserError):
+    """A model file that is truncated, corrupted or foreign."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 2. Configuration
+#
+# Every setting is a field of `Config`: type and range, default, and one line of help behind it (`--help`
+# prints these comments). Its environment variable is the field's name in capitals. Defaults are the record,
+# PR #1851.
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Range(NamedTuple):
+    """Allowed interval of a number; `above` excludes the lower end."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        lower = f"{'above' if self.above else 'at least'} {self.low:g}"
+        return lower if self.high == math.inf else f"{lower}, at most {self.high:g}"
+
+
+Whole = Annotated[int, Range(0)]
+Count = Annotated[int, Range(1)]
+Bits = Annotated[int, Range(2, 8)]
+Real = Annotated[float, Range(-math.inf)]
+Amount = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+Share = Annotated[float, Range(0, 1)]
+Beta = Annotated[float, Range(0, 0.999999)]
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run; impossible ones raise `ConfigError` here, before a device is touched."""
+
+    # Run
+    preset: str = "pr1851"  # base that explicit variables change, one of PRESETS
+    seed: Whole = 42  # seed of initial weights and adapters
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA when there is one
+    run_id: str = ""  # name of the run; empty: preset, seed and start time
+    artifact_dir: str = ""  # folder of the outputs; empty: runs/<RUN_ID>
+    prequant_only: bool = (
+        False  # train, evaluate the full-precision model, stop (or only evaluate MODEL_PATH)
+    )
+    quantize_only: bool = False  # no training: calibrate, quantise and evaluate MODEL_PATH
+    ttt_eval_only: bool = False  # no training: evaluate the artifact QUANTIZED_MODEL_PATH
+    model_path: str = (
+        "final_model.pt"  # full-precision weights; input of *_ONLY, looked for in ARTIFACT_DIR too
+    )
+    quantized_model_path: str = "final_model.int6.ptz"  # the artifact; input of TTT_EVAL_ONLY, as MODEL_PATH
+
+    # Data
+    data_dir: str = "./data/"  # root of the default data layout
+    data_path: str = ""  # folder of the shards; empty: the contest's place under DATA_DIR
+    tokenizer_path: str = ""  # SentencePiece model; empty: named by the manifest, else the contest's place
+    caseops_enabled: bool = (
+        True  # lossless-caps text with a byte sidecar (PR #1729); 0: plain text, byte tables
+    )
+    vocab_size: Annotated[int, Range(4, 65536)] = 8192  # pieces of the tokenizer
+    train_seq_len: Count = 2048  # tokens; longer documents are cut into segments of this length
+    train_batch_tokens: Count = 786_432  # tokens of one optimiser step, all ranks together
+    grad_accum_steps: Whole = 0  # micro-batches per step and rank; 0: eight shared by the ranks
+
+    # Model
+    num_layers: Count = 11  # physical layers
+    model_dim: Count = 512  # width of the residual stream
+    num_heads: Count = 8  # query heads
+    num_kv_heads: Count = 4  # key/value heads (GQA)
+    mlp_mult: Positive = 4.0  # MLP width / MODEL_DIM
+    tie_embeddings: bool = True  # output matrix = embedding matrix
+    logit_softcap: Positive = 30.0  # logits are cap * tanh(z / cap)
+    rope_base: Positive = 10_000.0  # rotary base
+    rope_dims: Whole = 16  # rotated dimensions of each head; 0: all
+    rope_yarn: bool = False  # stretch the rotary base for rows longer than TRAIN_SEQ_LEN
+    ln_scale: bool = True  # scale normed inputs of layer i by 1/sqrt(i+1)
+    num_loops: Whole = 2  # extra passes through layers LOOP_START..LOOP_END (depth recurrence)
+    loop_start: Whole = 3  # first looped layer
+    loop_end: Whole = 5  # last looped layer
+    parallel_start_layer: Whole = 8  # decoder layers from here on are parallel; 0: none
+    parallel_style: Literal["lanes", "single"] = "lanes"  # two lanes with lambdas, or one stream (PR #1493)
+    parallel_final_lane: Literal["mean", "attn", "mlp"] = "mean"  # what of the two lanes goes to the head
+    skip_gates_enabled: bool = True  # gated instead of plain skip connections
+    xsa_last_n: Whole = 11  # last layers whose heads lose their projection on the token's own value
+    smear_gate_enabled: bool = True  # mix the previous token's embedding in (PR #1667)
+    smear_bos_mask: bool = True  # not across a document start (PR #1851); 0 reproduces PR #1667's fault
+    gate_window: Count = 12  # leading dimensions read by SmearGate and attention gates
+    sparse_attn_gate_enabled: bool = True  # one gate per head from GATE_WINDOW inputs (PR #1787)
+    sparse_attn_gate_scale: Real = 1.0  # factor inside that gate's sigmoid
+    attn_out_gate_enabled: bool = False  # the older gate, 2 sigmoid (PR #1667)
+    attn_out_gate_src: Literal["proj", "q"] = "proj"  # what it reads: block input or raw queries
+    gated_attn_enabled: bool = False  # dense gate that reads all of MODEL_DIM
+
+    # Initial values
+    qk_gain_init: Real = 5.0  # initial gain of the normed queries
+    sparse_attn_gate_init_std: Amount = 0.0  # initial spread of its weights
+    gated_attn_init_std: Amount = 0.01  # initial spread of its weights
+    tied_embed_init_std: Positive = 0.005  # initial spread of the tied embedding
+
+    # Optimisation
+    iterations: Count = 20_000  # most optimiser steps
+    max_wallclock_seconds: Amount = 600.0  # training time; 0: no cap, ITERATIONS steps
+    gptq_reserve_seconds: Amount = 0.5  # kept back from it for the calibration (PR #1868: 8)
+    warmup_steps: Whole = 20  # steps on random tokens before the clock starts, undone afterwards
+    warmdown_frac: Share = 0.75  # last part of training in which learning rates fall
+    min_lr: Share = 0.1  # floor of the learning-rate factor
+    enable_looping_at: Amount = 0.35  # fraction of training at which looping turns on
+    matrix_lr: Amount = 0.026  # Muon's learning rate, on the four banks
+    muon_momentum: Beta = 0.97  # momentum after its warm-up
+    muon_momentum_warmup_start: Beta = 0.92  # momentum at step 0
+    muon_momentum_warmup_steps: Whole = 1500  # steps of the linear warm-up
+    muon_backend_steps: Annotated[int, Range(1, 5)] = 5  # Newton-Schulz steps
+    muon_coefficients: Literal["polar_express", "quintic"] = "polar_express"  # their coefficients (PR #1344)
+    muon_row_normalize: bool = True  # unit rows before the orthogonalisation (MuonEq-R)
+    muon_wd: Amount = 0.095  # decoupled weight decay of the banks
+    tied_embed_lr: Amount = 0.03  # AdamW, tied embedding
+    embed_lr: Amount = 0.6  # AdamW, embedding and head when TIE_EMBEDDINGS=0
+    embed_wd: Amount = 0.085  # weight decay of the embedding
+    scalar_lr: Amount = 0.02  # AdamW, all scalar and control tensors
+    adam_wd: Amount = 0.02  # their weight decay
+    beta1: Beta = 0.9  # AdamW
+    beta2: Beta = 0.95  # AdamW
+    adam_eps: Positive = 1e-8  # AdamW
+    grad_clip_norm: Amount = 0.3  # global gradient norm, per rank before averaging; 0: no clipping
+    ema_decay: Beta = 0.9965  # average of all state, what is evaluated and quantised
+    train_log_every: Count = 500  # steps between log lines (the first five are always logged)
+    val_loss_every: Whole = 0  # steps between validations, the first before step 1; 0: none while training
+
+    # Quantisation and artifact
+    matrix_bits: Bits = 6  # integer bits of the matrices
+    embed_bits: Bits = 7  # integer bits of embedding and head
+    matrix_clip_sigmas: Positive = 12.85  # clip width in row standard deviations, other matrices
+    attn_clip_sigmas: Positive = 13.0  # attention matrices
+    mlp_clip_sigmas: Positive = 12.0  # MLP matrices
+    embed_clip_sigmas: Positive = 15.0  # embedding and head
+    gptq_calibration_batches: Count = 16  # batches of TRAIN_BATCH_TOKENS behind the Hessians
+    gated_attn_quant_gate: bool = False  # int8 rows for attention-gate weights
+    lqer_enabled: bool = True  # low-rank correction of the largest quantisation errors (PR #1797)
+    lqer_rank: Count = 4  # its rank
+    lqer_top_k: Whole = 3  # number of corrected matrices
+    lqer_asym_enabled: bool = True  # int2/int4 factors; 0: symmetric factors of LQER_FACTOR_BITS
+    lqer_asym_group: Count = 64  # elements per scale of the right factor
+    lqer_factor_bits: Bits = 4  # bits of symmetric factors
+    float16_max_elements: Whole = 65_536  # tensors of at most this size stay float16
+    compressor: Literal["brotli", "lzma"] = "brotli"  # codec of the artifact's streams
+
+    # Evaluation
+    val_batch_tokens: Annotated[int, Range(8)] = 524_288  # an evaluation row holds an eighth of these targets
+    eval_seq_len: Count = 2048  # tokens; longer documents are cut in the standard evaluation
+    val_doc_fraction: Annotated[float, Range(0, 1, above=True)] = 1.0  # below 1: a sample, never a full score
+    ttt_enabled: bool = True  # phased score-first LoRA test-time training
+    ttt_batch_size: Count = 64  # documents adapted side by side
+    ttt_chunk_size: Count = 48  # targets scored before each adaptation step
+    ttt_eval_seq_len: Count = 2048  # longest window behind a chunk's end
+    ttt_lora_rank: Count = 96  # rank of the adapters
+    ttt_lora_alpha: Positive = 144.0  # their output is scaled by alpha / rank
+    ttt_lora_lr: Amount = 1e-4  # AdamW on the adapters
+    ttt_beta1: Beta = 0.0  # AdamW on the adapters
+    ttt_beta2: Beta = 0.999  # AdamW on the adapters
+    ttt_weight_decay: Amount = 1.0  # AdamW on the adapters
+    ttt_grad_steps: Count = 1  # optimiser steps per chunk
+    ttt_k_lora: bool = True  # adapt key projections
+    ttt_mlp_lora: bool = True  # adapt MLPs
+    ttt_o_lora: bool = True  # adapt output projections
+    ttt_warm_start_a: bool = True  # keep the A factors from batch to batch; 0: draw them anew
+    phased_ttt_prefix_docs: Whole = 2000  # scored documents after which the last global phase runs; 0: none
+    phased_ttt_num_phases: Count = 3  # global phases, evenly spread over the prefix
+    global_ttt_lr: Amount = 0.001  # SGD on all base weights
+    global_ttt_momentum: Beta = 0.9  # SGD
+    global_ttt_epochs: Count = 1  # passes over each chunk
+    global_ttt_chunk_tokens: Count = 32_768  # tokens between changes of the learning rate
+    global_ttt_batch_seqs: Count = 32  # windows of EVAL_SEQ_LEN per SGD step
+    global_ttt_grad_clip: Amount = 1.0  # gradient norm; 0: no clipping
+    global_ttt_warmup_chunks: Whole = 0  # chunks of linear learning-rate warm-up
+    global_ttt_warmup_start_lr: Amount = 0.0  # where that warm-up starts
+    global_ttt_respect_doc_boundaries: bool = True  # attention stays inside documents
+
+    # -- checks
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_value(field.name.upper(), getattr(self, field.name), field.type)
+        if self.preset not in PRESETS:
+            raise ConfigError(f"PRESET={self.preset!r}: must be one of {', '.join(PRESETS)}")
+        self._check_shapes()
+        self._check_layers()
+        self._check_exclusive("SPARSE_ATTN_GATE_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED")
+        self._check_exclusive("PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY")
+
+    def _check_exclusive(self, *names: str) -> None:
+        chosen = [name for name in names if getattr(self, name.lower())]
+        if len(chosen) > 1:
+            raise ConfigError(f"{' and '.join(f'{n}=1' for n in chosen)} exclude each other: set at most one")
+
+    def _check_shapes(self) -> None:
+        _check_divides(self, "model_dim", "num_heads")
+        _check_divides(self, "num_heads", "num_kv_heads")
+        if self.head_dim % 2:
+            raise ConfigError(f"MODEL_DIM / NUM_HEADS = {self.head_dim}: must be even (rotary pairs)")
+        if self.rope_dims > self.head_dim or self.rope_dims % 2:
+            raise ConfigError(f"ROPE_DIMS={self.rope_dims}: must be even and at most {self.head_dim}")
+        if self.rope_yarn and (self.rope_dims or self.head_dim) <= 2:
+            raise ConfigError(f"ROPE_DIMS={self.rope_dims}: ROPE_YARN=1 needs more than 2 rotated dimensions")
+        if self.gate_window > self.model_dim:
+            raise ConfigError(f"GATE_WINDOW={self.gate_window}: must be at most MODEL_DIM={self.model_dim}")
+        if self.mlp_dim < 1:
+            raise ConfigError(f"MLP_MULT={self.mlp_mult}: leaves an MLP without hidden units")
+        if self.ttt_chunk_size > self.ttt_eval_seq_len:
+            limit = f"TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"
+            raise ConfigError(f"TTT_CHUNK_SIZE={self.ttt_chunk_size}: must be at most {limit}")
+
+    def _check_layers(self) -> None:
+        if self.num_loops and not self.loop_start <= self.loop_end < self.num_layers:
+            raise ConfigError(
+                f"LOOP_START={self.loop_start} LOOP_END={self.loop_end}: need "
+                f"LOOP_START <= LOOP_END < NUM_LAYERS={self.num_layers}"
+            )
+        start = self.parallel_start_layer
+        for looping in (False, True):
+            decoder = layer_order(self, looping)[1]
+            parallel = [layer >= start > 0 for layer in decoder]
+            if True in parallel and not all(parallel[parallel.index(True) :]):
+                raise ConfigError(
+                    f"PARALLEL_START_LAYER={start}: the decoder {decoder} comes back below it after "
+                    f"the lanes split; must be 0 or above LOOP_END={self.loop_end}"
+                )
+
+    # -- derived sizes
+
+    @property
+    def head_dim(self) -> int:
+        """Width d of one attention head."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        """Width F of the MLP."""
+        return int(self.mlp_mult * self.model_dim)
+
+    def micro_batches(self, world_size: int) -> int:
+        """Gradient-accumulation steps of each rank; refuses a batch that does not divide."""
+        steps = self.grad_accum_steps or max(1, CONTEST_MICRO_BATCHES // world_size)
+        shared = world_size * steps
+        if not self.grad_accum_steps and shared % CONTEST_MICRO_BATCHES:
+            allowed = "1, 2, 4 or a multiple of 8 unless GRAD_ACCUM_STEPS is set"
+            raise ConfigError(f"WORLD_SIZE={world_size}: must be {allowed}")
+        if self.train_batch_tokens % shared or self.train_batch_tokens // shared < self.train_seq_len:
+            raise ConfigError(
+                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens}: must be a multiple of {world_size} ranks "
+                f"x {steps} micro-batches = {shared}, each of at least TRAIN_SEQ_LEN={self.train_seq_len} tokens"
+            )
+        return steps
+
+    @property
+    def data_folder(self) -> Path:
+        """Folder of the shards."""
+        if self.data_path:
+            return Path(self.data_path)
+        sets = Path(self.data_dir) / "datasets"
+        if not self.caseops_enabled:
+            return sets / f"fineweb10B_sp{self.vocab_size}"
+        name = f"fineweb10B_sp{self.vocab_size}_lossless_caps_caseops_v1_reserved"
+        return sets / f"fineweb10B_sp{self.vocab_size}_caseops" / "datasets" / "datasets" / name
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The SentencePiece model: set, else named by the data's manifest, else at the contest's place."""
+        if self.tokenizer_path:
+            return Path(self.tokenizer_path)
+        named = read_manifest(self.data_folder).get("tokenizer", {}).get("file")
+        if named:
+            return self.data_folder / named
+        name = f"fineweb_{self.vocab_size}_bpe"
+        if not self.caseops_enabled:
+            return Path(self.data_dir) / "tokenizers" / f"{name}.model"
+        caseops = Path(self.data_dir) / "datasets" / f"fineweb10B_sp{self.vocab_size}_caseops" / "datasets"
+        return caseops / "tokenizers" / f"{name}_lossless_caps_caseops_v1_reserved.model"
+
+    def model_settings(self) -> dict[str, object]:
+        """The settings that rebuild the model: stored in the artifact."""
+        return {name: getattr(self, name) for name in MODEL_SETTINGS}
+
+    # -- from the environment
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> "Config":
+        """Settings of a run: defaults, changed by PRESET, changed by explicit variables.
+
+        Raises:
+            ConfigError: a wrong type, choice, range or combination, or a name that is almost one of ours.
+        """
+        fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
+        _refuse_unknown_names(environ, list(fields))
+        preset = environ.get("PRESET", cls.preset)
+        values = {"preset": preset, **PRESETS.get(preset, {})}
+        for name, field in fields.items():
+            if name in environ:
+                values[field.name] = _parse(name, environ[name], field.type)
+        return cls(**values)
+
+
+_NAMES = [field.name for field in dataclasses.fields(Config)]
+MODEL_SETTINGS = (
+    "vocab_size",
+    "train_seq_len",
+    *_NAMES[_NAMES.index("num_layers") : _NAMES.index("gated_attn_enabled") + 1],
+)
+
+# A preset is a row of differences from the defaults; explicit variables win over it. The authority for a
+# published run is its log (SPEC section 8).
+PRESETS: dict[str, dict[str, object]] = {
+    "pr1851": {},
+    "pr1868": {"gptq_reserve_seconds": 8.0},
+    "pr1855": {
+        "mlp_clip_sigmas": 11.5,
+        "embed_clip_sigmas": 14.0,
+        "warmdown_frac": 0.85,
+        "beta2": 0.99,
+        "ttt_beta2": 0.99,
+        "ttt_weight_decay": 0.5,
+        "ttt_lora_rank": 80,
+        "sparse_attn_gate_scale": 0.5,
+        "phased_ttt_prefix_docs": 2500,
+        "gated_attn_quant_gate": True,
+    },
+    "pr1667": {
+        "caseops_enabled": False,
+        "smear_bos_mask": False,
+        "sparse_attn_gate_enabled": False,
+        "attn_out_gate_enabled": True,
+        "qk_gain_init": 5.25,
+        "min_lr": 0.0,
+        "lqer_enabled": False,
+        "gptq_calibration_batches": 64,
+        "gptq_reserve_seconds": 13.0,
+        "muon_coefficients": "quintic",
+        "phased_ttt_prefix_docs": 0,
+        "ttt_weight_decay": 0.5,
+        "ttt_lora_alpha": 96.0,
+        "ttt_warm_start_a": False,
+    },
+    "demo": {  # every component, small enough for two CPU cores
+        "data_path": "data/demo",
+        "vocab_size": 1024,
+        "train_seq_len": 256,
+        "train_batch_tokens": 8192,
+        "num_layers": 6,
+        "model_dim": 128,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "mlp_mult": 3.0,
+        "num_loops": 1,
+        "loop_start": 2,
+        "loop_end": 3,
+        "parallel_start_layer": 4,
+        "xsa_last_n": 6,
+        "iterations": 400,
+        "max_wallclock_seconds": 0.0,
+        "warmup_steps": 1,
+        "muon_momentum_warmup_steps": 100,
+        "train_log_every": 50,
+        "val_loss_every": 400,
+        "ema_decay": 0.98,
+        "float16_max_elements": 4096,
+        "gptq_calibration_batches": 4,
+        "val_batch_tokens": 32_768,
+        "eval_seq_len": 256,
+        "ttt_eval_seq_len": 256,
+        "ttt_batch_size": 16,
+        "ttt_lora_rank": 8,
+        "ttt_lora_alpha": 16.0,
+        "ttt_lora_lr": 1e-3,
+        "phased_ttt_prefix_docs": 24,
+        "phased_ttt_num_phases": 2,
+        "global_ttt_chunk_tokens": 2048,
+        "global_ttt_batch_seqs": 8,
+    },
+}
+
+# Variables with these beginnings are ours, so an unknown one is a mistake.
+FAMILIES = re.compile(
+    "(TTT|GLOBAL_TTT|PHASED_TTT|GPTQ|LQER|MUON|SMEAR|SPARSE_ATTN|GATED_ATTN|ATTN_OUT|PARALLEL|XSA)_"
+)
+
+
+def _base_type(annotation: object) -> type:
+    return (
+        str
+        if get_origin(annotation) is Literal
+        else get_args(annotation)[0]
+        if get_args(annotation)
+        else annotation
+    )
+
+
+def allowed(annotation: object) -> str:
+    """What a setting of this type may be, in words."""
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(get_args(annotation))
+    words = {bool: "0 or 1", int: "a whole number", float: "a number", str: "text"}[_base_type(annotation)]
+    bounds = get_args(annotation)[1] if get_args(annotation) else None
+    return words if bounds is None or bounds.low == -math.inf else f"{words}, {bounds}"
+
+
+def _parse(name: str, text: str, annotation: object) -> object:
+    kind = _base_type(annotation)
+    try:
+        if kind is bool:
+            return {"0": False, "1": True, "false": False, "true": True}[text.strip().lower()]
+        return kind(text)
+    except (KeyError, ValueError):
+        raise ConfigError(f"{name}={text!r}: must be {allowed(annotation)}") from None
+
+
+def _check_value(name: str, value: object, annotation: object) -> None:
+    kind = _base_type(annotation)
+    fits = isinstance(value, kind) if kind is not float else isinstance(value, (int, float))
+    if fits and kind in (int, float):
+        fits = not isinstance(value, bool) and math.isfinite(value) and value in get_args(annotation)[1]
+    if fits and get_origin(annotation) is Literal:
+        fits = value in get_args(annotation)
+    if not fits:
+        raise ConfigError(f"{name}={value!r}: must be {allowed(annotation)}")
+
+
+def _check_divides(cfg: Config, whole: str, part: str) -> None:
+    if getattr(cfg, whole) % getattr(cfg, part):
+        value, divisor = getattr(cfg, whole), getattr(cfg, part)
+        raise ConfigError(f"{whole.upper()}={value}: must be a multiple of {part.upper()}={divisor}")
+
+
+def _refuse_unknown_names(environ: Mapping[str, str], known: Sequence[str]) -> None:
+    for name in environ.keys() - set(known):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0 if FAMILIES.match(name) else 0.86)
+        if near and name.isupper():
+            raise ConfigError(
+                f"{name}={environ[name]!r}: no such setting; did you mean {near[0]}? (unset it or see --help)"
+            )
+
+
+def settings_table(source: str) -> str:
+    """The table of `--help`; the help texts are the comments behind the fields in the script's source."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+    rows = []
+    for field in dataclasses.fields(Config):
+        default = int(field.default) if isinstance(field.default, bool) else field.default
+        rows.append(
+            f"  {field.name.upper()}={default}\n      {comments.get(field.name, '')} [{allowed(field.type)}]"
+        )
+    return "\n".join(rows)
+
+
+def show_settings(cfg: Config) -> str:
+    """The resolved settings, one a line; what differs from the default is marked with its default."""
+    rows = []
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        mark = "" if value == field.default else f"    # default {field.default!r}"
+        rows.append(f"{field.name.upper()}={int(value) if isinstance(value, bool) else value}{mark}")
+    return "\n".join(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 3. Runtime: the device, the log, the clock
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Ranks(NamedTuple):
+    """Where this process computes. One process for now; the only place that knows device and precision."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def from_env(cls, cfg: Config, environ: Mapping[str, str]) -> "Ranks":
+        """Pick the device; refuse a launch with several processes (not built yet)."""
+        world_size = int(environ.get("WORLD_SIZE", "1"))
+        if world_size != 1:
+            raise ConfigError(f"WORLD_SIZE={world_size}: this version runs one process, must be 1")
+        cuda = torch.cuda.is_available()
+        if cfg.device == "cuda" and not cuda:
+            raise ConfigError("DEVICE=cuda: torch sees no CUDA device; must be auto or cpu here")
+        return cls(torch.device("cuda" if cuda and cfg.device != "cpu" else "cpu"))
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """bfloat16 matrix products on CUDA, plain float32 on a CPU."""
+        enabled = self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read afterwards is true."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def place(self, model: "GPT") -> "GPT":
+        """Move the model; on CUDA the embedding is kept in bfloat16, everything else in float32."""
+        model.to(self.device)
+        if self.device.type == "cuda":
+            model.tok_emb.to(torch.bfloat16)
+        return model
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it appears whole or not at all: temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class RunLog:
+    """The run's folder and its log: events on the console, in logs/<RUN_ID>.txt and in metrics.jsonl."""
+
+    def __init__(self, cfg: Config):
+        self.run_id = cfg.run_id or f"{cfg.preset}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = self._new_folder(
+            Path(cfg.artifact_dir) if cfg.artifact_dir else Path("runs") / self.run_id
+        )
+        self._text = open(self.folder / "logs" / f"{self.run_id}.txt", "a", encoding="utf-8")  # noqa: SIM115
+        self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+
+    def _new_folder(self, folder: Path) -> Path:
+        """The folder asked for, or a new one beside it where an earlier run's outputs lie in it."""
+        used = folder / "metrics.jsonl"
+        numbers = iter(range(2, 10_000))
+        try:
+            while used.exists():
+                folder = folder.with_name(f"{folder.name.rpartition('+')[0] or folder.name}+{next(numbers)}")
+                used = folder / "metrics.jsonl"
+            (folder / "logs").mkdir(parents=True, exist_ok=True)
+            used.touch()
+        except OSError as error:
+            raise ConfigError(f"ARTIFACT_DIR={folder}: cannot write there ({error.strerror})") from None
+        return folder
+
+    def text(self, text: str, console: bool = False) -> None:
+        """Free text into the log file, and to the console if asked."""
+        print(text, file=self._text, flush=True)
+        if console:
+            print(text, flush=True)
+
+    def event(self, stage: str, **values: object) -> None:
+        """One line `stage key:value ...` on console and log, the same as JSON in metrics.jsonl."""
+        shown = " ".join(f"{k}:{f'{v:.6g}' if isinstance(v, float) else v}" for k, v in values.items())
+        self.text(f"{stage} {shown}", console=True)
+        print(json.dumps({"stage": stage, **values}), file=self._metrics, flush=True)
+
+    def progress(self, stage: str, total: int) -> "Progress":
+        """A progress display for a long stage."""
+        return Progress(self, stage, total)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._text.close()
+        self._metrics.close()
+
+
+class Progress:
+    """Rate and remaining time of a stage: one line that rewrites itself on a terminal, 50 in the log."""
+
+    def __init__(self, log: RunLog, stage: str, total: int):
+        self._log, self._stage, self._total = log, stage, max(total, 1)
+        self._start, self._shown, self._live = time.perf_counter(), 0, sys.stderr.isatty()
+
+    def update(self, done: int, **values: float) -> None:
+        """Tell how many of the total are done, with values to show."""
+        elapsed = time.perf_counter() - self._start
+        share = done / self._total
+        shown = " ".join(f"{name}:{value:.5g}" for name, value in values.items())
+        left = elapsed * (1 / share - 1)
+        line = f"{self._stage} {done}/{self._total} elapsed:{elapsed:.0f}s left:{left:.0f}s {shown}"
+        if self._live:
+            end = "\n" if done >= self._total else ""
+            print(f"\r\x1b[K{line}", end=end, file=sys.stderr, flush=True)
+        if int(share * 50) > self._shown:
+            self._shown = int(share * 50)
+            self._log.text(line)
+
+
+class Stopwatch:
+    """Seconds spent in each named stage; a stage can be left and entered again, and paused."""
+
+    def __init__(self, ranks: Ranks):
+        self._ranks = ranks
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str):
+        """Count the time inside the block to `name`, whatever stage surrounds it is charged too."""
+        self._ranks.synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._ranks.synchronize()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 4. Data: shards, document segments, the two loaders, the validation set (SPEC section 2)
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Segments(NamedTuple):
+    """Documents packed in one row: int32 boundaries 0..T, padded with T; attention stays inside."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    def to(self, device: torch.device) -> "Segments":
+        """The same on another device."""
+        return Segments(self.cu_seqlens.to(device, non_blocking=True), self.max_seqlen)
+
+
+def shard_paths(folder: Path, split: str) -> list[Path]:
+    """Shards of a split ("train", "val" or "val_bytes") in name order."""
+    return sorted(
+        p for p in folder.glob(f"fineweb_{split}_*.bin") if split != "val" or "_bytes_" not in p.name
+    )
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Tokens of a shard, uint16, memory-mapped. Raises DataError unless header and size fit exactly."""
+    try:
+        header = np.fromfile(path, "<i4", SHARD_HEADER_INTS)
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(header) < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise DataError(f"{path}: not a shard (need magic {SHARD_MAGIC}, version {SHARD_VERSION})")
+    expected = 4 * SHARD_HEADER_INTS + 2 * int(header[2])
+    if size != expected:
+        raise DataError(f"{path}: {size} bytes, but its header of {header[2]} tokens means {expected}")
+    return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER_INTS) if header[2] else np.empty(0, np.uint16)
+
+
+def document_segments(
+    bos_positions: Sequence[int] | Tensor, total_len: int, max_doc_len: int, bucket: int = SEGMENT_BUCKET
+) -> Segments:
+    """Segments of a row of `total_len` tokens: one a document, cut every `max_doc_len` tokens (0: never)."""
+    starts = np.union1d([0], np.asarray(bos_positions, np.int64))
+    lengths = np.diff(starts, append=total_len)
+    if max_doc_len:
+        pieces = -(-lengths // max_doc_len)
+        within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        starts = np.repeat(starts, pieces) + within * max_doc_len
+        lengths = np.diff(starts, append=total_len)
+    boundaries = np.append(starts, total_len)
+    padding = -len(boundaries) % bucket
+    cu_seqlens = np.pad(boundaries, (0, padding), constant_values=total_len).astype(np.int32)
+    return Segments(torch.from_numpy(cu_seqlens), int(lengths.max()))
+
+
+def packed_row(tokens: Tensor, max_doc_len: int) -> tuple[Tensor, Tensor, Segments]:
+    """n+1 tokens -> inputs [1, n], targets [1, n] and the segments of the documents in the inputs."""
+    row = tokens.long()
+    bos = (row[:-1] == BOS).nonzero().flatten().cpu()
+    return row[None, :-1], row[None, 1:], document_segments(bos, len(row) - 1, max_doc_len)
+
+
+class PackedLoader:
+    """Training batches: consecutive tokens of the shards, in order and cyclic, with document segments.
+
+    A call takes `world_size * (micro_tokens + 1)` tokens; rank r reads the r-th span. A shard begins at its
+    first BOS and what does not fill a call at its end is dropped.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], world_size: int, rank: int, micro_tokens: int, max_doc_len: int
+    ):
+        self._paths, self._rank, self._max_doc_len = list(paths), rank, max_doc_len
+        self._span = micro_tokens + 1
+        self._need = world_size * self._span
+        largest = max((self._usable(read_shard(path)) for path in self._paths), default=0)
+        if largest < self._need:
+            where = self._paths[0].parent if self._paths else "no folder"
+            raise DataError(
+                f"{where}: a batch takes {self._need} consecutive tokens, the largest shard has {largest}"
+            )
+        self._open(0)
+
+    @staticmethod
+    def _first_bos(tokens: np.ndarray) -> int:
+        hits = np.flatnonzero(tokens[: 1 << 20] == BOS)
+        hits = hits if len(hits) else np.flatnonzero(tokens == BOS)
+        return int(hits[0]) if len(hits) else len(tokens)
+
+    def _usable(self, tokens: np.ndarray) -> int:
+        return len(tokens) - self._first_bos(tokens)
+
+    def _open(self, shard: int) -> None:
+        self._shard = shard % len(self._paths)
+        self._tokens = read_shard(self._paths[self._shard])
+        self._cursor = self._first_bos(self._tokens)
+
+    def next(self) -> tuple[Tensor, Tensor, Segments]:
+        """The next micro-batch of this rank: inputs [1, n], targets [1, n], segments."""
+        while self._cursor + self._need > len(self._tokens):
+            self._open(self._shard + 1)
+        start = self._cursor + self._rank * self._span
+        self._cursor += self._need
+        span = torch.from_numpy(self._tokens[start : start + self._span].astype(np.int64))
+        return packed_row(span, self._max_doc_len)
+
+    def state(self) -> tuple[int, int]:
+        """Position: shard number and cursor."""
+        return self._shard, self._cursor
+
+    def load_state(self, state: tuple[int, int]) -> None:
+        """Go back to a position."""
+        self._open(state[0])
+        self._cursor = state[1]
+
+
+class ShuffledLoader:
+    """Calibration batches: plain windows of `seq_len` tokens, without documents, in a random order per shard.
+
+    Rank r owns the files r, r + world_size, ...; PCG64 seeded by the rank draws a phase and a permutation for
+    each shard and then, window by window, a shard with probability proportional to the windows it has left.
+    """
+
+    def __init__(self, paths: Sequence[Path], world_size: int, rank: int, seq_len: int):
+        self._seq_len = seq_len
+        self._shards = [read_shard(path) for path in paths[rank::world_size]]
+        self._rng = np.random.Generator(np.random.PCG64(rank))
+        self._reset()
+        if not sum(map(len, self._windows)):
+            raise DataError(
+                f"rank {rank} of {world_size}: no calibration window of {seq_len} tokens in its shards"
+            )
+
+    def _reset(self) -> None:
+        self._windows = [self._draw_windows(len(tokens)) for tokens in self._shards]
+
+    def _draw_windows(self, num_tokens: int) -> list[int]:
+        room = min(self._seq_len - 1, max(0, num_tokens - self._seq_len - 1))
+        phase = int(self._rng.integers(room + 1)) if room else 0
+        count = max(0, (num_tokens - 1 - phase) // self._seq_len)
+        return (phase + self._rng.permutation(count) * self._seq_len).tolist()
+
+    def _next_window(self) -> np.ndarray:
+        left = np.array([len(windows) for windows in self._windows], np.float64)
+        if not left.sum():
+            self._reset()
+            return self._next_window()
+        shard = int(self._rng.choice(len(left), p=left / left.sum()))
+        start = self._windows[shard].pop()
+        return self._shards[shard][start : start + self._seq_len + 1]
+
+    def next(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each [rows, seq_len]."""
+        windows = np.stack([self._next_window() for _ in range(rows)]).astype(np.int64)
+        tokens = torch.from_numpy(windows)
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+class ByteTables(NamedTuple):
+    """Bytes of plain text per piece (no CaseOps): tensors [V]."""
+
+    base_bytes: Tensor  # UTF-8 bytes of the piece without its leading space mark
+    has_leading_space: Tensor
+    is_boundary: Tensor  # control, unknown or unused: no space is charged after it
+
+    @classmethod
+    def from_sentencepiece(cls, processor: object, vocab_size: int) -> "ByteTables":
+        """Read the tables off a tokenizer. Raises DataError where it owns no bare space piece."""
+        if processor.is_unknown(processor.piece_to_id("▁")):
+            raise DataError(
+                "TOKENIZER_PATH: the tokenizer has no bare '▁' piece, its bytes cannot be counted"
+            )
+        base, space, boundary = [0] * vocab_size, [False] * vocab_size, [True] * vocab_size
+        for i in range(min(vocab_size, processor.get_piece_size())):
+            boundary[i] = processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i)
+            if boundary[i]:
+                continue
+            piece = processor.id_to_piece(i)
+            space[i] = piece.startswith("▁")
+            base[i] = 1 if processor.is_byte(i) else len(piece.removeprefix("▁").encode())
+        return cls(torch.tensor(base), torch.tensor(space), torch.tensor(boundary))
+
+    def target_bytes(self, tokens: Tensor) -> Tensor:
+        """Tokens [N] -> bytes of each target tokens[1:], [N-1]."""
+        previous, target = tokens[:-1].long(), tokens[1:].long()
+        return self.base_bytes[target] + (self.has_leading_space[target] & ~self.is_boundary[previous])
+
+
+def find_documents(tokens: Tensor) -> list[tuple[int, int]]:
+    """(start, length) of each document; all but the last end with the next one's BOS as a target.
+
+    Tokens before the first BOS belong to no document; nor does a lone BOS at the end (it is the last target of
+    the document before it), so every token after the first BOS is a target exactly once.
+    """
+    starts = (tokens == BOS).nonzero().flatten().tolist()
+    ends = [start + 1 for start in starts[1:]] + [len(tokens)]
+    return [(start, end - start) for start, end in zip(starts, ends, strict=True) if end - start > 1]
+
+
+class ValidationSet(NamedTuple):
+    """Validation stream: `tokens` [N], `target_bytes` [N-1] (original bytes of tokens[1:]), its documents."""
+
+    tokens: Tensor
+    target_bytes: Tensor
+    documents: list[tuple[int, int]]
+
+    @classmethod
+    def from_sidecar(cls, tokens: Tensor, sidecar: Tensor) -> "ValidationSet":
+        """Bytes from the parallel sidecar (CaseOps)."""
+        if len(sidecar) != len(tokens):
+            raise DataError(
+                f"fineweb_val_bytes_*: {len(sidecar)} entries, must be one a validation token ({len(tokens)})"
+            )
+        return cls(tokens, sidecar[1:].long(), find_documents(tokens))
+
+    @classmethod
+    def from_tables(cls, tokens: Tensor, tables: ByteTables) -> "ValidationSet":
+        """Bytes from the tokenizer's pieces (plain text)."""
+        return cls(tokens, tables.target_bytes(tokens), find_documents(tokens))
+
+    @property
+    def num_targets(self) -> int:
+        """How many tokens are scored."""
+        return len(self.tokens) - 1
+
+
+def _read_stream(paths: Sequence[Path]) -> Tensor:
+    return torch.from_numpy(np.concatenate([read_shard(path) for path in paths]).astype(np.int32))
+
+
+def load_validation(cfg: Config) -> ValidationSet:
+    """The whole validation split with its byte counts."""
+    folder = cfg.data_folder
+    tokens = _read_stream(shard_paths(folder, "val"))
+    if cfg.caseops_enabled:
+        val = ValidationSet.from_sidecar(tokens, _read_stream(shard_paths(folder, "val_bytes")))
+    else:
+        val = ValidationSet.from_tables(
+            tokens, ByteTables.from_sentencepiece(load_tokenizer(cfg), cfg.vocab_size)
+        )
+    highest = int(tokens.max())
+    if highest >= cfg.vocab_size:
+        raise DataError(f"{folder}: holds token {highest}, must be below VOCAB_SIZE={cfg.vocab_size}")
+    return val
+
+
+def load_tokenizer(cfg: Config) -> object:
+    """The SentencePiece tokenizer. Raises DataError when missing, unreadable or of another vocabulary."""
+    import sentencepiece
+
+    path = cfg.tokenizer_file
+    if not path.is_file():
+        raise DataError(f"TOKENIZER_PATH={path}: no such file")
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError):
+        raise DataError(f"TOKENIZER_PATH={path}: not a SentencePiece model") from None
+    if processor.get_piece_size() != cfg.vocab_size:
+        pieces = processor.get_piece_size()
+        raise DataError(
+            f"VOCAB_SIZE={cfg.vocab_size}: the tokenizer {path} has {pieces} pieces, must be equal"
+        )
+    return processor
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest beside the shards, {} where there is none."""
+    path = folder / "manifest.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError):
+        raise DataError(f"{path}: not readable JSON") from None
+
+
+def check_data(cfg: Config, training_splits: Sequence[str] = ("train",)) -> dict:
+    """Check everything about the data that headers, sizes and the manifest tell, before any time is spent.
+
+    Evaluation alone passes no training split: it must not need training data. Returns the manifest. Raises
+    DataError naming the file, what it is and what it must be.
+    """
+    folder = cfg.data_folder
+    splits = [*training_splits, "val"] + ["val_bytes"] * cfg.caseops_enabled
+    counts = {}
+    for split in splits:
+        paths = shard_paths(folder, split)
+        if not paths:
+            raise DataError(f"{folder}: no fineweb_{split}_*.bin there; {_how_to_get_data(cfg)}")
+        counts |= {path.name: len(read_shard(path)) for path in paths}
+    totals = {s: sum(counts[p.name] for p in shard_paths(folder, s)) for s in splits}
+    if cfg.caseops_enabled and totals["val"] != totals["val_bytes"]:
+        raise DataError(
+            f"{folder}/fineweb_val_bytes_*: {totals['val_bytes']} entries, must be one a validation token "
+            f"({totals['val']})"
+        )
+    if totals["val"] < 2:
+        raise DataError(f"{folder}/fineweb_val_*: {totals['val']} tokens, must be at least 2")
+    load_tokenizer(cfg)
+    manifest = read_manifest(folder)
+    _check_manifest(cfg, manifest, counts, totals)
+    return manifest
+
+
+def _how_to_get_data(cfg: Config) -> str:
+    if cfg.preset == "demo":
+        return "build it with: python prepare_caseops_data.py --demo"
+    return "set DATA_PATH, or build it: python prepare_caseops_data.py --docs docs.jsonl --out DIR --sp MODEL"
+
+
+def _check_manifest(cfg: Config, manifest: dict, counts: dict[str, int], totals: dict[str, int]) -> None:
+    if not manifest:
+        return
+    path = cfg.data_folder / "manifest.json"
+    transform = manifest.get("transform")
+    if cfg.caseops_enabled != (transform != "none"):
+        raise DataError(
+            f"CASEOPS_ENABLED={int(cfg.caseops_enabled)}: {path} says the transform is {transform!r}"
+        )
+    for name, entry in manifest.get("files", {}).items():
+        if counts.get(name, entry["tokens"]) != entry["tokens"]:
+            raise DataError(
+                f"{cfg.data_folder / name}: {counts[name]} tokens, the manifest says {entry['tokens']}"
+            )
+        if name not in counts and any(name.startswith(f"fineweb_{split}_0") for split in totals):
+            raise DataError(f"{cfg.data_folder / name}: missing, the manifest lists it")
+    splits = manifest.get("splits", {})
+    if splits.get("val", {}).get("tokens", totals["val"]) != totals["val"]:
+        raise DataError(
+            f"{path}: says {splits['val']['tokens']} validation tokens, the shards hold {totals['val']}"
+        )
+    digest = hashlib.sha256(cfg.tokenizer_file.read_bytes()).hexdigest()
+    if manifest.get("tokenizer", {}).get("sha256", digest) != digest:
+        raise DataError(
+            f"TOKENIZER_PATH={cfg.tokenizer_file}: not the tokenizer that {path} was prepared with"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 5. Attention
+# ---------------------------------------------------------------------------------------------------------
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
+    """Causal softmax attention, scale 1/sqrt(d), query head h reading key/value head h // (H/G).
+
+    q [B, T, H, d], k and v [B, T, G, d] -> [B, T, H, d]. With segments B is 1 and a token sees its own
+    segment only. This is the plain form, right on every device, one segment after the other.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    lengths = [q.size(2)]
+    if segments is not None:
+        lengths = [n for n in segments.cu_seqlens.diff().tolist() if n]
+    spans = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
+    parts = [F.scaled_dot_product_attention(*span, is_causal=True, enable_gqa=True) for span in spans]
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 6. Kernels: the eager forms, right on every device
+# ---------------------------------------------------------------------------------------------------------
+
+
+def softcap(z: Tensor, cap: float) -> Tensor:
+    """Soft-capped logits cap * tanh(z / cap) in float32."""
+    return cap * torch.tanh(z.float() / cap)
+
+
+def softcapped_cross_entropy(z: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """Cross entropy of soft-capped logits: z [..., V], targets [...] -> nats [...]."""
+    losses = F.cross_entropy(softcap(z, cap).flatten(0, -2), targets.flatten(), reduction="none")
+    return losses.view(targets.shape)
+
+
+def leaky_relu_squared(h: Tensor) -> Tensor:
+    """leaky_relu(h, 0.5)^2: h^2 for positive h, h^2/4 for negative."""
+    return F.leaky_relu(h, 0.5).square()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 7. Model (SPEC section 3): one block, one traversal, for training, evaluation, calibration and adaptation
+# ---------------------------------------------------------------------------------------------------------
+
+Adapt = Callable[
+    [str, Tensor], Tensor | float
+]  # role and input of a projection -> what is added to its output
+Tap = Callable[[str, Tensor], None]  # flat weight name and the projection's input
+
+
+class LayerWeights(NamedTuple):
+    """The six matrices of a layer, slices of the banks."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class Pass(NamedTuple):
+    """What a block needs besides its input: rotary tables, segments, the slot's adapters, the tap."""
+
+    rope: tuple[Tensor, Tensor]
+    segments: Segments | None
+    adapt: Adapt | None
+    tap: Tap | None
+
+
+def layer_order(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
+    """Physical layers of the encoder and decoder halves, in order; looped layers recur (depth recurrence)."""
+    if not (looping and cfg.num_loops):
+        layers, half = list(range(cfg.num_layers)), cfg.num_layers // 2
+    else:
+        loop = list(range(cfg.loop_start, cfg.loop_end + 1)) * (cfg.num_loops + 1)
+        layers = [*range(cfg.loop_start), *loop, *range(cfg.loop_end + 1, cfg.num_layers)]
+        half = len(layers) // 2
+    return layers[:half], layers[half:]
+
+
+def num_skips(cfg: Config) -> int:
+    """Skip connections S: those of the looped order, also while looping is still off."""
+    return min(map(len, layer_order(cfg, looping=True)))
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, eps the machine epsilon of x's type."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rope_tables(cfg: Config, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [T, 1, r/2]; positions count from the start of the row."""
+    dims = cfg.rope_dims or cfg.head_dim
+    base = cfg.rope_base
+    if cfg.rope_yarn and length > cfg.train_seq_len:
+        base *= (length / cfg.train_seq_len) ** (dims / (dims - 2))
+    frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims)
+    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the first r dimensions of each head, x [B, T, heads, d]; component j is paired with j + r/2."""
+    cos, sin = (table.to(x.dtype) for table in rope)
+    half = cos.size(-1)
+    a, b, rest = x.split([half, half, x.size(-1) - 2 * half], -1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
+
+
+def project(
+    x: Tensor, weight: Tensor, role: str, adapt: Adapt | None, adapter_input: Tensor | None = None
+) -> Tensor:
+    """x W^T, plus what the adapter of this role makes of its input (x unless given)."""
+    y = F.linear(x, weight)
+    return y if adapt is None else y + adapt(role, x if adapter_input is None else adapter_input)
+
+
+class Attention(nn.Module):
+    """Attention of one layer: normed queries and keys, partial rotary, query gain, XSA, one optional gate."""
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.cfg, self.layer = cfg, layer
+        self.excludes_self = layer >= cfg.num_layers - cfg.xsa_last_n
+        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+        if cfg.sparse_attn_gate_enabled:
+            self.attn_gate_w = nn.Parameter(
+                _normal(cfg.sparse_attn_gate_init_std, cfg.num_heads, cfg.gate_window)
+            )
+        elif cfg.gated_attn_enabled:
+            self.attn_gate_w = nn.Parameter(_normal(cfg.gated_attn_init_std, cfg.num_heads, cfg.model_dim))
+        elif cfg.attn_out_gate_enabled:
+            self.attn_gate_proj = _zero_linear(cfg.gate_window, cfg.num_heads)
+
+    def forward(self, n: Tensor, w: LayerWeights, run: Pass) -> Tensor:
+        """n [B, T, D], the normed and scaled block input -> [B, T, D]."""
+        cfg = self.cfg
+        if run.tap is not None:
+            run.tap(f"blocks.{self.layer}.attn.c_q.weight", n)
+        q_flat = project(n, w.q, "q", run.adapt)
+        q = q_flat.unflatten(-1, (cfg.num_heads, cfg.head_dim))
+        k = project(n, w.k, "k", run.adapt).unflatten(-1, (cfg.num_kv_heads, cfg.head_dim))
+        v = project(n, w.v, "v", run.adapt).unflatten(-1, (cfg.num_kv_heads, cfg.head_dim))
+        q = apply_rope(rms_norm(q), run.rope) * self.q_gain.to(q.dtype)[:, None]
+        k = apply_rope(rms_norm(k), run.rope)
+        y = attend(q, k, v, run.segments)
+        if self.excludes_self:
+            y = self._exclude_self(y, v)
+        gate = self._gate(n, q_flat)
+        if gate is not None:
+            y = y * gate.to(y.dtype)[..., None]
+        y = y.flatten(-2)
+        if run.tap is not None:
+            run.tap(f"blocks.{self.layer}.attn.proj.weight", y)
+        return project(y, w.o, "o", run.adapt, adapter_input=n)
+
+    @staticmethod
+    def _exclude_self(y: Tensor, v: Tensor) -> Tensor:
+        """XSA: remove from each head's output its projection on the token's own value vector."""
+        direction = F.normalize(v, dim=-1, eps=1e-12)[..., None, :]
+        grouped = y.unflatten(-2, (v.size(-2), -1))
+        return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(-3, -2)
+
+    def _gate(self, n: Tensor, q_flat: Tensor) -> Tensor | None:
+        """The factor of each head and position [B, T, H], None without a gate."""
+        cfg = self.cfg
+        if cfg.sparse_attn_gate_enabled:
+            return torch.sigmoid(
+                cfg.sparse_attn_gate_scale * F.linear(n[..., : cfg.gate_window], self.attn_gate_w)
+            )
+        if cfg.gated_attn_enabled:
+            return torch.sigmoid(F.linear(n, self.attn_gate_w))
+        if cfg.attn_out_gate_enabled:
+            source = q_flat if cfg.attn_out_gate_src == "q" else n
+            return 2 * torch.sigmoid(self.attn_gate_proj(source[..., : cfg.gate_window]))
+        return None
+
+
+class Block(nn.Module):
+    """One layer: an attention and an MLP branch, and three ways of adding them to the residual stream."""
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.norm_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
+        self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
+        self.resid_mix = nn.Parameter(torch.stack([torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)]))
+        self.attn = Attention(cfg, layer)
+
+    def _mix(self, x: Tensor, x0: Tensor) -> Tensor:
+        mix = self.resid_mix.to(x.dtype)
+        return mix[0] * x + mix[1] * x0
+
+    def _attention(self, u: Tensor, w: LayerWeights, run: Pass) -> Tensor:
+        return self.attn_scale.to(u.dtype) * self.attn(rms_norm(u) * self.norm_scale, w, run)
+
+    def _mlp(self, u: Tensor, w: LayerWeights, run: Pass) -> Tensor:
+        n = rms_norm(u) * self.norm_scale
+        hidden = leaky_relu_squared(F.linear(n, w.up))
+        if run.tap is not None:
+            run.tap(f"blocks.{self.layer}.mlp.fc.weight", n)
+            run.tap(f"blocks.{self.layer}.mlp.proj.weight", hidden)
+        return self.mlp_scale.to(u.dtype) * project(hidden, w.down, "mlp", run.adapt, adapter_input=n)
+
+    def serial(self, x: Tensor, x0: Tensor, w: LayerWeights, run: Pass) -> Tensor:
+        """Attention, then the MLP on its result."""
+        u = self._mix(x, x0)
+        u = u + self._attention(u, w, run)
+        return u + self._mlp(u, w, run)
+
+    def single(self, x: Tensor, x0: Tensor, w: LayerWeights, run: Pass) -> Tensor:
+        """Attention and MLP side by side on one stream (PR #1493)."""
+        u = self._mix(x, x0)
+        return u + self._attention(u, w, run) + self._mlp(u, w, run)
+
+    def lanes(
+        self, lanes: tuple[Tensor, Tensor], x0: Tensor, w: LayerWeights, run: Pass, keep: Tensor, add: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Two lanes: attention reads lane 0, the MLP lane 1; `keep` [2] per lane, `add` [source, lane]."""
+        a = self._attention(self._mix(lanes[0], x0), w, run)
+        m = self._mlp(lanes[1], w, run)
+        keep, add = keep.to(a.dtype), add.to(a.dtype)
+        return tuple(keep[i] * lanes[i] + add[0, i] * a + add[1, i] * m for i in (0, 1))
+
+
+class GPT(nn.Module):
+    """The language model. Matrices live in banks, one tensor a role, so that Muon treats each as a batch."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        layers, dim, skips = cfg.num_layers, cfg.model_dim, num_skips(cfg)
+        kv_dim = cfg.num_kv_heads * cfg.head_dim
+        self.qo_bank = nn.Parameter(torch.cat([_orthogonal(layers, dim, dim), torch.zeros(layers, dim, dim)]))
+        self.kv_bank = nn.Parameter(_orthogonal(2 * layers, kv_dim, dim))
+        self.mlp_up_bank = nn.Parameter(_orthogonal(layers, cfg.mlp_dim, dim))
+        self.mlp_down_bank = nn.Parameter(torch.zeros(layers, dim, cfg.mlp_dim))
+        self.skip_weights = nn.Parameter(torch.ones(skips, dim))
+        if cfg.skip_gates_enabled:
+            self.skip_gates = nn.Parameter(torch.zeros(skips, dim))
+        self.parallel_post_lambdas = nn.Parameter(torch.ones(layers, 2, 2))
+        self.parallel_resid_lambdas = nn.Parameter(torch.full((layers, 2), 1.1))
+        self.tok_emb = nn.Embedding(cfg.vocab_size, dim)
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(layers))
+        if cfg.tie_embeddings:
+            nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
+        else:
+            self.lm_head = _zero_linear(dim, cfg.vocab_size)
+        if cfg.smear_gate_enabled:
+            self.smear_lambda = nn.Parameter(torch.zeros(1))
+            self.smear_gate = _zero_linear(cfg.gate_window, 1)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Ids [B, T] -> normed embedding [B, T, D]; SmearGate adds a gated share of the previous token's."""
+        e = self.tok_emb(input_ids)
+        if self.cfg.smear_gate_enabled:
+            lam, weight = self.smear_lambda.to(e.dtype), self.smear_gate.weight.to(e.dtype)
+            gate = lam * torch.sigmoid(F.linear(e[:, 1:, : self.cfg.gate_window], weight))
+            if self.cfg.smear_bos_mask:
+                gate = gate * (input_ids[:, 1:, None] != BOS)
+            e = torch.cat([e[:, :1], e[:, 1:] + gate * e[:, :-1]], 1)
+        return rms_norm(e)
+
+    def weights(self, layer: int) -> LayerWeights:
+        """The matrices of a physical layer."""
+        out, value = self.cfg.num_layers + layer, self.cfg.num_layers + layer
+        return LayerWeights(
+            q=self.qo_bank[layer],
+            k=self.kv_bank[layer],
+            v=self.kv_bank[value],
+            o=self.qo_bank[out],
+            up=self.mlp_up_bank[layer],
+            down=self.mlp_down_bank[layer],
+        )
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        segments: Segments | None = None,
+        *,
+        looping: bool,
+        lora: "BatchedLoRA | None" = None,
+        tap: Tap | None = None,
+    ) -> Tensor:
+        """The traversal: ids [B, T] -> final normed hidden states [B, T, D].
+
+        Encoder outputs are pushed, decoder layers pop them through the skip connections; decoder layers from
+        `parallel_start_layer` on are parallel. A slot is the index of a virtual layer, so looped layers have
+        one set of adapters for each pass.
+        """
+        cfg = self.cfg
+        x = x0 = self.embed(input_ids)
+        rope = rope_tables(cfg, input_ids.size(1), x.device)
+        encoder, decoder = layer_order(cfg, looping)
+        skips, lanes = [], None
+        for slot, layer in enumerate(encoder + decoder):
+            adapt = None if lora is None else lora.at(slot)
+            run, w, block = Pass(rope, segments, adapt, tap), self.weights(layer), self.blocks[layer]
+            if slot < len(encoder):
+                x = block.serial(x, x0, w, run)
+                skips.append(x)
+                continue
+            parallel = 0 < cfg.parallel_start_layer <= layer
+            two_lanes = parallel and cfg.parallel_style == "lanes"
+            if two_lanes and lanes is None:
+                lanes = (x, x)
+            step = slot - len(encoder)
+            if skips and step < len(self.skip_weights):
+                skip = skips.pop()
+                if two_lanes:
+                    lanes = (self._add_skip(lanes[0], skip, step), lanes[1])
+                else:
+                    x = self._add_skip(x, skip, step)
+            if two_lanes:
+                keep, add = self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer]
+                lanes = block.lanes(lanes, x0, w, run, keep, add)
+            else:
+                x = (block.single if parallel else block.serial)(x, x0, w, run)
+        if lanes is not None:
+            x = {"mean": (lanes[0] + lanes[1]) / 2, "attn": lanes[0], "mlp": lanes[1]}[
+                cfg.parallel_final_lane
+            ]
+        h = rms_norm(x)
+        if tap is not None:
+            tap(f"{self._head_name}.weight", h)
+        return h
+
+    def _add_skip(self, x: Tensor, skip: Tensor, step: int) -> Tensor:
+        skip = self.skip_weights[step].to(x.dtype) * skip
+        if not self.cfg.skip_gates_enabled:
+            return x + skip
+        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[step]).to(x.dtype))
+
+    @property
+    def _head_name(self) -> str:
+        return "tok_emb" if self.cfg.tie_embeddings else "lm_head"
+
+    def _head(self, h: Tensor, lora: "BatchedLoRA | None") -> Tensor:
+        """Hidden states -> logits before the softcap."""
+        weight = getattr(self, self._head_name).weight
+        return project(h, weight.to(h.dtype), "head", None if lora is None else lora.at(0))
+
+    def logits(self, h: Tensor, lora: "BatchedLoRA | None" = None) -> Tensor:
+        """Soft-capped logits [B, T, V] of hidden states [B, T, D]."""
+        return softcap(self._head(h, lora), self.cfg.logit_softcap)
+
+    def losses(
+        self,
+        input_ids: Tensor,
+        target_ids: Tensor,
+        segments: Segments | None = None,
+        *,
+        looping: bool,
+        lora: "BatchedLoRA | None" = None,
+        scored: Tensor | None = None,
+    ) -> Tensor:
+        """Cross entropy (nats) of each target [B, T]; with `scored` [B, n] at those positions only, [B, n]."""
+        h = self.hidden(input_ids, segments, looping=looping, lora=lora)
+        if scored is not None:
+            h = h.gather(1, scored[..., None].expand(-1, -1, h.size(-1)))
+            target_ids = target_ids.gather(1, scored)
+        return softcapped_cross_entropy(self._head(h, lora), target_ids, self.cfg.logit_softcap)
+
+
+def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs, bias=False)
+    nn.init.zeros_(linear.weight)
+    return linear
+
+
+def _normal(std: float, *shape: int) -> Tensor:
+    return torch.randn(shape) * std if std else torch.zeros(shape)
+
+
+def _orthogonal(count: int, rows: int, columns: int) -> Tensor:
+    return torch.stack([nn.init.orthogonal_(torch.empty(rows, columns)) for _ in range(count)])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 8. LoRA adapters for test-time training (PR #1530, #1767)
+# ---------------------------------------------------------------------------------------------------------
+
+
+class LowRank(nn.Module):
+    """One low-rank map per row of the batch: x A^T B^T."""
+
+    def __init__(self, batch: int, rank: int, inputs: int, outputs: int):
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(batch, rank, inputs))
+        self.B = nn.Parameter(torch.zeros(batch, outputs, rank))
+
+    def draw_A(self, generator: torch.Generator | None) -> None:
+        """A uniform in +-1/sqrt(inputs), drawn on the CPU so that every device gets the same numbers."""
+        bound = 1 / math.sqrt(self.A.size(-1))
+        drawn = torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator)
+        self.A.data.copy_(drawn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [batch, T, inputs] -> [batch, T, outputs]."""
+        return x @ self.A.mT.to(x.dtype) @ self.B.mT.to(x.dtype)
+
+
+class BatchedLoRA(nn.Module):
+    """Adapters of a batch of documents: for each row one on the head and one per virtual layer and role.
+
+    Roles q, k, v and o read the normed block input, mlp the normed MLP input (bypassing its hidden layer);
+    their outputs are scaled by alpha / rank and added to what the role's projection gives.
+    """
+
+    def __init__(self, cfg: Config, batch: int, slots: int, generator: torch.Generator | None = None):
+        super().__init__()
+        self.batch, self._generator = batch, generator
+        self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank
+        dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
+        widths = {"q": dim, "v": kv_dim}
+        widths |= {"k": kv_dim} if cfg.ttt_k_lora else {}
+        widths |= {"mlp": dim} if cfg.ttt_mlp_lora else {}
+        widths |= {"o": dim} if cfg.ttt_o_lora else {}
+        self.lm_head_lora = LowRank(batch, cfg.ttt_lora_rank, dim, cfg.vocab_size)
+        for role, width in widths.items():
+            maps = [LowRank(batch, cfg.ttt_lora_rank, dim, width) for _ in range(slots)]
+            self.add_module(f"{role}_loras", nn.ModuleList(maps))
+        self.draw_A()
+
+    def maps(self) -> Iterable[LowRank]:
+        """All adapters, in the order in which they draw."""
+        return (module for module in self.modules() if isinstance(module, LowRank))
+
+    def draw_A(self) -> None:
+        """Draw all A factors anew."""
+        for low_rank in self.maps():
+            low_rank.draw_A(self._generator)
+
+    def reset_B(self) -> None:
+        """Zero all B factors: the adapters add nothing."""
+        for low_rank in self.maps():
+            low_rank.B.data.zero_()
+
+    def at(self, slot: int) -> Adapt:
+        """The adapters of a virtual layer as a function of role and input."""
+
+        def adapt(role: str, x: Tensor) -> Tensor | float:
+            if role == "head":
+                return self.scale * self.lm_head_lora(x)
+            maps = getattr(self, f"{role}_loras", None)
+            return 0.0 if maps is None else self.scale * maps[slot](x)
+
+        return adapt
+
+
+def lora_slots(cfg: Config, looping: bool) -> int:
+    """Number of virtual layers, each with its own adapters."""
+    return sum(map(len, layer_order(cfg, looping)))
+
+
+def lora_optimizer(cfg: Config, lora: BatchedLoRA) -> torch.optim.AdamW:
+    """A fresh AdamW for the adapters."""
+    betas = (cfg.ttt_beta1, cfg.ttt_beta2)
+    return torch.optim.AdamW(
+        lora.parameters(), cfg.ttt_lora_lr, betas, 1e-10, cfg.ttt_weight_decay, fused=True
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 9. Optimisers, schedules, EMA (SPEC section 4)
+# ---------------------------------------------------------------------------------------------------------
+
+POLAR_EXPRESS = (  # PR #1344: a different cubic-quintic step each time, tuned to five steps
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+QUINTIC = ((3.4445, -4.775, 2.0315),) * 5  # the classic Muon coefficients
+
+
+def newton_schulz(
+    matrices: Tensor, coefficients: Sequence[tuple[float, float, float]] = POLAR_EXPRESS, steps: int = 5
+) -> Tensor:
+    """Orthogonalise each matrix [..., rows, columns] approximately, in bfloat16.
+
+    X <- a X + (b A + c A A) X with A = X X^T, once per triple (a, b, c) (PR #1344).
+    """
+    x = matrices.bfloat16()
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in coefficients[:steps]:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+def update_scale(shape: Sequence[int]) -> float:
+    """Factor of Muon's learning rate for matrices [..., rows, columns]: sqrt(max(1, rows / columns))."""
+    return math.sqrt(max(1.0, shape[-2] / shape[-1]))
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, row normalisation, orthogonalisation, decoupled weight decay, on banks of matrices.
+
+    Gradient and momentum buffer are bfloat16, the parameter is float32: M <- mu M + g, U = g + mu M
+    (Nesterov), rows of U to unit length (MuonEq-R), Newton-Schulz, p <- p (1 - lr wd) - lr scale U.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        nesterov: bool = True,
+        row_normalize: bool = True,
+        coefficients: Sequence[tuple[float, float, float]] = POLAR_EXPRESS,
+        steps: int = 5,
+    ):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        super().__init__(params, defaults | {"row_normalize": row_normalize})
+        self._coefficients = tuple(coefficients)[:steps]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every bank that has a gradient."""
+        for group in self.param_groups:
+            for bank in group["params"]:
+                if bank.grad is not None:
+                    self._update(bank, group)
+
+    def _update(self, bank: nn.Parameter, group: dict) -> None:
+        gradient = bank.grad.bfloat16()
+        buffer = self.state[bank].setdefault("momentum_buffer", torch.zeros_like(gradient))
+        buffer.mul_(group["momentum"]).add_(gradient)
+        update = gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+        if group["row_normalize"]:
+            norms = update.float().norm(dim=-1, keepdim=True).clamp_min(1e-7)
+            update = update / norms.bfloat16()
+        update = newton_schulz(update, self._coefficients, len(self._coefficients))
+        bank.mul_(1 - group["lr"] * group["weight_decay"])
+        bank.add_(update, alpha=-group["lr"] * update_scale(bank.shape))
+
+
+def parameter_table(cfg: Config, model: GPT) -> dict[str, dict]:
+    """Optimiser, learning rate and decay of every parameter, by name; each has exactly one row.
+
+    The four banks go to Muon, largest first; embedding (and untied head) to AdamW; all else, the control
+    tensors, to AdamW with the scalar rates.
+    """
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    banks = sorted((n for n in shapes if n.endswith("_bank")), key=lambda n: -shapes[n].numel())
+    muon = {
+        "optimizer": "muon",
+        "lr": cfg.matrix_lr,
+        "weight_decay": cfg.muon_wd,
+        "momentum": cfg.muon_momentum,
+    }
+    muon |= {
+        "backend_steps": cfg.muon_backend_steps,
+        "nesterov": True,
+        "row_normalize": cfg.muon_row_normalize,
+    }
+    adam = {"betas": [cfg.beta1, cfg.beta2], "eps": cfg.adam_eps}
+    embed = {
+        "lr": cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr,
+        "weight_decay": cfg.embed_wd,
+    } | adam
+    scalar = {"optimizer": "adamw_scalar", "lr": cfg.scalar_lr, "weight_decay": cfg.adam_wd} | adam
+    table = {name: muon | {"update_scale": update_scale(shapes[name])} for name in banks}
+    table["tok_emb.weight"] = {"optimizer": "adamw_tok"} | embed
+    if not cfg.tie_embeddings:
+        table["lm_head.weight"] = {"optimizer": "adamw_head"} | embed
+    rest = [name for name in shapes if name not in table]
+    rest.sort(
+        key=lambda name: (not name.startswith("blocks."), name == "smear_lambda")
+    )  # the published order
+    table |= {name: scalar for name in rest}
+    assert table.keys() == shapes.keys(), f"parameters without one row each: {table.keys() ^ shapes.keys()}"
+    return table
+
+
+def lr_multiplier(frac: float, warmdown_frac: float, min_lr: float) -> float:
+    """Learning-rate factor at a fraction of training: 1, then linear to 0 at the end, with a floor."""
+    if warmdown_frac <= 0 or frac < 1 - warmdown_frac:
+        return 1.0
+    return max((1 - frac) / warmdown_frac, min_lr)
+
+
+def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> float:
+    """Muon's momentum: linear from start to end over the warm-up."""
+    share = min(step / warmup_steps, 1.0) if warmup_steps else 1.0
+    return (1 - share) * start + share * end
+
+
+class EMA:
+    """Exponential moving average of all state in float32, started at the state it is given."""
+
+    def __init__(self, state: Mapping[str, Tensor], decay: float):
+        self.decay = decay
+        self.averages = {name: tensor.detach().float().clone() for name, tensor in state.items()}
+
+    @torch.no_grad()
+    def update(self, state: Mapping[str, Tensor]) -> None:
+        """average <- decay * average + (1 - decay) * state."""
+        current = [state[name].detach().float() for name in self.averages]
+        torch._foreach_lerp_(list(self.averages.values()), current, 1 - self.decay)
+
+    def cast_like(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The averages, rounded once to the type of each tensor of the state."""
+        return {name: average.to(state[name].dtype) for name, average in self.averages.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 10. Training
+# ---------------------------------------------------------------------------------------------------------
+
+CPU = Ranks(torch.device("cpu"))
+Batch = tuple[Tensor, Tensor, Segments]
+
+
+class StepReport(NamedTuple):
+    """What a training step did; loss and gradient norm stay on the device until they are read."""
+
+    train_loss: Tensor
+    grad_norm: Tensor
+    lr_multiplier: float
+    muon_momentum: float
+    looping: bool
+
+
+class Trainer:
+    """Model, loader, both optimisers and the EMA; `step` does one optimiser step."""
+
+    def __init__(self, cfg: Config, model: GPT, loader: PackedLoader, ranks: Ranks = CPU):
+        self.cfg, self.model, self.loader, self.ranks = cfg, model, loader, ranks
+        self.looping = False
+        self.micro_batches = cfg.micro_batches(ranks.world_size)
+        parameters = dict(model.named_parameters())
+        table = parameter_table(cfg, model)
+        coefficients = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC}[cfg.muon_coefficients]
+        self.muon = Muon(
+            [parameters[name] for name, row in table.items() if row["optimizer"] == "muon"],
+            cfg.matrix_lr,
+            cfg.muon_momentum,
+            cfg.muon_wd,
+            row_normalize=cfg.muon_row_normalize,
+            coefficients=coefficients,
+            steps=cfg.muon_backend_steps,
+        )
+        groups = {}
+        for name, row in table.items():
+            if row["optimizer"] != "muon":
+                rates = {key: row[key] for key in ("lr", "weight_decay", "betas", "eps")}
+                groups.setdefault(row["optimizer"], rates | {"params": []})["params"].append(parameters[name])
+        self.adamw = torch.optim.AdamW(list(groups.values()), fused=True)
+        self._base_rates = [(g, g["lr"]) for o in (self.muon, self.adamw) for g in o.param_groups]
+        self.ema = EMA(model.state_dict(), cfg.ema_decay)
+
+    def step(self, step: int, frac: float, batches: Sequence[Batch] | None = None) -> StepReport:
+        """Step number `step` at a fraction of training; batches come from the loader unless given."""
+        cfg = self.cfg
+        self.looping = self.looping or (cfg.num_loops > 0 and frac >= cfg.enable_looping_at)
+        train_loss = self._accumulate_gradients(batches)
+        factor = lr_multiplier(frac, cfg.warmdown_frac, cfg.min_lr)
+        momentum = muon_momentum(
+            step, cfg.muon_momentum_warmup_start, cfg.muon_momentum, cfg.muon_momentum_warmup_steps
+        )
+        for group, rate in self._base_rates:
+            group["lr"] = rate * factor
+        self.muon.param_groups[0]["momentum"] = momentum
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip_norm or math.inf)
+        self.adamw.step()
+        self.muon.step()
+        self.model.zero_grad(set_to_none=True)
+        self.ema.update(self.model.state_dict())
+        return StepReport(train_loss, grad_norm, factor, momentum, self.looping)
+
+    def _accumulate_gradients(self, batches: Sequence[Batch] | None) -> Tensor:
+        total = torch.zeros((), device=self.ranks.device)
+        for micro in range(self.micro_batches):
+            x, y, segments = self.loader.next() if batches is None else batches[micro]
+            device = self.ranks.device
+            with self.ranks.autocast():
+                losses = self.model.losses(
+                    x.to(device), y.to(device), segments.to(device), looping=self.looping
+                )
+            loss = losses.mean() / self.micro_batches
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def warm_up(self, steps: int) -> None:
+        """Run every graph `steps` times on random tokens, then restore all state as it was."""
+        before = self.snapshot()
+        generator = torch.Generator().manual_seed(0)
+        tokens = self.cfg.train_batch_tokens // (self.ranks.world_size * self.micro_batches)
+        for frac in (0.0, 1.0)[: 1 + bool(self.cfg.num_loops)]:
+            for _ in range(steps):
+                rows = torch.randint(
+                    BOS, self.cfg.vocab_size, (self.micro_batches, tokens + 1), generator=generator
+                )
+                self.step(0, frac, [packed_row(row, self.cfg.train_seq_len) for row in rows])
+        self.restore(before)
+
+    def snapshot(self) -> dict:
+        """A copy of everything that a step changes."""
+        state = {"model": self.model, "muon": self.muon, "adamw": self.adamw}
+        copies = {name: _copy_tensors(part.state_dict()) for name, part in state.items()}
+        averages = _copy_tensors(self.ema.averages)
+        return copies | {"ema": averages, "looping": self.looping, "loader": self.loader.state()}
+
+    def restore(self, snapshot: dict) -> None:
+        """Go back to a snapshot."""
+        self.model.load_state_dict(snapshot["model"])
+        self.muon.load_state_dict(snapshot["muon"])
+        self.adamw.load_state_dict(snapshot["adamw"])
+        self._base_rates = [
+            (group, rate)
+            for group, (_, rate) in zip(
+                self.muon.param_groups + self.adamw.param_groups, self._base_rates, strict=True
+            )
+        ]
+        self.ema.averages = _copy_tensors(snapshot["ema"])
+        self.looping = snapshot["looping"]
+        self.loader.load_state(snapshot["loader"])
+
+
+def _copy_tensors(tree: object) -> object:
+    if isinstance(tree, Tensor):
+        return tree.clone()
+    if isinstance(tree, dict):
+        return {key: _copy_tensors(value) for key, value in tree.items()}
+    return [_copy_tensors(item) for item in tree] if isinstance(tree, list) else tree
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on through no setting's fault: one line, exit code 1."""
+
+
+def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[int], None]) -> int:
+    """Train until the wall clock or the number of steps is used up, then put the EMA weights into the model.
+
+    `validate(step)` is called every `val_loss_every` steps, off the clock. Returns the number of steps.
+    """
+    cfg = trainer.cfg
+    trainer.warm_up(cfg.warmup_steps)
+    allowance = max(cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds, 0.0)
+    capped, step, elapsed = cfg.max_wallclock_seconds > 0, 0, 0.0
+    progress = log.progress("train", cfg.iterations)
+    while step < cfg.iterations and not (capped and elapsed >= allowance):
+        if cfg.val_loss_every and step % cfg.val_loss_every == 0:
+            validate(step)
+        was_looping = trainer.looping
+        with watch.stage("train"):
+            report = trainer.step(step, elapsed / allowance if capped else step / cfg.iterations)
+        step, elapsed = step + 1, watch.seconds["train"]
+        if report.looping and not was_looping:
+            encoder, decoder = layer_order(cfg, looping=True)
+            log.event("looping", step=step, encoder=encoder, decoder=decoder)
+        if step <= 5 or step % cfg.train_log_every == 0:
+            _log_step(log, cfg, step, report, elapsed)
+        progress.update(step)
+    trainer.model.load_state_dict(trainer.ema.cast_like(trainer.model.state_dict()))
+    return step
+
+
+def _log_step(log: RunLog, cfg: Config, step: int, report: StepReport, elapsed: float) -> None:
+    loss, norm = float(report.train_loss), float(report.grad_norm)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise RunError(f"step {step}: train_loss {loss}, grad_norm {norm}: not finite, training stopped")
+    log.event(
+        "train",
+        step=step,
+        train_loss=loss,
+        grad_norm=norm,
+        lr_multiplier=report.lr_multiplier,
+        train_seconds=elapsed,
+        tokens_per_second=step * cfg.train_batch_tokens / elapsed,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 11. Quantisation (SPEC section 5): Hessians, GPTQ, LQER
+# ---------------------------------------------------------------------------------------------------------
+
+BANKS = {  # bank -> the flat names of its slices, in the order of the bank's halves
+    "qo_bank": ("attn.c_q.weight", "attn.proj.weight"),
+    "kv_bank": ("attn.c_k.weight", "attn.c_v.weight"),
+    "mlp_up_bank": ("mlp.fc.weight",),
+    "mlp_down_bank": ("mlp.proj.weight",),
+}
+
+
+def flatten_banks(state: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    """State dict with banks -> one entry per matrix, `blocks.{i}.attn.c_q.weight` and so on."""
+    flat = {}
+    for name, tensor in state.items():
+        members = BANKS.get(name)
+        if members is None:
+            flat[name] = tensor
+            continue
+        for layer in range(num_layers):
+            for half, member in enumerate(members):
+                flat[f"blocks.{layer}.{member}"] = tensor[half * num_layers + layer]
+    return flat
+
+
+def restore_banks(flat: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    """The inverse of `flatten_banks`."""
+    state = dict(flat)
+    for bank, members in BANKS.items():
+        slices = [state.pop(f"blocks.{layer}.{member}") for member in members for layer in range(num_layers)]
+        state[bank] = torch.stack(slices)
+    return state
+
+
+class HessianCollector:
+    """Sums x^T x of every projection's inputs over tokens, batches and passes of looped layers (float32)."""
+
+    def __init__(self):
+        self._sums: dict[str, Tensor] = {}
+
+    def tap(self, name: str, x: Tensor) -> None:
+        """Add the inputs x [..., n] of a projection."""
+        rows = x.detach().flatten(0, -2).float()
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(rows.size(1), rows.size(1), device=x.device)
+        self._sums[name].addmm_(rows.mT, rows)
+
+    def hessians(self, num_batches: int) -> dict[str, Tensor]:
+        """The sums divided by the number of batches; K and V share the Hessian of Q, as their input."""
+        hessians = {name: total / num_batches for name, total in self._sums.items()}
+        for name in list(hessians):
+            if name.endswith("c_q.weight"):
+                for other in ("c_k", "c_v"):
+                    hessians[name.replace("c_q", other)] = hessians[name]
+        return hessians
+
+
+@torch.no_grad()
+def calibrate(
+    model: GPT, cfg: Config, loader: ShuffledLoader, *, looping: bool, ranks: Ranks = CPU
+) -> dict[str, Tensor]:
+    """Hessians over `gptq_calibration_batches` batches of plain training windows, without segments."""
+    collector = HessianCollector()
+    micro_batches = cfg.micro_batches(ranks.world_size)
+    rows = cfg.train_batch_tokens // (ranks.world_size * micro_batches) // cfg.train_seq_len
+    for _ in range(cfg.gptq_calibration_batches * micro_batches):
+        x, _ = loader.next(rows)
+        with ranks.autocast():
+            model.hidden(x.to(ranks.device), looping=looping, tap=collector.tap)
+    return collector.hessians(cfg.gptq_calibration_batches)
+
+
+class Scheme(NamedTuple):
+    """How a tensor is stored: kind, and for GPTQ the bits and the clip width in row standard deviations."""
+
+    kind: Literal["gptq", "int8_rows", "fp16"]
+    bits: int = 16
+    clip_sigmas: float = 0.0
+
+
+def scheme(name: str, tensor: Tensor, cfg: Config) -> Scheme:
+    """The scheme of a tensor by its flat name and size."""
+    gate = name.endswith(".attn_gate_w") and tensor.ndim == 2 and 32 <= tensor.numel() <= 8192
+    if gate and cfg.gated_attn_quant_gate:
+        return Scheme("int8_rows", 8)
+    if tensor.numel() <= cfg.float16_max_elements or tensor.ndim != 2:
+        return Scheme("fp16")
+    if "tok_emb" in name or "lm_head" in name:
+        return Scheme("gptq", cfg.embed_bits, cfg.embed_clip_sigmas)
+    by_role = {".mlp.": cfg.mlp_clip_sigmas, ".attn.": cfg.attn_clip_sigmas}
+    sigmas = next((value for role, value in by_role.items() if role in name), cfg.matrix_clip_sigmas)
+    return Scheme("gptq", cfg.matrix_bits, sigmas)
+
+
+SMALLEST_HALF = 2.0**-24  # a scale below this would be 0 in float16 and divide by zero
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, block: int = 128
+) -> tuple[Tensor, Tensor]:
+    """GPTQ (arXiv 2210.17323) with SDClip row scales (PR #1394).
+
+    weight [rows, columns], hessian [columns, columns] of its inputs -> levels int8 [rows, columns], scale
+    float16 [rows]. Columns go by falling diagonal; each one's rounding error is spread over the later ones.
+    """
+    w, h = weight.float().clone(), hessian.float().clone()
+    q_max = 2 ** (bits - 1) - 1
+    scale = (clip_sigmas * w.std(dim=1) / q_max).clamp_min(SMALLEST_HALF).half()
+    step = scale.float()
+    dead = h.diagonal() == 0
+    h.diagonal()[dead] = 1
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    w[:, dead] = 0
+    order = torch.argsort(h.diagonal(), descending=True)
+    w, h = w[:, order], h[order][:, order]
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    levels = torch.empty_like(w)
+    for start in range(0, w.size(1), block):
+        end = min(start + block, w.size(1))
+        errors = torch.empty_like(w[:, start:end])
+        for j in range(start, end):
+            levels[:, j] = (w[:, j] / step).round().clamp(-q_max, q_max)
+            errors[:, j - start] = (w[:, j] - levels[:, j] * step) / upper[j, j]
+            w[:, j:end] -= errors[:, j - start, None] * upper[j, j:end]
+        w[:, end:] -= errors @ upper[start:end, end:]
+    return levels[:, torch.argsort(order)].to(torch.int8), scale
+
+
+def quantize_rows_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows to int8 by their largest magnitude: levels int8 [rows, columns], scale float16 [rows]."""
+    return _round_to_scale(weight.float(), weight.float().abs().amax(1) / 127, -127, 127)
+
+
+def _round_to_scale(values: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Levels of values [n, m] at one scale per row, and the scales in float16, never 0."""
+    scale = scale.clamp_min(SMALLEST_HALF).half()
+    return (values / scale.float()[:, None]).round().clamp(low, high).to(torch.int8), scale
+
+
+def low_rank_factors(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best rank-r approximation A B of an error matrix: A = U S [rows, r], B = V^T [r, columns]."""
+    u, s, vh = torch.linalg.svd(error.float(), full_matrices=False)
+    return u[:, :rank] * s[:rank], vh[:rank]
+
+
+def pack_low_rank_asym(a: Tensor, b: Tensor, group: int) -> dict[str, Tensor]:
+    """LQER, asymmetric (PR #1797): A in int2 with one scale, B in int4 with a scale per `group` elements."""
+    q_a, s_a = _round_to_scale(a.reshape(1, -1), a.abs().amax().reshape(1) / 1.5, -2, 1)
+    groups = b.reshape(-1, group)
+    q_b, s_b = _round_to_scale(groups, groups.abs().amax(1) / 7.5, -8, 7)
+    return {"lqA_a": q_a.view(a.shape), "lqAs_a": s_a[0], "lqB_a": q_b.view(b.shape), "lqBs_a": s_b}
+
+
+def pack_low_rank_sym(a: Tensor, b: Tensor, bits: int) -> dict[str, Tensor]:
+    """LQER, symmetric: both factors in integers of `bits`, one scale per row."""
+    top = 2 ** (bits - 1) - 1
+    q_a, s_a = _round_to_scale(a, a.abs().amax(1) / top, -top, top)
+    q_b, s_b = _round_to_scale(b, b.abs().amax(1) / top, -top, top)
+    return {"lqA": q_a, "lqAs": s_a, "lqB": q_b, "lqBs": s_b}
+
+
+def unpack_low_rank(packed: Mapping[str, Tensor]) -> Tensor:
+    """The correction A B, float32 [rows, columns], of packed factors."""
+    if "lqA" in packed:
+        a = packed["lqA"].float() * packed["lqAs"].float()[:, None]
+        return a @ (packed["lqB"].float() * packed["lqBs"].float()[:, None])
+    groups = packed["lqBs_a"].numel()
+    b = packed["lqB_a"].float().view(groups, -1) * packed["lqBs_a"].float()[:, None]
+    return packed["lqA_a"].float() * packed["lqAs_a"].float() @ b.view(packed["lqB_a"].shape)
+
+
+@dataclass
+class QuantizedTensor:
+    """A stored tensor: its scheme and its arrays, keyed by the suffixes of the published format."""
+
+    kind: str
+    bits: int
+    shape: tuple[int, ...]
+    arrays: dict[str, Tensor]
+
+    @property
+    def correction(self) -> str:
+        """ "asym", "sym" or "" (no low-rank correction)."""
+        return "asym" if "lqA_a" in self.arrays else "sym" if "lqA" in self.arrays else ""
+
+    @property
+    def category(self) -> str:
+        """The published name of the scheme."""
+        if self.kind == "fp16":
+            return "passthrough (float16)"
+        if self.kind == "int8_rows":
+            return "gate_int8_row"
+        return f"gptq (int{self.bits})" + {"": "", "asym": "+lqer_asym", "sym": "+lqer"}[self.correction]
+
+    def dequantize(self) -> Tensor:
+        """The float32 tensor that the model gets."""
+        if self.kind == "fp16":
+            return self.arrays[""].float()
+        levels, scale = ("gq", "gs") if self.kind == "int8_rows" else ("q", "scale")
+        weight = self.arrays[levels].float() * self.arrays[scale].float()[:, None]
+        return weight + unpack_low_rank(self.arrays) if self.correction else weight
+
+
+def quantize_tensor(name: str, tensor: Tensor, hessian: Tensor | None, cfg: Config) -> QuantizedTensor:
+    """Store one tensor by its scheme; without a Hessian (untied embedding) all inputs weigh the same."""
+    kind, bits, clip_sigmas = scheme(name, tensor, cfg)
+    if kind == "fp16":
+        arrays = {"": tensor.half()}
+    elif kind == "int8_rows":
+        arrays = dict(zip(("gq", "gs"), quantize_rows_int8(tensor), strict=True))
+    else:
+        hessian = torch.eye(tensor.size(1), device=tensor.device) if hessian is None else hessian
+        arrays = dict(zip(("q", "scale"), gptq(tensor, hessian, bits, clip_sigmas), strict=True))
+    return QuantizedTensor(kind, bits, tuple(tensor.shape), arrays)
+
+
+def quantize_state(
+    flat: Mapping[str, Tensor],
+    hessians: Mapping[str, Tensor],
+    cfg: Config,
+    on_tensor: Callable[[int], None] | None = None,
+) -> dict[str, QuantizedTensor]:
+    """Store every tensor of a flat state dict, then correct the matrices with the largest errors (LQER)."""
+    records: dict[str, QuantizedTensor] = {}
+    errors: dict[str, Tensor] = {}
+    for name, tensor in flat.items():
+        records[name] = quantize_tensor(name, tensor, hessians.get(name), cfg)
+        if records[name].kind == "gptq":
+            errors[name] = tensor.float() - records[name].dequantize()
+        if on_tensor:
+            on_tensor(len(records))
+    if cfg.lqer_enabled:
+        worst = sorted(errors, key=lambda name: -float(errors[name].norm()))
+        for name in worst[: cfg.lqer_top_k]:
+            a, b = low_rank_factors(errors[name], cfg.lqer_rank)
+            asymmetric = cfg.lqer_asym_enabled and b.numel() % cfg.lqer_asym_group == 0
+            packed = (
+                pack_low_rank_asym(a, b, cfg.lqer_asym_group)
+                if asymmetric
+                else pack_low_rank_sym(a, b, cfg.lqer_factor_bits)
+            )
+            records[name].arrays |= packed
+    return records
+
+
+def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) -> dict[str, Tensor]:
+    """The model's state dict of stored tensors."""
+    return restore_banks({name: record.dequantize() for name, record in records.items()}, num_layers)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 12. Artifact: a container without anything executable, and the counted code
+#
+# magic, version, codec (1 byte each after the magic) | header length u32 | sha256 of what follows | header:
+# compressed JSON (model settings; name, kind, bits, shape, correction of each tensor; key and packed length
+# of each stream) | streams: all arrays of one key, concatenated in the tensors' order and compressed.
+# ---------------------------------------------------------------------------------------------------------
+
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
+CODECS = ("brotli", "lzma")
+SHUFFLE_MAGIC = b"BSHF"
+PREFIX = struct.Struct("<5sBBI32s")
+
+
+def byte_shuffle(data: bytes, stride: int = 2) -> bytes:
+    """Group the bytes at 0, s, 2s, ..., then 1, 1+s, ...; data shorter than s stay as they are."""
+    if stride <= 1 or len(data) < stride:
+        return data
+    return SHUFFLE_MAGIC + bytes([stride]) + b"".join(data[i::stride] for i in range(stride))
+
+
+def byte_unshuffle(data: bytes) -> bytes:
+    """The inverse of `byte_shuffle`; data without its header are returned as they are."""
+    if not data.startswith(SHUFFLE_MAGIC) or len(data) < 5:
+        return data
+    stride, body = data[4], data[5:]
+    if stride < 2:
+        return body
+    out, start = bytearray(len(body)), 0
+    for i in range(stride):
+        length = len(range(i, len(body), stride))
+        out[i::stride] = body[start : start + length]
+        start += length
+    return bytes(out)
+
+
+def compress(data: bytes, codec: str) -> bytes:
+    """Compress at the best setting of a codec."""
+    if codec == "lzma":
+        return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
+    import brotli
+
+    return brotli.compress(data, quality=11, lgwin=24)
+
+
+def decompress(data: bytes, codec: str) -> bytes:
+    """The inverse of `compress`. Raises ArtifactError on damaged data."""
+    try:
+        if codec == "lzma":
+            return lzma.decompress(data)
+        import brotli
+
+        return brotli.decompress(data)
+    except (lzma.LZMAError, EOFError) as error:
+        raise ArtifactError(f"damaged {codec} stream ({error})") from None
+    except Exception as error:  # brotli.error has no fixed base class across releases
+        if type(error).__module__.startswith(("brotli", "_brotli")):
+            raise ArtifactError(f"damaged {codec} stream ({error})") from None
+        raise
+
+
+def array_layout(
+    kind: str, shape: Sequence[int], correction: Sequence
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Keys of a stored tensor's arrays with type and shape; correction is [] or [style, rank, group]."""
+    if kind == "fp16":
+        return {"": ("<f2", tuple(shape))}
+    rows, columns = shape
+    levels, scale = ("gq", "gs") if kind == "int8_rows" else ("q", "scale")
+    layout = {levels: ("|i1", (rows, columns)), scale: ("<f2", (rows,))}
+    if correction:
+        style, rank, group = correction
+        suffix = "_a" if style == "asym" else ""
+        scales = ((), (rank * columns // group,)) if style == "asym" else ((rows,), (rank,))
+        layout |= {f"lqA{suffix}": ("|i1", (rows, rank)), f"lqAs{suffix}": ("<f2", scales[0])}
+        layout |= {f"lqB{suffix}": ("|i1", (rank, columns)), f"lqBs{suffix}": ("<f2", scales[1])}
+    return layout
+
+
+def _correction_entry(record: QuantizedTensor) -> list:
+    if not record.correction:
+        return []
+    b = record.arrays["lqB_a" if record.correction == "asym" else "lqB"]
+    group = b.numel() // record.arrays["lqBs_a"].numel() if record.correction == "asym" else 0
+    return [record.correction, b.size(0), group]
+
+
+def pack_artifact(records: Mapping[str, QuantizedTensor], cfg: Config) -> bytes:
+    """Stored tensors and the settings that rebuild the model -> the artifact. Same weights, same bytes."""
+    tensors, streams = [], {}
+    for name, record in records.items():
+        correction = _correction_entry(record)
+        tensors.append([name, record.kind, record.bits, list(record.shape), correction])
+        for key, (dtype, _) in array_layout(record.kind, record.shape, correction).items():
+            streams.setdefault((key, dtype), []).append(
+                record.arrays[key].cpu().numpy().astype(dtype).tobytes()
+            )
+    packed = {
+        key: compress(byte_shuffle(b"".join(parts), int(dtype[-1])), cfg.compressor)
+        for (key, dtype), parts in streams.items()
+    }
+    index = [[key, len(data)] for key, data in packed.items()]
+    header = {"model": cfg.model_settings(), "tensors": tensors, "streams": index}
+    head = compress(json.dumps(header, separators=(",", ":")).encode(), cfg.compressor)
+    body = head + b"".join(packed.values())
+    codec = CODECS.index(cfg.compressor)
+    return (
+        PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, codec, len(head), hashlib.sha256(body).digest()) + body
+    )
+
+
+def unpack_artifact(blob: bytes) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
+    """The artifact -> model settings and stored tensors. Raises ArtifactError unless all is as written."""
+    if len(blob) < PREFIX.size or not blob.startswith(ARTIFACT_MAGIC):
+        raise ArtifactError("not a model artifact of this script (its first bytes are others)")
+    _, version, codec, head_len, digest = PREFIX.unpack_from(blob)
+    if version != ARTIFACT_VERSION or codec >= len(CODECS):
+        raise ArtifactError(
+            f"artifact version {version}, codec {codec}: this script reads version {ARTIFACT_VERSION}"
+        )
+    body = memoryview(blob)[PREFIX.size :]
+    if hashlib.sha256(body).digest() != digest:
+        raise ArtifactError("artifact is truncated or corrupted (checksum differs)")
+    try:
+        header = json.loads(decompress(bytes(body[:head_len]), CODECS[codec]))
+        streams, start = {}, head_len
+        for key, length in header["streams"]:
+            streams[key] = byte_unshuffle(decompress(bytes(body[start : start + length]), CODECS[codec]))
+            start += length
+        records = _read_tensors(header["tensors"], streams)
+        return dict(header["model"]), records
+    except (KeyError, TypeError, IndexError, OverflowError, ValueError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(f"artifact header does not fit its contents ({error})") from None
+
+
+def _read_tensors(entries: Sequence[Sequence], streams: Mapping[str, bytes]) -> dict[str, QuantizedTensor]:
+    cursors = dict.fromkeys(streams, 0)
+    records = {}
+    for name, kind, bits, shape, correction in entries:
+        arrays = {}
+        for key, (dtype, dims) in array_layout(kind, shape, correction).items():
+            count = math.prod(dims)
+            array = np.frombuffer(streams[key], dtype, count, cursors[key]) if count else np.empty(0, dtype)
+            cursors[key] += array.nbytes
+            arrays[key] = torch.from_numpy(array.reshape(dims).copy())
+        records[name] = QuantizedTensor(kind, bits, tuple(shape), arrays)
+    if any(cursors[key] != len(data) for key, data in streams.items()):
+        raise ArtifactError("artifact streams are longer than its tensors")
+    return records
+
+
+WRAPPER = 'import lzma as l,base64 as b\nexec(l.decompress(b.b85decode("%s")))\n'
+
+
+def pack_code(source: bytes) -> tuple[bytes, bool]:
+    """The script as it is counted: minified, lzma, base85, in a wrapper that runs; a packed one stays itself.
+
+    Returns the wrapper and whether the source was minified; without `python-minifier` all of it is packed.
+    """
+    head, _, tail = WRAPPER.encode().partition(b"%s")
+    if source.startswith(head):
+        return source, True
+    try:
+        import python_minifier
+    except ImportError:
+        minified = None
+    else:
+        minified = python_minifier.minify(
+            source.decode(), remove_literal_statements=True, rename_globals=True
+        ).encode()
+    data = lzma.compress(minified or source, lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+    return head + base64.b85encode(data) + tail, minified is not None
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """A full-precision checkpoint: a state dict, read without unpickling anything but tensors."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for a damaged or foreign file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArtifactError(f"MODEL_PATH={path}: not a checkpoint of tensors ({reason[:120]})") from None
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 13. Evaluation (SPEC section 6): standard, and phased score-first LoRA test-time training
+# ---------------------------------------------------------------------------------------------------------
+
+
+class BpbMeter:
+    """Sums of losses (nats), targets and original bytes in float64. The only place that knows ln 2."""
+
+    def __init__(self):
+        self.loss_sum = self.tokens = self.bytes = 0.0
+
+    def add_sums(self, loss_sum: float, byte_sum: float, tokens: float) -> None:
+        """Add sums over targets."""
+        self.loss_sum += loss_sum
+        self.bytes += byte_sum
+        self.tokens += tokens
+
+    def add(self, losses: Tensor, byte_counts: Tensor) -> None:
+        """Add the losses of targets and the bytes that they stand for."""
+        self.add_sums(float(losses.double().sum()), float(byte_counts.sum()), float(losses.numel()))
+
+    @property
+    def val_loss(self) -> float:
+        """Nats per target."""
+        return self.loss_sum / self.tokens
+
+    @property
+    def val_bpb(self) -> float:
+        """Bits per original byte."""
+        return self.val_loss / math.log(2) * self.tokens / self.bytes
+
+
+Score = Callable[[Tensor, Tensor, Segments], Tensor]
+
+
+def model_score(model: GPT, *, looping: bool, ranks: Ranks = CPU) -> Score:
+    """The model as a function of inputs, targets and segments that returns the losses."""
+
+    @torch.no_grad()
+    def score(x: Tensor, y: Tensor, segments: Segments) -> Tensor:
+        device = ranks.device
+        with ranks.autocast():
+            return model.losses(x.to(device), y.to(device), segments.to(device), looping=looping).cpu()
+
+    return score
+
+
+def evaluate_standard(
+    score: Score,
+    val: ValidationSet,
+    row_tokens: int,
+    max_doc_len: int,
+    on_row: Callable[[int, BpbMeter], None] | None = None,
+) -> BpbMeter:
+    """Score every target once: rows of `row_tokens` targets, the last one shorter, documents as segments."""
+    meter = BpbMeter()
+    for start in range(0, val.num_targets, row_tokens):
+        end = min(start + row_tokens, val.num_targets)
+        x, y, segments = packed_row(val.tokens[start : end + 1], max_doc_len)
+        meter.add(score(x, y, segments), val.target_bytes[start:end])
+        if on_row:
+            on_row(end, meter)
+    return meter
+
+
+# -- the plan of test-time training: documents -> batches -> chunks -> phases, pure functions
+
+
+class TTTBatch(NamedTuple):
+    """Documents adapted side by side: number (by ascending length), (document number, (start, length))."""
+
+    index: int
+    documents: list[tuple[int, tuple[int, int]]]
+
+
+class ChunkWindow(NamedTuple):
+    """Window of a chunk inside its document: first input, inputs, offset of the scored ones, their number."""
+
+    start: int
+    length: int
+    offset: int
+    targets: int
+
+
+def select_documents(
+    documents: Sequence[tuple[int, int]], fraction: float, seed: int
+) -> list[tuple[int, int]]:
+    """A random sample of the documents, in their order; all of them for fraction 1."""
+    if fraction >= 1:
+        return list(documents)
+    count = max(1, round(len(documents) * fraction))
+    return [documents[i] for i in sorted(random.Random(seed).sample(range(len(documents)), count))]
+
+
+def ttt_batches(
+    documents: Sequence[tuple[int, int]], batch_size: int, ascending: bool = False
+) -> list[TTTBatch]:
+    """Batches of documents of similar length; longest first unless `ascending`."""
+    by_length = sorted(enumerate(documents), key=lambda item: item[1][1])
+    starts = range(0, len(by_length), batch_size)
+    batches = [TTTBatch(i, by_length[start : start + batch_size]) for i, start in enumerate(starts)]
+    if ascending:
+        return batches
+    return sorted(batches, key=lambda batch: -max(length for _, (_, length) in batch.documents))
+
+
+def phase_boundaries(prefix_docs: int, num_phases: int, num_docs: int) -> list[int]:
+    """Numbers of scored documents at which the base weights are trained."""
+    prefix = min(prefix_docs, num_docs)
+    return [prefix * (i + 1) // num_phases for i in range(num_phases)] if prefix else []
+
+
+def chunk_window(chunk: int, pred_len: int, chunk_size: int, max_window: int) -> ChunkWindow:
+    """The window that scores a chunk of a document of `pred_len` targets: the inputs up to its end."""
+    first, end = chunk * chunk_size, min((chunk + 1) * chunk_size, pred_len)
+    start = max(0, end - max_window)
+    return ChunkWindow(start, end - start, first - start, end - first)
+
+
+class ChunkBatch(NamedTuple):
+    """One chunk of each document of a batch, as the model reads it; finished documents are rows of zeros."""
+
+    x: Tensor  # inputs [B, T]
+    y: Tensor  # targets [B, T]
+    scored: Tensor  # positions of the chunk's targets [B, chunk_size]
+    valid: Tensor  # which of them exist [B, chunk_size]
+    trains: Tensor  # documents with a later chunk [B]: the only ones that may learn from this one
+    spans: list[tuple[int, int]]  # first scored target in the stream and number of targets, per document
+
+
+def chunk_batch(tokens: Tensor, batch: TTTBatch, chunk: int, cfg: Config) -> ChunkBatch:
+    """Gather the windows of a chunk."""
+    size, rows = cfg.ttt_chunk_size, len(batch.documents)
+    x = torch.zeros(rows, min((chunk + 1) * size, cfg.ttt_eval_seq_len), dtype=torch.long)
+    y, offsets, targets, spans = torch.zeros_like(x), [], [], []
+    for row, (_, (start, length)) in enumerate(batch.documents):
+        window = ChunkWindow(0, 0, 0, 0)
+        if chunk * size < length - 1:
+            window = chunk_window(chunk, length - 1, size, cfg.ttt_eval_seq_len)
+            first = start + window.start
+            x[row, : window.length] = tokens[first : first + window.length]
+            y[row, : window.length] = tokens[first + 1 : first + window.length + 1]
+        offsets.append(window.offset)
+        targets.append(window.targets)
+        spans.append((start + window.start + window.offset, window.targets))
+    within = torch.arange(size)
+    scored = (torch.tensor(offsets)[:, None] + within).clamp_max(x.size(1) - 1)
+    valid = within < torch.tensor(targets)[:, None]
+    trains = torch.tensor([(chunk + 1) * size < length - 1 for _, (_, length) in batch.documents])
+    return ChunkBatch(x, y, scored, valid, trains, spans)
+
+
+# -- score, then adapt
+
+
+class ScoreFirstTTT:
+    """Phased score-first LoRA test-time training (PR #1530, #1610, #1626, #1767).
+
+    Every chunk is scored with the weights as they are and only then trained on. Documents go longest first,
+    a batch side by side; when the documents scored reach a phase's boundary, the base weights are trained by SGD
+    on the first of them, and new adapters are made. The model is changed in place. `on_event(kind, **data)`
+    tells everything that happens, in order.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        val: ValidationSet,
+        cfg: Config,
+        *,
+        looping: bool,
+        ranks: Ranks = CPU,
+        generator: torch.Generator | None = None,
+        on_event: Callable[..., None] | None = None,
+    ):
+        self.model, self.val, self.cfg, self.looping, self.ranks = model, val, cfg, looping, ranks
+        self._generator = generator or torch.Generator().manual_seed(cfg.seed)
+        self._on_event = on_event or (lambda kind, **data: None)
+        self._constructed = 0
+        self.meter = BpbMeter()
+        documents = select_documents(val.documents, cfg.val_doc_fraction, cfg.seed)
+        self.batches = ttt_batches(documents, cfg.ttt_batch_size)
+        self.boundaries = phase_boundaries(
+            cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, len(documents)
+        )
+
+    def run(self) -> BpbMeter:
+        """Score and adapt all documents; returns the sums over every target."""
+        self._on_event("start", boundaries=self.boundaries)
+        reusable = self._new_lora(self.cfg.ttt_batch_size)
+        done: list[TTTBatch] = []
+        phases = list(enumerate(self.boundaries, start=1))
+        for batch in self.batches:
+            whole = len(batch.documents) == self.cfg.ttt_batch_size
+            lora = self._reset(reusable) if whole else self._new_lora(len(batch.documents))
+            self._score_batch(batch, lora)
+            done.append(batch)
+            while phases and sum(len(b.documents) for b in done) >= phases[0][1]:
+                self._global_phase(*phases.pop(0), done)
+                reusable = self._new_lora(self.cfg.ttt_batch_size)
+        return self.meter
+
+    def _new_lora(self, batch: int) -> BatchedLoRA:
+        lora = BatchedLoRA(self.cfg, batch, lora_slots(self.cfg, self.looping), self._generator)
+        lora.to(self.ranks.device)
+        self._on_event("lora_constructed", index=self._constructed, batch=batch, lora=lora)
+        self._constructed += 1
+        return lora
+
+    def _reset(self, lora: BatchedLoRA) -> BatchedLoRA:
+        """Ready for the next batch: B zero, A as earlier batches left it (warm start) or drawn anew."""
+        squares = sum(float(low_rank.A.detach().double().square().sum()) for low_rank in lora.maps())
+        self._on_event("lora_reset", a_l2=math.sqrt(squares), lora=lora)
+        lora.reset_B()
+        if not self.cfg.ttt_warm_start_a:
+            lora.draw_A()
+        return lora
+
+    def _score_batch(self, batch: TTTBatch, lora: BatchedLoRA) -> None:
+        optimizer = lora_optimizer(self.cfg, lora)
+        longest = max(length for _, (_, length) in batch.documents)
+        sums = []
+        for chunk in range(-(-(longest - 1) // self.cfg.ttt_chunk_size)):
+            part = chunk_batch(self.val.tokens, batch, chunk, self.cfg)
+            learns = bool(part.trains.any())
+            with torch.set_grad_enabled(learns):
+                losses = self._losses(part, lora)
+            scored = (losses.detach().double() * part.valid.to(losses.device)).sum()
+            byte_sum = sum(int(self.val.target_bytes[start : start + n].sum()) for start, n in part.spans)
+            sums.append([scored, byte_sum, int(part.valid.sum())])
+            self._on_event("scored", batch_number=batch.index, chunk=chunk, batch=batch, spans=part.spans)
+            if learns:
+                self._on_event("trained", batch_number=batch.index, chunk=chunk, batch=batch, part=part)
+                self._adapt(part, lora, optimizer, losses)
+        for loss_sum, byte_sum, tokens in sums:
+            self.meter.add_sums(float(loss_sum), byte_sum, tokens)
+        chunks = [[float(loss_sum), byte_sum, tokens] for loss_sum, byte_sum, tokens in sums]
+        totals = {
+            "loss_sum": self.meter.loss_sum,
+            "byte_sum": self.meter.bytes,
+            "token_count": self.meter.tokens,
+        }
+        self._on_event(
+            "batch_done", batch_number=batch.index, chunks=chunks, lora=lora, batch=batch, **totals
+        )
+
+    def _losses(self, part: ChunkBatch, lora: BatchedLoRA) -> Tensor:
+        x, y, scored = (t.to(self.ranks.device) for t in (part.x, part.y, part.scored))
+        with self.ranks.autocast():
+            return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored)
+
+    def _adapt(
+        self, part: ChunkBatch, lora: BatchedLoRA, optimizer: torch.optim.Optimizer, losses: Tensor
+    ) -> None:
+        """Optimiser steps on a scored chunk; the first takes the gradient of the scoring pass itself."""
+        parameters = list(lora.parameters())
+        trains = part.trains.to(losses.device)
+        for step in range(self.cfg.ttt_grad_steps):
+            losses = self._losses(part, lora) if step else losses
+            optimizer.zero_grad(set_to_none=True)
+            losses.mean(1)[trains].sum().backward(inputs=parameters)
+            optimizer.step()
+
+    def _global_phase(self, phase: int, boundary: int, done: Sequence[TTTBatch]) -> None:
+        """Train the base weights on the first `boundary` scored documents, shortest batches first."""
+        scored = [span for batch in sorted(done) for _, span in batch.documents]
+        tokens = torch.cat([self.val.tokens[start : start + length] for start, length in scored[:boundary]])
+        norms, rates = global_sgd(self.model, tokens, self.cfg, looping=self.looping, ranks=self.ranks)
+        self._on_event(
+            "global_sgd", phase=phase, tokens=tokens, grad_norms=norms, lr_used=rates, model=self.model
+        )
+
+
+def score_first_ttt(model: GPT, val: ValidationSet, cfg: Config, **options: object) -> BpbMeter:
+    """Run `ScoreFirstTTT` over the whole validation set."""
+    return ScoreFirstTTT(model, val, cfg, **options).run()
+
+
+def global_sgd_lr(chunk: int, num_chunks: int, cfg: Config) -> float:
+    """Learning rate of a chunk: linear warm-up, then a cosine to 0 at the chunk before the last."""
+    warmup = min(cfg.global_ttt_warmup_chunks, num_chunks - 1)
+    if chunk < warmup:
+        share = chunk / max(warmup - 1, 1)
+        return cfg.global_ttt_warmup_start_lr + share * (cfg.global_ttt_lr - cfg.global_ttt_warmup_start_lr)
+    share = (chunk - warmup) / max(num_chunks - 1 - warmup, 1)
+    return cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def global_sgd(
+    model: GPT, tokens: Tensor, cfg: Config, *, looping: bool, ranks: Ranks = CPU
+) -> tuple[list[float], list[float]]:
+    """One phase of SGD on all base weights over scored tokens [n+1]; as published, all chunks but the last.
+
+    Returns the gradient norm before clipping and the learning rate of every step.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), cfg.global_ttt_lr, cfg.global_ttt_momentum)
+    chunk_tokens, window = cfg.global_ttt_chunk_tokens, cfg.eval_seq_len
+    num_chunks = -(-(len(tokens) - 1) // chunk_tokens)
+    norms, rates = [], []
+    for chunk in range(num_chunks - 1):
+        rate = global_sgd_lr(chunk, num_chunks, cfg)
+        optimizer.param_groups[0]["lr"] = rate
+        windows = chunk_tokens // window
+        for start in list(range(0, windows, cfg.global_ttt_batch_seqs)) * cfg.global_ttt_epochs:
+            first = chunk * chunk_tokens + start * window
+            length = min(cfg.global_ttt_batch_seqs, windows - start) * window
+            losses = _global_losses(model, tokens[first : first + length + 1], cfg, looping, ranks)
+            losses.mean().backward()
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), cfg.global_ttt_grad_clip or math.inf))
+            rates.append(rate)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return [float(norm) for norm in norms], rates
+
+
+def _global_losses(model: GPT, tokens: Tensor, cfg: Config, looping: bool, ranks: Ranks) -> Tensor:
+    """Losses of consecutive windows: as one row with document segments, or as plain rows."""
+    x, y, segments = packed_row(tokens, cfg.eval_seq_len)
+    if not cfg.global_ttt_respect_doc_boundaries:
+        x, y, segments = x.view(-1, cfg.eval_seq_len), y.view(-1, cfg.eval_seq_len), None
+    device = ranks.device
+    with ranks.autocast():
+        placed = segments and segments.to(device)
+        return model.losses(x.to(device), y.to(device), placed, looping=looping)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 14. Main: the stages of a run
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One run: its settings, device, log and clock, and what each stage measured."""
+
+    def __init__(self, cfg: Config, ranks: Ranks, source: bytes):
+        self.cfg, self.ranks, self.source = cfg, ranks, source
+        self.looping = cfg.num_loops > 0  # a trained model is evaluated with its loops
+        self.trains = not (cfg.quantize_only or cfg.ttt_eval_only or self._evaluates_checkpoint())
+        needs_training_data = self.trains or cfg.quantize_only
+        self.manifest = check_data(cfg, ["train"] if needs_training_data else [])
+        cfg.micro_batches(ranks.world_size)
+        self.log, self.watch = RunLog(cfg), Stopwatch(ranks)
+        self.stages: dict[str, dict[str, float]] = {}
+        self.result: dict[str, object] = {}
+        self._val: ValidationSet | None = None
+        self._log_head()
+
+    def _evaluates_checkpoint(self) -> bool:
+        return self.cfg.prequant_only and self._input("model_path", must_exist=False) is not None
+
+    def _input(self, field: str, must_exist: bool = True) -> Path | None:
+        """The input file of a setting: as given, or in ARTIFACT_DIR."""
+        given = Path(getattr(self.cfg, field))
+        for path in (given, Path(self.cfg.artifact_dir) / given):
+            if path.is_file():
+                return path
+        if must_exist:
+            raise ConfigError(
+                f"{field.upper()}={given}: no such file (nor in ARTIFACT_DIR={self.cfg.artifact_dir!r})"
+            )
+        return None
+
+    def _log_head(self) -> None:
+        """What a reader needs to trust the log: settings, versions, commit, device, and the source itself."""
+        commit = _command_output("git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD")
+        gpus = _command_output("nvidia-smi") if self.ranks.device.type == "cuda" else ""
+        self.log.text(show_settings(self.cfg))
+        self.log.text(f"{'=' * 80}\n{self.source.decode()}\n{'=' * 80}\n{gpus}")
+        self.result["environment"] = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if self.ranks.device.type == "cuda" else _cpu_name(),
+            "threads": torch.get_num_threads(),
+            "commit": commit,
+            "source_sha256": hashlib.sha256(self.source).hexdigest(),
+        }
+        self.log.event(
+            "start", run=self.log.run_id, folder=str(self.log.folder), **self.result["environment"]
+        )
+        if not self.manifest:
+            self.log.event(
+                "notice", text=f"{self.cfg.data_folder} has no manifest.json: its split is not verified"
+            )
+        reserve = self.cfg.gptq_reserve_seconds
+        if self.trains and self.cfg.max_wallclock_seconds - reserve > TRAIN_LIMIT - 4:
+            text = f"GPTQ_RESERVE_SECONDS={reserve:g} may leave calibration outside the {TRAIN_LIMIT:g} s; "
+            text += "PRESET=pr1868 keeps 8"
+            self.log.event("notice", text=text)
+
+    @property
+    def val(self) -> ValidationSet:
+        """The validation set, read when first needed: after training unless VAL_LOSS_EVERY asks earlier."""
+        if self._val is None:
+            self._val = load_validation(self.cfg)
+        return self._val
+
+    # -- stages
+
+    def new_model(self, settings: Mapping[str, object] | None = None) -> GPT:
+        """A freshly initialised model, of other settings if given (those of an artifact)."""
+        torch.manual_seed(self.cfg.seed)
+        try:
+            cfg = dataclasses.replace(self.cfg, **settings) if settings else self.cfg
+        except TypeError as error:
+            raise ArtifactError(f"artifact made by another version of this script ({error})") from None
+        return self.ranks.place(GPT(cfg))
+
+    def train(self) -> GPT:
+        """Train from scratch, save the EMA weights."""
+        model = self.new_model()
+        parameters = sum(p.numel() for p in model.parameters())
+        self.log.event(
+            "model", parameters=parameters, layers=self.cfg.num_layers, slots=lora_slots(self.cfg, True)
+        )
+        micro_tokens = self.cfg.train_batch_tokens // (
+            self.ranks.world_size * self.cfg.micro_batches(self.ranks.world_size)
+        )
+        paths = shard_paths(self.cfg.data_folder, "train")
+        loader = PackedLoader(
+            paths, self.ranks.world_size, self.ranks.rank, micro_tokens, self.cfg.train_seq_len
+        )
+        trainer = Trainer(self.cfg, model, loader, self.ranks)
+
+        def validate(step: int) -> None:
+            name = f"step_{step}" if step else "untrained"
+            self.evaluate(name, model, looping=trainer.looping)
+
+        self.result["steps"] = train(trainer, self.log, self.watch, validate)
+        path = self.log.folder / Path(self.cfg.model_path).name
+        torch.save(model.state_dict(), path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+        self.log.event(
+            "saved", file=str(path), steps=self.result["steps"], train_seconds=self.watch.seconds["train"]
+        )
+        return model
+
+    def load_checkpoint(self) -> GPT:
+        """The full-precision model of an earlier run."""
+        path, model = self._input("model_path"), self.new_model()
+        try:
+            model.load_state_dict(load_weights(path))
+        except (RuntimeError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ArtifactError(f"MODEL_PATH={path}: does not fit the model settings ({reason})") from None
+        return model
+
+    def evaluate(self, stage: str, model: GPT, looping: bool | None = None) -> None:
+        """Standard evaluation."""
+        looping = self.looping if looping is None else looping
+        row_tokens = self.cfg.val_batch_tokens // CONTEST_MICRO_BATCHES
+        progress = self.log.progress(stage, self.val.num_targets)
+        with self.watch.stage(stage):
+            score = model_score(model, looping=looping, ranks=self.ranks)
+            show = lambda done, meter: progress.update(done, val_bpb=meter.val_bpb)  # noqa: E731
+            meter = evaluate_standard(score, self.val, row_tokens, self.cfg.eval_seq_len, show)
+        self._record(stage, meter, self.val.num_targets)
+
+    def _record(self, stage: str, meter: BpbMeter, targets: int) -> None:
+        """Keep and log a score; a target scored twice or not at all is a fault of the evaluator."""
+        if meter.tokens != targets:
+            raise RunError(
+                f"{stage}: {meter.tokens:.0f} targets scored of {targets}: the score would be false"
+            )
+        self.stages[stage] = {
+            "val_loss": meter.val_loss,
+            "val_bpb": meter.val_bpb,
+            "targets": int(meter.tokens),
+            "bytes": int(meter.bytes),
+            "seconds": self.watch.seconds[stage],
+        }
+        self.log.event(stage, **self.stages[stage])
+
+    def quantise(self, model: GPT) -> Path:
+        """Calibrate, quantise, write the artifact and the packed script."""
+        cfg = self.cfg
+        loader = ShuffledLoader(
+            shard_paths(cfg.data_folder, "train"), self.ranks.world_size, self.ranks.rank, cfg.train_seq_len
+        )
+        with self.watch.stage("calibrate"):
+            hessians = calibrate(model, cfg, loader, looping=self.looping, ranks=self.ranks)
+        with self.watch.stage("quantise"):
+            flat = {name: t.detach() for name, t in flatten_banks(model.state_dict(), cfg.num_layers).items()}
+            progress = self.log.progress("quantise", len(flat))
+            records = quantize_state(flat, hessians, cfg, progress.update)
+        with self.watch.stage("compress"):
+            blob = pack_artifact(records, cfg)
+        path = self.log.folder / Path(cfg.quantized_model_path).name
+        write_whole(path, blob)
+        kinds = [record.category for record in records.values()]
+        seconds = {
+            f"{name}_seconds": self.watch.seconds[name] for name in ("calibrate", "quantise", "compress")
+        }
+        counts = {kind.replace(" ", "_"): kinds.count(kind) for kind in sorted(set(kinds))}
+        self.log.event("artifact", file=str(path), model_bytes=len(blob), **counts, **seconds)
+        return path
+
+    def reload(self, path: Path) -> GPT:
+        """A clean model that knows nothing but the artifact file."""
+        blob = path.read_bytes()
+        settings, records = unpack_artifact(blob)
+        if settings.get("vocab_size") != self.cfg.vocab_size:
+            raise ConfigError(
+                f"VOCAB_SIZE={self.cfg.vocab_size}: {path} was made for {settings.get('vocab_size')}"
+            )
+        model = self.new_model(settings)
+        try:
+            model.load_state_dict(dequantize_state(records, model.cfg.num_layers))
+        except (RuntimeError, KeyError) as error:
+            raise ArtifactError(f"{path}: its tensors do not fit its settings ({error})") from None
+        self.looping = model.cfg.num_loops > 0
+        self._count_bytes(len(blob))
+        return model
+
+    def _count_bytes(self, model_bytes: int) -> None:
+        packed, minified = pack_code(self.source)
+        write_whole(self.log.folder / "train_gpt.packed.py", packed)
+        if not minified:
+            self.log.event(
+                "notice", text="python-minifier is not installed: the counted code is not minified"
+            )
+        sizes = {
+            "artifact_bytes": len(packed) + model_bytes,
+            "code_bytes": len(packed),
+            "model_bytes": model_bytes,
+        }
+        self.result |= sizes
+        self.log.event("size", **sizes, limit=SIZE_LIMIT)
+
+    def adapt(self, model: GPT) -> None:
+        """Phased score-first LoRA test-time training: the contest score."""
+        cfg = dataclasses.replace(self.cfg, **model.cfg.model_settings())
+        with self.watch.stage("ttt"):
+            evaluator = ScoreFirstTTT(
+                model, self.val, cfg, looping=self.looping, ranks=self.ranks, on_event=self._ttt_event
+            )
+            self._ttt_progress = self.log.progress("ttt", sum(len(b.documents) for b in evaluator.batches))
+            self._ttt_done = 0
+            meter = evaluator.run()
+        targets = sum(length - 1 for b in evaluator.batches for _, (_, length) in b.documents)
+        self._record("ttt", meter, targets)
+
+    def _ttt_event(self, kind: str, **data: object) -> None:
+        if kind == "batch_done":
+            self._ttt_done += len(data["batch"].documents)
+            bpb = data["loss_sum"] / data["byte_sum"] if data["byte_sum"] else math.nan
+            self._ttt_progress.update(self._ttt_done, nats_per_byte=bpb)
+        elif kind == "global_sgd":
+            norms = data["grad_norms"]
+            self.log.event(
+                "ttt_phase",
+                phase=data["phase"],
+                documents=self._ttt_done,
+                tokens=len(data["tokens"]),
+                steps=len(norms),
+            )
+
+    def finish(self) -> int:
+        """Write result.json and the final line; exit code 3 when a limit of the contest is exceeded."""
+        final = next(name for name in ("ttt", "quantised", "prequant") if name in self.stages)
+        seconds = self.watch.seconds
+        summary = {
+            "val_bpb": self.stages[final]["val_bpb"],
+            "val_loss": self.stages[final]["val_loss"],
+            **{key: self.result.get(key, 0) for key in ("artifact_bytes", "code_bytes", "model_bytes")},
+            "train_seconds": seconds.get("train", 0.0),
+            "calibrate_seconds": seconds.get("calibrate", 0.0),
+            "eval_seconds": seconds[final],
+        }
+        broken = self._broken_limits(summary, final)
+        summary["legal"] = not broken
+        settings = {
+            field.name.upper(): getattr(self.cfg, field.name) for field in dataclasses.fields(self.cfg)
+        }
+        extra = {"broken_limits": broken, "stages": self.stages, "seconds": seconds, "settings": settings}
+        result = {"run": self.log.run_id, "final_stage": final, **summary, **self.result, **extra}
+        write_whole(self.log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+        for reason in broken:
+            self.log.event("limit", text=reason)
+        self.log.event("final", **summary)
+        return 3 if broken else 0
+
+    def _broken_limits(self, summary: Mapping[str, float], final: str) -> list[str]:
+        training = summary["train_seconds"] + summary["calibrate_seconds"]
+        evaluation, size = summary["eval_seconds"], summary["artifact_bytes"]
+        fraction = self.cfg.val_doc_fraction
+        checks = {
+            f"training and calibration took {training:.1f} s, limit {TRAIN_LIMIT:g}": training > TRAIN_LIMIT,
+            f"evaluation took {evaluation:.1f} s, limit {EVAL_LIMIT:g}": evaluation > EVAL_LIMIT,
+            f"artifact has {size} bytes, limit {SIZE_LIMIT}": size > SIZE_LIMIT,
+            f"VAL_DOC_FRACTION={fraction:g}: only a sample was scored": fraction < 1,
+        }
+        return [reason for reason, broken in checks.items() if broken]
+
+    def execute(self) -> int:
+        """All stages asked for, in order. Returns the exit code."""
+        cfg = self.cfg
+        if cfg.ttt_eval_only:
+            artifact = self._input("quantized_model_path")
+        else:
+            model = self.train() if self.trains else self.load_checkpoint()
+            self.evaluate("prequant", model)
+            if cfg.prequant_only:
+                return self.finish()
+            artifact = self.quantise(model)
+        model = self.reload(artifact)
+        self.evaluate("quantised", model)
+        if cfg.ttt_enabled:
+            self.adapt(model)
+        return self.finish()
+
+
+def _command_output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _cpu_name() -> str:
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        info = ""
+    named = re.search(r"model name\s*: (.*)", info)
+    return named[1] if named else platform.processor() or platform.machine()
+
+
+def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Command line. Exit code 0, 1 (the run failed), 2 (a mistake of the user's) or 3 (a limit exceeded)."""
+    source = Path(__file__).read_bytes()
+    try:
+        unknown = set(arguments) - {"--help", "-h", "--show", "--json"}
+        if unknown:
+            raise ConfigError(
+                f"{unknown.pop()}: unknown argument, must be --help or --show [--json] (settings are "
+                "environment variables)"
+            )
+        if {"--help", "-h"} & set(arguments):
+            print(f"{__doc__}\nSettings, as environment variables (PRESET one of {', '.join(PRESETS)}):\n")
+            print(settings_table(source.decode()))
+            return 0
+        cfg = Config.from_env(environ)
+        if "--show" in arguments:
+            print(show_settings(cfg))
+            if "--json" in arguments:
+                settings = {field.name.upper(): getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
+                print(json.dumps({"preset": cfg.preset, "settings": settings}))
+            return 0
+        return Run(cfg, Ranks.from_env(cfg, environ), source).execute()
+    except UserError as error:
+        print(f"train_gpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"train_gpt.py: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))
