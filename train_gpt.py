@@ -18,7 +18,6 @@ Shapes: B rows, T tokens of a row, D model dim, H query heads, G key/value heads
 V vocabulary, L physical layers, S skips, r rank. A linear map is y = x W^T with W [out, in], never a bias.
 """
 
-import base64
 import contextlib
 import dataclasses
 import difflib
@@ -114,25 +113,24 @@ class Config:
     preset: str = "pr1851"  # base that explicit variables change, one of PRESETS
     seed: Whole = 42  # seed of initial weights and adapters
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA when there is one
+    cpu_threads: Whole = (
+        0  # threads on a CPU; 0: torch's choice (1 repeats exactly and does not mind company)
+    )
     run_id: str = ""  # name of the run; empty: preset, seed and start time
     artifact_dir: str = ""  # folder of the outputs; empty: runs/<RUN_ID>
     prequant_only: bool = (
-        False  # train, evaluate the full-precision model, stop (or only evaluate MODEL_PATH)
+        False  # stop after the full-precision evaluation; MODEL_PATH, if there, is not trained
     )
     quantize_only: bool = False  # no training: calibrate, quantise and evaluate MODEL_PATH
     ttt_eval_only: bool = False  # no training: evaluate the artifact QUANTIZED_MODEL_PATH
-    model_path: str = (
-        "final_model.pt"  # full-precision weights; input of *_ONLY, looked for in ARTIFACT_DIR too
-    )
-    quantized_model_path: str = "final_model.int6.ptz"  # the artifact; input of TTT_EVAL_ONLY, as MODEL_PATH
+    model_path: str = "final_model.pt"  # full-precision weights, an input of the *_ONLY stages
+    quantized_model_path: str = "final_model.int6.ptz"  # the artifact, the input of TTT_EVAL_ONLY
 
     # Data
     data_dir: str = "./data/"  # root of the default data layout
     data_path: str = ""  # folder of the shards; empty: the contest's place under DATA_DIR
     tokenizer_path: str = ""  # SentencePiece model; empty: named by the manifest, else the contest's place
-    caseops_enabled: bool = (
-        True  # lossless-caps text with a byte sidecar (PR #1729); 0: plain text, byte tables
-    )
+    caseops_enabled: bool = True  # lossless-caps text and byte sidecar (PR #1729); 0: plain text
     vocab_size: Annotated[int, Range(4, 65536)] = 8192  # pieces of the tokenizer
     train_seq_len: Count = 2048  # tokens; longer documents are cut into segments of this length
     train_batch_tokens: Count = 786_432  # tokens of one optimiser step, all ranks together
@@ -169,8 +167,8 @@ class Config:
 
     # Initial values
     qk_gain_init: Real = 5.0  # initial gain of the normed queries
-    sparse_attn_gate_init_std: Amount = 0.0  # initial spread of its weights
-    gated_attn_init_std: Amount = 0.01  # initial spread of its weights
+    sparse_attn_gate_init_std: Amount = 0.0  # initial spread of the sparse gate's weights
+    gated_attn_init_std: Amount = 0.01  # initial spread of the dense gate's weights
     tied_embed_init_std: Positive = 0.005  # initial spread of the tied embedding
 
     # Optimisation
@@ -323,7 +321,7 @@ class Config:
         if self.train_batch_tokens % shared or self.train_batch_tokens // shared < self.train_seq_len:
             raise ConfigError(
                 f"TRAIN_BATCH_TOKENS={self.train_batch_tokens}: must be a multiple of {world_size} ranks "
-                f"x {steps} micro-batches = {shared}, each of at least TRAIN_SEQ_LEN={self.train_seq_len} tokens"
+                f"x {steps} micro-batches = {shared}, each at least TRAIN_SEQ_LEN={self.train_seq_len}"
             )
         return steps
 
@@ -416,10 +414,12 @@ PRESETS: dict[str, dict[str, object]] = {
         "ttt_warm_start_a": False,
     },
     "demo": {  # every component, small enough for two CPU cores
+        "cpu_threads": 1,
         "data_path": "data/demo",
         "vocab_size": 1024,
         "train_seq_len": 256,
-        "train_batch_tokens": 8192,
+        "train_batch_tokens": 4096,
+        "grad_accum_steps": 2,
         "num_layers": 6,
         "model_dim": 128,
         "num_heads": 4,
@@ -430,13 +430,13 @@ PRESETS: dict[str, dict[str, object]] = {
         "loop_end": 3,
         "parallel_start_layer": 4,
         "xsa_last_n": 6,
-        "iterations": 400,
+        "iterations": 150,
         "max_wallclock_seconds": 0.0,
         "warmup_steps": 1,
-        "muon_momentum_warmup_steps": 100,
-        "train_log_every": 50,
-        "val_loss_every": 400,
-        "ema_decay": 0.98,
+        "muon_momentum_warmup_steps": 50,
+        "train_log_every": 20,
+        "val_loss_every": 150,
+        "ema_decay": 0.95,
         "float16_max_elements": 4096,
         "gptq_calibration_batches": 4,
         "val_batch_tokens": 32_768,
@@ -557,6 +557,8 @@ class Ranks(NamedTuple):
         cuda = torch.cuda.is_available()
         if cfg.device == "cuda" and not cuda:
             raise ConfigError("DEVICE=cuda: torch sees no CUDA device; must be auto or cpu here")
+        if cfg.cpu_threads:
+            torch.set_num_threads(cfg.cpu_threads)
         return cls(torch.device("cuda" if cuda and cfg.device != "cpu" else "cpu"))
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -752,7 +754,7 @@ class PackedLoader:
         self._need = world_size * self._span
         largest = max((self._usable(read_shard(path)) for path in self._paths), default=0)
         if largest < self._need:
-            where = self._paths[0].parent if self._paths else "no folder"
+            where = self._paths[0].parent if self._paths else "no shards"
             raise DataError(
                 f"{where}: a batch takes {self._need} consecutive tokens, the largest shard has {largest}"
             )
@@ -866,11 +868,11 @@ class ByteTables(NamedTuple):
 def find_documents(tokens: Tensor) -> list[tuple[int, int]]:
     """(start, length) of each document; all but the last end with the next one's BOS as a target.
 
-    Tokens before the first BOS belong to no document; nor does a lone BOS at the end (it is the last target of
-    the document before it), so every token after the first BOS is a target exactly once.
+    Tokens before the first BOS belong to no document; nor does a lone BOS at the end (it is the last target
+    of the document before it), so every token after the first BOS is a target exactly once.
     """
     starts = (tokens == BOS).nonzero().flatten().tolist()
-    ends = [start + 1 for start in starts[1:]] + [len(tokens)]
+    ends = [start + 1 for start in starts[1:]] + [len(tokens)] * bool(starts)
     return [(start, end - start) for start, end in zip(starts, ends, strict=True) if end - start > 1]
 
 
@@ -915,6 +917,8 @@ def load_validation(cfg: Config) -> ValidationSet:
         val = ValidationSet.from_tables(
             tokens, ByteTables.from_sentencepiece(load_tokenizer(cfg), cfg.vocab_size)
         )
+    if not val.documents:
+        raise DataError(f"{folder}/fineweb_val_*: no document, must hold a BOS (token {BOS}) before each")
     highest = int(tokens.max())
     if highest >= cfg.vocab_size:
         raise DataError(f"{folder}: holds token {highest}, must be below VOCAB_SIZE={cfg.vocab_size}")
@@ -1370,7 +1374,7 @@ class GPT(nn.Module):
         lora: "BatchedLoRA | None" = None,
         scored: Tensor | None = None,
     ) -> Tensor:
-        """Cross entropy (nats) of each target [B, T]; with `scored` [B, n] at those positions only, [B, n]."""
+        """Cross entropy (nats) of each target [B, T]; with `scored` [B, n] only at those positions."""
         h = self.hidden(input_ids, segments, looping=looping, lora=lora)
         if scored is not None:
             h = h.gather(1, scored[..., None].expand(-1, -1, h.size(-1)))
@@ -1412,8 +1416,9 @@ class LowRank(nn.Module):
         self.A.data.copy_(drawn)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [batch, T, inputs] -> [batch, T, outputs]."""
-        return x @ self.A.mT.to(x.dtype) @ self.B.mT.to(x.dtype)
+        """x [n, T, inputs] -> [n, T, outputs]; n below the batch are its last rows, the others are done."""
+        rows = x.size(0)
+        return x @ self.A[-rows:].mT.to(x.dtype) @ self.B[-rows:].mT.to(x.dtype)
 
 
 class BatchedLoRA(nn.Module):
@@ -2000,13 +2005,15 @@ class QuantizedTensor:
 
 
 def quantize_tensor(name: str, tensor: Tensor, hessian: Tensor | None, cfg: Config) -> QuantizedTensor:
-    """Store one tensor by its scheme; without a Hessian (untied embedding) all inputs weigh the same."""
+    """Store one tensor by its scheme. An untied embedding has no Hessian: all its columns weigh the same."""
     kind, bits, clip_sigmas = scheme(name, tensor, cfg)
     if kind == "fp16":
         arrays = {"": tensor.half()}
     elif kind == "int8_rows":
         arrays = dict(zip(("gq", "gs"), quantize_rows_int8(tensor), strict=True))
     else:
+        if hessian is None and name != "tok_emb.weight":
+            raise RunError(f"{name}: calibration collected no Hessian for it")
         hessian = torch.eye(tensor.size(1), device=tensor.device) if hessian is None else hessian
         arrays = dict(zip(("q", "scale"), gptq(tensor, hessian, bits, clip_sigmas), strict=True))
     return QuantizedTensor(kind, bits, tuple(tensor.shape), arrays)
@@ -2199,27 +2206,35 @@ def _read_tensors(entries: Sequence[Sequence], streams: Mapping[str, bytes]) -> 
     return records
 
 
-WRAPPER = 'import lzma as l,base64 as b\nexec(l.decompress(b.b85decode("%s")))\n'
+WRAPPER = b'#coding:l1\nimport lzma\nexec(lzma.decompress("%s".encode("l1")))\n'
 
 
 def pack_code(source: bytes) -> tuple[bytes, bool]:
-    """The script as it is counted: minified, lzma, base85, in a wrapper that runs; a packed one stays itself.
+    """The script as it is counted: minified, compressed, in a wrapper that runs; a packed one stays itself.
 
-    Returns the wrapper and whether the source was minified; without `python-minifier` all of it is packed.
+    The compressed bytes stand in a Latin-1 string literal (a fifth smaller than base85); only what a literal
+    cannot hold is escaped. Returns the wrapper and whether the source was minified: without `python-minifier`
+    it is not.
     """
-    head, _, tail = WRAPPER.encode().partition(b"%s")
-    if source.startswith(head):
+    if source.startswith(WRAPPER.partition(b"%s")[0]):
         return source, True
     try:
         import python_minifier
     except ImportError:
-        minified = None
+        text, minified = source, False
     else:
-        minified = python_minifier.minify(
-            source.decode(), remove_literal_statements=True, rename_globals=True
-        ).encode()
-    data = lzma.compress(minified or source, lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
-    return head + base64.b85encode(data) + tail, minified is not None
+        options = {"remove_literal_statements": True, "rename_globals": True, "hoist_literals": False}
+        text, minified = python_minifier.minify(source.decode(), **options).encode(), True
+    data = lzma.compress(text, lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+    for byte, escape in (
+        (b"\\", rb"\\"),
+        (b"\0", rb"\x00"),
+        (b"\n", rb"\n"),
+        (b"\r", rb"\r"),
+        (b'"', rb"\""),
+    ):
+        data = data.replace(byte, escape)
+    return WRAPPER.replace(b"%s", data), minified
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -2284,7 +2299,7 @@ def evaluate_standard(
     val: ValidationSet,
     row_tokens: int,
     max_doc_len: int,
-    on_row: Callable[[int, BpbMeter], None] | None = None,
+    on_row: Callable[[int], None] | None = None,
 ) -> BpbMeter:
     """Score every target once: rows of `row_tokens` targets, the last one shorter, documents as segments."""
     meter = BpbMeter()
@@ -2293,7 +2308,7 @@ def evaluate_standard(
         x, y, segments = packed_row(val.tokens[start : end + 1], max_doc_len)
         meter.add(score(x, y, segments), val.target_bytes[start:end])
         if on_row:
-            on_row(end, meter)
+            on_row(end)
     return meter
 
 
@@ -2339,9 +2354,9 @@ def ttt_batches(
 
 
 def phase_boundaries(prefix_docs: int, num_phases: int, num_docs: int) -> list[int]:
-    """Numbers of scored documents at which the base weights are trained."""
+    """Numbers of scored documents at which the base weights are trained; an empty phase is none."""
     prefix = min(prefix_docs, num_docs)
-    return [prefix * (i + 1) // num_phases for i in range(num_phases)] if prefix else []
+    return [count for i in range(num_phases) if (count := prefix * (i + 1) // num_phases)]
 
 
 def chunk_window(chunk: int, pred_len: int, chunk_size: int, max_window: int) -> ChunkWindow:
@@ -2352,8 +2367,9 @@ def chunk_window(chunk: int, pred_len: int, chunk_size: int, max_window: int) ->
 
 
 class ChunkBatch(NamedTuple):
-    """One chunk of each document of a batch, as the model reads it; finished documents are rows of zeros."""
+    """One chunk of the documents of a batch that reach it (the last, longest rows), as the model reads it."""
 
+    documents: list[int]  # document numbers, one a row
     x: Tensor  # inputs [B, T]
     y: Tensor  # targets [B, T]
     scored: Tensor  # positions of the chunk's targets [B, chunk_size]
@@ -2363,25 +2379,22 @@ class ChunkBatch(NamedTuple):
 
 
 def chunk_batch(tokens: Tensor, batch: TTTBatch, chunk: int, cfg: Config) -> ChunkBatch:
-    """Gather the windows of a chunk."""
-    size, rows = cfg.ttt_chunk_size, len(batch.documents)
-    x = torch.zeros(rows, min((chunk + 1) * size, cfg.ttt_eval_seq_len), dtype=torch.long)
-    y, offsets, targets, spans = torch.zeros_like(x), [], [], []
-    for row, (_, (start, length)) in enumerate(batch.documents):
-        window = ChunkWindow(0, 0, 0, 0)
-        if chunk * size < length - 1:
-            window = chunk_window(chunk, length - 1, size, cfg.ttt_eval_seq_len)
-            first = start + window.start
-            x[row, : window.length] = tokens[first : first + window.length]
-            y[row, : window.length] = tokens[first + 1 : first + window.length + 1]
-        offsets.append(window.offset)
-        targets.append(window.targets)
-        spans.append((start + window.start + window.offset, window.targets))
+    """Gather the windows of a chunk; finished documents have left the batch, so no row is empty."""
+    size = cfg.ttt_chunk_size
+    alive = [(number, span) for number, span in batch.documents if chunk * size < span[1] - 1]
+    windows = [chunk_window(chunk, length - 1, size, cfg.ttt_eval_seq_len) for _, (_, length) in alive]
+    x = torch.zeros(len(alive), max(window.length for window in windows), dtype=torch.long)
+    y, spans = torch.zeros_like(x), []
+    for row, ((_, (start, _)), window) in enumerate(zip(alive, windows, strict=True)):
+        first = start + window.start
+        x[row, : window.length] = tokens[first : first + window.length]
+        y[row, : window.length] = tokens[first + 1 : first + window.length + 1]
+        spans.append((first + window.offset, window.targets))
     within = torch.arange(size)
-    scored = (torch.tensor(offsets)[:, None] + within).clamp_max(x.size(1) - 1)
-    valid = within < torch.tensor(targets)[:, None]
-    trains = torch.tensor([(chunk + 1) * size < length - 1 for _, (_, length) in batch.documents])
-    return ChunkBatch(x, y, scored, valid, trains, spans)
+    scored = (torch.tensor([w.offset for w in windows])[:, None] + within).clamp_max(x.size(1) - 1)
+    valid = within < torch.tensor([w.targets for w in windows])[:, None]
+    trains = torch.tensor([(chunk + 1) * size < length - 1 for _, (_, length) in alive])
+    return ChunkBatch([number for number, _ in alive], x, y, scored, valid, trains, spans)
 
 
 # -- score, then adapt
@@ -2391,9 +2404,9 @@ class ScoreFirstTTT:
     """Phased score-first LoRA test-time training (PR #1530, #1610, #1626, #1767).
 
     Every chunk is scored with the weights as they are and only then trained on. Documents go longest first,
-    a batch side by side; when the documents scored reach a phase's boundary, the base weights are trained by SGD
-    on the first of them, and new adapters are made. The model is changed in place. `on_event(kind, **data)`
-    tells everything that happens, in order.
+    a batch side by side; when the documents scored reach a phase's boundary, the base weights are trained by
+    SGD on the first of them, and new adapters are made. The model is changed in place.
+    `on_event(kind, **data)` tells everything that happens, in order.
     """
 
     def __init__(
@@ -2462,9 +2475,9 @@ class ScoreFirstTTT:
             scored = (losses.detach().double() * part.valid.to(losses.device)).sum()
             byte_sum = sum(int(self.val.target_bytes[start : start + n].sum()) for start, n in part.spans)
             sums.append([scored, byte_sum, int(part.valid.sum())])
-            self._on_event("scored", batch_number=batch.index, chunk=chunk, batch=batch, spans=part.spans)
+            self._on_event("scored", batch_number=batch.index, chunk=chunk, part=part)
             if learns:
-                self._on_event("trained", batch_number=batch.index, chunk=chunk, batch=batch, part=part)
+                self._on_event("trained", batch_number=batch.index, chunk=chunk, part=part)
                 self._adapt(part, lora, optimizer, losses)
         for loss_sum, byte_sum, tokens in sums:
             self.meter.add_sums(float(loss_sum), byte_sum, tokens)
@@ -2685,8 +2698,7 @@ class Run:
         progress = self.log.progress(stage, self.val.num_targets)
         with self.watch.stage(stage):
             score = model_score(model, looping=looping, ranks=self.ranks)
-            show = lambda done, meter: progress.update(done, val_bpb=meter.val_bpb)  # noqa: E731
-            meter = evaluate_standard(score, self.val, row_tokens, self.cfg.eval_seq_len, show)
+            meter = evaluate_standard(score, self.val, row_tokens, self.cfg.eval_seq_len, progress.update)
         self._record(stage, meter, self.val.num_targets)
 
     def _record(self, stage: str, meter: BpbMeter, targets: int) -> None:

@@ -183,11 +183,20 @@ def test_final_ema_weights(run):
         assert_l2(name, run.averages[name], expected["l2"], EMA_L2)
 
 
+def test_average_takes_the_weights_after_each_update(run):
+    """The average of this very run, recomputed from the weights as they were after each step."""
+    for name, average in run.averages.items():
+        expected = run.initial[name].double()
+        for step in range(run.config.iterations):
+            expected = run.config.ema_decay * expected + (1 - run.config.ema_decay) * run.copies[step][name]
+        assert (average - expected).abs().max().item() <= 1e-6 * max(1.0, expected.abs().max().item()), name
+
+
 def test_stored_final_tensors(run):
     """Element by element, in units of what training moved.
 
-    Weights that start 1e-6 (relative) apart end up to 0.3 of that distance apart (measured on our own run), so
-    half of it is the least that tells a right run from a wrong one.
+    Weights that start 1e-6 (relative) apart end up to 0.3 of that distance apart (measured on our own run),
+    so half of it is the least that tells a right run from a wrong one.
     """
     final = {"ema": run.averages, "raw": run.copies[29]}
     keys = [key for key in run.stored if key.split("/")[0] in final]

@@ -63,10 +63,10 @@ def spans_of(kind: str, data: dict) -> list[tuple[int, tuple[int, int]]]:
     """(document number, (first target, targets)) of the documents that an event scores or trains on."""
     if kind not in ("scored", "trained"):
         return []
-    spans = data["spans"] if kind == "scored" else data["part"].spans
-    active = [n > 0 for _, n in spans] if kind == "scored" else data["part"].trains.tolist()
-    numbers = [number for number, _ in data["batch"].documents]
-    return [(number, span) for number, span, on in zip(numbers, spans, active, strict=True) if on]
+    part = data["part"]
+    active = part.trains.tolist() if kind == "trained" else [True] * len(part.documents)
+    rows = zip(part.documents, part.spans, active, strict=True)
+    return [(number, span) for number, span, on in rows if on]
 
 
 class Watch:
@@ -136,7 +136,7 @@ def test_global_phase_uses_scored_documents_only(tg):
 
     def on_event(kind: str, **data) -> None:
         if kind == "scored":
-            for first, count in data["spans"]:
+            for first, count in data["part"].spans:
                 scored[first : first + count] = True
         if kind == "global_sgd":
             phases.append(data["tokens"])
@@ -258,10 +258,44 @@ def test_documents_do_not_leak_into_each_other(tg):
     chunks = -(-LENGTHS[4] // TINY["ttt_chunk_size"])
     assert first[:chunks] != second[:chunks]
     assert first[chunks:] == second[chunks:]
-    # A kept from batch to batch carries what the first document taught to the later ones: the test can see it.
+    # A kept from batch to batch carries what the first document taught to later ones: the test can see it.
     overrides["ttt_warm_start_a"] = True
     first, second = (run(tg, stream, overrides)[0].chunk_losses for stream in (tokens, changed))
     assert first[chunks:] != second[chunks:]
+
+
+def by_hand(tg, tokens: torch.Tensor, config) -> list[float]:
+    """Chunk losses of one document, written out: score the window, then step on the chunk's mean loss."""
+    model = random_model(tg, config)
+    generator = torch.Generator().manual_seed(7)
+    lora = tg.BatchedLoRA(config, 1, tg.lora_slots(config, True), generator)
+    optimizer = tg.lora_optimizer(config, lora)
+    size, targets, scores = config.ttt_chunk_size, len(tokens) - 1, []
+    for first in range(0, targets, size):
+        end = min(first + size, targets)
+        start = max(0, end - config.ttt_eval_seq_len)
+        x, y = tokens[None, start:end], tokens[None, start + 1 : end + 1]
+        for step in range(config.ttt_grad_steps):
+            losses = model.losses(x, y, looping=True, lora=lora)[0, first - start :]
+            if step == 0:
+                scores.append(losses.double().sum().item())
+            if end < targets:
+                optimizer.zero_grad()
+                losses.mean().backward()
+                optimizer.step()
+    return scores
+
+
+@pytest.mark.parametrize("grad_steps", [1, 2])
+def test_one_long_document_by_hand(tg, grad_steps):
+    tokens = torch.ones(80, dtype=torch.int64)
+    tokens[1:] = torch.randint(2, 64, (79,), generator=torch.Generator().manual_seed(4))
+    overrides = {"phased_ttt_prefix_docs": 0, "ttt_batch_size": 1, "ttt_lora_lr": 0.001}
+    chunks = {n: run(tg, tokens, {**overrides, "ttt_grad_steps": n})[0].chunk_losses for n in (1, 2)}
+    expected = by_hand(tg, tokens, tg.Config(**{**TINY, **overrides, "ttt_grad_steps": grad_steps}))
+    # With beta1 = 0 a step is the gradient's sign: rounding of gradients near zero grows from chunk to chunk.
+    assert [loss for loss, _, _ in chunks[grad_steps]] == pytest.approx(expected, rel=1e-4)
+    assert chunks[3 - grad_steps][-1][0] != pytest.approx(expected[-1], rel=1e-3)
 
 
 def test_base_weights_change_in_phases_only(tg):
