@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -57,6 +58,10 @@ SEGMENT_BUCKET = 64  # cu_seqlens is padded to a multiple of this, so that shape
 
 class UserError(ValueError):
     """A mistake of the user's: reported as one line, exit code 2, nothing lost."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on through no setting's fault: one line, exit code 1."""
 
 
 class ConfigError(UserError):
@@ -113,14 +118,10 @@ class Config:
     preset: str = "pr1851"  # base that explicit variables change, one of PRESETS
     seed: Whole = 42  # seed of initial weights and adapters
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA when there is one
-    cpu_threads: Whole = (
-        0  # threads on a CPU; 0: torch's choice (1 repeats exactly and does not mind company)
-    )
+    cpu_threads: Whole = 0  # threads on a CPU; 0: torch decides; 1: repeats exactly, also on a busy machine
     run_id: str = ""  # name of the run; empty: preset, seed and start time
     artifact_dir: str = ""  # folder of the outputs; empty: runs/<RUN_ID>
-    prequant_only: bool = (
-        False  # stop after the full-precision evaluation; MODEL_PATH, if there, is not trained
-    )
+    prequant_only: bool = False  # stop after the full-precision evaluation (of MODEL_PATH, if it is there)
     quantize_only: bool = False  # no training: calibrate, quantise and evaluate MODEL_PATH
     ttt_eval_only: bool = False  # no training: evaluate the artifact QUANTIZED_MODEL_PATH
     model_path: str = "final_model.pt"  # full-precision weights, an input of the *_ONLY stages
@@ -256,6 +257,11 @@ class Config:
             _check_value(field.name.upper(), getattr(self, field.name), field.type)
         if self.preset not in PRESETS:
             raise ConfigError(f"PRESET={self.preset!r}: must be one of {', '.join(PRESETS)}")
+        if not re.fullmatch(r"[\w.+-]*", self.run_id):
+            raise ConfigError(f"RUN_ID={self.run_id!r}: must be letters, digits and . _ + - (it names files)")
+        if 0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds:
+            limit = f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}"
+            raise ConfigError(f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g}: must be below {limit}")
         self._check_shapes()
         self._check_layers()
         self._check_exclusive("SPARSE_ATTN_GATE_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED")
@@ -335,20 +341,6 @@ class Config:
             return sets / f"fineweb10B_sp{self.vocab_size}"
         name = f"fineweb10B_sp{self.vocab_size}_lossless_caps_caseops_v1_reserved"
         return sets / f"fineweb10B_sp{self.vocab_size}_caseops" / "datasets" / "datasets" / name
-
-    @property
-    def tokenizer_file(self) -> Path:
-        """The SentencePiece model: set, else named by the data's manifest, else at the contest's place."""
-        if self.tokenizer_path:
-            return Path(self.tokenizer_path)
-        named = read_manifest(self.data_folder).get("tokenizer", {}).get("file")
-        if named:
-            return self.data_folder / named
-        name = f"fineweb_{self.vocab_size}_bpe"
-        if not self.caseops_enabled:
-            return Path(self.data_dir) / "tokenizers" / f"{name}.model"
-        caseops = Path(self.data_dir) / "datasets" / f"fineweb10B_sp{self.vocab_size}_caseops" / "datasets"
-        return caseops / "tokenizers" / f"{name}_lossless_caps_caseops_v1_reserved.model"
 
     def model_settings(self) -> dict[str, object]:
         """The settings that rebuild the model: stored in the artifact."""
@@ -514,15 +506,19 @@ def _refuse_unknown_names(environ: Mapping[str, str], known: Sequence[str]) -> N
             )
 
 
+def setting_comments(source: str) -> dict[str, str]:
+    """Help text of each setting: the comments behind the fields in the script's source."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+
+
 def settings_table(source: str) -> str:
-    """The table of `--help`; the help texts are the comments behind the fields in the script's source."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+    """The table of `--help`; a packed script has lost its comments."""
+    comments = setting_comments(source)
     rows = []
     for field in dataclasses.fields(Config):
         default = int(field.default) if isinstance(field.default, bool) else field.default
-        rows.append(
-            f"  {field.name.upper()}={default}\n      {comments.get(field.name, '')} [{allowed(field.type)}]"
-        )
+        help_text = comments.get(field.name, "")
+        rows.append(f"  {field.name.upper()}={default}\n      {help_text} [{allowed(field.type)}]")
     return "\n".join(rows)
 
 
@@ -589,30 +585,34 @@ def write_whole(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
+OUTPUTS = ("metrics.jsonl", "result.json", "train_gpt.packed.py")
+
+
+def _new_folder(wanted: Path, outputs: Sequence[str]) -> Path:
+    """The folder asked for or, where outputs of an earlier run lie in it, the first free of name+2, ..."""
+    wanted = wanted if wanted.name else wanted.resolve()
+    folder = wanted
+    try:
+        for number in itertools.count(2):
+            if not any((folder / name).exists() for name in outputs):
+                break
+            folder = wanted.with_name(f"{wanted.name}+{number}")
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        (folder / OUTPUTS[0]).touch()
+    except OSError as error:
+        raise ConfigError(f"ARTIFACT_DIR={folder}: cannot write there ({error.strerror})") from None
+    return folder
+
+
 class RunLog:
     """The run's folder and its log: events on the console, in logs/<RUN_ID>.txt and in metrics.jsonl."""
 
     def __init__(self, cfg: Config):
         self.run_id = cfg.run_id or f"{cfg.preset}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = self._new_folder(
-            Path(cfg.artifact_dir) if cfg.artifact_dir else Path("runs") / self.run_id
-        )
+        outputs = [Path(cfg.model_path).name, Path(cfg.quantized_model_path).name, *OUTPUTS]
+        self.folder = _new_folder(Path(cfg.artifact_dir or Path("runs") / self.run_id), outputs)
         self._text = open(self.folder / "logs" / f"{self.run_id}.txt", "a", encoding="utf-8")  # noqa: SIM115
         self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-
-    def _new_folder(self, folder: Path) -> Path:
-        """The folder asked for, or a new one beside it where an earlier run's outputs lie in it."""
-        used = folder / "metrics.jsonl"
-        numbers = iter(range(2, 10_000))
-        try:
-            while used.exists():
-                folder = folder.with_name(f"{folder.name.rpartition('+')[0] or folder.name}+{next(numbers)}")
-                used = folder / "metrics.jsonl"
-            (folder / "logs").mkdir(parents=True, exist_ok=True)
-            used.touch()
-        except OSError as error:
-            raise ConfigError(f"ARTIFACT_DIR={folder}: cannot write there ({error.strerror})") from None
-        return folder
 
     def text(self, text: str, console: bool = False) -> None:
         """Free text into the log file, and to the console if asked."""
@@ -659,7 +659,7 @@ class Progress:
 
 
 class Stopwatch:
-    """Seconds spent in each named stage; a stage can be left and entered again, and paused."""
+    """Seconds spent in each named stage; a stage can be left and entered again."""
 
     def __init__(self, ranks: Ranks):
         self._ranks = ranks
@@ -667,7 +667,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def stage(self, name: str):
-        """Count the time inside the block to `name`, whatever stage surrounds it is charged too."""
+        """Count the time inside the block to `name`."""
         self._ranks.synchronize()
         start = time.perf_counter()
         try:
@@ -919,17 +919,36 @@ def load_validation(cfg: Config) -> ValidationSet:
         )
     if not val.documents:
         raise DataError(f"{folder}/fineweb_val_*: no document, must hold a BOS (token {BOS}) before each")
+    charged = read_manifest(folder).get("splits", {}).get("val", {}).get("bytes")
+    if charged not in (None, int(val.target_bytes.sum())) and cfg.caseops_enabled:
+        raise DataError(
+            f"{folder}: the sidecar charges {val.target_bytes.sum()} bytes, the manifest says {charged}"
+        )
     highest = int(tokens.max())
     if highest >= cfg.vocab_size:
         raise DataError(f"{folder}: holds token {highest}, must be below VOCAB_SIZE={cfg.vocab_size}")
     return val
 
 
+def tokenizer_file(cfg: Config) -> Path:
+    """The SentencePiece model: set, else named by the data's manifest, else at the contest's place."""
+    if cfg.tokenizer_path:
+        return Path(cfg.tokenizer_path)
+    named = read_manifest(cfg.data_folder).get("tokenizer", {}).get("file")
+    if named:
+        return cfg.data_folder / named
+    name = f"fineweb_{cfg.vocab_size}_bpe"
+    if not cfg.caseops_enabled:
+        return Path(cfg.data_dir) / "tokenizers" / f"{name}.model"
+    caseops = Path(cfg.data_dir) / "datasets" / f"fineweb10B_sp{cfg.vocab_size}_caseops" / "datasets"
+    return caseops / "tokenizers" / f"{name}_lossless_caps_caseops_v1_reserved.model"
+
+
 def load_tokenizer(cfg: Config) -> object:
     """The SentencePiece tokenizer. Raises DataError when missing, unreadable or of another vocabulary."""
     import sentencepiece
 
-    path = cfg.tokenizer_file
+    path = tokenizer_file(cfg)
     if not path.is_file():
         raise DataError(f"TOKENIZER_PATH={path}: no such file")
     try:
@@ -1008,10 +1027,10 @@ def _check_manifest(cfg: Config, manifest: dict, counts: dict[str, int], totals:
         raise DataError(
             f"{path}: says {splits['val']['tokens']} validation tokens, the shards hold {totals['val']}"
         )
-    digest = hashlib.sha256(cfg.tokenizer_file.read_bytes()).hexdigest()
+    digest = hashlib.sha256(tokenizer_file(cfg).read_bytes()).hexdigest()
     if manifest.get("tokenizer", {}).get("sha256", digest) != digest:
         raise DataError(
-            f"TOKENIZER_PATH={cfg.tokenizer_file}: not the tokenizer that {path} was prepared with"
+            f"TOKENIZER_PATH={tokenizer_file(cfg)}: not the tokenizer that {path} was prepared with"
         )
 
 
@@ -1549,6 +1568,12 @@ class Muon(torch.optim.Optimizer):
                 if bank.grad is not None:
                     self._update(bank, group)
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, which casts state to the parameter's type: the buffers go back to bfloat16, exactly."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state["momentum_buffer"] = state["momentum_buffer"].bfloat16()
+
     def _update(self, bank: nn.Parameter, group: dict) -> None:
         gradient = bank.grad.bfloat16()
         buffer = self.state[bank].setdefault("momentum_buffer", torch.zeros_like(gradient))
@@ -1674,8 +1699,12 @@ class Trainer:
                 rates = {key: row[key] for key in ("lr", "weight_decay", "betas", "eps")}
                 groups.setdefault(row["optimizer"], rates | {"params": []})["params"].append(parameters[name])
         self.adamw = torch.optim.AdamW(list(groups.values()), fused=True)
-        self._base_rates = [(g, g["lr"]) for o in (self.muon, self.adamw) for g in o.param_groups]
+        for group in self._groups():
+            group["base_lr"] = group["lr"]
         self.ema = EMA(model.state_dict(), cfg.ema_decay)
+
+    def _groups(self) -> list[dict]:
+        return self.muon.param_groups + self.adamw.param_groups
 
     def step(self, step: int, frac: float, batches: Sequence[Batch] | None = None) -> StepReport:
         """Step number `step` at a fraction of training; batches come from the loader unless given."""
@@ -1686,10 +1715,13 @@ class Trainer:
         momentum = muon_momentum(
             step, cfg.muon_momentum_warmup_start, cfg.muon_momentum, cfg.muon_momentum_warmup_steps
         )
-        for group, rate in self._base_rates:
-            group["lr"] = rate * factor
+        for group in self._groups():
+            group["lr"] = group["base_lr"] * factor
         self.muon.param_groups[0]["momentum"] = momentum
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip_norm or math.inf)
+        if not torch.isfinite(train_loss + grad_norm):
+            values = f"train_loss {float(train_loss)}, grad_norm {float(grad_norm)}"
+            raise RunError(f"step {step + 1}: {values}: not finite, stopped before the weights were changed")
         self.adamw.step()
         self.muon.step()
         self.model.zero_grad(set_to_none=True)
@@ -1735,12 +1767,6 @@ class Trainer:
         self.model.load_state_dict(snapshot["model"])
         self.muon.load_state_dict(snapshot["muon"])
         self.adamw.load_state_dict(snapshot["adamw"])
-        self._base_rates = [
-            (group, rate)
-            for group, (_, rate) in zip(
-                self.muon.param_groups + self.adamw.param_groups, self._base_rates, strict=True
-            )
-        ]
         self.ema.averages = _copy_tensors(snapshot["ema"])
         self.looping = snapshot["looping"]
         self.loader.load_state(snapshot["loader"])
@@ -1752,10 +1778,6 @@ def _copy_tensors(tree: object) -> object:
     if isinstance(tree, dict):
         return {key: _copy_tensors(value) for key, value in tree.items()}
     return [_copy_tensors(item) for item in tree] if isinstance(tree, list) else tree
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on through no setting's fault: one line, exit code 1."""
 
 
 def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[int], None]) -> int:
@@ -1786,14 +1808,11 @@ def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[i
 
 
 def _log_step(log: RunLog, cfg: Config, step: int, report: StepReport, elapsed: float) -> None:
-    loss, norm = float(report.train_loss), float(report.grad_norm)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise RunError(f"step {step}: train_loss {loss}, grad_norm {norm}: not finite, training stopped")
     log.event(
         "train",
         step=step,
-        train_loss=loss,
-        grad_norm=norm,
+        train_loss=float(report.train_loss),
+        grad_norm=float(report.grad_norm),
         lr_multiplier=report.lr_multiplier,
         train_seconds=elapsed,
         tokens_per_second=step * cfg.train_batch_tokens / elapsed,
@@ -2612,7 +2631,7 @@ class Run:
         commit = _command_output("git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD")
         gpus = _command_output("nvidia-smi") if self.ranks.device.type == "cuda" else ""
         self.log.text(show_settings(self.cfg))
-        self.log.text(f"{'=' * 80}\n{self.source.decode()}\n{'=' * 80}\n{gpus}")
+        self.log.text(f"{'=' * 80}\n{self.source.decode(errors='backslashreplace')}\n{'=' * 80}\n{gpus}")
         self.result["environment"] = {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -2775,30 +2794,22 @@ class Run:
     def adapt(self, model: GPT) -> None:
         """Phased score-first LoRA test-time training: the contest score."""
         cfg = dataclasses.replace(self.cfg, **model.cfg.model_settings())
-        with self.watch.stage("ttt"):
-            evaluator = ScoreFirstTTT(
-                model, self.val, cfg, looping=self.looping, ranks=self.ranks, on_event=self._ttt_event
-            )
-            self._ttt_progress = self.log.progress("ttt", sum(len(b.documents) for b in evaluator.batches))
-            self._ttt_done = 0
-            meter = evaluator.run()
-        targets = sum(length - 1 for b in evaluator.batches for _, (_, length) in b.documents)
-        self._record("ttt", meter, targets)
+        documents = select_documents(self.val.documents, cfg.val_doc_fraction, cfg.seed)
+        progress, done = self.log.progress("ttt", len(documents)), 0
 
-    def _ttt_event(self, kind: str, **data: object) -> None:
-        if kind == "batch_done":
-            self._ttt_done += len(data["batch"].documents)
-            bpb = data["loss_sum"] / data["byte_sum"] if data["byte_sum"] else math.nan
-            self._ttt_progress.update(self._ttt_done, nats_per_byte=bpb)
-        elif kind == "global_sgd":
-            norms = data["grad_norms"]
-            self.log.event(
-                "ttt_phase",
-                phase=data["phase"],
-                documents=self._ttt_done,
-                tokens=len(data["tokens"]),
-                steps=len(norms),
-            )
+        def on_event(kind: str, **data: object) -> None:
+            nonlocal done
+            if kind == "batch_done":
+                done += len(data["batch"].documents)
+                progress.update(done, running_loss=data["loss_sum"] / data["token_count"])
+            elif kind == "global_sgd":
+                sizes = {"tokens": len(data["tokens"]), "sgd_steps": len(data["grad_norms"])}
+                self.log.event("ttt_phase", phase=data["phase"], documents=done, **sizes)
+
+        with self.watch.stage("ttt"):
+            options = {"looping": self.looping, "ranks": self.ranks, "on_event": on_event}
+            meter = score_first_ttt(model, self.val, cfg, **options)
+        self._record("ttt", meter, sum(length - 1 for _, length in documents))
 
     def finish(self) -> int:
         """Write result.json and the final line; exit code 3 when a limit of the contest is exceeded."""
@@ -2813,7 +2824,7 @@ class Run:
             "eval_seconds": seconds[final],
         }
         broken = self._broken_limits(summary, final)
-        summary["legal"] = not broken
+        summary["legal"] = not broken and summary["artifact_bytes"] > 0
         settings = {
             field.name.upper(): getattr(self.cfg, field.name) for field in dataclasses.fields(self.cfg)
         }
@@ -2896,7 +2907,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     except UserError as error:
         print(f"train_gpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except RunError as error:
+    except (RunError, OSError) as error:
         print(f"train_gpt.py: {error}", file=sys.stderr)
         return 1
 

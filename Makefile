@@ -1,0 +1,46 @@
+# Every target sets up what it needs: a virtual environment in .venv with the pinned requirements.
+PYTHON ?= python3.11
+BIN := .venv/bin
+RUN := .venv/run.installed
+DEV := .venv/dev.installed
+
+.PHONY: help demo data test lint format readme clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(RUN) data/demo/manifest.json  ## the whole system on demo data: train, quantise, reload, score (3 minutes, CPU)
+	PRESET=demo $(BIN)/python train_gpt.py
+
+data: data/demo/manifest.json  ## the demo data set alone
+
+data/demo/manifest.json: prepare_caseops_data.py lossless_caps.py | $(RUN)
+	$(BIN)/python prepare_caseops_data.py --demo --overwrite
+
+test: $(DEV)  ## all tests (CPU, under 3 minutes on 2 cores)
+	$(BIN)/python -m pytest -q -n 2 --durations 5
+
+lint: $(DEV)  ## style, formatting, spelling, README up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/python tools/readme_settings.py --check
+
+format: $(DEV)  ## reformat the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+readme: $(RUN)  ## regenerate the README's settings table
+	$(BIN)/python tools/readme_settings.py
+
+$(RUN): requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(DEV): requirements-dev.txt $(RUN)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:  ## remove environment, demo data and caches; runs/ stays
+	rm -rf .venv data/demo .pytest_cache .ruff_cache .hypothesis tests/__pycache__ __pycache__

@@ -1,0 +1,448 @@
+"""The real command from end to end on a tiny data set: every stage, every component, every output file."""
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import prepare_caseops_data as prepare
+import pytest
+import sentencepiece
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "train_gpt.py"
+VOCAB = 320
+CODE_LIMIT = 25_000  # bytes of the counted code, what the size plan of the artifact leaves for it
+VAL_DOCS, PHASE_DOCS = 14, (4, 8)
+
+# Small, but nothing is left out: looping, lanes, all gates of the record, GPTQ, LQER, two phases.
+TINY = {
+    "DEVICE": "cpu",
+    "CPU_THREADS": "1",
+    "VOCAB_SIZE": str(VOCAB),
+    "TRAIN_SEQ_LEN": "64",
+    "TRAIN_BATCH_TOKENS": "256",
+    "GRAD_ACCUM_STEPS": "2",
+    "NUM_LAYERS": "4",
+    "MODEL_DIM": "32",
+    "NUM_HEADS": "2",
+    "NUM_KV_HEADS": "1",
+    "MLP_MULT": "2",
+    "ROPE_DIMS": "8",
+    "NUM_LOOPS": "1",
+    "LOOP_START": "1",
+    "LOOP_END": "2",
+    "PARALLEL_START_LAYER": "3",
+    "ITERATIONS": "6",
+    "WARMUP_STEPS": "1",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "VAL_LOSS_EVERY": "4",
+    "EMA_DECAY": "0.5",
+    "FLOAT16_MAX_ELEMENTS": "256",
+    "GPTQ_CALIBRATION_BATCHES": "2",
+    "LQER_ASYM_GROUP": "16",
+    "VAL_BATCH_TOKENS": "2048",
+    "EVAL_SEQ_LEN": "64",
+    "TTT_BATCH_SIZE": "4",
+    "TTT_CHUNK_SIZE": "16",
+    "TTT_EVAL_SEQ_LEN": "64",
+    "TTT_LORA_RANK": "2",
+    "TTT_LORA_ALPHA": "4",
+    "PHASED_TTT_PREFIX_DOCS": str(PHASE_DOCS[-1]),
+    "PHASED_TTT_NUM_PHASES": str(len(PHASE_DOCS)),
+    "GLOBAL_TTT_CHUNK_TOKENS": "128",
+    "GLOBAL_TTT_BATCH_SEQS": "2",
+}
+
+
+def documents(count: int) -> list[str]:
+    """Texts of capitalised sentences over a small set of words, of many different lengths."""
+    rng = random.Random(0)
+    words = "the model reads a token and NASA scores it before Paris learns from what it has seen".split()
+    texts = []
+    for _ in range(count):
+        sentences = [" ".join(rng.choices(words, k=rng.randint(3, 12))) for _ in range(rng.randint(1, 9))]
+        texts.append(" ".join(sentence.capitalize() + "." for sentence in sentences))
+    return texts
+
+
+def make_data(folder: Path) -> Path:
+    """A CaseOps data set with its own tokenizer of VOCAB pieces and a manifest."""
+    texts = documents(150)
+    model = prepare.train_tokenizer(texts, VOCAB)
+    named = [prepare.make_document(text, f"document {i}") for i, text in enumerate(texts)]
+    tokenizer = prepare.make_tokenizer("tokenizer.model", model, lossless=True)
+    prepare.prepare(named, tokenizer, folder, VAL_DOCS)
+    return folder
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """One shard: 256 little-endian int32 of header, then uint16 tokens."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+
+
+def environment(**settings: object) -> dict[str, str]:
+    """A clean environment with the tiny settings and those given."""
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
+    given = {name: str(value) for name, value in settings.items()}
+    return inherited | {"OMP_NUM_THREADS": "1"} | TINY | given
+
+
+def command(script: Path, folder: Path, **settings: object) -> subprocess.CompletedProcess:
+    """Run a script as a user does, in a folder."""
+    return subprocess.run(
+        [sys.executable, str(script)],
+        cwd=folder,
+        env=environment(**settings),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def final_values(output: str) -> dict[str, str]:
+    """Values of the last line `final key:value key:value ...`."""
+    last = output.rstrip("\n").rpartition("\n")[2]
+    stage, *pairs = last.split()
+    assert stage == "final", last
+    return dict(pair.split(":", 1) for pair in pairs)
+
+
+def read_result(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("smoke") / "data")
+
+
+@pytest.fixture(scope="module")
+def finished(data):
+    """The same command twice in one folder: (working folder, outputs of each, the completed processes)."""
+    work = data.parent
+    settings = {"DATA_PATH": "data", "ARTIFACT_DIR": "run", "RUN_ID": "tiny"}
+    first = command(SCRIPT, work, **settings)
+    before = {path: path.read_bytes() for path in (work / "run").rglob("*") if path.is_file()}
+    second = command(SCRIPT, work, **settings)
+    assert {path: path.read_bytes() for path in before} == before, (
+        "a second run changed the first one's files"
+    )
+    return work, (work / "run", work / "run+2"), (first, second)
+
+
+@pytest.fixture
+def in_process(tg, monkeypatch, capsys):
+    """Function: folder and settings -> exit code and standard output of a run inside this process."""
+
+    def run(folder: Path, **settings: object) -> tuple[int, str]:
+        monkeypatch.chdir(folder)
+        code = tg.main([], environment(**settings))
+        return code, capsys.readouterr().out
+
+    return run
+
+
+# -- the whole run
+
+
+def test_exit_code_and_clean_stderr(finished):
+    for process in finished[2]:
+        assert process.returncode == 0, process.stderr
+        assert process.stderr == ""
+
+
+def test_last_line_and_result_agree(finished):
+    _, folders, processes = finished
+    for folder, process in zip(folders, processes, strict=True):
+        result, final = read_result(folder), final_values(process.stdout)
+        names = "val_bpb val_loss artifact_bytes code_bytes model_bytes train_seconds calibrate_seconds"
+        assert list(final) == [*names.split(), "eval_seconds", "legal"]
+        for name in ("val_bpb", "val_loss"):
+            assert float(final[name]) == pytest.approx(result[name], rel=1e-5)
+        for name in ("artifact_bytes", "code_bytes", "model_bytes"):
+            assert int(final[name]) == result[name] > 0
+        assert final["legal"] == "True" and result["legal"] is True
+        assert result["final_stage"] == "ttt"
+        assert result["steps"] == 6
+
+
+def test_every_stage_scores_every_target_and_byte(finished):
+    work, (folder, _), _ = finished
+    stages, manifest = read_result(folder)["stages"], json.loads((work / "data/manifest.json").read_text())
+    assert set(stages) == {"untrained", "step_4", "prequant", "quantised", "ttt"}
+    val = manifest["splits"]["val"]
+    for name, stage in stages.items():
+        assert stage["targets"] == val["tokens"] - 1, name
+        assert stage["bytes"] == val["bytes"], name
+        bits = stage["val_loss"] / math.log(2) * stage["targets"] / stage["bytes"]
+        assert stage["val_bpb"] == pytest.approx(bits, rel=1e-12), name
+    assert stages["untrained"]["val_loss"] == pytest.approx(math.log(VOCAB), rel=0.01)
+    assert stages["prequant"]["val_loss"] < stages["untrained"]["val_loss"] - 0.1
+    assert stages["quantised"]["val_loss"] == pytest.approx(stages["prequant"]["val_loss"], abs=0.05)
+    assert len({stage["val_loss"] for stage in stages.values()}) == len(stages)
+
+
+def test_all_files_are_there(finished):
+    _, folders, _ = finished
+    expected = {
+        "final_model.pt",
+        "final_model.int6.ptz",
+        "train_gpt.packed.py",
+        "metrics.jsonl",
+        "result.json",
+        "logs/tiny.txt",
+    }
+    for folder in folders:
+        files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        assert files == expected
+
+
+def test_log_holds_source_settings_and_console(finished):
+    _, (folder, _), (process, _) = finished
+    log = (folder / "logs" / "tiny.txt").read_text(encoding="utf-8")
+    assert SCRIPT.read_text(encoding="utf-8") in log
+    for name, value in TINY.items():
+        if name not in ("MLP_MULT", "MAX_WALLCLOCK_SECONDS", "TTT_LORA_ALPHA"):
+            assert f"\n{name}={value}" in f"\n{log}"
+    assert "\nMLP_MULT=2.0    # default 4.0\n" in log
+    for line in process.stdout.splitlines():
+        assert f"{line}\n" in log
+
+
+def test_metrics_are_the_console_events(finished):
+    _, (folder, _), (process, _) = finished
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    console = [line.split()[0] for line in process.stdout.splitlines()]
+    assert [event["stage"] for event in events] == console
+    for stage in ("start", "model", "looping", "saved", "artifact", "size", "ttt_phase", "final"):
+        assert stage in console
+    assert console.count("ttt_phase") == len(PHASE_DOCS)
+    assert all(event["steps"] > 0 for event in events if event["stage"] == "ttt_phase")
+    artifact = next(event for event in events if event["stage"] == "artifact")
+    assert artifact["gptq_(int6)"] > 0 and artifact["passthrough_(float16)"] > 0
+    assert sum(count for key, count in artifact.items() if key.endswith("+lqer_asym")) == 3
+
+
+def test_sizes_are_those_of_the_files(finished):
+    for folder in finished[1]:
+        result = read_result(folder)
+        assert result["code_bytes"] == (folder / "train_gpt.packed.py").stat().st_size <= CODE_LIMIT
+        assert result["model_bytes"] == (folder / "final_model.int6.ptz").stat().st_size
+        assert result["artifact_bytes"] == result["code_bytes"] + result["model_bytes"]
+
+
+def test_same_run_again_gives_the_same_numbers_elsewhere(finished):
+    _, (first, second), _ = finished
+    kept = ("val_loss", "val_bpb", "targets", "bytes")
+    scores = [
+        {name: {key: stage[key] for key in kept} for name, stage in read_result(folder)["stages"].items()}
+        for folder in (first, second)
+    ]
+    assert scores[0] == scores[1]
+    name = "final_model.int6.ptz"
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+# -- one stage alone
+
+
+@pytest.fixture(scope="module")
+def eval_data(finished, tmp_path_factory) -> Path:
+    """The data set without its training shards: evaluation must not need them."""
+    folder = tmp_path_factory.mktemp("eval") / "data"
+    shutil.copytree(finished[0] / "data", folder)
+    for path in folder.glob("fineweb_train_*.bin"):
+        path.unlink()
+    return folder
+
+
+def test_artifact_alone_gives_the_score(finished, eval_data, in_process):
+    _, (folder, _), _ = finished
+    code, output = in_process(
+        eval_data.parent,
+        DATA_PATH=eval_data,
+        ARTIFACT_DIR="again",
+        TTT_EVAL_ONLY=1,
+        QUANTIZED_MODEL_PATH=folder / "final_model.int6.ptz",
+    )
+    assert code == 0 and final_values(output)
+    first, again = read_result(folder), read_result(eval_data.parent / "again")
+    assert set(again["stages"]) == {"quantised", "ttt"}
+    for stage in again["stages"]:
+        assert again["stages"][stage]["val_bpb"] == first["stages"][stage]["val_bpb"]
+    assert again["artifact_bytes"] == first["artifact_bytes"]
+
+
+def test_artifact_knows_the_sizes_of_its_model(finished, eval_data, in_process):
+    """The shape settings come from the artifact, not from the environment."""
+    _, (folder, _), _ = finished
+    in_process(
+        eval_data.parent,
+        DATA_PATH=eval_data,
+        ARTIFACT_DIR="other_shape",
+        TTT_EVAL_ONLY=1,
+        TTT_ENABLED=0,
+        QUANTIZED_MODEL_PATH=folder / "final_model.int6.ptz",
+        NUM_LAYERS=5,
+        MODEL_DIM=64,
+        NUM_LOOPS=0,
+        SMEAR_GATE_ENABLED=0,
+    )
+    again = read_result(eval_data.parent / "other_shape")
+    assert again["val_bpb"] == read_result(folder)["stages"]["quantised"]["val_bpb"]
+
+
+def test_packed_script_alone_gives_the_score(finished, eval_data, tmp_path):
+    _, (folder, _), _ = finished
+    shutil.copy(folder / "train_gpt.packed.py", tmp_path)
+    process = command(
+        tmp_path / "train_gpt.packed.py",
+        tmp_path,
+        DATA_PATH=eval_data,
+        ARTIFACT_DIR="packed",
+        TTT_EVAL_ONLY=1,
+        QUANTIZED_MODEL_PATH=folder / "final_model.int6.ptz",
+    )
+    assert process.returncode == 0, process.stderr.splitlines()[-1]  # a traceback would show all the code
+    assert read_result(tmp_path / "packed")["val_bpb"] == read_result(folder)["val_bpb"]
+    assert (tmp_path / "packed/train_gpt.packed.py").read_bytes() == (
+        tmp_path / "train_gpt.packed.py"
+    ).read_bytes(), "a packed script must count itself"
+
+
+def test_quantising_the_checkpoint_gives_the_same_artifact(finished, in_process):
+    work, (folder, _), _ = finished
+    code, _ = in_process(
+        work,
+        DATA_PATH="data",
+        ARTIFACT_DIR="requantised",
+        QUANTIZE_ONLY=1,
+        TTT_ENABLED=0,
+        MODEL_PATH=folder / "final_model.pt",
+    )
+    assert code == 0
+    name = "final_model.int6.ptz"
+    assert (work / "requantised" / name).read_bytes() == (folder / name).read_bytes()
+    result, first = read_result(work / "requantised"), read_result(folder)
+    assert result["final_stage"] == "quantised"
+    for stage in ("prequant", "quantised"):
+        assert result["stages"][stage]["val_bpb"] == first["stages"][stage]["val_bpb"]
+
+
+def test_input_is_found_in_the_folder_of_the_run(finished, in_process):
+    """QUANTIZE_ONLY=1 ARTIFACT_DIR=run reads run/final_model.pt and writes beside it."""
+    work, (folder, _), _ = finished
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    code, output = in_process(work, DATA_PATH="data", ARTIFACT_DIR="run", QUANTIZE_ONLY=1, TTT_ENABLED=0)
+    assert code == 0 and "folder:run+3 " in output
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_prequant_only_evaluates_a_checkpoint(finished, eval_data, in_process):
+    _, (folder, _), _ = finished
+    code, _ = in_process(
+        eval_data.parent,
+        DATA_PATH=eval_data,
+        ARTIFACT_DIR="prequant",
+        PREQUANT_ONLY=1,
+        MODEL_PATH=folder / "final_model.pt",
+    )
+    assert code == 0
+    result = read_result(eval_data.parent / "prequant")
+    assert set(result["stages"]) == {"prequant"}
+    assert result["val_bpb"] == read_result(folder)["stages"]["prequant"]["val_bpb"]
+    assert "steps" not in result and not (eval_data.parent / "prequant/final_model.int6.ptz").exists()
+
+
+def test_score_without_an_artifact_is_not_legal(finished, eval_data, in_process):
+    """`legal` says that the number may be submitted; a full-precision score may not."""
+    _, (folder, _), _ = finished
+    in_process(
+        eval_data.parent,
+        DATA_PATH=eval_data,
+        ARTIFACT_DIR="no_artifact",
+        PREQUANT_ONLY=1,
+        MODEL_PATH=folder / "final_model.pt",
+    )
+    result = read_result(eval_data.parent / "no_artifact")
+    assert result["artifact_bytes"] == 0 and result["legal"] is False
+
+
+def test_prequant_only_trains_without_a_checkpoint(data, in_process, tmp_path):
+    code, _ = in_process(tmp_path, DATA_PATH=data, ARTIFACT_DIR="run", PREQUANT_ONLY=1, ITERATIONS=1)
+    assert code == 0
+    result = read_result(tmp_path / "run")
+    assert result["steps"] == 1 and result["final_stage"] == "prequant"
+    assert not (tmp_path / "run/final_model.int6.ptz").exists()
+
+
+def test_exceeded_limit_is_exit_code_3_with_outputs(finished, eval_data, in_process):
+    _, (folder, _), _ = finished
+    code, output = in_process(
+        eval_data.parent,
+        DATA_PATH=eval_data,
+        ARTIFACT_DIR="sample",
+        TTT_EVAL_ONLY=1,
+        QUANTIZED_MODEL_PATH=folder / "final_model.int6.ptz",
+        VAL_DOC_FRACTION=0.5,
+    )
+    assert code == 3
+    assert final_values(output)["legal"] == "False"
+    result = read_result(eval_data.parent / "sample")
+    assert result["legal"] is False and "VAL_DOC_FRACTION=0.5" in " ".join(result["broken_limits"])
+    assert 0 < result["stages"]["ttt"]["targets"] < read_result(folder)["stages"]["ttt"]["targets"]
+
+
+# -- other components
+
+
+def test_lzma_artifact_holds_the_same_model(finished, in_process, tmp_path):
+    work, (folder, _), _ = finished
+    code, _ = in_process(
+        tmp_path,
+        DATA_PATH=work / "data",
+        ARTIFACT_DIR="lzma",
+        QUANTIZE_ONLY=1,
+        TTT_ENABLED=0,
+        COMPRESSOR="lzma",
+        MODEL_PATH=folder / "final_model.pt",
+    )
+    assert code == 0
+    assert (tmp_path / "lzma/final_model.int6.ptz").read_bytes() != (
+        folder / "final_model.int6.ptz"
+    ).read_bytes()
+    assert read_result(tmp_path / "lzma")["val_bpb"] == read_result(folder)["stages"]["quantised"]["val_bpb"]
+
+
+def test_untied_embeddings(data, in_process, tmp_path):
+    code, _ = in_process(tmp_path, DATA_PATH=data, ARTIFACT_DIR="run", TIE_EMBEDDINGS=0, ITERATIONS=3)
+    assert code == 0
+    stages = read_result(tmp_path / "run")["stages"]
+    assert stages["prequant"]["val_loss"] < stages["untrained"]["val_loss"] - 0.05
+    assert stages["quantised"]["val_loss"] == pytest.approx(stages["prequant"]["val_loss"], abs=0.05)
+    assert set(stages) == {"untrained", "prequant", "quantised", "ttt"}
+
+
+def test_plain_text_counts_its_own_bytes(data, in_process, tmp_path):
+    """CASEOPS_ENABLED=0: no sidecar, no manifest; the bytes come from the tokenizer's pieces."""
+    texts = documents(60)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(data / "tokenizer.model"))
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for split, part in (("val", texts[:10]), ("train", texts[10:])):
+        tokens = [token for text in part for token in [1, *processor.encode(text)]]
+        write_shard(plain / f"fineweb_{split}_000000.bin", np.array(tokens))
+    settings = {"DATA_PATH": plain, "TOKENIZER_PATH": data / "tokenizer.model", "CASEOPS_ENABLED": 0}
+    code, output = in_process(tmp_path, ARTIFACT_DIR="run", ITERATIONS=1, **settings)
+    assert code == 0
+    assert f"{plain} has no manifest.json" in output
+    stages = read_result(tmp_path / "run")["stages"]
+    assert stages["ttt"]["bytes"] == sum(len(text.encode()) for text in texts[:10])

@@ -1,0 +1,413 @@
+"""Training: steps against hand-written oracles, the warm-up that leaves no trace, the clock, the stop rules."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+SIZES = {
+    "vocab_size": 64,
+    "train_seq_len": 16,
+    "train_batch_tokens": 128,
+    "grad_accum_steps": 2,
+    "num_layers": 4,
+    "model_dim": 32,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "mlp_mult": 2.0,
+    "rope_dims": 8,
+    "num_loops": 1,
+    "loop_start": 1,
+    "loop_end": 2,
+    "parallel_start_layer": 3,
+    "max_wallclock_seconds": 0.0,
+    "warmup_steps": 0,
+    "muon_momentum_warmup_steps": 0,
+    "ema_decay": 0.9,
+    "train_log_every": 1,
+    "eval_seq_len": 16,
+    "ttt_eval_seq_len": 16,
+    "ttt_chunk_size": 8,
+}
+
+
+class FakeClock:
+    """A stopwatch on which every stage takes a set number of seconds."""
+
+    def __init__(self, seconds_per_stage: float):
+        self.seconds: dict[str, float] = {}
+        self._step = seconds_per_stage
+
+    @contextmanager
+    def stage(self, name: str):
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._step
+
+
+def write_shard(path, tokens: np.ndarray) -> None:
+    """One shard: 256 little-endian int32 of header, then uint16 tokens."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """One shard of 2,000 tokens: documents of 23 tokens, each a BOS and one phrase again and again."""
+    rng = np.random.default_rng(0)
+    phrases = rng.integers(2, 64, size=(5, 22))
+    documents = [np.append([1], phrases[i % 5]) for i in range(87)]
+    path = tmp_path / "fineweb_train_000000.bin"
+    write_shard(path, np.concatenate(documents)[:2000])
+    return path
+
+
+@pytest.fixture
+def make_trainer(tg, shard):
+    """Function: settings -> a trainer of a freshly initialised model on the shard."""
+
+    def make(**settings: object):
+        cfg = tg.Config(**{**SIZES, **settings})
+        torch.manual_seed(cfg.seed)
+        tokens = cfg.train_batch_tokens // cfg.micro_batches(1)
+        loader = tg.PackedLoader([shard], 1, 0, tokens, cfg.train_seq_len)
+        return tg.Trainer(cfg, tg.GPT(cfg), loader)
+
+    return make
+
+
+@pytest.fixture
+def run_log(tg, tmp_path):
+    """Function: settings -> (a run log in a folder of its own, function that reads its events)."""
+    logs = []
+
+    def make(cfg):
+        log = tg.RunLog(dataclasses.replace(cfg, artifact_dir=str(tmp_path / "run"), run_id="test"))
+        logs.append(log)
+
+        def events(stage: str) -> list[dict]:
+            lines = (log.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            return [event for event in map(json.loads, lines) if event["stage"] == stage]
+
+        return log, events
+
+    yield make
+    for log in logs:
+        log.close()
+
+
+def leaves(tree: object, path: str = ""):
+    """(path, leaf) of every value in nested dictionaries, lists and tuples."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from leaves(value, f"{path}/{key}")
+    elif isinstance(tree, (list, tuple)):
+        for index, value in enumerate(tree):
+            yield from leaves(value, f"{path}/{index}")
+    else:
+        yield path, tree
+
+
+def fingerprint(trainer) -> dict[str, str]:
+    """A line for every value that training reads or changes: hash, type and shape of tensors."""
+    state = {
+        "model": dict(trainer.model.state_dict()),
+        "muon": trainer.muon.state_dict(),
+        "adamw": trainer.adamw.state_dict(),
+        "ema": trainer.ema.averages,
+        "loader": trainer.loader.state(),
+        "looping": trainer.looping,
+        "torch_rng": torch.get_rng_state(),
+        "numpy_rng": np.random.get_state(),
+        "gradients": {name: p.grad is None for name, p in trainer.model.named_parameters()},
+    }
+    lines = {}
+    for path, leaf in leaves(state):
+        if isinstance(leaf, torch.Tensor):
+            raw = leaf.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            lines[path] = f"{leaf.dtype} {tuple(leaf.shape)} {hashlib.sha256(raw).hexdigest()}"
+        else:
+            lines[path] = repr(leaf)
+    return lines
+
+
+def parameters(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def train_some(trainer, steps: int, frac: float = 0.0) -> list[float]:
+    return [float(trainer.step(step, frac).train_loss) for step in range(steps)]
+
+
+# -- the warm-up
+
+
+@pytest.mark.parametrize("num_loops", [0, 1])
+def test_warm_up_leaves_no_trace(make_trainer, num_loops):
+    trainer = make_trainer(num_loops=num_loops)
+    before = fingerprint(trainer)
+    trainer.warm_up(2)
+    assert fingerprint(trainer) == before
+
+
+def test_warm_up_in_the_middle_leaves_no_trace(make_trainer):
+    """Here both optimisers hold state, the momentum buffers of Muon among it, and the loader has moved."""
+    trainer = make_trainer()
+    train_some(trainer, 3)
+    before = fingerprint(trainer)
+    assert sum("momentum_buffer" in path for path in before) == 4
+    assert sum("exp_avg_sq" in path for path in before) > 10
+    trainer.warm_up(1)
+    after = fingerprint(trainer)
+    assert {path: (before.get(path), after[path]) for path in after if after[path] != before.get(path)} == {}
+    assert after == before
+
+
+def test_warm_up_changes_state_before_it_restores_it(make_trainer, monkeypatch):
+    """The oracle of the tests above: without the restoration nearly everything differs."""
+    trainer = make_trainer()
+    train_some(trainer, 1)
+    before = fingerprint(trainer)
+    monkeypatch.setattr(trainer, "restore", lambda snapshot: None)
+    trainer.warm_up(1)
+    after = fingerprint(trainer)
+    changed = {path.split("/")[1] for path in after if after[path] != before[path]}
+    assert changed == {"model", "muon", "adamw", "ema", "looping"}
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_training_after_a_warm_up_is_the_same(make_trainer, steps):
+    """Whatever was trained before it, the warm-up changes no later loss and no later weight."""
+    plain, warmed = make_trainer(), make_trainer()
+    train_some(plain, steps)
+    train_some(warmed, steps)
+    warmed.warm_up(2)
+    assert train_some(warmed, 4) == train_some(plain, 4)
+    for name, weight in parameters(plain).items():
+        assert torch.equal(weight, parameters(warmed)[name]), name
+
+
+def test_warm_up_runs_both_layer_orders(make_trainer, monkeypatch):
+    trainer, orders = make_trainer(), []
+    losses = trainer.model.losses
+    monkeypatch.setattr(
+        trainer.model, "losses", lambda *a, looping: orders.append(looping) or losses(*a, looping=looping)
+    )
+    trainer.warm_up(1)
+    assert orders == [False, False, True, True]  # two micro-batches each
+
+
+# -- one step
+
+
+def test_loss_falls_on_repeated_data(make_trainer):
+    trainer = make_trainer()
+    losses = train_some(trainer, 40)
+    assert losses[0] == pytest.approx(math.log(64), rel=0.02)
+    assert np.mean(losses[-3:]) < 0.5 * losses[0]
+
+
+def test_loss_falls_with_looping(make_trainer):
+    losses = train_some(make_trainer(), 40, frac=0.4)  # looping is on, the learning rate still whole
+    assert np.mean(losses[-3:]) < 0.7 * losses[0]
+
+
+def test_gradients_do_not_depend_on_the_micro_batches(tg, make_trainer):
+    """One batch of four documents equals four of one: the mean of means of equal sizes is the mean."""
+    rng = np.random.default_rng(1)
+    rows = [torch.from_numpy(np.append(rng.integers(2, 64, 32), 1)) for _ in range(4)]
+    for row in rows:
+        row[0] = 1  # every row a document, and its last target the next one's BOS
+    whole = torch.cat([row[:-1] for row in rows] + [torch.tensor([1])])
+    gradients = {}
+    for accumulation, batch in ((1, [whole]), (4, rows)):
+        trainer = make_trainer(grad_accum_steps=accumulation)
+        loss = trainer._accumulate_gradients([tg.packed_row(row, 16) for row in batch])
+        gradients[accumulation] = {name: p.grad for name, p in trainer.model.named_parameters()}
+        gradients[accumulation]["loss"] = loss
+    assert gradients[1].keys() == gradients[4].keys()
+    for name, gradient in gradients[1].items():
+        if gradient is None:
+            assert gradients[4][name] is None, name
+        else:
+            torch.testing.assert_close(gradients[4][name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_every_parameter_takes_part(make_trainer):
+    """Two steps without weight decay: the second reaches what stands behind matrices that begin at zero."""
+    trainer = make_trainer(muon_wd=0.0, embed_wd=0.0, adam_wd=0.0)
+    before = parameters(trainer)
+    train_some(trainer, 2, frac=0.4)
+    after = parameters(trainer)
+    assert {name for name in before if torch.equal(before[name], after[name])} == set()
+    for name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank", "skip_weights", "skip_gates"):
+        assert (before[name] != after[name]).flatten(1).any(1).all(), name
+    for name in ("parallel_resid_lambdas", "parallel_post_lambdas"):
+        moved = (before[name] != after[name]).flatten(1).any(1).tolist()
+        assert moved == [False, False, False, True], f"{name}: only parallel layers use theirs"
+
+
+def test_average_by_hand(make_trainer):
+    """decay^k of the first weights, and (1 - decay) decay^(k-i) of those after step i."""
+    trainer, decay, steps = make_trainer(ema_decay=0.9), 0.9, 4
+    states = [{name: value.clone() for name, value in trainer.model.state_dict().items()}]
+    for step in range(steps):
+        trainer.step(step, 0.0)
+        states.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+    for name, average in trainer.ema.averages.items():
+        expected = decay**steps * states[0][name].double()
+        for i in range(1, steps + 1):
+            expected += (1 - decay) * decay ** (steps - i) * states[i][name].double()
+        torch.testing.assert_close(average.double(), expected, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_gradients_are_clipped_to_the_norm(make_trainer):
+    """AdamW does not see the size of a gradient but Muon's momentum buffer does."""
+    buffers = {}
+    for clip in (0.0, 1e-3):
+        trainer = make_trainer(grad_clip_norm=clip, muon_momentum=0.0)
+        report = trainer.step(0, 0.0)
+        state = trainer.muon.state_dict()["state"].values()
+        buffers[clip] = torch.cat([entry["momentum_buffer"].float().flatten() for entry in state])
+        assert float(report.grad_norm) > 0.1, "the norm that is reported is the one before clipping"
+    ratio = float(buffers[0.0].norm() / buffers[1e-3].norm())
+    assert ratio == pytest.approx(float(report.grad_norm) / 1e-3, rel=0.01)
+
+
+# -- the loop
+
+
+def test_looping_turns_on_at_its_fraction(tg, make_trainer, run_log):
+    trainer = make_trainer(iterations=10, enable_looping_at=0.35)
+    log, events = run_log(trainer.cfg)
+    assert tg.train(trainer, log, FakeClock(1.0), lambda step: None) == 10
+    (event,) = events("looping")
+    assert event["step"] == 5  # the fifth step starts at 4/10, the fourth at 3/10
+    assert event["encoder"] + event["decoder"] == [0, 1, 2, 1, 2, 3]
+    assert trainer.looping
+
+
+def test_looping_follows_the_clock_under_a_cap(tg, make_trainer, run_log):
+    trainer = make_trainer(
+        iterations=1000, enable_looping_at=0.5, max_wallclock_seconds=10.5, gptq_reserve_seconds=0.5
+    )
+    log, events = run_log(trainer.cfg)
+    tg.train(trainer, log, FakeClock(1.0), lambda step: None)
+    assert events("looping")[0]["step"] == 6  # five seconds of ten have passed when it starts
+
+
+@pytest.mark.parametrize("num_loops, enable_at", [(0, 0.0), (1, 1.5)])
+def test_looping_may_stay_off(tg, make_trainer, run_log, num_loops, enable_at):
+    trainer = make_trainer(iterations=3, num_loops=num_loops, enable_looping_at=enable_at)
+    log, events = run_log(trainer.cfg)
+    tg.train(trainer, log, FakeClock(1.0), lambda step: None)
+    assert not trainer.looping and events("looping") == []
+
+
+def test_schedules_follow_the_step_number_without_a_cap(tg, make_trainer, run_log):
+    trainer = make_trainer(iterations=8, warmdown_frac=0.5, min_lr=0.1, train_log_every=1)
+    log, events = run_log(trainer.cfg)
+    tg.train(trainer, log, FakeClock(1.0), lambda step: None)
+    assert [event["lr_multiplier"] for event in events("train")] == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("seconds_per_step, steps", [(1.0, 10), (3.0, 4), (100.0, 1)])
+def test_cap_stops_within_one_step(tg, make_trainer, run_log, seconds_per_step, steps):
+    """Ten seconds are left for training: the step that crosses them is the last."""
+    trainer = make_trainer(iterations=1000, max_wallclock_seconds=10.5, gptq_reserve_seconds=0.5)
+    log, _ = run_log(trainer.cfg)
+    clock = FakeClock(seconds_per_step)
+    assert tg.train(trainer, log, clock, lambda step: None) == steps
+    assert 10 <= clock.seconds["train"] < 10 + seconds_per_step
+
+
+def test_validation_and_warm_up_are_off_the_clock(tg, make_trainer, run_log):
+    trainer = make_trainer(
+        iterations=1000,
+        max_wallclock_seconds=10.0,
+        gptq_reserve_seconds=0.0,
+        val_loss_every=2,
+        warmup_steps=1,
+    )
+    log, _ = run_log(trainer.cfg)
+    clock, validated = FakeClock(1.0), []
+
+    def validate(step: int) -> None:
+        validated.append(step)
+        with clock.stage("validation"):
+            clock.seconds["validation"] = 1e6
+
+    assert tg.train(trainer, log, clock, validate) == 10
+    assert validated == [0, 2, 4, 6, 8]
+    assert clock.seconds["train"] == 10
+
+
+def test_real_clock_and_real_cap(tg, make_trainer, run_log):
+    trainer = make_trainer(iterations=100_000, max_wallclock_seconds=0.75, gptq_reserve_seconds=0.25)
+    log, _ = run_log(trainer.cfg)
+    watch = tg.Stopwatch(tg.CPU)
+    steps = tg.train(trainer, log, watch, lambda step: None)
+    assert 1 < steps < 100_000
+    assert 0.5 <= watch.seconds["train"] < 0.5 + 1.0
+
+
+def test_cap_without_room_for_a_step_is_refused(tg):
+    """A reserve that eats the whole cap would train nothing."""
+    with pytest.raises(tg.ConfigError, match="GPTQ_RESERVE_SECONDS"):
+        tg.Config(**{**SIZES, "max_wallclock_seconds": 5.0, "gptq_reserve_seconds": 8.0})
+
+
+def test_zero_reserve_and_zero_cap_train_all_steps(tg, make_trainer, run_log):
+    trainer = make_trainer(iterations=3, max_wallclock_seconds=0.0, gptq_reserve_seconds=8.0)
+    log, _ = run_log(trainer.cfg)
+    assert tg.train(trainer, log, FakeClock(1e9), lambda step: None) == 3
+
+
+def test_model_holds_the_averages_afterwards(tg, make_trainer, run_log):
+    trainer = make_trainer(iterations=3)
+    log, _ = run_log(trainer.cfg)
+    tg.train(trainer, log, FakeClock(1.0), lambda step: None)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, trainer.ema.averages[name]), name
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_loss_that_is_not_finite_stops_the_run(tg, make_trainer, run_log, step, monkeypatch):
+    trainer = make_trainer(iterations=10)
+    log, _ = run_log(trainer.cfg)
+    original = trainer.step
+
+    def poisoned(number: int, frac: float):
+        if number == step - 1:
+            with torch.no_grad():
+                trainer.model.tok_emb.weight[5:9] = math.nan
+        return original(number, frac)
+
+    monkeypatch.setattr(trainer, "step", poisoned)
+    with pytest.raises(tg.RunError, match=rf"step {step}\b.*not finite"):
+        tg.train(trainer, log, FakeClock(1.0), lambda step: None)
+
+
+@pytest.mark.parametrize("log_every", [4, 500])
+def test_loss_that_is_not_finite_never_reaches_the_averages(
+    tg, make_trainer, run_log, log_every, monkeypatch
+):
+    """Between two log lines, too, and in the last step: such weights must not be saved as a result."""
+    trainer = make_trainer(iterations=10, train_log_every=log_every)
+    log, _ = run_log(trainer.cfg)
+    original = trainer.step
+
+    def poisoned(number: int, frac: float):
+        if number == 8:
+            with torch.no_grad():
+                trainer.model.tok_emb.weight[5:9] = math.nan
+        return original(number, frac)
+
+    monkeypatch.setattr(trainer, "step", poisoned)
+    with pytest.raises(tg.RunError, match="not finite"):
+        tg.train(trainer, log, FakeClock(1.0), lambda step: None)
