@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import io
 import itertools
 import json
 import lzma
@@ -34,6 +35,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,9 +118,9 @@ class Config:
 
     # Run
     preset: str = "pr1851"  # base that explicit variables change, one of PRESETS
-    seed: Whole = 42  # seed of initial weights and adapters
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 42  # seed of initial weights and adapters
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA when there is one
-    cpu_threads: Whole = 0  # threads on a CPU; 0: torch decides; 1: repeats exactly, also on a busy machine
+    cpu_threads: Annotated[int, Range(0, 1024)] = 0  # threads on a CPU; 0: torch decides; 1: exact repeats
     run_id: str = ""  # name of the run; empty: preset, seed and start time
     artifact_dir: str = ""  # folder of the outputs; empty: runs/<RUN_ID>
     prequant_only: bool = False  # stop after the full-precision evaluation (of MODEL_PATH, if it is there)
@@ -257,11 +259,15 @@ class Config:
             _check_value(field.name.upper(), getattr(self, field.name), field.type)
         if self.preset not in PRESETS:
             raise ConfigError(f"PRESET={self.preset!r}: must be one of {', '.join(PRESETS)}")
-        if not re.fullmatch(r"[\w.+-]*", self.run_id):
-            raise ConfigError(f"RUN_ID={self.run_id!r}: must be letters, digits and . _ + - (it names files)")
+        if not re.fullmatch(r"(\w[\w.+-]*)?", self.run_id):
+            raise ConfigError(f"RUN_ID={self.run_id!r}: must be a name of letters, digits and . _ + -")
+        for name in ("MODEL_PATH", "QUANTIZED_MODEL_PATH"):
+            if not Path(getattr(self, name.lower())).name:
+                raise ConfigError(f"{name}={getattr(self, name.lower())!r}: must name a file")
         if 0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds:
             limit = f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}"
             raise ConfigError(f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g}: must be below {limit}")
+        self.micro_batches(world_size=1)  # what one rank cannot divide, more cannot either
         self._check_shapes()
         self._check_layers()
         self._check_exclusive("SPARSE_ATTN_GATE_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED")
@@ -288,6 +294,11 @@ class Config:
         if self.ttt_chunk_size > self.ttt_eval_seq_len:
             limit = f"TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"
             raise ConfigError(f"TTT_CHUNK_SIZE={self.ttt_chunk_size}: must be at most {limit}")
+        if self.global_ttt_chunk_tokens < self.eval_seq_len:
+            limit = f"EVAL_SEQ_LEN={self.eval_seq_len} (a chunk is whole windows)"
+            raise ConfigError(
+                f"GLOBAL_TTT_CHUNK_TOKENS={self.global_ttt_chunk_tokens}: must be at least {limit}"
+            )
 
     def _check_layers(self) -> None:
         if self.num_loops and not self.loop_start <= self.loop_end < self.num_layers:
@@ -446,9 +457,7 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 
 # Variables with these beginnings are ours, so an unknown one is a mistake.
-FAMILIES = re.compile(
-    "(TTT|GLOBAL_TTT|PHASED_TTT|GPTQ|LQER|MUON|SMEAR|SPARSE_ATTN|GATED_ATTN|ATTN_OUT|PARALLEL|XSA)_"
-)
+FAMILIES = re.compile("(TTT|GLOBAL_TTT|PHASED_TTT|GPTQ|LQER|MUON|SMEAR|SPARSE_ATTN|GATED_ATTN|ATTN_OUT|XSA)_")
 
 
 def _base_type(annotation: object) -> type:
@@ -498,12 +507,13 @@ def _check_divides(cfg: Config, whole: str, part: str) -> None:
 
 
 def _refuse_unknown_names(environ: Mapping[str, str], known: Sequence[str]) -> None:
-    for name in environ.keys() - set(known):
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0 if FAMILIES.match(name) else 0.86)
+    for name in sorted(environ.keys() - set(known)):
+        cutoff = 0.0 if FAMILIES.match(name) else 0.86
+        swapped = [other for other in known if sorted(other) == sorted(name)]
+        near = swapped or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
         if near and name.isupper():
-            raise ConfigError(
-                f"{name}={environ[name]!r}: no such setting; did you mean {near[0]}? (unset it or see --help)"
-            )
+            meant = f"did you mean {near[0]}? (unset it or see --help)"
+            raise ConfigError(f"{name}={environ[name]!r}: no such setting; {meant}")
 
 
 def setting_comments(source: str) -> dict[str, str]:
@@ -547,8 +557,8 @@ class Ranks(NamedTuple):
     @classmethod
     def from_env(cls, cfg: Config, environ: Mapping[str, str]) -> "Ranks":
         """Pick the device; refuse a launch with several processes (not built yet)."""
-        world_size = int(environ.get("WORLD_SIZE", "1"))
-        if world_size != 1:
+        world_size = environ.get("WORLD_SIZE", "1")
+        if world_size != "1":
             raise ConfigError(f"WORLD_SIZE={world_size}: this version runs one process, must be 1")
         cuda = torch.cuda.is_available()
         if cfg.device == "cuda" and not cuda:
@@ -715,6 +725,13 @@ def read_shard(path: Path) -> np.ndarray:
     return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER_INTS) if header[2] else np.empty(0, np.uint16)
 
 
+def check_vocabulary(tokens: np.ndarray | Tensor, vocab_size: int, path: Path) -> None:
+    """Raise DataError when a token is not below the vocabulary's size."""
+    highest = int(tokens.max()) if len(tokens) else 0
+    if highest >= vocab_size:
+        raise DataError(f"{path}: holds token {highest}, must be below VOCAB_SIZE={vocab_size}")
+
+
 def document_segments(
     bos_positions: Sequence[int] | Tensor, total_len: int, max_doc_len: int, bucket: int = SEGMENT_BUCKET
 ) -> Segments:
@@ -747,9 +764,20 @@ class PackedLoader:
     """
 
     def __init__(
-        self, paths: Sequence[Path], world_size: int, rank: int, micro_tokens: int, max_doc_len: int
+        self,
+        paths: Sequence[Path],
+        world_size: int,
+        rank: int,
+        micro_tokens: int,
+        max_doc_len: int,
+        vocab_size: int = 1 << 16,
     ):
-        self._paths, self._rank, self._max_doc_len = list(paths), rank, max_doc_len
+        self._paths, self._rank, self._max_doc_len, self._vocab_size = (
+            list(paths),
+            rank,
+            max_doc_len,
+            vocab_size,
+        )
         self._span = micro_tokens + 1
         self._need = world_size * self._span
         largest = max((self._usable(read_shard(path)) for path in self._paths), default=0)
@@ -772,6 +800,7 @@ class PackedLoader:
     def _open(self, shard: int) -> None:
         self._shard = shard % len(self._paths)
         self._tokens = read_shard(self._paths[self._shard])
+        check_vocabulary(self._tokens, self._vocab_size, self._paths[self._shard])
         self._cursor = self._first_bos(self._tokens)
 
     def next(self) -> tuple[Tensor, Tensor, Segments]:
@@ -911,6 +940,7 @@ def load_validation(cfg: Config) -> ValidationSet:
     """The whole validation split with its byte counts."""
     folder = cfg.data_folder
     tokens = _read_stream(shard_paths(folder, "val"))
+    check_vocabulary(tokens, cfg.vocab_size, folder / "fineweb_val_*")
     if cfg.caseops_enabled:
         val = ValidationSet.from_sidecar(tokens, _read_stream(shard_paths(folder, "val_bytes")))
     else:
@@ -924,9 +954,6 @@ def load_validation(cfg: Config) -> ValidationSet:
         raise DataError(
             f"{folder}: the sidecar charges {val.target_bytes.sum()} bytes, the manifest says {charged}"
         )
-    highest = int(tokens.max())
-    if highest >= cfg.vocab_size:
-        raise DataError(f"{folder}: holds token {highest}, must be below VOCAB_SIZE={cfg.vocab_size}")
     return val
 
 
@@ -966,10 +993,24 @@ def load_tokenizer(cfg: Config) -> object:
 def read_manifest(folder: Path) -> dict:
     """The manifest beside the shards, {} where there is none."""
     path = folder / "manifest.json"
+    if not path.is_file():
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise DataError(f"{path}: not readable JSON") from None
+    if not _is_manifest(manifest):
+        raise DataError(f"{path}: not a manifest of prepare_caseops_data.py (its parts have other forms)")
+    return manifest
+
+
+def _is_manifest(manifest: object) -> bool:
+    if not isinstance(manifest, dict):
+        return False
+    tokenizer, *groups = (manifest.get(key, {}) for key in ("tokenizer", "splits", "files"))
+    entries = [entry for group in groups if isinstance(group, dict) for entry in group.values()]
+    named = isinstance(tokenizer, dict) and isinstance(tokenizer.get("file", ""), str)
+    return named and all(isinstance(part, dict) for part in [*groups, *entries])
 
 
 def check_data(cfg: Config, training_splits: Sequence[str] = ("train",)) -> dict:
@@ -1016,10 +1057,9 @@ def _check_manifest(cfg: Config, manifest: dict, counts: dict[str, int], totals:
             f"CASEOPS_ENABLED={int(cfg.caseops_enabled)}: {path} says the transform is {transform!r}"
         )
     for name, entry in manifest.get("files", {}).items():
-        if counts.get(name, entry["tokens"]) != entry["tokens"]:
-            raise DataError(
-                f"{cfg.data_folder / name}: {counts[name]} tokens, the manifest says {entry['tokens']}"
-            )
+        if name in counts and counts[name] != entry.get("tokens"):
+            said = f"{path} says {entry.get('tokens')}"
+            raise DataError(f"{cfg.data_folder / name}: holds {counts[name]} tokens, {said}")
         if name not in counts and any(name.startswith(f"fineweb_{split}_0") for split in totals):
             raise DataError(f"{cfg.data_folder / name}: missing, the manifest lists it")
     splits = manifest.get("splits", {})
@@ -1763,10 +1803,10 @@ class Trainer:
         return copies | {"ema": averages, "looping": self.looping, "loader": self.loader.state()}
 
     def restore(self, snapshot: dict) -> None:
-        """Go back to a snapshot."""
+        """Go back to a snapshot (optimisers keep the tensors that they are given, so they get copies)."""
         self.model.load_state_dict(snapshot["model"])
-        self.muon.load_state_dict(snapshot["muon"])
-        self.adamw.load_state_dict(snapshot["adamw"])
+        self.muon.load_state_dict(_copy_tensors(snapshot["muon"]))
+        self.adamw.load_state_dict(_copy_tensors(snapshot["adamw"]))
         self.ema.averages = _copy_tensors(snapshot["ema"])
         self.looping = snapshot["looping"]
         self.loader.load_state(snapshot["loader"])
@@ -2259,10 +2299,16 @@ def pack_code(source: bytes) -> tuple[bytes, bool]:
 def load_weights(path: Path) -> dict[str, Tensor]:
     """A full-precision checkpoint: a state dict, read without unpickling anything but tensors."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols: the error below says enough
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a damaged or foreign file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ArtifactError(f"MODEL_PATH={path}: not a checkpoint of tensors ({reason[:120]})") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ArtifactError(f"MODEL_PATH={path}: not a state dict of tensors")
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ArtifactError(f"MODEL_PATH={path}: {broken[0]} holds values that are not finite")
     return state
 
 
@@ -2596,35 +2642,56 @@ def _global_losses(model: GPT, tokens: Tensor, cfg: Config, looping: bool, ranks
 
 
 class Run:
-    """One run: its settings, device, log and clock, and what each stage measured."""
+    """One run: its settings, device, log and clock, and what each stage measured.
+
+    Everything that a mistake could spoil is looked at before the folder of the run is made.
+    """
 
     def __init__(self, cfg: Config, ranks: Ranks, source: bytes):
         self.cfg, self.ranks, self.source = cfg, ranks, source
         self.looping = cfg.num_loops > 0  # a trained model is evaluated with its loops
-        self.trains = not (cfg.quantize_only or cfg.ttt_eval_only or self._evaluates_checkpoint())
-        needs_training_data = self.trains or cfg.quantize_only
-        self.manifest = check_data(cfg, ["train"] if needs_training_data else [])
-        cfg.micro_batches(ranks.world_size)
+        self.micro_tokens = cfg.train_batch_tokens // (ranks.world_size * cfg.micro_batches(ranks.world_size))
+        self.artifact = self._input("quantized_model_path") if cfg.ttt_eval_only else None
+        evaluates = cfg.prequant_only and self._exists("model_path") is not None
+        self.checkpoint = self._input("model_path") if cfg.quantize_only or evaluates else None
+        self.trains = not (self.artifact or self.checkpoint)
+        self.manifest = check_data(cfg, ["train"] if self.trains or cfg.quantize_only else [])
+        self.val = load_validation(cfg)  # read to be checked; no model sees it before its evaluation
+        self.model = self._first_model()
         self.log, self.watch = RunLog(cfg), Stopwatch(ranks)
         self.stages: dict[str, dict[str, float]] = {}
         self.result: dict[str, object] = {}
-        self._val: ValidationSet | None = None
         self._log_head()
 
-    def _evaluates_checkpoint(self) -> bool:
-        return self.cfg.prequant_only and self._input("model_path", must_exist=False) is not None
-
-    def _input(self, field: str, must_exist: bool = True) -> Path | None:
-        """The input file of a setting: as given, or in ARTIFACT_DIR."""
+    def _exists(self, field: str) -> Path | None:
+        """The file of a setting: as given, or in ARTIFACT_DIR; None where there is none."""
         given = Path(getattr(self.cfg, field))
-        for path in (given, Path(self.cfg.artifact_dir) / given):
-            if path.is_file():
-                return path
-        if must_exist:
-            raise ConfigError(
-                f"{field.upper()}={given}: no such file (nor in ARTIFACT_DIR={self.cfg.artifact_dir!r})"
-            )
-        return None
+        places = (given, Path(self.cfg.artifact_dir) / given)
+        return next((path for path in places if path.is_file()), None)
+
+    def _input(self, field: str) -> Path:
+        path = self._exists(field)
+        if path is None:
+            places = f"no such file, nor in ARTIFACT_DIR={self.cfg.artifact_dir!r}"
+            raise ConfigError(f"{field.upper()}={getattr(self.cfg, field)}: {places}")
+        return path
+
+    def _first_model(self) -> GPT:
+        """The model that the run starts with: fresh, of a checkpoint, or of an artifact."""
+        if self.artifact:
+            return self._model_of_artifact(self.artifact)
+        if self.checkpoint:
+            return self._model_of_checkpoint(self.checkpoint)
+        ranks, paths = self.ranks, shard_paths(self.cfg.data_folder, "train")
+        self.loader = PackedLoader(
+            paths,
+            ranks.world_size,
+            ranks.rank,
+            self.micro_tokens,
+            self.cfg.train_seq_len,
+            self.cfg.vocab_size,
+        )
+        return self.new_model(self.cfg)
 
     def _log_head(self) -> None:
         """What a reader needs to trust the log: settings, versions, commit, device, and the source itself."""
@@ -2653,56 +2720,35 @@ class Run:
             text += "PRESET=pr1868 keeps 8"
             self.log.event("notice", text=text)
 
-    @property
-    def val(self) -> ValidationSet:
-        """The validation set, read when first needed: after training unless VAL_LOSS_EVERY asks earlier."""
-        if self._val is None:
-            self._val = load_validation(self.cfg)
-        return self._val
-
     # -- stages
 
-    def new_model(self, settings: Mapping[str, object] | None = None) -> GPT:
-        """A freshly initialised model, of other settings if given (those of an artifact)."""
-        torch.manual_seed(self.cfg.seed)
-        try:
-            cfg = dataclasses.replace(self.cfg, **settings) if settings else self.cfg
-        except TypeError as error:
-            raise ArtifactError(f"artifact made by another version of this script ({error})") from None
+    def new_model(self, cfg: Config) -> GPT:
+        """A freshly initialised model."""
+        torch.manual_seed(cfg.seed)
         return self.ranks.place(GPT(cfg))
 
-    def train(self) -> GPT:
+    def train(self) -> None:
         """Train from scratch, save the EMA weights."""
-        model = self.new_model()
+        model = self.model
         parameters = sum(p.numel() for p in model.parameters())
-        self.log.event(
-            "model", parameters=parameters, layers=self.cfg.num_layers, slots=lora_slots(self.cfg, True)
-        )
-        micro_tokens = self.cfg.train_batch_tokens // (
-            self.ranks.world_size * self.cfg.micro_batches(self.ranks.world_size)
-        )
-        paths = shard_paths(self.cfg.data_folder, "train")
-        loader = PackedLoader(
-            paths, self.ranks.world_size, self.ranks.rank, micro_tokens, self.cfg.train_seq_len
-        )
-        trainer = Trainer(self.cfg, model, loader, self.ranks)
+        slots = lora_slots(self.cfg, looping=True)
+        self.log.event("model", parameters=parameters, layers=self.cfg.num_layers, virtual_layers=slots)
+        trainer = Trainer(self.cfg, model, self.loader, self.ranks)
 
         def validate(step: int) -> None:
             name = f"step_{step}" if step else "untrained"
-            self.evaluate(name, model, looping=trainer.looping)
+            self.evaluate(name, looping=trainer.looping)
 
         self.result["steps"] = train(trainer, self.log, self.watch, validate)
         path = self.log.folder / Path(self.cfg.model_path).name
-        torch.save(model.state_dict(), path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
-        self.log.event(
-            "saved", file=str(path), steps=self.result["steps"], train_seconds=self.watch.seconds["train"]
-        )
-        return model
+        buffer = io.BytesIO()
+        torch.save(model.state_dict(), buffer)
+        write_whole(path, buffer.getvalue())
+        self.log.event("saved", file=str(path), train_seconds=self.watch.seconds["train"])
 
-    def load_checkpoint(self) -> GPT:
+    def _model_of_checkpoint(self, path: Path) -> GPT:
         """The full-precision model of an earlier run."""
-        path, model = self._input("model_path"), self.new_model()
+        model = self.new_model(self.cfg)
         try:
             model.load_state_dict(load_weights(path))
         except (RuntimeError, TypeError, AttributeError) as error:
@@ -2710,13 +2756,13 @@ class Run:
             raise ArtifactError(f"MODEL_PATH={path}: does not fit the model settings ({reason})") from None
         return model
 
-    def evaluate(self, stage: str, model: GPT, looping: bool | None = None) -> None:
+    def evaluate(self, stage: str, looping: bool | None = None) -> None:
         """Standard evaluation."""
         looping = self.looping if looping is None else looping
         row_tokens = self.cfg.val_batch_tokens // CONTEST_MICRO_BATCHES
         progress = self.log.progress(stage, self.val.num_targets)
         with self.watch.stage(stage):
-            score = model_score(model, looping=looping, ranks=self.ranks)
+            score = model_score(self.model, looping=looping, ranks=self.ranks)
             meter = evaluate_standard(score, self.val, row_tokens, self.cfg.eval_seq_len, progress.update)
         self._record(stage, meter, self.val.num_targets)
 
@@ -2735,16 +2781,16 @@ class Run:
         }
         self.log.event(stage, **self.stages[stage])
 
-    def quantise(self, model: GPT) -> Path:
+    def quantise(self) -> Path:
         """Calibrate, quantise, write the artifact and the packed script."""
         cfg = self.cfg
         loader = ShuffledLoader(
             shard_paths(cfg.data_folder, "train"), self.ranks.world_size, self.ranks.rank, cfg.train_seq_len
         )
         with self.watch.stage("calibrate"):
-            hessians = calibrate(model, cfg, loader, looping=self.looping, ranks=self.ranks)
+            hessians = calibrate(self.model, cfg, loader, looping=self.looping, ranks=self.ranks)
         with self.watch.stage("quantise"):
-            flat = {name: t.detach() for name, t in flatten_banks(model.state_dict(), cfg.num_layers).items()}
+            flat = flatten_banks(self.model.state_dict(), cfg.num_layers)
             progress = self.log.progress("quantise", len(flat))
             records = quantize_state(flat, hessians, cfg, progress.update)
         with self.watch.stage("compress"):
@@ -2759,24 +2805,23 @@ class Run:
         self.log.event("artifact", file=str(path), model_bytes=len(blob), **counts, **seconds)
         return path
 
-    def reload(self, path: Path) -> GPT:
+    def _model_of_artifact(self, path: Path) -> GPT:
         """A clean model that knows nothing but the artifact file."""
-        blob = path.read_bytes()
-        settings, records = unpack_artifact(blob)
-        if settings.get("vocab_size") != self.cfg.vocab_size:
-            raise ConfigError(
-                f"VOCAB_SIZE={self.cfg.vocab_size}: {path} was made for {settings.get('vocab_size')}"
-            )
-        model = self.new_model(settings)
         try:
+            settings, records = unpack_artifact(path.read_bytes())
+            model = self.new_model(dataclasses.replace(self.cfg, **settings))
             model.load_state_dict(dequantize_state(records, model.cfg.num_layers))
-        except (RuntimeError, KeyError) as error:
-            raise ArtifactError(f"{path}: its tensors do not fit its settings ({error})") from None
-        self.looping = model.cfg.num_loops > 0
-        self._count_bytes(len(blob))
+        except (UserError, TypeError, RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ArtifactError(f"QUANTIZED_MODEL_PATH={path}: {reason}") from None
+        if model.cfg.vocab_size != self.cfg.vocab_size:
+            made = f"{path} was made for {model.cfg.vocab_size}"
+            raise ConfigError(f"VOCAB_SIZE={self.cfg.vocab_size}: {made}")
         return model
 
-    def _count_bytes(self, model_bytes: int) -> None:
+    def count_bytes(self, artifact: Path) -> None:
+        """The sizes that the contest counts; writes the packed script."""
+        model_bytes = artifact.stat().st_size
         packed, minified = pack_code(self.source)
         write_whole(self.log.folder / "train_gpt.packed.py", packed)
         if not minified:
@@ -2791,9 +2836,9 @@ class Run:
         self.result |= sizes
         self.log.event("size", **sizes, limit=SIZE_LIMIT)
 
-    def adapt(self, model: GPT) -> None:
+    def adapt(self) -> None:
         """Phased score-first LoRA test-time training: the contest score."""
-        cfg = dataclasses.replace(self.cfg, **model.cfg.model_settings())
+        cfg = self.model.cfg
         documents = select_documents(self.val.documents, cfg.val_doc_fraction, cfg.seed)
         progress, done = self.log.progress("ttt", len(documents)), 0
 
@@ -2808,7 +2853,7 @@ class Run:
 
         with self.watch.stage("ttt"):
             options = {"looping": self.looping, "ranks": self.ranks, "on_event": on_event}
-            meter = score_first_ttt(model, self.val, cfg, **options)
+            meter = score_first_ttt(self.model, self.val, cfg, **options)
         self._record("ttt", meter, sum(length - 1 for _, length in documents))
 
     def finish(self) -> int:
@@ -2850,19 +2895,19 @@ class Run:
 
     def execute(self) -> int:
         """All stages asked for, in order. Returns the exit code."""
-        cfg = self.cfg
-        if cfg.ttt_eval_only:
-            artifact = self._input("quantized_model_path")
-        else:
-            model = self.train() if self.trains else self.load_checkpoint()
-            self.evaluate("prequant", model)
-            if cfg.prequant_only:
+        if self.trains:
+            self.train()
+        if not self.artifact:
+            self.evaluate("prequant")
+            if self.cfg.prequant_only:
                 return self.finish()
-            artifact = self.quantise(model)
-        model = self.reload(artifact)
-        self.evaluate("quantised", model)
-        if cfg.ttt_enabled:
-            self.adapt(model)
+            self.artifact = self.quantise()
+            self.model = self._model_of_artifact(self.artifact)
+        self.count_bytes(self.artifact)
+        self.looping = self.model.cfg.num_loops > 0
+        self.evaluate("quantised")
+        if self.cfg.ttt_enabled:
+            self.adapt()
         return self.finish()
 
 
@@ -2887,14 +2932,16 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     source = Path(__file__).read_bytes()
     try:
         unknown = set(arguments) - {"--help", "-h", "--show", "--json"}
-        if unknown:
+        if unknown or ("--json" in arguments and "--show" not in arguments):
             raise ConfigError(
-                f"{unknown.pop()}: unknown argument, must be --help or --show [--json] (settings are "
+                f"{' '.join(arguments)}: unknown arguments, must be --help or --show [--json] (settings are "
                 "environment variables)"
             )
         if {"--help", "-h"} & set(arguments):
-            print(f"{__doc__}\nSettings, as environment variables (PRESET one of {', '.join(PRESETS)}):\n")
-            print(settings_table(source.decode()))
+            print(
+                f"{__doc__ or ''}\nSettings, as environment variables (PRESET one of {', '.join(PRESETS)}):\n"
+            )
+            print(settings_table(source.decode(errors="replace")))
             return 0
         cfg = Config.from_env(environ)
         if "--show" in arguments:

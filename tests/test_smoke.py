@@ -4,20 +4,23 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import prepare_caseops_data as prepare
 import pytest
 import sentencepiece
+
+import prepare_caseops_data as prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
 VOCAB = 320
 CODE_LIMIT = 25_000  # bytes of the counted code, what the size plan of the artifact leaves for it
+WORDS = "the model reads a token and NASA scores it before Paris learns from what it has seen"
 VAL_DOCS, PHASE_DOCS = 14, (4, 8)
 
 # Small, but nothing is left out: looping, lanes, all gates of the record, GPTQ, LQER, two phases.
@@ -63,7 +66,7 @@ TINY = {
 def documents(count: int) -> list[str]:
     """Texts of capitalised sentences over a small set of words, of many different lengths."""
     rng = random.Random(0)
-    words = "the model reads a token and NASA scores it before Paris learns from what it has seen".split()
+    words = WORDS.split()
     texts = []
     for _ in range(count):
         sentences = [" ".join(rng.choices(words, k=rng.randint(3, 12))) for _ in range(rng.randint(1, 9))]
@@ -225,7 +228,7 @@ def test_metrics_are_the_console_events(finished):
     for stage in ("start", "model", "looping", "saved", "artifact", "size", "ttt_phase", "final"):
         assert stage in console
     assert console.count("ttt_phase") == len(PHASE_DOCS)
-    assert all(event["steps"] > 0 for event in events if event["stage"] == "ttt_phase")
+    assert all(event["sgd_steps"] > 0 for event in events if event["stage"] == "ttt_phase")
     artifact = next(event for event in events if event["stage"] == "artifact")
     assert artifact["gptq_(int6)"] > 0 and artifact["passthrough_(float16)"] > 0
     assert sum(count for key, count in artifact.items() if key.endswith("+lqer_asym")) == 3
@@ -316,6 +319,28 @@ def test_packed_script_alone_gives_the_score(finished, eval_data, tmp_path):
     assert (tmp_path / "packed/train_gpt.packed.py").read_bytes() == (
         tmp_path / "train_gpt.packed.py"
     ).read_bytes(), "a packed script must count itself"
+
+
+@pytest.mark.parametrize("flag", ["--help", "--show"])
+def test_packed_script_explains_itself(finished, tmp_path, flag):
+    """Help texts are comments, which packing removes; the names, defaults and ranges must still be there."""
+    packed = finished[1][0] / "train_gpt.packed.py"
+    outputs = []
+    for script in (SCRIPT, packed):
+        process = subprocess.run(
+            [sys.executable, str(script), flag],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert process.returncode == 0, process.stderr.splitlines()[-1]
+        outputs.append(process.stdout)
+    settings = [line for line in outputs[0].splitlines() if re.match(r"(  )?[A-Z][A-Z0-9_]*=", line)]
+    assert len(settings) > 100
+    assert [line for line in outputs[1].splitlines() if line in settings] == settings
+    assert "None" not in outputs[1].splitlines()[0]
 
 
 def test_quantising_the_checkpoint_gives_the_same_artifact(finished, in_process):

@@ -1,4 +1,4 @@
-"""Training: steps against hand-written oracles, the warm-up that leaves no trace, the clock, the stop rules."""
+"""Training: steps against hand-written oracles, a warm-up without trace, the clock, the stop rules."""
 
 import dataclasses
 import hashlib
@@ -190,6 +190,18 @@ def test_training_after_a_warm_up_is_the_same(make_trainer, steps):
     assert train_some(warmed, 4) == train_some(plain, 4)
     for name, weight in parameters(plain).items():
         assert torch.equal(weight, parameters(warmed)[name]), name
+
+
+def test_restored_snapshot_trains_on_as_before(make_trainer):
+    """Everything is in the snapshot, the place in the data too; and it is a copy, not a view."""
+    trainer = make_trainer()
+    train_some(trainer, 2)
+    snapshot, before = trainer.snapshot(), fingerprint(trainer)
+    losses = train_some(trainer, 3, frac=0.4)
+    for _ in range(2):
+        trainer.restore(snapshot)
+        assert fingerprint(trainer) == before
+        assert train_some(trainer, 3, frac=0.4) == losses
 
 
 def test_warm_up_runs_both_layer_orders(make_trainer, monkeypatch):
