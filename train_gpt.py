@@ -195,9 +195,9 @@ class Config:
     embed_wd: Amount = 0.085  # weight decay of the embedding
     scalar_lr: Amount = 0.02  # AdamW, all scalar and control tensors
     adam_wd: Amount = 0.02  # their weight decay
-    beta1: Beta = 0.9  # AdamW
-    beta2: Beta = 0.95  # AdamW
-    adam_eps: Positive = 1e-8  # AdamW
+    beta1: Beta = 0.9  # AdamW's decay of the mean gradient
+    beta2: Beta = 0.95  # AdamW's decay of the mean squared gradient
+    adam_eps: Positive = 1e-8  # AdamW's addend in the denominator
     grad_clip_norm: Amount = 0.3  # global gradient norm, per rank before averaging; 0: no clipping
     ema_decay: Beta = 0.9965  # average of all state, what is evaluated and quantised
     train_log_every: Count = 500  # steps between log lines (the first five are always logged)
@@ -231,10 +231,10 @@ class Config:
     ttt_eval_seq_len: Count = 2048  # longest window behind a chunk's end
     ttt_lora_rank: Count = 96  # rank of the adapters
     ttt_lora_alpha: Positive = 144.0  # their output is scaled by alpha / rank
-    ttt_lora_lr: Amount = 1e-4  # AdamW on the adapters
-    ttt_beta1: Beta = 0.0  # AdamW on the adapters
-    ttt_beta2: Beta = 0.999  # AdamW on the adapters
-    ttt_weight_decay: Amount = 1.0  # AdamW on the adapters
+    ttt_lora_lr: Amount = 1e-4  # AdamW's learning rate on the adapters
+    ttt_beta1: Beta = 0.0  # its decay of the mean gradient
+    ttt_beta2: Beta = 0.999  # its decay of the mean squared gradient
+    ttt_weight_decay: Amount = 1.0  # its decoupled weight decay
     ttt_grad_steps: Count = 1  # optimiser steps per chunk
     ttt_k_lora: bool = True  # adapt key projections
     ttt_mlp_lora: bool = True  # adapt MLPs
@@ -242,8 +242,8 @@ class Config:
     ttt_warm_start_a: bool = True  # keep the A factors from batch to batch; 0: draw them anew
     phased_ttt_prefix_docs: Whole = 2000  # scored documents after which the last global phase runs; 0: none
     phased_ttt_num_phases: Count = 3  # global phases, evenly spread over the prefix
-    global_ttt_lr: Amount = 0.001  # SGD on all base weights
-    global_ttt_momentum: Beta = 0.9  # SGD
+    global_ttt_lr: Amount = 0.001  # SGD's learning rate on all base weights
+    global_ttt_momentum: Beta = 0.9  # its momentum
     global_ttt_epochs: Count = 1  # passes over each chunk
     global_ttt_chunk_tokens: Count = 32_768  # tokens between changes of the learning rate
     global_ttt_batch_seqs: Count = 32  # windows of EVAL_SEQ_LEN per SGD step
@@ -601,17 +601,16 @@ OUTPUTS = ("metrics.jsonl", "result.json", "train_gpt.packed.py")
 def _new_folder(wanted: Path, outputs: Sequence[str]) -> Path:
     """The folder asked for or, where outputs of an earlier run lie in it, the first free of name+2, ..."""
     wanted = wanted if wanted.name else wanted.resolve()
-    folder = wanted
-    try:
-        for number in itertools.count(2):
+    for number in itertools.count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}+{number}")
+        try:
+            (folder / "logs").mkdir(parents=True, exist_ok=True)
             if not any((folder / name).exists() for name in outputs):
-                break
-            folder = wanted.with_name(f"{wanted.name}+{number}")
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-        (folder / OUTPUTS[0]).touch()
-    except OSError as error:
-        raise ConfigError(f"ARTIFACT_DIR={folder}: cannot write there ({error.strerror})") from None
-    return folder
+                (folder / "metrics.jsonl").touch(exist_ok=False)  # whoever makes it owns the folder
+                return folder
+        except OSError as error:
+            if not (folder / "metrics.jsonl").exists():
+                raise ConfigError(f"ARTIFACT_DIR={folder}: cannot write there ({error.strerror})") from None
 
 
 class RunLog:
@@ -636,7 +635,7 @@ class RunLog:
         self.text(f"{stage} {shown}", console=True)
         print(json.dumps({"stage": stage, **values}), file=self._metrics, flush=True)
 
-    def progress(self, stage: str, total: int) -> "Progress":
+    def progress(self, stage: str, total: float) -> "Progress":
         """A progress display for a long stage."""
         return Progress(self, stage, total)
 
@@ -649,17 +648,17 @@ class RunLog:
 class Progress:
     """Rate and remaining time of a stage: one line that rewrites itself on a terminal, 50 in the log."""
 
-    def __init__(self, log: RunLog, stage: str, total: int):
-        self._log, self._stage, self._total = log, stage, max(total, 1)
+    def __init__(self, log: RunLog, stage: str, total: float):
+        self._log, self._stage, self._total = log, stage, total
         self._start, self._shown, self._live = time.perf_counter(), 0, sys.stderr.isatty()
 
-    def update(self, done: int, **values: float) -> None:
+    def update(self, done: float, **values: float) -> None:
         """Tell how many of the total are done, with values to show."""
         elapsed = time.perf_counter() - self._start
         share = done / self._total
         shown = " ".join(f"{name}:{value:.5g}" for name, value in values.items())
         left = elapsed * (1 / share - 1)
-        line = f"{self._stage} {done}/{self._total} elapsed:{elapsed:.0f}s left:{left:.0f}s {shown}"
+        line = f"{self._stage} {done:.0f}/{self._total:.0f} elapsed:{elapsed:.0f}s left:{left:.0f}s {shown}"
         if self._live:
             end = "\n" if done >= self._total else ""
             print(f"\r\x1b[K{line}", end=end, file=sys.stderr, flush=True)
@@ -787,6 +786,7 @@ class PackedLoader:
                 f"{where}: a batch takes {self._need} consecutive tokens, the largest shard has {largest}"
             )
         self._open(0)
+        check_vocabulary(self._tokens, vocab_size, self._paths[0])  # all of it while no clock runs
 
     @staticmethod
     def _first_bos(tokens: np.ndarray) -> int:
@@ -800,7 +800,6 @@ class PackedLoader:
     def _open(self, shard: int) -> None:
         self._shard = shard % len(self._paths)
         self._tokens = read_shard(self._paths[self._shard])
-        check_vocabulary(self._tokens, self._vocab_size, self._paths[self._shard])
         self._cursor = self._first_bos(self._tokens)
 
     def next(self) -> tuple[Tensor, Tensor, Segments]:
@@ -809,8 +808,9 @@ class PackedLoader:
             self._open(self._shard + 1)
         start = self._cursor + self._rank * self._span
         self._cursor += self._need
-        span = torch.from_numpy(self._tokens[start : start + self._span].astype(np.int64))
-        return packed_row(span, self._max_doc_len)
+        span = self._tokens[start : start + self._span]
+        check_vocabulary(span, self._vocab_size, self._paths[self._shard])
+        return packed_row(torch.from_numpy(span.astype(np.int64)), self._max_doc_len)
 
     def state(self) -> tuple[int, int]:
         """Position: shard number and cursor."""
@@ -829,9 +829,11 @@ class ShuffledLoader:
     each shard and then, window by window, a shard with probability proportional to the windows it has left.
     """
 
-    def __init__(self, paths: Sequence[Path], world_size: int, rank: int, seq_len: int):
-        self._seq_len = seq_len
-        self._shards = [read_shard(path) for path in paths[rank::world_size]]
+    def __init__(
+        self, paths: Sequence[Path], world_size: int, rank: int, seq_len: int, vocab_size: int = 1 << 16
+    ):
+        self._seq_len, self._vocab_size, self._paths = seq_len, vocab_size, paths[rank::world_size]
+        self._shards = [read_shard(path) for path in self._paths]
         self._rng = np.random.Generator(np.random.PCG64(rank))
         self._reset()
         if not sum(map(len, self._windows)):
@@ -855,7 +857,9 @@ class ShuffledLoader:
             return self._next_window()
         shard = int(self._rng.choice(len(left), p=left / left.sum()))
         start = self._windows[shard].pop()
-        return self._shards[shard][start : start + self._seq_len + 1]
+        window = self._shards[shard][start : start + self._seq_len + 1]
+        check_vocabulary(window, self._vocab_size, self._paths[shard])
+        return window
 
     def next(self, rows: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each [rows, seq_len]."""
@@ -1829,7 +1833,7 @@ def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[i
     trainer.warm_up(cfg.warmup_steps)
     allowance = max(cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds, 0.0)
     capped, step, elapsed = cfg.max_wallclock_seconds > 0, 0, 0.0
-    progress = log.progress("train", cfg.iterations)
+    progress = log.progress("train", allowance if capped else cfg.iterations)  # seconds or steps
     while step < cfg.iterations and not (capped and elapsed >= allowance):
         if cfg.val_loss_every and step % cfg.val_loss_every == 0:
             validate(step)
@@ -1842,7 +1846,7 @@ def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[i
             log.event("looping", step=step, encoder=encoder, decoder=decoder)
         if step <= 5 or step % cfg.train_log_every == 0:
             _log_step(log, cfg, step, report, elapsed)
-        progress.update(step)
+        progress.update(elapsed if capped else step)
     trainer.model.load_state_dict(trainer.ema.cast_like(trainer.model.state_dict()))
     return step
 
@@ -2301,9 +2305,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings(action="ignore"):  # about pickle protocols: the error below says enough
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for a damaged or foreign file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ArtifactError(f"MODEL_PATH={path}: not a checkpoint of tensors ({reason[:120]})") from None
+    except Exception:  # torch raises half a dozen types for a damaged or foreign file
+        raise ArtifactError(
+            f"MODEL_PATH={path}: not a checkpoint that holds tensors and nothing else"
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ArtifactError(f"MODEL_PATH={path}: not a state dict of tensors")
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
@@ -2785,7 +2790,11 @@ class Run:
         """Calibrate, quantise, write the artifact and the packed script."""
         cfg = self.cfg
         loader = ShuffledLoader(
-            shard_paths(cfg.data_folder, "train"), self.ranks.world_size, self.ranks.rank, cfg.train_seq_len
+            shard_paths(cfg.data_folder, "train"),
+            self.ranks.world_size,
+            self.ranks.rank,
+            cfg.train_seq_len,
+            cfg.vocab_size,
         )
         with self.watch.stage("calibrate"):
             hessians = calibrate(self.model, cfg, loader, looping=self.looping, ranks=self.ranks)
@@ -2871,7 +2880,7 @@ class Run:
         broken = self._broken_limits(summary, final)
         summary["legal"] = not broken and summary["artifact_bytes"] > 0
         settings = {
-            field.name.upper(): getattr(self.cfg, field.name) for field in dataclasses.fields(self.cfg)
+            field.name.upper(): getattr(self.model.cfg, field.name) for field in dataclasses.fields(self.cfg)
         }
         extra = {"broken_limits": broken, "stages": self.stages, "seconds": seconds, "settings": settings}
         result = {"run": self.log.run_id, "final_stage": final, **summary, **self.result, **extra}
