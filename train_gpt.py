@@ -609,7 +609,7 @@ def _new_folder(wanted: Path, outputs: Sequence[str]) -> Path:
                 (folder / "metrics.jsonl").touch(exist_ok=False)  # whoever makes it owns the folder
                 return folder
         except OSError as error:
-            if not (folder / "metrics.jsonl").exists():
+            if not isinstance(error, FileExistsError):
                 raise ConfigError(f"ARTIFACT_DIR={folder}: cannot write there ({error.strerror})") from None
 
 
