@@ -461,13 +461,9 @@ FAMILIES = re.compile("(TTT|GLOBAL_TTT|PHASED_TTT|GPTQ|LQER|MUON|SMEAR|SPARSE_AT
 
 
 def _base_type(annotation: object) -> type:
-    return (
-        str
-        if get_origin(annotation) is Literal
-        else get_args(annotation)[0]
-        if get_args(annotation)
-        else annotation
-    )
+    if get_origin(annotation) is Literal:
+        return str
+    return get_args(annotation)[0] if get_args(annotation) else annotation
 
 
 def allowed(annotation: object) -> str:
@@ -2959,7 +2955,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
                 settings = {field.name.upper(): getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
                 print(json.dumps({"preset": cfg.preset, "settings": settings}))
             return 0
-        return Run(cfg, Ranks.from_env(cfg, environ), source).execute()
+        run = Run(cfg, Ranks.from_env(cfg, environ), source)
+        with contextlib.closing(run.log):
+            return run.execute()
     except UserError as error:
         print(f"train_gpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

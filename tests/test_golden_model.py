@@ -311,3 +311,29 @@ def test_initial_embedding_std_follows_its_setting(tg, golden_json):
     model = tg.GPT(model_config(tg, meta["config"], tied_embed_init_std=0.02, qk_gain_init=2.5))
     _assert_normal(model.tok_emb.weight.detach(), 0.02)
     assert model.get_parameter("blocks.3.attn.q_gain").tolist() == [2.5] * 4
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_trace(tg, golden, monkeypatch, loop):
+    """Output of every virtual layer: l2 norm, first components at the last position, both lanes apart."""
+    facts, case, _, _ = golden
+    outputs = []
+    for rule in ("serial", "lanes"):
+        original = getattr(tg.Block, rule)
+
+        def recorded(block, *arguments, original=original):
+            outputs.append((block.layer, original(block, *arguments)))
+            return outputs[-1][1]
+
+        monkeypatch.setattr(tg.Block, rule, recorded)
+    input_ids, _, segments = case.rows("cu")
+    with torch.no_grad():
+        case.model.hidden(input_ids, segments, looping=loop == "loop_on")
+    for (layer, output), expected in zip(outputs, facts["trace"][f"{loop}.cu"], strict=True):
+        assert layer == expected["layer"]
+        assert isinstance(output, tuple) == (expected["kind"] == "parallel")
+        lanes = {"_lane0": output[0], "_lane1": output[1]} if isinstance(output, tuple) else {"": output}
+        for suffix, lane in lanes.items():
+            prefix = f"{suffix[1:]}_" if suffix else ""
+            assert lane.double().norm().item() == pytest.approx(expected[f"l2{suffix}"], rel=VALUES_REL)
+            assert_close(lane[0, -1, :4], torch.tensor(expected[f"{prefix}first4"]), VALUES_REL)
