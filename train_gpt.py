@@ -31,18 +31,23 @@ import os
 import platform
 import random
 import re
+import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -198,7 +203,8 @@ class Config:
     beta1: Beta = 0.9  # AdamW's decay of the mean gradient
     beta2: Beta = 0.95  # AdamW's decay of the mean squared gradient
     adam_eps: Positive = 1e-8  # AdamW's addend in the denominator
-    grad_clip_norm: Amount = 0.3  # global gradient norm, per rank before averaging; 0: no clipping
+    grad_clip_norm: Amount = 0.3  # global gradient norm; 0: no clipping
+    clip_global: bool = False  # clip the averaged gradient; 0: each micro-batch's (eight published ranks do)
     ema_decay: Beta = 0.9965  # average of all state, what is evaluated and quantised
     train_log_every: Count = 500  # steps between log lines (the first five are always logged)
     val_loss_every: Whole = 0  # steps between validations, the first before step 1; 0: none while training
@@ -543,25 +549,129 @@ def show_settings(cfg: Config) -> str:
 # ---------------------------------------------------------------------------------------------------------
 
 
-class Ranks(NamedTuple):
-    """Where this process computes. One process for now; the only place that knows device and precision."""
+COLLECTIVE_SECONDS = 60  # a rank that does not answer a collective for so long has failed
 
-    device: torch.device
-    rank: int = 0
-    world_size: int = 1
+
+class Ranks:
+    """This process among all of them: device, precision and every collective (each does nothing alone).
+
+    Launched by torchrun; NCCL on GPUs, gloo on CPUs. The only place that knows device and precision.
+    """
+
+    def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1, local_rank: int = 0):
+        self.device, self.rank, self.world_size, self.local_rank = device, rank, world_size, local_rank
+        self._store, self._meetings = None, 0
 
     @classmethod
     def from_env(cls, cfg: Config, environ: Mapping[str, str]) -> "Ranks":
-        """Pick the device; refuse a launch with several processes (not built yet)."""
-        world_size = environ.get("WORLD_SIZE", "1")
-        if world_size != "1":
-            raise ConfigError(f"WORLD_SIZE={world_size}: this version runs one process, must be 1")
-        cuda = torch.cuda.is_available()
+        """Pick the device; join the process group if torchrun started several processes."""
+        rank, local_rank, world_size = (
+            _rank_number(environ, name, default)
+            for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+        )
+        if not local_rank <= rank < world_size:
+            raise ConfigError(f"RANK={rank}: must be below WORLD_SIZE={world_size}, LOCAL_RANK at most RANK")
+        cfg.micro_batches(world_size)
+        cuda = torch.cuda.is_available() and cfg.device != "cpu"
         if cfg.device == "cuda" and not cuda:
             raise ConfigError("DEVICE=cuda: torch sees no CUDA device; must be auto or cpu here")
+        if cuda and local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"LOCAL_RANK={local_rank}: this machine has {torch.cuda.device_count()} CUDA devices"
+            )
         if cfg.cpu_threads:
             torch.set_num_threads(cfg.cpu_threads)
-        return cls(torch.device("cuda" if cuda and cfg.device != "cpu" else "cpu"))
+        ranks = cls(
+            torch.device("cuda", local_rank) if cuda else torch.device("cpu"), rank, world_size, local_rank
+        )
+        if cuda:
+            torch.cuda.set_device(ranks.device)
+        if world_size > 1:
+            timeout = timedelta(seconds=COLLECTIVE_SECONDS)
+            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+            ranks._store = dist.PrefixStore("meet", store)
+            threading.Thread(target=ranks._beat, daemon=True).start()
+            backend = "nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        return ranks
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 writes the outputs."""
+        return self.rank == 0
+
+    def meet(self, stage: str) -> None:
+        """Wait, without a collective, until all ranks have finished a stage, however long the slowest takes.
+
+        Raises RunError when a rank that has not come yet shows no sign of life for a minute.
+        """
+        if self.world_size == 1:
+            return
+        self._meetings += 1
+        key = f"{stage}/{self._meetings}"
+        self._store.set(f"{key}/{self.rank}", "here")
+        self._await_others(stage, key)
+
+    def _await_others(self, stage: str, key: str) -> None:
+        missing, heard = set(range(self.world_size)) - {self.rank}, {}
+        while missing:
+            missing = {rank for rank in missing if not self._store.check([f"{key}/{rank}"])}
+            now = time.monotonic()
+            for rank in missing:
+                beat = self._store.get(f"alive/{rank}")
+                if heard.setdefault(rank, (beat, now))[0] != beat:
+                    heard[rank] = beat, now
+                if now - heard[rank][1] > COLLECTIVE_SECONDS - 10:
+                    raise RunError(f"stage {stage}: rank {rank} shows no sign of life, it must have died")
+            time.sleep(0.02 if missing else 0)
+
+    def _beat(self) -> None:
+        """Count up a number in the store, so that waiting ranks see that this one is alive."""
+        for beat in itertools.count():
+            self._store.set(f"alive/{self.rank}", str(beat))
+            time.sleep(2)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_packed_(self, tensors: Sequence[Tensor]) -> None:
+        """Sum many tensors over ranks in place, as one float32 buffer."""
+        if self.world_size == 1:
+            return
+        packed = self.sum_(torch.cat([tensor.flatten().float() for tensor in tensors]))
+        for tensor, part in zip(tensors, packed.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def reduce_scatter(self, bank: Tensor) -> "Pending":
+        """Start the sum of a bank over ranks; each gets its slice of the first axis, padded with zeros."""
+        if self.world_size == 1:
+            return Pending(bank, None)
+        per_rank = -(-len(bank) // self.world_size)
+        padded = F.pad(bank, [0, 0] * (bank.ndim - 1) + [0, per_rank * self.world_size - len(bank)])
+        shard = padded.new_empty(per_rank, *bank.shape[1:])
+        return Pending(shard, dist.reduce_scatter_tensor(shard, padded.contiguous(), async_op=True))
+
+    def all_gather(self, shard: Tensor) -> "Pending":
+        """Start the inverse of `reduce_scatter`: all slices, still padded."""
+        if self.world_size == 1:
+            return Pending(shard, None)
+        whole = shard.new_empty(self.world_size * len(shard), *shard.shape[1:])
+        return Pending(whole, dist.all_gather_into_tensor(whole, shard.contiguous(), async_op=True))
+
+    def gather(self, item: object) -> list:
+        """The objects of all ranks (tensors on the CPU), on every rank."""
+        items = [item] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(items, item)
+        return items
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """bfloat16 matrix products on CUDA, plain float32 on a CPU."""
@@ -573,12 +683,56 @@ class Ranks(NamedTuple):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def to_host(self, tensor: Tensor) -> "Pending":
+        """Start the copy of a small tensor to the host; what is launched after it does not delay it."""
+        if self.device.type != "cuda":
+            return Pending(tensor.clone(), None)
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copy.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return Pending(copy, event)
+
     def place(self, model: "GPT") -> "GPT":
         """Move the model; on CUDA the embedding is kept in bfloat16, everything else in float32."""
         model.to(self.device)
         if self.device.type == "cuda":
             model.tok_emb.to(torch.bfloat16)
         return model
+
+
+class Pending(NamedTuple):
+    """Result of a collective, or of a copy to the host, that may still be under way."""
+
+    tensor: Tensor
+    work: object | None
+
+    def wait(self) -> Tensor:
+        """The result, once it is there."""
+        if isinstance(self.work, torch.cuda.Event):
+            self.work.synchronize()
+        elif self.work is not None:
+            self.work.wait()
+        return self.tensor
+
+
+CPU = Ranks(torch.device("cpu"))  # one process without a GPU
+
+
+def _rank_number(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name, str(default))
+    if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) == 0):
+        raise ConfigError(f"{name}={text!r}: must be a whole number, as torchrun sets it")
+    return int(text)
+
+
+def share_out(costs: Sequence[float], world_size: int) -> list[int]:
+    """The rank that does each piece of work: the costliest first, each to the rank with the least so far."""
+    loads, owners = [0.0] * world_size, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = loads.index(min(loads))
+        loads[owners[i]] += costs[i]
+    return owners
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -610,19 +764,26 @@ def _new_folder(wanted: Path, outputs: Sequence[str]) -> Path:
 
 
 class RunLog:
-    """The run's folder and its log: events on the console, in logs/<RUN_ID>.txt and in metrics.jsonl."""
+    """The run's folder and its log: events on the console, in logs/<RUN_ID>.txt and in metrics.jsonl.
 
-    def __init__(self, cfg: Config):
+    Rank 0 writes; the other ranks' logs go nowhere.
+    """
+
+    def __init__(self, cfg: Config, ranks: Ranks = CPU):
+        self.is_main = ranks.is_main
         self.run_id = cfg.run_id or f"{cfg.preset}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         outputs = [Path(cfg.model_path).name, Path(cfg.quantized_model_path).name, *OUTPUTS]
-        self.folder = _new_folder(Path(cfg.artifact_dir or Path("runs") / self.run_id), outputs)
-        self._text = open(self.folder / "logs" / f"{self.run_id}.txt", "a", encoding="utf-8")  # noqa: SIM115
-        self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        wanted = Path(cfg.artifact_dir or Path("runs") / self.run_id)
+        self.folder = _new_folder(wanted, outputs) if self.is_main else Path(os.devnull)
+        text = self.folder / "logs" / f"{self.run_id}.txt" if self.is_main else os.devnull
+        self._text = open(text, "a", encoding="utf-8")  # noqa: SIM115
+        metrics = self.folder / "metrics.jsonl" if self.is_main else os.devnull
+        self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115
 
     def text(self, text: str, console: bool = False) -> None:
         """Free text into the log file, and to the console if asked."""
         print(text, file=self._text, flush=True)
-        if console:
+        if console and self.is_main:
             print(text, flush=True)
 
     def event(self, stage: str, **values: object) -> None:
@@ -646,7 +807,7 @@ class Progress:
 
     def __init__(self, log: RunLog, stage: str, total: float):
         self._log, self._stage, self._total = log, stage, total
-        self._start, self._shown, self._live = time.perf_counter(), 0, sys.stderr.isatty()
+        self._start, self._shown, self._live = time.perf_counter(), 0, log.is_main and sys.stderr.isatty()
 
     def update(self, done: float, **values: float) -> None:
         """Tell how many of the total are done, with values to show."""
@@ -664,22 +825,40 @@ class Progress:
 
 
 class Stopwatch:
-    """Seconds spent in each named stage; a stage can be left and entered again."""
+    """Seconds spent in each named stage; a stage inside another stops the outer one's clock meanwhile."""
 
     def __init__(self, ranks: Ranks):
         self._ranks = ranks
+        self._open: list[str] = []
+        self._since = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
     def stage(self, name: str):
         """Count the time inside the block to `name`."""
         self._ranks.synchronize()
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._ranks.synchronize()
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self._charge()
+        self._open.append(name)
+        yield
+        self._ranks.synchronize()
+        self._charge()
+        self._open.pop()
+
+    def elapsed(self, name: str) -> float:
+        """Seconds of a stage so far."""
+        self._charge()
+        return self.seconds.get(name, 0.0)
+
+    @property
+    def current(self) -> str:
+        """The stage under way (after an exception: the one that raised it)."""
+        return self._open[-1] if self._open else "between stages"
+
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since
+        self._since = now
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -754,8 +933,10 @@ def packed_row(tokens: Tensor, max_doc_len: int) -> tuple[Tensor, Tensor, Segmen
 class PackedLoader:
     """Training batches: consecutive tokens of the shards, in order and cyclic, with document segments.
 
-    A call takes `world_size * (micro_tokens + 1)` tokens; rank r reads the r-th span. A shard begins at its
-    first BOS and what does not fill a call at its end is dropped.
+    Spans of `micro_tokens + 1` tokens are drawn in groups (of `world_size` unless `group` says more), a group
+    always from one shard; rank r gets the spans r, r + world_size, ... of each. So any number of ranks that
+    divides the group sees the same stream. A shard begins at its first BOS; what does not fill a group at its
+    end is dropped.
     """
 
     def __init__(
@@ -766,15 +947,12 @@ class PackedLoader:
         micro_tokens: int,
         max_doc_len: int,
         vocab_size: int = 1 << 16,
+        group: int = 0,
     ):
-        self._paths, self._rank, self._max_doc_len, self._vocab_size = (
-            list(paths),
-            rank,
-            max_doc_len,
-            vocab_size,
-        )
+        self._paths, self._max_doc_len, self._vocab_size = list(paths), max_doc_len, vocab_size
+        self._rank, self._world_size, self._group = rank, world_size, group or world_size
         self._span = micro_tokens + 1
-        self._need = world_size * self._span
+        self._need = self._group * self._span
         largest = max((self._usable(read_shard(path)) for path in self._paths), default=0)
         if largest < self._need:
             where = self._paths[0].parent if self._paths else "no shards"
@@ -796,26 +974,28 @@ class PackedLoader:
     def _open(self, shard: int) -> None:
         self._shard = shard % len(self._paths)
         self._tokens = read_shard(self._paths[self._shard])
-        self._cursor = self._first_bos(self._tokens)
+        self._cursor, self._taken = self._first_bos(self._tokens), 0
 
     def next(self) -> tuple[Tensor, Tensor, Segments]:
         """The next micro-batch of this rank: inputs [1, n], targets [1, n], segments."""
-        while self._cursor + self._need > len(self._tokens):
+        while not self._taken and self._cursor + self._need > len(self._tokens):
             self._open(self._shard + 1)
-        start = self._cursor + self._rank * self._span
-        self._cursor += self._need
+        start = self._cursor + (self._taken + self._rank) * self._span
+        self._taken += self._world_size
+        if self._taken == self._group:
+            self._cursor, self._taken = self._cursor + self._need, 0
         span = self._tokens[start : start + self._span]
         check_vocabulary(span, self._vocab_size, self._paths[self._shard])
         return packed_row(torch.from_numpy(span.astype(np.int64)), self._max_doc_len)
 
-    def state(self) -> tuple[int, int]:
-        """Position: shard number and cursor."""
-        return self._shard, self._cursor
+    def state(self) -> tuple[int, int, int]:
+        """Position: shard number, start of the group in it, spans taken of the group."""
+        return self._shard, self._cursor, self._taken
 
-    def load_state(self, state: tuple[int, int]) -> None:
+    def load_state(self, state: tuple[int, int, int]) -> None:
         """Go back to a position."""
         self._open(state[0])
-        self._cursor = state[1]
+        self._cursor, self._taken = state[1:]
 
 
 class ShuffledLoader:
@@ -856,6 +1036,11 @@ class ShuffledLoader:
         window = self._shards[shard][start : start + self._seq_len + 1]
         check_vocabulary(window, self._vocab_size, self._paths[shard])
         return window
+
+    def skip(self, rows: int) -> None:
+        """Leave a batch to another rank."""
+        for _ in range(rows):
+            self._next_window()
 
     def next(self, rows: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each [rows, seq_len]."""
@@ -1511,6 +1696,12 @@ class BatchedLoRA(nn.Module):
         for low_rank in self.maps():
             low_rank.draw_A(self._generator)
 
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Drop the adapters of all other documents."""
+        for low_rank in self.maps():
+            low_rank.A, low_rank.B = nn.Parameter(low_rank.A.data[rows]), nn.Parameter(low_rank.B.data[rows])
+        self.batch = len(rows)
+
     def reset_B(self) -> None:
         """Zero all B factors: the adapters add nothing."""
         for low_rank in self.maps():
@@ -1595,18 +1786,45 @@ class Muon(torch.optim.Optimizer):
         row_normalize: bool = True,
         coefficients: Sequence[tuple[float, float, float]] = POLAR_EXPRESS,
         steps: int = 5,
+        ranks: Ranks = CPU,
     ):
+        self._ranks = ranks
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, defaults | {"row_normalize": row_normalize})
         self._coefficients = tuple(coefficients)[:steps]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update every bank that has a gradient."""
-        for group in self.param_groups:
-            for bank in group["params"]:
-                if bank.grad is not None:
-                    self._update(bank, group)
+        """Update every bank that has a gradient, by the mean of the ranks' gradients."""
+        self.apply(self.reduce_gradients())
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> list[tuple[nn.Parameter, Pending]]:
+        """Start the sums of all banks' gradients: bank and this rank's slice. bfloat16 between GPUs."""
+        banks = [bank for group in self.param_groups for bank in group["params"] if bank.grad is not None]
+        half = self._ranks.device.type == "cuda"
+        return [(b, self._ranks.reduce_scatter(b.grad.bfloat16() if half else b.grad)) for b in banks]
+
+    @torch.no_grad()
+    def apply(
+        self,
+        slices: Sequence[tuple[nn.Parameter, Pending]],
+        factor: float | Tensor = 1.0,
+        finite: bool | Tensor = True,
+    ) -> None:
+        """Orthogonalise this rank's slices of the gradients, scaled by `factor` (or zero unless `finite`).
+
+        While the update of one bank travels to the other ranks the next one is computed.
+        """
+        group, updates = self.param_groups[0], []
+        for bank, pending in slices:
+            gradient = pending.wait() * (factor / self._ranks.world_size)
+            if finite is not True:
+                gradient = torch.where(finite, gradient, 0)
+            updates.append((bank, self._ranks.all_gather(self._direction(bank, gradient, group))))
+        for bank, pending in updates:
+            bank.mul_(1 - group["lr"] * group["weight_decay"])
+            bank.add_(pending.wait()[: len(bank)], alpha=-group["lr"] * update_scale(bank.shape))
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's, which casts state to the parameter's type: the buffers go back to bfloat16, exactly."""
@@ -1614,17 +1832,16 @@ class Muon(torch.optim.Optimizer):
         for state in self.state.values():
             state["momentum_buffer"] = state["momentum_buffer"].bfloat16()
 
-    def _update(self, bank: nn.Parameter, group: dict) -> None:
-        gradient = bank.grad.bfloat16()
+    def _direction(self, bank: nn.Parameter, gradient: Tensor, group: dict) -> Tensor:
+        """The orthogonalised update of this rank's slice of a bank."""
+        gradient = gradient.bfloat16()
         buffer = self.state[bank].setdefault("momentum_buffer", torch.zeros_like(gradient))
         buffer.mul_(group["momentum"]).add_(gradient)
         update = gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
         if group["row_normalize"]:
             norms = update.float().norm(dim=-1, keepdim=True).clamp_min(1e-7)
             update = update / norms.bfloat16()
-        update = newton_schulz(update, self._coefficients, len(self._coefficients))
-        bank.mul_(1 - group["lr"] * group["weight_decay"])
-        bank.add_(update, alpha=-group["lr"] * update_scale(bank.shape))
+        return newton_schulz(update, self._coefficients, len(self._coefficients))
 
 
 def parameter_table(cfg: Config, model: GPT) -> dict[str, dict]:
@@ -1700,18 +1917,37 @@ class EMA:
 # 10. Training
 # ---------------------------------------------------------------------------------------------------------
 
-CPU = Ranks(torch.device("cpu"))
 Batch = tuple[Tensor, Tensor, Segments]
 
 
 class StepReport(NamedTuple):
-    """What a training step did; loss and gradient norm stay on the device until they are read."""
+    """What a training step did. Reading loss, norm or clock waits for the step, not for what was launched later."""
 
-    train_loss: Tensor
-    grad_norm: Tensor
+    step: int  # counted from 1
+    measured: Pending  # loss, gradient norm and rank 0's clock: means over the ranks
     lr_multiplier: float
     muon_momentum: float
     looping: bool
+
+    @property
+    def train_loss(self) -> float:
+        """Mean loss of the step's tokens, nats."""
+        return float(self.measured.wait()[0])
+
+    @property
+    def grad_norm(self) -> float:
+        """Gradient norm before clipping; the mean over micro-batches unless CLIP_GLOBAL=1."""
+        return float(self.measured.wait()[1])
+
+    @property
+    def elapsed(self) -> float:
+        """Rank 0's training time when the step began, seconds."""
+        if not torch.isfinite(self.measured.wait()).all():
+            values = f"train_loss {self.train_loss}, grad_norm {self.grad_norm}"
+            raise RunError(
+                f"step {self.step}: {values}: not finite, its gradient was not used, training stopped"
+            )
+        return float(self.measured.wait()[2])
 
 
 class Trainer:
@@ -1732,6 +1968,7 @@ class Trainer:
             row_normalize=cfg.muon_row_normalize,
             coefficients=coefficients,
             steps=cfg.muon_backend_steps,
+            ranks=ranks,
         )
         groups = {}
         for name, row in table.items():
@@ -1739,6 +1976,7 @@ class Trainer:
                 rates = {key: row[key] for key in ("lr", "weight_decay", "betas", "eps")}
                 groups.setdefault(row["optimizer"], rates | {"params": []})["params"].append(parameters[name])
         self.adamw = torch.optim.AdamW(list(groups.values()), fused=True)
+        self._small = [p for group in groups.values() for p in group["params"]]  # averaged as one buffer
         for group in self._groups():
             group["base_lr"] = group["lr"]
         self.ema = EMA(model.state_dict(), cfg.ema_decay)
@@ -1746,11 +1984,16 @@ class Trainer:
     def _groups(self) -> list[dict]:
         return self.muon.param_groups + self.adamw.param_groups
 
-    def step(self, step: int, frac: float, batches: Sequence[Batch] | None = None) -> StepReport:
-        """Step number `step` at a fraction of training; batches come from the loader unless given."""
+    def step(
+        self, step: int, frac: float, batches: Sequence[Batch] | None = None, elapsed: float = 0.0
+    ) -> StepReport:
+        """Step number `step` at a fraction of training; batches come from the loader unless given.
+
+        `elapsed` is the training time so far: rank 0's travels with the gradients, so that all ranks decide by
+        the same clock. A gradient that is not finite is replaced by zeros; who reads the report stops the run.
+        """
         cfg = self.cfg
         self.looping = self.looping or (cfg.num_loops > 0 and frac >= cfg.enable_looping_at)
-        train_loss = self._accumulate_gradients(batches)
         factor = lr_multiplier(frac, cfg.warmdown_frac, cfg.min_lr)
         momentum = muon_momentum(
             step, cfg.muon_momentum_warmup_start, cfg.muon_momentum, cfg.muon_momentum_warmup_steps
@@ -1758,29 +2001,74 @@ class Trainer:
         for group in self._groups():
             group["lr"] = group["base_lr"] * factor
         self.muon.param_groups[0]["momentum"] = momentum
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip_norm or math.inf)
-        if not torch.isfinite(train_loss + grad_norm):
-            values = f"train_loss {float(train_loss)}, grad_norm {float(grad_norm)}"
-            raise RunError(f"step {step + 1}: {values}: not finite, stopped before the weights were changed")
+        loss, norm = self._accumulate_gradients(batches)
+        clock = torch.full_like(loss, elapsed if self.ranks.is_main else 0.0)
+        measured = torch.stack([loss, norm, clock])
+        slices, scale = self._exchange_gradients(measured)
+        finite = torch.isfinite(measured).all()
+        for parameter in self._small:
+            if parameter.grad is not None:
+                parameter.grad = torch.where(finite, parameter.grad, 0)
         self.adamw.step()
-        self.muon.step()
+        self.muon.apply(slices, scale, finite)
         self.model.zero_grad(set_to_none=True)
         self.ema.update(self.model.state_dict())
-        return StepReport(train_loss, grad_norm, factor, momentum, self.looping)
+        return StepReport(step + 1, self.ranks.to_host(measured), factor, momentum, self.looping)
 
-    def _accumulate_gradients(self, batches: Sequence[Batch] | None) -> Tensor:
-        total = torch.zeros((), device=self.ranks.device)
+    def _accumulate_gradients(self, batches: Sequence[Batch] | None) -> tuple[Tensor, Tensor]:
+        """Leave the mean gradient of this rank's micro-batches in `.grad`; returns mean loss and gradient norm.
+
+        Each micro-batch is clipped by itself, as on each of eight published ranks, so that the number of ranks
+        does not matter (or none is, CLIP_GLOBAL=1).
+        """
+        device, limit = self.ranks.device, self.cfg.grad_clip_norm or math.inf
+        loss_sum, norm_sum = torch.zeros(2, device=device)
+        sums: list[Tensor] = []
         for micro in range(self.micro_batches):
             x, y, segments = self.loader.next() if batches is None else batches[micro]
-            device = self.ranks.device
             with self.ranks.autocast():
                 losses = self.model.losses(
                     x.to(device), y.to(device), segments.to(device), looping=self.looping
                 )
-            loss = losses.mean() / self.micro_batches
+            loss = losses.mean()
             loss.backward()
-            total += loss.detach()
-        return total
+            loss_sum += loss.detach()
+            if not self.cfg.clip_global:
+                norm_sum += nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+            used = [p for p in self.model.parameters() if p.grad is not None]
+            gradients = [p.grad for p in used]
+            if sums:
+                torch._foreach_add_(sums, gradients)
+            sums = sums or gradients
+            self.model.zero_grad(set_to_none=True)
+        torch._foreach_div_(sums, self.micro_batches)
+        for parameter, gradient in zip(used, sums, strict=True):
+            parameter.grad = gradient
+        return loss_sum / self.micro_batches, norm_sum / self.micro_batches
+
+    @torch.no_grad()
+    def _exchange_gradients(
+        self, measured: Tensor
+    ) -> tuple[list[tuple[nn.Parameter, Pending]], Tensor | float]:
+        """Average gradients and measured values over the ranks: the banks sharded, all else as one buffer.
+
+        Returns this rank's slices of the banks' sums and the clip factor that is still to be applied to them.
+        """
+        ranks = self.ranks
+        slices = self.muon.reduce_gradients()  # under way while the small ones are packed
+        small = [p.grad for p in self._small if p.grad is not None]
+        ranks.sum_packed_([*small, measured])
+        if ranks.world_size > 1:
+            torch._foreach_div_(small, ranks.world_size)
+            measured[:2] /= ranks.world_size
+        if not self.cfg.clip_global:
+            return slices, 1.0
+        squares = sum(pending.wait().float().square().sum() for _, pending in slices)
+        squares = ranks.sum_(squares) / ranks.world_size**2
+        measured[1] = torch.sqrt(squares + sum(gradient.float().square().sum() for gradient in small))
+        scale = ((self.cfg.grad_clip_norm or math.inf) / (measured[1] + 1e-6)).clamp_max(1.0)
+        torch._foreach_mul_(small, scale)
+        return slices, scale
 
     def warm_up(self, steps: int) -> None:
         """Run every graph `steps` times on random tokens, then restore all state as it was."""
@@ -1827,35 +2115,46 @@ def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[i
     """
     cfg = trainer.cfg
     trainer.warm_up(cfg.warmup_steps)
+    trainer.ranks.meet("warm-up")
     allowance = max(cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds, 0.0)
-    capped, step, elapsed = cfg.max_wallclock_seconds > 0, 0, 0.0
+    capped, step, previous, agreed = cfg.max_wallclock_seconds > 0, 0, None, 0.0
     progress = log.progress("train", allowance if capped else cfg.iterations)  # seconds or steps
-    while step < cfg.iterations and not (capped and elapsed >= allowance):
-        if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-            validate(step)
-        was_looping = trainer.looping
-        with watch.stage("train"):
-            report = trainer.step(step, elapsed / allowance if capped else step / cfg.iterations)
-        step, elapsed = step + 1, watch.seconds["train"]
-        if report.looping and not was_looping:
-            encoder, decoder = layer_order(cfg, looping=True)
-            log.event("looping", step=step, encoder=encoder, decoder=decoder)
-        if step <= 5 or step % cfg.train_log_every == 0:
-            _log_step(log, cfg, step, report, elapsed)
-        progress.update(elapsed if capped else step)
+    with watch.stage("train"):
+        while step < cfg.iterations and not (capped and _spent(agreed, step) >= allowance):
+            if cfg.val_loss_every and step % cfg.val_loss_every == 0:
+                validate(step)
+            was_looping = trainer.looping
+            frac = agreed / allowance if capped else step / cfg.iterations
+            report = trainer.step(step, frac, elapsed=watch.elapsed("train"))
+            step += 1
+            if report.looping and not was_looping:
+                encoder, decoder = layer_order(cfg, looping=True)
+                log.event("looping", step=step, encoder=encoder, decoder=decoder)
+            if step <= 5 or step % cfg.train_log_every == 0:
+                _log_step(log, cfg, report, watch.elapsed("train"))
+            agreed = previous.elapsed if previous else 0.0
+            previous = report
+            progress.update(agreed if capped else step)
+        report.elapsed  # noqa: B018 - raises if the last step was not finite
     trainer.model.load_state_dict(trainer.ema.cast_like(trainer.model.state_dict()))
     return step
 
 
-def _log_step(log: RunLog, cfg: Config, step: int, report: StepReport, elapsed: float) -> None:
+def _spent(agreed: float, step: int) -> float:
+    """Training time at the start of step `step` (from 0), from the agreed clock, which is two steps behind."""
+    return agreed * step / (step - 2) if step > 2 else 0.0
+
+
+def _log_step(log: RunLog, cfg: Config, report: StepReport, elapsed: float) -> None:
+    report.elapsed  # noqa: B018 - raises if the step was not finite
     log.event(
         "train",
-        step=step,
-        train_loss=float(report.train_loss),
-        grad_norm=float(report.grad_norm),
+        step=report.step,
+        train_loss=report.train_loss,
+        grad_norm=report.grad_norm,
         lr_multiplier=report.lr_multiplier,
         train_seconds=elapsed,
-        tokens_per_second=step * cfg.train_batch_tokens / elapsed,
+        tokens_per_second=report.step * cfg.train_batch_tokens / elapsed,
     )
 
 
@@ -1907,9 +2206,9 @@ class HessianCollector:
             self._sums[name] = torch.zeros(rows.size(1), rows.size(1), device=x.device)
         self._sums[name].addmm_(rows.mT, rows)
 
-    def hessians(self, num_batches: int) -> dict[str, Tensor]:
-        """The sums divided by the number of batches; K and V share the Hessian of Q, as their input."""
-        hessians = {name: total / num_batches for name, total in self._sums.items()}
+    def hessians(self, num_batches: int, ranks: Ranks = CPU) -> dict[str, Tensor]:
+        """The sums over all ranks divided by the number of batches; K and V share Q's, as their input."""
+        hessians = {name: ranks.sum_(total) / num_batches for name, total in self._sums.items()}
         for name in list(hessians):
             if name.endswith("c_q.weight"):
                 for other in ("c_k", "c_v"):
@@ -1921,15 +2220,22 @@ class HessianCollector:
 def calibrate(
     model: GPT, cfg: Config, loader: ShuffledLoader, *, looping: bool, ranks: Ranks = CPU
 ) -> dict[str, Tensor]:
-    """Hessians over `gptq_calibration_batches` batches of plain training windows, without segments."""
+    """Hessians over `gptq_calibration_batches` batches of plain training windows, without segments.
+
+    `loader` is that of a single rank: all ranks draw the same windows and take micro-batches in turn.
+    """
     collector = HessianCollector()
-    micro_batches = cfg.micro_batches(ranks.world_size)
-    rows = cfg.train_batch_tokens // (ranks.world_size * micro_batches) // cfg.train_seq_len
-    for _ in range(cfg.gptq_calibration_batches * micro_batches):
+    micro_batches = cfg.micro_batches(ranks.world_size) * ranks.world_size
+    rows = cfg.train_batch_tokens // micro_batches // cfg.train_seq_len
+    for micro in range(cfg.gptq_calibration_batches * micro_batches):
+        if micro % ranks.world_size != ranks.rank:
+            loader.skip(rows)
+            continue
         x, _ = loader.next(rows)
         with ranks.autocast():
             model.hidden(x.to(ranks.device), looping=looping, tap=collector.tap)
-    return collector.hessians(cfg.gptq_calibration_batches)
+    ranks.meet("calibrate")
+    return collector.hessians(cfg.gptq_calibration_batches, ranks)
 
 
 class Scheme(NamedTuple):
@@ -2083,28 +2389,46 @@ def quantize_state(
     hessians: Mapping[str, Tensor],
     cfg: Config,
     on_tensor: Callable[[int], None] | None = None,
+    ranks: Ranks = CPU,
 ) -> dict[str, QuantizedTensor]:
-    """Store every tensor of a flat state dict, then correct the matrices with the largest errors (LQER)."""
+    """Store every tensor of a flat state dict, then correct the matrices with the largest errors (LQER).
+
+    The tensors are shared out over the ranks by the cost of GPTQ; every rank gets all results, on the CPU.
+    """
+    owners = share_out([tensor.numel() * tensor.size(-1) for tensor in flat.values()], ranks.world_size)
+    mine = [name for name, owner in zip(flat, owners, strict=True) if owner == ranks.rank]
     records: dict[str, QuantizedTensor] = {}
     errors: dict[str, Tensor] = {}
-    for name, tensor in flat.items():
-        records[name] = quantize_tensor(name, tensor, hessians.get(name), cfg)
+    for name in mine:
+        records[name] = quantize_tensor(name, flat[name], hessians.get(name), cfg)
         if records[name].kind == "gptq":
-            errors[name] = tensor.float() - records[name].dequantize()
+            errors[name] = flat[name].float() - records[name].dequantize()
         if on_tensor:
-            on_tensor(len(records))
+            on_tensor(len(records) * len(flat) / len(mine))
     if cfg.lqer_enabled:
-        worst = sorted(errors, key=lambda name: -float(errors[name].norm()))
-        for name in worst[: cfg.lqer_top_k]:
-            a, b = low_rank_factors(errors[name], cfg.lqer_rank)
-            asymmetric = cfg.lqer_asym_enabled and b.numel() % cfg.lqer_asym_group == 0
-            packed = (
-                pack_low_rank_asym(a, b, cfg.lqer_asym_group)
-                if asymmetric
-                else pack_low_rank_sym(a, b, cfg.lqer_factor_bits)
-            )
-            records[name].arrays |= packed
-    return records
+        ranks.meet("quantise")
+        norms = _merge(ranks.gather({name: float(error.norm()) for name, error in errors.items()}), flat)
+        worst = sorted(norms, key=lambda name: -norms[name])[: cfg.lqer_top_k]
+        for name in set(worst) & errors.keys():
+            records[name].arrays |= low_rank_correction(errors[name], cfg)
+    for record in records.values():
+        record.arrays = {key: array.cpu() for key, array in record.arrays.items()}
+    ranks.meet("quantise")
+    return _merge(ranks.gather(records), flat)
+
+
+def low_rank_correction(error: Tensor, cfg: Config) -> dict[str, Tensor]:
+    """Packed factors for an error matrix; symmetric ones where the groups do not divide the right factor."""
+    a, b = low_rank_factors(error, cfg.lqer_rank)
+    if cfg.lqer_asym_enabled and b.numel() % cfg.lqer_asym_group == 0:
+        return pack_low_rank_asym(a, b, cfg.lqer_asym_group)
+    return pack_low_rank_sym(a, b, cfg.lqer_factor_bits)
+
+
+def _merge(parts: Sequence[Mapping[str, object]], order: Iterable[str]) -> dict[str, object]:
+    """The parts of all ranks as one dictionary in a given order of names."""
+    union = {name: value for part in parts for name, value in part.items()}
+    return {name: union[name] for name in order if name in union}
 
 
 def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) -> dict[str, Tensor]:
@@ -2334,6 +2658,14 @@ class BpbMeter:
         """Add the losses of targets and the bytes that they stand for."""
         self.add_sums(float(losses.double().sum()), float(byte_counts.sum()), float(losses.numel()))
 
+    def sum_over(self, ranks: Ranks) -> None:
+        """Add up the sums of all ranks, once the slowest has got here."""
+        ranks.meet("score")
+        sums = torch.tensor(
+            [self.loss_sum, self.bytes, self.tokens], dtype=torch.float64, device=ranks.device
+        )
+        self.loss_sum, self.bytes, self.tokens = ranks.sum_(sums).tolist()
+
     @property
     def val_loss(self) -> float:
         """Nats per target."""
@@ -2366,15 +2698,20 @@ def evaluate_standard(
     row_tokens: int,
     max_doc_len: int,
     on_row: Callable[[int], None] | None = None,
+    ranks: Ranks = CPU,
 ) -> BpbMeter:
-    """Score every target once: rows of `row_tokens` targets, the last one shorter, documents as segments."""
+    """Score every target once: rows of `row_tokens` targets, the last one shorter, documents as segments.
+
+    Ranks take rows in turn; the result is the same on every one.
+    """
     meter = BpbMeter()
-    for start in range(0, val.num_targets, row_tokens):
+    for start in range(ranks.rank * row_tokens, val.num_targets, ranks.world_size * row_tokens):
         end = min(start + row_tokens, val.num_targets)
         x, y, segments = packed_row(val.tokens[start : end + 1], max_doc_len)
         meter.add(score(x, y, segments), val.target_bytes[start:end])
         if on_row:
             on_row(end)
+    meter.sum_over(ranks)
     return meter
 
 
@@ -2430,6 +2767,48 @@ def chunk_window(chunk: int, pred_len: int, chunk_size: int, max_window: int) ->
     first, end = chunk * chunk_size, min((chunk + 1) * chunk_size, pred_len)
     start = max(0, end - max_window)
     return ChunkWindow(start, end - start, first - start, end - first)
+
+
+def ttt_cost(batch: TTTBatch, cfg: Config) -> float:
+    """Relative time of a batch: the windows that its documents' chunks compute, plus a constant per step."""
+    per_step = 4 * cfg.ttt_eval_seq_len  # what launching and optimising a step costs, in window tokens
+    size, window = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
+    total = 0
+    for _, (_, length) in batch.documents:
+        chunks = -(-(length - 1) // size)
+        growing = min(chunks, window // size)
+        total += size * growing * (growing + 1) // 2 + (chunks - growing) * window
+    return total + per_step * -(-(max(length for _, (_, length) in batch.documents) - 1) // size)
+
+
+def share_batches(batches: Sequence[TTTBatch], cfg: Config, world_size: int) -> list[list[TTTBatch]]:
+    """The batches of a phase, shared out over the ranks by cost; each rank keeps their order.
+
+    A batch that alone would fill half of a rank's share, one of long documents, is dealt out over all ranks.
+    """
+    limit = sum(ttt_cost(batch, cfg) for batch in batches) / (2 * world_size)
+    pieces = []
+    for batch in batches:
+        deal = world_size > 1 and ttt_cost(batch, cfg) > limit
+        parts = [batch.documents[i::world_size] for i in range(world_size)] if deal else [batch.documents]
+        pieces += [TTTBatch(batch.index, part) for part in parts if part]
+    owners = share_out([ttt_cost(piece, cfg) for piece in pieces], world_size)
+    return [
+        [p for p, owner in zip(pieces, owners, strict=True) if owner == rank] for rank in range(world_size)
+    ]
+
+
+def split_at_boundaries(batches: Sequence[TTTBatch], boundaries: Sequence[int]) -> list[list[TTTBatch]]:
+    """The batches up to each boundary of scored documents, one list a phase, and the rest."""
+    parts, scored = [[]], 0
+    left = list(boundaries)
+    for batch in batches:
+        parts[-1].append(batch)
+        scored += len(batch.documents)
+        while left and scored >= left[0]:
+            left.pop(0)
+            parts.append([])
+    return parts
 
 
 class ChunkBatch(NamedTuple):
@@ -2498,35 +2877,44 @@ class ScoreFirstTTT:
         )
 
     def run(self) -> BpbMeter:
-        """Score and adapt all documents; returns the sums over every target."""
+        """Score and adapt all documents; returns the sums over every target, of all ranks."""
         self._on_event("start", boundaries=self.boundaries)
-        reusable = self._new_lora(self.cfg.ttt_batch_size)
-        done: list[TTTBatch] = []
-        phases = list(enumerate(self.boundaries, start=1))
-        for batch in self.batches:
-            whole = len(batch.documents) == self.cfg.ttt_batch_size
-            lora = self._reset(reusable) if whole else self._new_lora(len(batch.documents))
-            self._score_batch(batch, lora)
-            done.append(batch)
-            while phases and sum(len(b.documents) for b in done) >= phases[0][1]:
-                self._global_phase(*phases.pop(0), done)
-                reusable = self._new_lora(self.cfg.ttt_batch_size)
+        reusable = self._new_lora(self.cfg.ttt_batch_size) if self.cfg.ttt_warm_start_a else None
+        parts = split_at_boundaries(self.batches, self.boundaries)
+        for phase, part in enumerate(parts, start=1):
+            for batch in share_batches(part, self.cfg, self.ranks.world_size)[self.ranks.rank]:
+                self._score_batch(batch, self._adapters(batch, reusable))
+            self.ranks.meet("ttt")
+            if phase <= len(self.boundaries):
+                done = [batch for earlier in parts[:phase] for batch in earlier]
+                self._global_phase(phase, self.boundaries[phase - 1], done)
+                reusable = self._new_lora(self.cfg.ttt_batch_size) if reusable else None
+        self.meter.sum_over(self.ranks)
         return self.meter
+
+    def _adapters(self, batch: TTTBatch, reusable: BatchedLoRA | None) -> BatchedLoRA:
+        """Adapters whose B is zero. Warm start: A as earlier batches of the same size left it, on this rank.
+
+        Otherwise A is drawn from the seed and the batch's number: the same whoever computes it.
+        """
+        whole = next(b.documents for b in self.batches if b.index == batch.index)
+        if reusable is None:
+            self._generator.manual_seed(self.cfg.seed * 1_000_003 + batch.index)
+            lora = self._new_lora(len(whole))
+            lora.keep_rows([whole.index(document) for document in batch.documents])
+            return lora
+        if len(whole) < self.cfg.ttt_batch_size:
+            return self._new_lora(len(batch.documents))
+        squares = sum(float(low_rank.A.detach().double().square().sum()) for low_rank in reusable.maps())
+        self._on_event("lora_reset", a_l2=math.sqrt(squares), lora=reusable)
+        reusable.reset_B()
+        return reusable
 
     def _new_lora(self, batch: int) -> BatchedLoRA:
         lora = BatchedLoRA(self.cfg, batch, lora_slots(self.cfg, self.looping), self._generator)
         lora.to(self.ranks.device)
         self._on_event("lora_constructed", index=self._constructed, batch=batch, lora=lora)
         self._constructed += 1
-        return lora
-
-    def _reset(self, lora: BatchedLoRA) -> BatchedLoRA:
-        """Ready for the next batch: B zero, A as earlier batches left it (warm start) or drawn anew."""
-        squares = sum(float(low_rank.A.detach().double().square().sum()) for low_rank in lora.maps())
-        self._on_event("lora_reset", a_l2=math.sqrt(squares), lora=lora)
-        lora.reset_B()
-        if not self.cfg.ttt_warm_start_a:
-            lora.draw_A()
         return lora
 
     def _score_batch(self, batch: TTTBatch, lora: BatchedLoRA) -> None:
@@ -2604,6 +2992,8 @@ def global_sgd(
 ) -> tuple[list[float], list[float]]:
     """One phase of SGD on all base weights over scored tokens [n+1]; as published, all chunks but the last.
 
+    Each rank takes some of a step's windows; the gradients travel in one buffer.
+
     Returns the gradient norm before clipping and the learning rate of every step.
     """
     optimizer = torch.optim.SGD(model.parameters(), cfg.global_ttt_lr, cfg.global_ttt_momentum)
@@ -2615,15 +3005,26 @@ def global_sgd(
         optimizer.param_groups[0]["lr"] = rate
         windows = chunk_tokens // window
         for start in list(range(0, windows, cfg.global_ttt_batch_seqs)) * cfg.global_ttt_epochs:
-            first = chunk * chunk_tokens + start * window
-            length = min(cfg.global_ttt_batch_seqs, windows - start) * window
-            losses = _global_losses(model, tokens[first : first + length + 1], cfg, looping, ranks)
-            losses.mean().backward()
+            count = min(cfg.global_ttt_batch_seqs, windows - start)
+            low, high = (count * (ranks.rank + i) // ranks.world_size for i in (0, 1))
+            first = chunk * chunk_tokens + (start + low) * window
+            if high > low:
+                part = tokens[first : first + (high - low) * window + 1]
+                loss = _global_losses(model, part, cfg, looping, ranks).sum() / (count * window)
+                loss.backward()
+            ranks.sum_packed_([_gradient(parameter) for parameter in model.parameters()])
             norms.append(nn.utils.clip_grad_norm_(model.parameters(), cfg.global_ttt_grad_clip or math.inf))
             rates.append(rate)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return [float(norm) for norm in norms], rates
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """A parameter's gradient, zero where it has none (a rank without windows must still take part in the sum)."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _global_losses(model: GPT, tokens: Tensor, cfg: Config, looping: bool, ranks: Ranks) -> Tensor:
@@ -2659,7 +3060,7 @@ class Run:
         self.manifest = check_data(cfg, ["train"] if self.trains or cfg.quantize_only else [])
         self.val = load_validation(cfg)  # read to be checked; no model sees it before its evaluation
         self.model = self._first_model()
-        self.log, self.watch = RunLog(cfg), Stopwatch(ranks)
+        self.log, self.watch = RunLog(cfg, ranks), Stopwatch(ranks)
         self.stages: dict[str, dict[str, float]] = {}
         self.result: dict[str, object] = {}
         self._log_head()
@@ -2680,6 +3081,7 @@ class Run:
     def _first_model(self) -> GPT:
         """The model that the run starts with: fresh, of a checkpoint, or of an artifact."""
         if self.artifact:
+            self.blob = self.artifact.read_bytes()
             return self._model_of_artifact(self.artifact)
         if self.checkpoint:
             return self._model_of_checkpoint(self.checkpoint)
@@ -2691,6 +3093,7 @@ class Run:
             self.micro_tokens,
             self.cfg.train_seq_len,
             self.cfg.vocab_size,
+            group=ranks.world_size * self.cfg.micro_batches(ranks.world_size),
         )
         return self.new_model(self.cfg)
 
@@ -2705,6 +3108,7 @@ class Run:
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if self.ranks.device.type == "cuda" else _cpu_name(),
             "threads": torch.get_num_threads(),
+            "ranks": self.ranks.world_size,
             "commit": commit,
             "source_sha256": hashlib.sha256(self.source).hexdigest(),
         }
@@ -2742,9 +3146,10 @@ class Run:
 
         self.result["steps"] = train(trainer, self.log, self.watch, validate)
         path = self.log.folder / Path(self.cfg.model_path).name
-        buffer = io.BytesIO()
-        torch.save(model.state_dict(), buffer)
-        write_whole(path, buffer.getvalue())
+        if self.ranks.is_main:
+            buffer = io.BytesIO()
+            torch.save(model.state_dict(), buffer)
+            write_whole(path, buffer.getvalue())
         self.log.event("saved", file=str(path), train_seconds=self.watch.seconds["train"])
 
     def _model_of_checkpoint(self, path: Path) -> GPT:
@@ -2764,7 +3169,8 @@ class Run:
         progress = self.log.progress(stage, self.val.num_targets)
         with self.watch.stage(stage):
             score = model_score(self.model, looping=looping, ranks=self.ranks)
-            meter = evaluate_standard(score, self.val, row_tokens, self.cfg.eval_seq_len, progress.update)
+            limits = row_tokens, self.cfg.eval_seq_len
+            meter = evaluate_standard(score, self.val, *limits, progress.update, self.ranks)
         self._record(stage, meter, self.val.num_targets)
 
     def _record(self, stage: str, meter: BpbMeter, targets: int) -> None:
@@ -2783,37 +3189,33 @@ class Run:
         self.log.event(stage, **self.stages[stage])
 
     def quantise(self) -> Path:
-        """Calibrate, quantise, write the artifact and the packed script."""
-        cfg = self.cfg
-        loader = ShuffledLoader(
-            shard_paths(cfg.data_folder, "train"),
-            self.ranks.world_size,
-            self.ranks.rank,
-            cfg.train_seq_len,
-            cfg.vocab_size,
-        )
+        """Calibrate, quantise, write the artifact."""
+        cfg, ranks, seconds = self.cfg, self.ranks, self.watch.seconds
+        paths = shard_paths(cfg.data_folder, "train")
+        loader = ShuffledLoader(paths, 1, 0, cfg.train_seq_len, cfg.vocab_size)
         with self.watch.stage("calibrate"):
-            hessians = calibrate(self.model, cfg, loader, looping=self.looping, ranks=self.ranks)
+            hessians = calibrate(self.model, cfg, loader, looping=self.looping, ranks=ranks)
         with self.watch.stage("quantise"):
             flat = flatten_banks(self.model.state_dict(), cfg.num_layers)
             progress = self.log.progress("quantise", len(flat))
-            records = quantize_state(flat, hessians, cfg, progress.update)
-        with self.watch.stage("compress"):
-            blob = pack_artifact(records, cfg)
+            records = quantize_state(flat, hessians, cfg, progress.update, ranks)
         path = self.log.folder / Path(cfg.quantized_model_path).name
-        write_whole(path, blob)
+        with self.watch.stage("compress"):
+            blob = pack_artifact(records, cfg) if ranks.is_main else b""
+            if ranks.is_main:
+                write_whole(path, blob)
+            ranks.meet("compress")
+            self.blob = ranks.gather(blob)[0]
         kinds = [record.category for record in records.values()]
-        seconds = {
-            f"{name}_seconds": self.watch.seconds[name] for name in ("calibrate", "quantise", "compress")
-        }
         counts = {kind.replace(" ", "_"): kinds.count(kind) for kind in sorted(set(kinds))}
-        self.log.event("artifact", file=str(path), model_bytes=len(blob), **counts, **seconds)
+        counts |= {f"{name}_seconds": seconds[name] for name in ("calibrate", "quantise", "compress")}
+        self.log.event("artifact", file=str(path), model_bytes=len(self.blob), **counts)
         return path
 
     def _model_of_artifact(self, path: Path) -> GPT:
-        """A clean model that knows nothing but the artifact file."""
+        """A clean model that knows nothing but the bytes of the artifact file."""
         try:
-            settings, records = unpack_artifact(path.read_bytes())
+            settings, records = unpack_artifact(self.blob)
             model = self.new_model(dataclasses.replace(self.cfg, **settings))
             model.load_state_dict(dequantize_state(records, model.cfg.num_layers))
         except (UserError, TypeError, RuntimeError, KeyError) as error:
@@ -2824,9 +3226,11 @@ class Run:
             raise ConfigError(f"VOCAB_SIZE={self.cfg.vocab_size}: {made}")
         return model
 
-    def count_bytes(self, artifact: Path) -> None:
+    def count_bytes(self) -> None:
         """The sizes that the contest counts; writes the packed script."""
-        model_bytes = artifact.stat().st_size
+        if not self.ranks.is_main:
+            return
+        model_bytes = len(self.blob)
         packed, minified = pack_code(self.source)
         write_whole(self.log.folder / "train_gpt.packed.py", packed)
         if not minified:
@@ -2845,7 +3249,7 @@ class Run:
         """Phased score-first LoRA test-time training: the contest score."""
         cfg = self.model.cfg
         documents = select_documents(self.val.documents, cfg.val_doc_fraction, cfg.seed)
-        progress, done = self.log.progress("ttt", len(documents)), 0
+        progress, done = self.log.progress("ttt", len(documents) / self.ranks.world_size), 0
 
         def on_event(kind: str, **data: object) -> None:
             nonlocal done
@@ -2880,7 +3284,8 @@ class Run:
         }
         extra = {"broken_limits": broken, "stages": self.stages, "seconds": seconds, "settings": settings}
         result = {"run": self.log.run_id, "final_stage": final, **summary, **self.result, **extra}
-        write_whole(self.log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+        if self.ranks.is_main:
+            write_whole(self.log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
         for reason in broken:
             self.log.event("limit", text=reason)
         self.log.event("final", **summary)
@@ -2908,7 +3313,7 @@ class Run:
                 return self.finish()
             self.artifact = self.quantise()
             self.model = self._model_of_artifact(self.artifact)
-        self.count_bytes(self.artifact)
+        self.count_bytes()
         self.looping = self.model.cfg.num_loops > 0
         self.evaluate("quantised")
         if self.cfg.ttt_enabled:
@@ -2955,14 +3360,35 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
                 settings = {field.name.upper(): getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
                 print(json.dumps({"preset": cfg.preset, "settings": settings}))
             return 0
-        run = Run(cfg, Ranks.from_env(cfg, environ), source)
-        with contextlib.closing(run.log):
-            return run.execute()
+        return _run(cfg, Ranks.from_env(cfg, environ), source)
     except UserError as error:
-        print(f"train_gpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if environ.get("LOCAL_RANK", "0") == "0":  # the others of this machine have met the same mistake
+            print(f"train_gpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except (RunError, OSError) as error:
-        print(f"train_gpt.py: {error}", file=sys.stderr)
+
+
+def _run(cfg: Config, ranks: Ranks, source: bytes) -> int:
+    """Execute a run; what ends it early is said with rank and stage. Exit code as `main`."""
+    run = Run(cfg, ranks, source)
+    name = f"train_gpt.py: rank {ranks.rank} of {ranks.world_size}"
+
+    def leave(*_: object) -> None:
+        print(f"{name}, stage {run.watch.current}: told to stop (SIGTERM)", file=sys.stderr, flush=True)
+        os._exit(143)
+
+    if ranks.world_size > 1:
+        signal.signal(signal.SIGTERM, leave)  # torchrun's, when another rank has failed
+    try:
+        with contextlib.closing(run.log):
+            code = run.execute()
+        ranks.close()
+        return code
+    except UserError:
+        raise
+    except (RunError, OSError, RuntimeError) as error:
+        if not isinstance(error, (RunError, OSError)):
+            traceback.print_exc()
+        print(f"{name}, stage {run.watch.current}: {error}", file=sys.stderr, flush=True)
         return 1
 
 
