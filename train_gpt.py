@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -142,7 +143,7 @@ class Config:
     vocab_size: Annotated[int, Range(4, 65536)] = 8192  # pieces of the tokenizer
     train_seq_len: Count = 2048  # tokens; longer documents are cut into segments of this length
     train_batch_tokens: Count = 786_432  # tokens of one optimiser step, all ranks together
-    grad_accum_steps: Whole = 0  # micro-batches per step and rank; 0: eight shared by the ranks
+    grad_accum_steps: Count = 8  # micro-batches of a step, shared by the ranks; more ranks than that take one
 
     # Model
     num_layers: Count = 11  # physical layers
@@ -335,18 +336,17 @@ class Config:
         return int(self.mlp_mult * self.model_dim)
 
     def micro_batches(self, world_size: int) -> int:
-        """Gradient-accumulation steps of each rank; refuses a batch that does not divide."""
-        steps = self.grad_accum_steps or max(1, CONTEST_MICRO_BATCHES // world_size)
-        shared = world_size * steps
-        if not self.grad_accum_steps and shared % CONTEST_MICRO_BATCHES:
-            allowed = "1, 2, 4 or a multiple of 8 unless GRAD_ACCUM_STEPS is set"
-            raise ConfigError(f"WORLD_SIZE={world_size}: must be {allowed}")
-        if self.train_batch_tokens % shared or self.train_batch_tokens // shared < self.train_seq_len:
+        """Micro-batches of a step on each rank; refuses a batch that does not divide."""
+        total = self.grad_accum_steps
+        if total % world_size and world_size % total:
             raise ConfigError(
-                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens}: must be a multiple of {world_size} ranks "
-                f"x {steps} micro-batches = {shared}, each at least TRAIN_SEQ_LEN={self.train_seq_len}"
+                f"WORLD_SIZE={world_size}: must divide GRAD_ACCUM_STEPS={total} or be its multiple"
             )
-        return steps
+        shared, tokens = max(total, world_size), self.train_batch_tokens
+        if tokens % shared or tokens // shared < self.train_seq_len:
+            least = f"each at least TRAIN_SEQ_LEN={self.train_seq_len} tokens"
+            raise ConfigError(f"TRAIN_BATCH_TOKENS={tokens}: must be {shared} equal micro-batches, {least}")
+        return shared // world_size
 
     @property
     def data_folder(self) -> Path:
@@ -358,6 +358,10 @@ class Config:
             return sets / f"fineweb10B_sp{self.vocab_size}"
         name = f"fineweb10B_sp{self.vocab_size}_lossless_caps_caseops_v1_reserved"
         return sets / f"fineweb10B_sp{self.vocab_size}_caseops" / "datasets" / "datasets" / name
+
+    def as_env(self) -> dict[str, object]:
+        """All settings by the names of their environment variables."""
+        return {name.upper(): value for name, value in dataclasses.asdict(self).items()}
 
     def model_settings(self) -> dict[str, object]:
         """The settings that rebuild the model: stored in the artifact."""
@@ -587,13 +591,22 @@ class Ranks:
         if cuda:
             torch.cuda.set_device(ranks.device)
         if world_size > 1:
-            timeout = timedelta(seconds=COLLECTIVE_SECONDS)
-            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
-            ranks._store = dist.PrefixStore("meet", store)
-            threading.Thread(target=ranks._beat, daemon=True).start()
-            backend = "nccl" if cuda else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+            ranks._join("nccl" if cuda else "gloo")
         return ranks
+
+    def _join(self, backend: str) -> None:
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # renamed since
+        options = {"rank": self.rank, "world_size": self.world_size}
+        timeout = timedelta(seconds=COLLECTIVE_SECONDS)
+        try:
+            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+            dist.init_process_group(backend, store=store, timeout=timeout, **options)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"WORLD_SIZE={self.world_size}: ranks cannot meet ({error}); use torchrun"
+            ) from None
+        self._store = dist.PrefixStore("meet", store)
+        threading.Thread(target=self._beat, daemon=True).start()
 
     @property
     def is_main(self) -> bool:
@@ -814,7 +827,7 @@ class Progress:
         elapsed = time.perf_counter() - self._start
         share = done / self._total
         shown = " ".join(f"{name}:{value:.5g}" for name, value in values.items())
-        left = elapsed * (1 / share - 1)
+        left = elapsed / share - elapsed if share else math.inf
         line = f"{self._stage} {done:.0f}/{self._total:.0f} elapsed:{elapsed:.0f}s left:{left:.0f}s {shown}"
         if self._live:
             end = "\n" if done >= self._total else ""
@@ -1185,7 +1198,7 @@ def read_manifest(folder: Path) -> dict:
     except (OSError, ValueError):
         raise DataError(f"{path}: not readable JSON") from None
     if not _is_manifest(manifest):
-        raise DataError(f"{path}: not a manifest of prepare_caseops_data.py (its parts have other forms)")
+        raise DataError(f"{path}: not a manifest of prepare_caseops_data.py")
     return manifest
 
 
@@ -1878,7 +1891,6 @@ def parameter_table(cfg: Config, model: GPT) -> dict[str, dict]:
         key=lambda name: (not name.startswith("blocks."), name == "smear_lambda")
     )  # the published order
     table |= {name: scalar for name in rest}
-    assert table.keys() == shapes.keys(), f"parameters without one row each: {table.keys() ^ shapes.keys()}"
     return table
 
 
@@ -1921,7 +1933,7 @@ Batch = tuple[Tensor, Tensor, Segments]
 
 
 class StepReport(NamedTuple):
-    """What a training step did. Reading loss, norm or clock waits for the step, not for what was launched later."""
+    """What a training step did. Reading loss, norm or clock waits for this step, not for later ones."""
 
     step: int  # counted from 1
     measured: Pending  # loss, gradient norm and rank 0's clock: means over the ranks
@@ -1989,8 +2001,8 @@ class Trainer:
     ) -> StepReport:
         """Step number `step` at a fraction of training; batches come from the loader unless given.
 
-        `elapsed` is the training time so far: rank 0's travels with the gradients, so that all ranks decide by
-        the same clock. A gradient that is not finite is replaced by zeros; who reads the report stops the run.
+        `elapsed` is the training time so far: rank 0's travels with the gradients, so that all ranks decide
+        by the same clock. A gradient that is not finite is replaced by zeros; reading the report stops all.
         """
         cfg = self.cfg
         self.looping = self.looping or (cfg.num_loops > 0 and frac >= cfg.enable_looping_at)
@@ -2016,10 +2028,10 @@ class Trainer:
         return StepReport(step + 1, self.ranks.to_host(measured), factor, momentum, self.looping)
 
     def _accumulate_gradients(self, batches: Sequence[Batch] | None) -> tuple[Tensor, Tensor]:
-        """Leave the mean gradient of this rank's micro-batches in `.grad`; returns mean loss and gradient norm.
+        """Leave the mean gradient of the rank's micro-batches in `.grad`; return mean loss and gradient norm.
 
-        Each micro-batch is clipped by itself, as on each of eight published ranks, so that the number of ranks
-        does not matter (or none is, CLIP_GLOBAL=1).
+        Each micro-batch is clipped by itself, as on each of eight published ranks, so that the number of
+        ranks does not matter (or none is, CLIP_GLOBAL=1).
         """
         device, limit = self.ranks.device, self.cfg.grad_clip_norm or math.inf
         loss_sum, norm_sum = torch.zeros(2, device=device)
@@ -2124,7 +2136,7 @@ def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[i
             if cfg.val_loss_every and step % cfg.val_loss_every == 0:
                 validate(step)
             was_looping = trainer.looping
-            frac = agreed / allowance if capped else step / cfg.iterations
+            frac = _spent(agreed, step) / allowance if capped else step / cfg.iterations
             report = trainer.step(step, frac, elapsed=watch.elapsed("train"))
             step += 1
             if report.looping and not was_looping:
@@ -2141,7 +2153,7 @@ def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[i
 
 
 def _spent(agreed: float, step: int) -> float:
-    """Training time at the start of step `step` (from 0), from the agreed clock, which is two steps behind."""
+    """Training time at the start of a step (from 0) by the agreed clock, which is two steps behind."""
     return agreed * step / (step - 2) if step > 2 else 0.0
 
 
@@ -2476,25 +2488,16 @@ def compress(data: bytes, codec: str) -> bytes:
     """Compress at the best setting of a codec."""
     if codec == "lzma":
         return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
-    import brotli
-
-    return brotli.compress(data, quality=11, lgwin=24)
+    return importlib.import_module(codec).compress(data, quality=11, lgwin=24)
 
 
 def decompress(data: bytes, codec: str) -> bytes:
     """The inverse of `compress`. Raises ArtifactError on damaged data."""
+    module = lzma if codec == "lzma" else importlib.import_module(codec)
     try:
-        if codec == "lzma":
-            return lzma.decompress(data)
-        import brotli
-
-        return brotli.decompress(data)
-    except (lzma.LZMAError, EOFError) as error:
+        return module.decompress(data)
+    except Exception as error:  # each codec raises types of its own
         raise ArtifactError(f"damaged {codec} stream ({error})") from None
-    except Exception as error:  # brotli.error has no fixed base class across releases
-        if type(error).__module__.startswith(("brotli", "_brotli")):
-            raise ArtifactError(f"damaged {codec} stream ({error})") from None
-        raise
 
 
 def array_layout(
@@ -2550,12 +2553,10 @@ def pack_artifact(records: Mapping[str, QuantizedTensor], cfg: Config) -> bytes:
 def unpack_artifact(blob: bytes) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
     """The artifact -> model settings and stored tensors. Raises ArtifactError unless all is as written."""
     if len(blob) < PREFIX.size or not blob.startswith(ARTIFACT_MAGIC):
-        raise ArtifactError("not a model artifact of this script (its first bytes are others)")
+        raise ArtifactError("not an artifact of this script")
     _, version, codec, head_len, digest = PREFIX.unpack_from(blob)
     if version != ARTIFACT_VERSION or codec >= len(CODECS):
-        raise ArtifactError(
-            f"artifact version {version}, codec {codec}: this script reads version {ARTIFACT_VERSION}"
-        )
+        raise ArtifactError(f"artifact version {version}, codec {codec}: not known to this script")
     body = memoryview(blob)[PREFIX.size :]
     if hashlib.sha256(body).digest() != digest:
         raise ArtifactError("artifact is truncated or corrupted (checksum differs)")
@@ -2589,10 +2590,10 @@ def _read_tensors(entries: Sequence[Sequence], streams: Mapping[str, bytes]) -> 
     return records
 
 
-WRAPPER = b'#coding:l1\nimport lzma\nexec(lzma.decompress("%s".encode("l1")))\n'
+WRAPPER = b'#coding:l1\nimport %s as c\nexec(c.decompress("""%s""".encode("l1")))\n'
 
 
-def pack_code(source: bytes) -> tuple[bytes, bool]:
+def pack_code(source: bytes, codec: str = "brotli") -> tuple[bytes, bool]:
     """The script as it is counted: minified, compressed, in a wrapper that runs; a packed one stays itself.
 
     The compressed bytes stand in a Latin-1 string literal (a fifth smaller than base85); only what a literal
@@ -2608,16 +2609,9 @@ def pack_code(source: bytes) -> tuple[bytes, bool]:
     else:
         options = {"remove_literal_statements": True, "rename_globals": True, "hoist_literals": False}
         text, minified = python_minifier.minify(source.decode(), **options).encode(), True
-    data = lzma.compress(text, lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
-    for byte, escape in (
-        (b"\\", rb"\\"),
-        (b"\0", rb"\x00"),
-        (b"\n", rb"\n"),
-        (b"\r", rb"\r"),
-        (b'"', rb"\""),
-    ):
-        data = data.replace(byte, escape)
-    return WRAPPER.replace(b"%s", data), minified
+    data = compress(text, codec).replace(b"\\", rb"\\").replace(b"\r", rb"\r").replace(b'"""', rb'""\"')
+    data = re.sub(rb"\0(?=[0-7])", rb"\\x00", data).replace(b"\0", rb"\0")
+    return WRAPPER % (codec.encode(), data + b"\\\n" * data.endswith(b'"')), minified
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -2770,15 +2764,10 @@ def chunk_window(chunk: int, pred_len: int, chunk_size: int, max_window: int) ->
 
 
 def ttt_cost(batch: TTTBatch, cfg: Config) -> float:
-    """Relative time of a batch: the windows that its documents' chunks compute, plus a constant per step."""
-    per_step = 4 * cfg.ttt_eval_seq_len  # what launching and optimising a step costs, in window tokens
-    size, window = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
-    total = 0
-    for _, (_, length) in batch.documents:
-        chunks = -(-(length - 1) // size)
-        growing = min(chunks, window // size)
-        total += size * growing * (growing + 1) // 2 + (chunks - growing) * window
-    return total + per_step * -(-(max(length for _, (_, length) in batch.documents) - 1) // size)
+    """Relative time of a batch: windows that its chunks compute, plus four full ones a step for the rest."""
+    lengths = [length for _, (_, length) in batch.documents]
+    windows = sum(length * min(length / 2, cfg.ttt_eval_seq_len) for length in lengths)
+    return windows + 4 * cfg.ttt_eval_seq_len * max(lengths)
 
 
 def share_batches(batches: Sequence[TTTBatch], cfg: Config, world_size: int) -> list[list[TTTBatch]]:
@@ -3021,7 +3010,7 @@ def global_sgd(
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    """A parameter's gradient, zero where it has none (a rank without windows must still take part in the sum)."""
+    """A parameter's gradient, zero where it has none: a rank without windows still takes part in the sum."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
@@ -3100,13 +3089,15 @@ class Run:
     def _log_head(self) -> None:
         """What a reader needs to trust the log: settings, versions, commit, device, and the source itself."""
         commit = _command_output("git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD")
-        gpus = _command_output("nvidia-smi") if self.ranks.device.type == "cuda" else ""
+        cuda = self.ranks.device.type == "cuda"
+        hardware = _command_output("nvidia-smi" if cuda else "lscpu")
+        cpu = re.search(r"Model name:\s*(.*)", hardware)
         self.log.text(show_settings(self.cfg))
-        self.log.text(f"{'=' * 80}\n{self.source.decode(errors='backslashreplace')}\n{'=' * 80}\n{gpus}")
+        self.log.text(f"{'=' * 80}\n{self.source.decode(errors='backslashreplace')}\n{'=' * 80}\n{hardware}")
         self.result["environment"] = {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if self.ranks.device.type == "cuda" else _cpu_name(),
+            "device": torch.cuda.get_device_name() if cuda else cpu[1] if cpu else platform.machine(),
             "threads": torch.get_num_threads(),
             "ranks": self.ranks.world_size,
             "commit": commit,
@@ -3231,7 +3222,7 @@ class Run:
         if not self.ranks.is_main:
             return
         model_bytes = len(self.blob)
-        packed, minified = pack_code(self.source)
+        packed, minified = pack_code(self.source, self.cfg.compressor)
         write_whole(self.log.folder / "train_gpt.packed.py", packed)
         if not minified:
             self.log.event(
@@ -3279,9 +3270,7 @@ class Run:
         }
         broken = self._broken_limits(summary, final)
         summary["legal"] = not broken and summary["artifact_bytes"] > 0
-        settings = {
-            field.name.upper(): getattr(self.model.cfg, field.name) for field in dataclasses.fields(self.cfg)
-        }
+        settings = self.model.cfg.as_env()
         extra = {"broken_limits": broken, "stages": self.stages, "seconds": seconds, "settings": settings}
         result = {"run": self.log.run_id, "final_stage": final, **summary, **self.result, **extra}
         if self.ranks.is_main:
@@ -3328,25 +3317,13 @@ def _command_output(*command: str) -> str:
         return ""
 
 
-def _cpu_name() -> str:
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        info = ""
-    named = re.search(r"model name\s*: (.*)", info)
-    return named[1] if named else platform.processor() or platform.machine()
-
-
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     """Command line. Exit code 0, 1 (the run failed), 2 (a mistake of the user's) or 3 (a limit exceeded)."""
     source = Path(__file__).read_bytes()
     try:
         unknown = set(arguments) - {"--help", "-h", "--show", "--json"}
         if unknown or ("--json" in arguments and "--show" not in arguments):
-            raise ConfigError(
-                f"{' '.join(arguments)}: unknown arguments, must be --help or --show [--json] (settings are "
-                "environment variables)"
-            )
+            raise ConfigError(f"{' '.join(arguments)}: unknown, must be --help or --show [--json]")
         if {"--help", "-h"} & set(arguments):
             print(
                 f"{__doc__ or ''}\nSettings, as environment variables (PRESET one of {', '.join(PRESETS)}):\n"
@@ -3357,8 +3334,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         if "--show" in arguments:
             print(show_settings(cfg))
             if "--json" in arguments:
-                settings = {field.name.upper(): getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
-                print(json.dumps({"preset": cfg.preset, "settings": settings}))
+                print(json.dumps({"preset": cfg.preset, "settings": cfg.as_env()}))
             return 0
         return _run(cfg, Ranks.from_env(cfg, environ), source)
     except UserError as error:

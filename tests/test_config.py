@@ -137,7 +137,7 @@ RECORD |= {
     "float16_max_elements": 65536,
 }
 OURS = {"preset", "device", "cpu_threads", "run_id", "data_path", "tokenizer_path", "grad_accum_steps"}
-OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every"}
+OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "clip_global"}
 
 # What else a setting's other value needs, so that the whole makes sense.
 COMPANIONS = {
@@ -232,8 +232,9 @@ def test_empty_environment_is_the_record(tg):
 
 
 def test_micro_batches_of_the_record(tg):
-    """GRAD_ACCUM_STEPS=1 on eight ranks, and the same global batch on fewer."""
-    assert {world: tg.Config().micro_batches(world) for world in (1, 2, 4, 8)} == {1: 8, 2: 4, 4: 2, 8: 1}
+    """Eight micro-batches a step, shared by up to eight ranks; of more ranks each has one."""
+    shared = {world: tg.Config().micro_batches(world) for world in (1, 2, 4, 8, 16)}
+    assert shared == {1: 8, 2: 4, 4: 2, 8: 1, 16: 1}
 
 
 @pytest.mark.parametrize(
@@ -615,12 +616,21 @@ def test_sizes_that_do_not_fit(tg, environ, words):
 @pytest.mark.parametrize(
     "settings, world, words",
     [
-        ({"train_batch_tokens": 786_433}, 1, ["TRAIN_BATCH_TOKENS=786433", "= 8"]),
-        ({"train_batch_tokens": 1000, "train_seq_len": 100, "grad_accum_steps": 3}, 1, ["= 3"]),
+        ({"train_batch_tokens": 786_433}, 1, ["TRAIN_BATCH_TOKENS=786433", " 8 "]),
+        (
+            {"train_batch_tokens": 1000, "train_seq_len": 100, "grad_accum_steps": 3},
+            1,
+            ["TRAIN_BATCH_TOKENS=1000", " 3 "],
+        ),
         ({"train_batch_tokens": 1024}, 1, ["TRAIN_BATCH_TOKENS=1024", "TRAIN_SEQ_LEN=2048"]),
-        ({}, 3, ["WORLD_SIZE=3", "1, 2, 4"]),
+        ({}, 3, ["WORLD_SIZE=3", "GRAD_ACCUM_STEPS=8"]),
         ({}, 7, ["WORLD_SIZE=7"]),
-        ({"train_batch_tokens": 700, "train_seq_len": 10, "grad_accum_steps": 1}, 3, ["= 3"]),
+        ({"grad_accum_steps": 4}, 6, ["WORLD_SIZE=6", "GRAD_ACCUM_STEPS=4"]),
+        (
+            {"train_batch_tokens": 700, "train_seq_len": 10, "grad_accum_steps": 1},
+            3,
+            ["TRAIN_BATCH_TOKENS=700", " 3 "],
+        ),
     ],
 )
 def test_batch_that_does_not_divide(tg, settings, world, words):

@@ -135,6 +135,28 @@ def test_union_over_ranks_is_one_stream(tg, train_shards, world):
         assert union == expected
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_grouped_stream_does_not_depend_on_the_ranks(tg, train_shards, world):
+    """Groups of eight spans, whoever takes them: the ends of the shards are dropped alike."""
+    folder, shards = train_shards
+    paths, span, turns = tg.shard_paths(folder, "train"), 40, 8 // world
+    loaders = [tg.PackedLoader(paths, world, rank, span - 1, 64, group=8) for rank in range(world)]
+    for expected in packed_stream(shards, 8 * span, 12):
+        union = []
+        for _ in range(turns):
+            loaders = [after_a_resume(tg, paths, loader, world, r) for r, loader in enumerate(loaders)]
+            rows = [loader.next() for loader in loaders]
+            union += [token for x, y, _ in rows for token in [*x[0].tolist(), y[0, -1].item()]]
+        assert union == expected
+
+
+def after_a_resume(tg, paths, loader, world: int, rank: int):
+    """A new loader at the place of another, in the middle of a group, too."""
+    fresh = tg.PackedLoader(paths, world, rank, 39, 64, group=8)
+    fresh.load_state(loader.state())
+    return fresh
+
+
 def test_packed_segments_start_at_documents(tg, train_shards):
     folder, _ = train_shards
     loader = tg.PackedLoader(tg.shard_paths(folder, "train"), 1, 0, 255, 32)

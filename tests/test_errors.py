@@ -159,7 +159,8 @@ def test_validation_without_documents(work, refused):
 def test_batch_larger_than_every_shard(work, refused):
     message = refused(TRAIN_BATCH_TOKENS=2**20)
     tokens = (work / "data" / TRAIN).stat().st_size // 2 - HEADER_BYTES // 2
-    assert "data" in message and str(2**19 + 1) in message and str(tokens) in message
+    group = 2 * (2**19 + 1)  # the spans of both micro-batches come from one shard
+    assert "data" in message and str(group) in message and str(tokens) in message
 
 
 def test_batch_that_does_not_divide(refused):
@@ -302,6 +303,20 @@ def test_impossible_default_output_folder(work, refused):
 @pytest.mark.parametrize("world_size", ["2", "0", "-1", "two", ""])
 def test_world_size(refused, world_size):
     assert "WORLD_SIZE=" in refused(WORLD_SIZE=world_size)
+
+
+@pytest.mark.parametrize("ranks", [{}, {"RANK": 0}, {"RANK": 1, "LOCAL_RANK": 0}], ids=str)
+def test_several_processes_without_torchrun(refused, monkeypatch, ranks):
+    """WORLD_SIZE alone tells no process where the others are; torchrun says it in MASTER_ADDR."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    message = refused(WORLD_SIZE=2, **ranks)
+    assert "WORLD_SIZE=2" in message and "torchrun" in message
+
+
+@pytest.mark.parametrize("ranks", [{"RANK": 2, "WORLD_SIZE": 2}, {"RANK": 1}, {"RANK": "x"}], ids=str)
+def test_rank_that_does_not_exist(refused, ranks):
+    assert f"RANK={ranks['RANK']}".replace("=x", "='x'") in refused(**ranks)
 
 
 def test_cuda_without_cuda(refused, monkeypatch):

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,19 +34,6 @@ SIZES = {
     "ttt_eval_seq_len": 16,
     "ttt_chunk_size": 8,
 }
-
-
-class FakeClock:
-    """A stopwatch on which every stage takes a set number of seconds."""
-
-    def __init__(self, seconds_per_stage: float):
-        self.seconds: dict[str, float] = {}
-        self._step = seconds_per_stage
-
-    @contextmanager
-    def stage(self, name: str):
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self._step
 
 
 def write_shard(path, tokens: np.ndarray) -> None:
@@ -99,6 +86,25 @@ def run_log(tg, tmp_path):
     yield make
     for log in logs:
         log.close()
+
+
+@pytest.fixture
+def stopwatch(tg, monkeypatch):
+    """Function: (trainer, seconds) -> the real stopwatch, by a clock that only the trainer's steps move."""
+
+    def make(trainer, seconds_per_step: float):
+        clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+        monkeypatch.setattr(tg, "time", clock)
+        original = trainer.step
+
+        def step(*args, **options):
+            clock.now += seconds_per_step
+            return original(*args, **options)
+
+        monkeypatch.setattr(trainer, "step", step)
+        return tg.Stopwatch(tg.CPU)
+
+    return make
 
 
 def leaves(tree: object, path: str = ""):
@@ -238,8 +244,8 @@ def test_gradients_do_not_depend_on_the_micro_batches(tg, make_trainer):
     whole = torch.cat([row[:-1] for row in rows] + [torch.tensor([1])])
     gradients = {}
     for accumulation, batch in ((1, [whole]), (4, rows)):
-        trainer = make_trainer(grad_accum_steps=accumulation)
-        loss = trainer._accumulate_gradients([tg.packed_row(row, 16) for row in batch])
+        trainer = make_trainer(grad_accum_steps=accumulation, clip_global=True)  # else each one is clipped
+        loss, _ = trainer._accumulate_gradients([tg.packed_row(row, 16) for row in batch])
         gradients[accumulation] = {name: p.grad for name, p in trainer.model.named_parameters()}
         gradients[accumulation]["loss"] = loss
     assert gradients[1].keys() == gradients[4].keys()
@@ -282,7 +288,7 @@ def test_gradients_are_clipped_to_the_norm(make_trainer):
     """AdamW does not see the size of a gradient but Muon's momentum buffer does."""
     buffers = {}
     for clip in (0.0, 1e-3):
-        trainer = make_trainer(grad_clip_norm=clip, muon_momentum=0.0)
+        trainer = make_trainer(grad_clip_norm=clip, muon_momentum=0.0, clip_global=True)
         report = trainer.step(0, 0.0)
         state = trainer.muon.state_dict()["state"].values()
         buffers[clip] = torch.cat([entry["momentum_buffer"].float().flatten() for entry in state])
@@ -291,54 +297,104 @@ def test_gradients_are_clipped_to_the_norm(make_trainer):
     assert ratio == pytest.approx(float(report.grad_norm) / 1e-3, rel=0.01)
 
 
+def test_each_micro_batch_is_clipped_by_itself(tg, make_trainer):
+    """What eight published ranks do: the mean of the clipped gradients, whatever the number of ranks."""
+    rng = np.random.default_rng(2)
+    rows = [torch.from_numpy(rng.integers(1, high, 65)) for high in (3, 64)]  # gradients of unlike norms
+    batches = [tg.packed_row(row, 16) for row in rows]
+    singles, norms = [], []
+    for batch in batches:
+        trainer = make_trainer(grad_accum_steps=1, clip_global=True)
+        trainer._accumulate_gradients([batch])
+        gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+        norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values())))
+        singles.append(gradients)
+    limit = 0.5 * sum(norms)  # between the two norms: one is clipped, the other is not
+    assert min(norms) < limit < max(norms)
+    trainer = make_trainer(grad_accum_steps=2, grad_clip_norm=limit)
+    _, norm = trainer._accumulate_gradients(batches)
+    assert float(norm) == pytest.approx(sum(norms) / 2, rel=1e-5)
+    factors = [min(1.0, limit / n) for n in norms]
+    for name, p in trainer.model.named_parameters():
+        if p.grad is not None:
+            expected = sum(f * single[name] for f, single in zip(factors, singles, strict=True)) / 2
+            torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("clip_global", [False, True])
+@pytest.mark.parametrize("fault", [math.nan, math.inf])
+def test_gradient_that_is_not_finite_is_not_used(tg, make_trainer, monkeypatch, clip_global, fault):
+    """The step does what it does with a gradient of zeros, and reading its report raises."""
+    trainers = {}
+    for factor in (fault, 0.0):
+        trainer = trainers[factor] = make_trainer(clip_global=clip_global)
+        train_some(trainer, 2)
+        losses = trainer.model.losses
+        monkeypatch.setattr(trainer.model, "losses", lambda *a, f=factor, g=losses, **o: g(*a, **o) * f)
+        report = trainer.step(2, 0.0)
+        if factor:
+            with pytest.raises(tg.RunError, match=r"step 3\b.*not finite"):
+                report.elapsed  # noqa: B018 - a property that raises
+    spoilt, zeros = (fingerprint(trainers[factor]) for factor in (fault, 0.0))
+    assert spoilt == zeros
+
+
 # -- the loop
 
 
-def test_looping_turns_on_at_its_fraction(tg, make_trainer, run_log):
+def test_looping_turns_on_at_its_fraction(tg, make_trainer, run_log, stopwatch):
     trainer = make_trainer(iterations=10, enable_looping_at=0.35)
     log, events = run_log(trainer.cfg)
-    assert tg.train(trainer, log, FakeClock(1.0), lambda step: None) == 10
+    assert tg.train(trainer, log, stopwatch(trainer, 1.0), lambda step: None) == 10
     (event,) = events("looping")
     assert event["step"] == 5  # the fifth step starts at 4/10, the fourth at 3/10
     assert event["encoder"] + event["decoder"] == [0, 1, 2, 1, 2, 3]
     assert trainer.looping
 
 
-def test_looping_follows_the_clock_under_a_cap(tg, make_trainer, run_log):
+def test_looping_follows_the_clock_under_a_cap(tg, make_trainer, run_log, stopwatch):
     trainer = make_trainer(
         iterations=1000, enable_looping_at=0.5, max_wallclock_seconds=10.5, gptq_reserve_seconds=0.5
     )
     log, events = run_log(trainer.cfg)
-    tg.train(trainer, log, FakeClock(1.0), lambda step: None)
-    assert events("looping")[0]["step"] == 6  # five seconds of ten have passed when it starts
+    tg.train(trainer, log, stopwatch(trainer, 1.0), lambda step: None)
+    # five seconds of ten have passed when step 6 starts (the agreed clock, two steps behind, is extrapolated)
+    assert events("looping")[0]["step"] == 6
 
 
 @pytest.mark.parametrize("num_loops, enable_at", [(0, 0.0), (1, 1.5)])
-def test_looping_may_stay_off(tg, make_trainer, run_log, num_loops, enable_at):
+def test_looping_may_stay_off(tg, make_trainer, run_log, stopwatch, num_loops, enable_at):
     trainer = make_trainer(iterations=3, num_loops=num_loops, enable_looping_at=enable_at)
     log, events = run_log(trainer.cfg)
-    tg.train(trainer, log, FakeClock(1.0), lambda step: None)
+    tg.train(trainer, log, stopwatch(trainer, 1.0), lambda step: None)
     assert not trainer.looping and events("looping") == []
 
 
-def test_schedules_follow_the_step_number_without_a_cap(tg, make_trainer, run_log):
+def test_schedules_follow_the_step_number_without_a_cap(tg, make_trainer, run_log, stopwatch):
     trainer = make_trainer(iterations=8, warmdown_frac=0.5, min_lr=0.1, train_log_every=1)
     log, events = run_log(trainer.cfg)
-    tg.train(trainer, log, FakeClock(1.0), lambda step: None)
+    tg.train(trainer, log, stopwatch(trainer, 1.0), lambda step: None)
     assert [event["lr_multiplier"] for event in events("train")] == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
 
-@pytest.mark.parametrize("seconds_per_step, steps", [(1.0, 10), (3.0, 4), (100.0, 1)])
-def test_cap_stops_within_one_step(tg, make_trainer, run_log, seconds_per_step, steps):
+@pytest.mark.parametrize("seconds_per_step, steps", [(1.0, 10), (3.0, 4), (4.0, 3)])
+def test_cap_stops_within_one_step(tg, make_trainer, run_log, stopwatch, seconds_per_step, steps):
     """Ten seconds are left for training: the step that crosses them is the last."""
     trainer = make_trainer(iterations=1000, max_wallclock_seconds=10.5, gptq_reserve_seconds=0.5)
     log, _ = run_log(trainer.cfg)
-    clock = FakeClock(seconds_per_step)
+    clock = stopwatch(trainer, seconds_per_step)
     assert tg.train(trainer, log, clock, lambda step: None) == steps
     assert 10 <= clock.seconds["train"] < 10 + seconds_per_step
 
 
-def test_validation_and_warm_up_are_off_the_clock(tg, make_trainer, run_log):
+def test_cap_shorter_than_a_step_stops_after_three(tg, make_trainer, run_log, stopwatch):
+    """The ranks agree on the time two steps later: the third step starts before the first one's is known."""
+    trainer = make_trainer(iterations=1000, max_wallclock_seconds=10.5, gptq_reserve_seconds=0.5)
+    log, _ = run_log(trainer.cfg)
+    assert tg.train(trainer, log, stopwatch(trainer, 100.0), lambda step: None) == 3
+
+
+def test_validation_and_warm_up_are_off_the_clock(tg, make_trainer, run_log, stopwatch):
     trainer = make_trainer(
         iterations=1000,
         max_wallclock_seconds=10.0,
@@ -347,16 +403,16 @@ def test_validation_and_warm_up_are_off_the_clock(tg, make_trainer, run_log):
         warmup_steps=1,
     )
     log, _ = run_log(trainer.cfg)
-    clock, validated = FakeClock(1.0), []
+    clock, validated = stopwatch(trainer, 1.0), []
 
     def validate(step: int) -> None:
         validated.append(step)
         with clock.stage("validation"):
-            clock.seconds["validation"] = 1e6
+            tg.time.now += 1e6
 
     assert tg.train(trainer, log, clock, validate) == 10
     assert validated == [0, 2, 4, 6, 8]
-    assert clock.seconds["train"] == 10
+    assert clock.seconds == {"train": 10, "validation": 5e6}
 
 
 def test_real_clock_and_real_cap(tg, make_trainer, run_log):
@@ -374,52 +430,52 @@ def test_cap_without_room_for_a_step_is_refused(tg):
         tg.Config(**{**SIZES, "max_wallclock_seconds": 5.0, "gptq_reserve_seconds": 8.0})
 
 
-def test_zero_reserve_and_zero_cap_train_all_steps(tg, make_trainer, run_log):
+def test_zero_reserve_and_zero_cap_train_all_steps(tg, make_trainer, run_log, stopwatch):
     trainer = make_trainer(iterations=3, max_wallclock_seconds=0.0, gptq_reserve_seconds=8.0)
     log, _ = run_log(trainer.cfg)
-    assert tg.train(trainer, log, FakeClock(1e9), lambda step: None) == 3
+    assert tg.train(trainer, log, stopwatch(trainer, 1e9), lambda step: None) == 3
 
 
-def test_model_holds_the_averages_afterwards(tg, make_trainer, run_log):
+def test_model_holds_the_averages_afterwards(tg, make_trainer, run_log, stopwatch):
     trainer = make_trainer(iterations=3)
     log, _ = run_log(trainer.cfg)
-    tg.train(trainer, log, FakeClock(1.0), lambda step: None)
+    tg.train(trainer, log, stopwatch(trainer, 1.0), lambda step: None)
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, trainer.ema.averages[name]), name
 
 
 @pytest.mark.parametrize("step", [1, 3])
-def test_loss_that_is_not_finite_stops_the_run(tg, make_trainer, run_log, step, monkeypatch):
+def test_loss_that_is_not_finite_stops_the_run(tg, make_trainer, run_log, stopwatch, step, monkeypatch):
     trainer = make_trainer(iterations=10)
     log, _ = run_log(trainer.cfg)
     original = trainer.step
 
-    def poisoned(number: int, frac: float):
+    def poisoned(number: int, frac: float, **options):
         if number == step - 1:
             with torch.no_grad():
                 trainer.model.tok_emb.weight[5:9] = math.nan
-        return original(number, frac)
+        return original(number, frac, **options)
 
     monkeypatch.setattr(trainer, "step", poisoned)
     with pytest.raises(tg.RunError, match=rf"step {step}\b.*not finite"):
-        tg.train(trainer, log, FakeClock(1.0), lambda step: None)
+        tg.train(trainer, log, stopwatch(trainer, 1.0), lambda step: None)
 
 
 @pytest.mark.parametrize("log_every", [4, 500])
 def test_loss_that_is_not_finite_never_reaches_the_averages(
-    tg, make_trainer, run_log, log_every, monkeypatch
+    tg, make_trainer, run_log, stopwatch, log_every, monkeypatch
 ):
     """Between two log lines, too, and in the last step: such weights must not be saved as a result."""
     trainer = make_trainer(iterations=10, train_log_every=log_every)
     log, _ = run_log(trainer.cfg)
     original = trainer.step
 
-    def poisoned(number: int, frac: float):
+    def poisoned(number: int, frac: float, **options):
         if number == 8:
             with torch.no_grad():
                 trainer.model.tok_emb.weight[5:9] = math.nan
-        return original(number, frac)
+        return original(number, frac, **options)
 
     monkeypatch.setattr(trainer, "step", poisoned)
     with pytest.raises(tg.RunError, match="not finite"):
-        tg.train(trainer, log, FakeClock(1.0), lambda step: None)
+        tg.train(trainer, log, stopwatch(trainer, 1.0), lambda step: None)
