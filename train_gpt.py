@@ -3248,8 +3248,8 @@ class Run:
                 done += len(data["batch"].documents)
                 progress.update(done, running_loss=data["loss_sum"] / data["token_count"])
             elif kind == "global_sgd":
-                sizes = {"tokens": len(data["tokens"]), "sgd_steps": len(data["grad_norms"])}
-                self.log.event("ttt_phase", phase=data["phase"], documents=done, **sizes)
+                steps = len(data["grad_norms"])
+                self.log.event("ttt_phase", phase=data["phase"], tokens=len(data["tokens"]), sgd_steps=steps)
 
         with self.watch.stage("ttt"):
             options = {"looping": self.looping, "ranks": self.ranks, "on_event": on_event}
