@@ -459,6 +459,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "ttt_lora_rank": 8,
         "ttt_lora_alpha": 16.0,
         "ttt_lora_lr": 1e-3,
+        "ttt_warm_start_a": False,  # the same score on any number of ranks
         "phased_ttt_prefix_docs": 24,
         "phased_ttt_num_phases": 2,
         "global_ttt_chunk_tokens": 2048,
@@ -635,7 +636,7 @@ class Ranks:
                 if heard.setdefault(rank, (beat, now))[0] != beat:
                     heard[rank] = beat, now
                 if now - heard[rank][1] > COLLECTIVE_SECONDS - 10:
-                    raise RunError(f"stage {stage}: rank {rank} shows no sign of life, it must have died")
+                    raise RunError(f"stage {stage}: no sign of life from rank {rank}")
             time.sleep(0.02 if missing else 0)
 
     def _beat(self) -> None:
@@ -3112,8 +3113,7 @@ class Run:
             )
         reserve = self.cfg.gptq_reserve_seconds
         if self.trains and self.cfg.max_wallclock_seconds - reserve > TRAIN_LIMIT - 4:
-            text = f"GPTQ_RESERVE_SECONDS={reserve:g} may leave calibration outside the {TRAIN_LIMIT:g} s; "
-            text += "PRESET=pr1868 keeps 8"
+            text = f"GPTQ_RESERVE_SECONDS={reserve:g}: calibration may end too late, PRESET=pr1868 keeps 8"
             self.log.event("notice", text=text)
 
     # -- stages
@@ -3167,9 +3167,7 @@ class Run:
     def _record(self, stage: str, meter: BpbMeter, targets: int) -> None:
         """Keep and log a score; a target scored twice or not at all is a fault of the evaluator."""
         if meter.tokens != targets:
-            raise RunError(
-                f"{stage}: {meter.tokens:.0f} targets scored of {targets}: the score would be false"
-            )
+            raise RunError(f"{stage}: {meter.tokens:.0f} targets scored of {targets}")
         self.stages[stage] = {
             "val_loss": meter.val_loss,
             "val_bpb": meter.val_bpb,
