@@ -2774,7 +2774,7 @@ def ttt_cost(batch: TTTBatch, cfg: Config) -> float:
 def share_batches(batches: Sequence[TTTBatch], cfg: Config, world_size: int) -> list[list[TTTBatch]]:
     """The batches of a phase, shared out over the ranks by cost; each rank keeps their order.
 
-    A batch that alone would fill half of a rank's share, one of long documents, is dealt out over all ranks.
+    A batch that alone would fill half of a rank's share (long documents) is dealt out over all ranks.
     """
     limit = sum(ttt_cost(batch, cfg) for batch in batches) / (2 * world_size)
     pieces = []
