@@ -18,6 +18,9 @@ Shapes: B rows, T tokens of a row, D model dim, H query heads, G key/value heads
 V vocabulary, L physical layers, S skips, r rank. A linear map is y = x W^T with W [out, in], never a bias.
 """
 
+import ast
+import atexit
+import bisect
 import contextlib
 import dataclasses
 import difflib
@@ -40,7 +43,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -607,7 +610,11 @@ class Ranks:
                 f"WORLD_SIZE={self.world_size}: ranks cannot meet ({error}); use torchrun"
             ) from None
         self._store = dist.PrefixStore("meet", store)
-        threading.Thread(target=self._beat, daemon=True).start()
+        leaving = threading.Event()
+        beat = threading.Thread(target=self._beat, args=[leaving], daemon=True)
+        beat.start()
+        atexit.register(beat.join)  # a thread inside the store while Python ends would abort the process
+        atexit.register(leaving.set)
 
     @property
     def is_main(self) -> bool:
@@ -639,11 +646,13 @@ class Ranks:
                     raise RunError(f"stage {stage}: no sign of life from rank {rank}")
             time.sleep(0.02 if missing else 0)
 
-    def _beat(self) -> None:
+    def _beat(self, leaving: threading.Event) -> None:
         """Count up a number in the store, so that waiting ranks see that this one is alive."""
-        for beat in itertools.count():
-            self._store.set(f"alive/{self.rank}", str(beat))
-            time.sleep(2)
+        with contextlib.suppress(RuntimeError):  # the store has gone: so has its host, rank 0
+            for beat in itertools.count():
+                self._store.set(f"alive/{self.rank}", str(beat))
+                if leaving.wait(2):
+                    break
 
     def close(self) -> None:
         """Leave the process group."""
@@ -1667,11 +1676,10 @@ class LowRank(nn.Module):
         self.A = nn.Parameter(torch.empty(batch, rank, inputs))
         self.B = nn.Parameter(torch.zeros(batch, outputs, rank))
 
-    def draw_A(self, generator: torch.Generator | None) -> None:
+    def draw_A(self, generator: torch.Generator | None, row: int | slice = slice(None)) -> None:
         """A uniform in +-1/sqrt(inputs), drawn on the CPU so that every device gets the same numbers."""
-        bound = 1 / math.sqrt(self.A.size(-1))
-        drawn = torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator)
-        self.A.data.copy_(drawn)
+        drawn, bound = self.A.data[row], 1 / math.sqrt(self.A.size(-1))
+        drawn.copy_(torch.empty(drawn.shape).uniform_(-bound, bound, generator=generator))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [n, T, inputs] -> [n, T, outputs]; n below the batch are its last rows, the others are done."""
@@ -1686,7 +1694,14 @@ class BatchedLoRA(nn.Module):
     their outputs are scaled by alpha / rank and added to what the role's projection gives.
     """
 
-    def __init__(self, cfg: Config, batch: int, slots: int, generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        cfg: Config,
+        batch: int,
+        slots: int,
+        generator: torch.Generator | None = None,
+        seeds: Sequence[int] = (),
+    ):
         super().__init__()
         self.batch, self._generator = batch, generator
         self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank
@@ -1699,22 +1714,19 @@ class BatchedLoRA(nn.Module):
         for role, width in widths.items():
             maps = [LowRank(batch, cfg.ttt_lora_rank, dim, width) for _ in range(slots)]
             self.add_module(f"{role}_loras", nn.ModuleList(maps))
-        self.draw_A()
+        self.draw_A(seeds)
 
     def maps(self) -> Iterable[LowRank]:
         """All adapters, in the order in which they draw."""
         return (module for module in self.modules() if isinstance(module, LowRank))
 
-    def draw_A(self) -> None:
-        """Draw all A factors anew."""
-        for low_rank in self.maps():
-            low_rank.draw_A(self._generator)
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Drop the adapters of all other documents."""
-        for low_rank in self.maps():
-            low_rank.A, low_rank.B = nn.Parameter(low_rank.A.data[rows]), nn.Parameter(low_rank.B.data[rows])
-        self.batch = len(rows)
+    def draw_A(self, seeds: Sequence[int] = ()) -> None:
+        """Draw all A factors anew: in one go or, given a seed for each row, row by row."""
+        for row, seed in enumerate(seeds or [None]):
+            if seed is not None:
+                self._generator.manual_seed(seed)
+            for low_rank in self.maps():
+                low_rank.draw_A(self._generator, row if seeds else slice(None))
 
     def reset_B(self) -> None:
         """Zero all B factors: the adapters add nothing."""
@@ -2594,8 +2606,10 @@ def _read_tensors(entries: Sequence[Sequence], streams: Mapping[str, bytes]) -> 
 WRAPPER = b'#coding:l1\nimport %s as c\nexec(c.decompress("""%s""".encode("l1")))\n'
 
 
-def pack_code(source: bytes, codec: str = "brotli") -> tuple[bytes, bool]:
+def pack_code(source: bytes, codec: str = "brotli", off: Container[str] = ()) -> tuple[bytes, bool]:
     """The script as it is counted: minified, compressed, in a wrapper that runs; a packed one stays itself.
+
+    What stands between lines `# [if SETTING]` and `# [end]` is left out when that setting is `off`.
 
     The compressed bytes stand in a Latin-1 string literal (a fifth smaller than base85); only what a literal
     cannot hold is escaped. Returns the wrapper and whether the source was minified: without `python-minifier`
@@ -2603,16 +2617,28 @@ def pack_code(source: bytes, codec: str = "brotli") -> tuple[bytes, bool]:
     """
     if source.startswith(WRAPPER.partition(b"%s")[0]):
         return source, True
+    sections = rb"(?ms)^# \[if (\w+)\]\n(.*?)^# \[end\]\n"
+    source = re.sub(sections, lambda part: part[2] * (part[1].decode() not in off), source)
     try:
         import python_minifier
     except ImportError:
         text, minified = source, False
     else:
         options = {"remove_literal_statements": True, "rename_globals": True, "hoist_literals": False}
-        text, minified = python_minifier.minify(source.decode(), **options).encode(), True
+        text, minified = python_minifier.minify(_positional_only(source.decode()), **options).encode(), True
     data = compress(text, codec).replace(b"\\", rb"\\").replace(b"\r", rb"\r").replace(b'"""', rb'""\"')
     data = re.sub(rb"\0(?=[0-7])", rb"\\x00", data).replace(b"\0", rb"\0")
     return WRAPPER % (codec.encode(), data + b"\\\n" * data.endswith(b'"')), minified
+
+
+def _positional_only(source: str) -> str:
+    """Mark leading parameters that no call names (`name=`, or a key of `**options`): those can be renamed."""
+    named, tree = set(re.findall(r'\w+(?=[="])', source)), ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            while node.args.args and node.args.args[0].arg not in named:
+                node.args.posonlyargs.append(node.args.args.pop(0))
+    return ast.unparse(tree)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -2713,11 +2739,14 @@ def evaluate_standard(
 # -- the plan of test-time training: documents -> batches -> chunks -> phases, pure functions
 
 
+Document = tuple[int, tuple[int, int]]  # its number, then where it starts in the stream and its length
+
+
 class TTTBatch(NamedTuple):
-    """Documents adapted side by side: number (by ascending length), (document number, (start, length))."""
+    """Documents adapted side by side, by ascending length; batches are numbered that way too."""
 
     index: int
-    documents: list[tuple[int, tuple[int, int]]]
+    documents: list[Document]
 
 
 class ChunkWindow(NamedTuple):
@@ -2739,16 +2768,12 @@ def select_documents(
     return [documents[i] for i in sorted(random.Random(seed).sample(range(len(documents)), count))]
 
 
-def ttt_batches(
-    documents: Sequence[tuple[int, int]], batch_size: int, ascending: bool = False
-) -> list[TTTBatch]:
-    """Batches of documents of similar length; longest first unless `ascending`."""
-    by_length = sorted(enumerate(documents), key=lambda item: item[1][1])
-    starts = range(0, len(by_length), batch_size)
-    batches = [TTTBatch(i, by_length[start : start + batch_size]) for i, start in enumerate(starts)]
-    if ascending:
-        return batches
-    return sorted(batches, key=lambda batch: -max(length for _, (_, length) in batch.documents))
+def ttt_batches(documents: Sequence[Document], batch_size: int, first: int = 0) -> list[TTTBatch]:
+    """Batches of documents of similar length, numbered by ascending length from `first`; longest first."""
+    by_length = sorted(documents, key=lambda document: document[1][1])
+    starts = enumerate(range(0, len(by_length), batch_size), first)
+    batches = [TTTBatch(index, by_length[start : start + batch_size]) for index, start in starts]
+    return sorted(batches, key=lambda batch: -batch.documents[-1][1][1])
 
 
 def phase_boundaries(prefix_docs: int, num_phases: int, num_docs: int) -> list[int]:
@@ -2764,28 +2789,22 @@ def chunk_window(chunk: int, pred_len: int, chunk_size: int, max_window: int) ->
     return ChunkWindow(start, end - start, first - start, end - first)
 
 
-def ttt_cost(batch: TTTBatch, cfg: Config) -> float:
-    """Relative time of a batch: windows that its chunks compute, plus four full ones a step for the rest."""
-    lengths = [length for _, (_, length) in batch.documents]
-    windows = sum(length * min(length / 2, cfg.ttt_eval_seq_len) for length in lengths)
-    return windows + 4 * cfg.ttt_eval_seq_len * max(lengths)
+def share_documents(batches: Sequence[TTTBatch], cfg: Config, world_size: int) -> list[list[TTTBatch]]:
+    """The documents of a phase's batches, shared out over the ranks by cost and there in batches again.
 
-
-def share_batches(batches: Sequence[TTTBatch], cfg: Config, world_size: int) -> list[list[TTTBatch]]:
-    """The batches of a phase, shared out over the ranks by cost; each rank keeps their order.
-
-    A batch that alone would fill half of a rank's share (long documents) is dealt out over all ranks.
+    The longest go first, each to the rank with the least to do. A document costs the tokens of its windows;
+    one that starts a batch also four full windows a step, for what a step takes with hardly a row left.
     """
-    limit = sum(ttt_cost(batch, cfg) for batch in batches) / (2 * world_size)
-    pieces = []
-    for batch in batches:
-        deal = world_size > 1 and ttt_cost(batch, cfg) > limit
-        parts = [batch.documents[i::world_size] for i in range(world_size)] if deal else [batch.documents]
-        pieces += [TTTBatch(batch.index, part) for part in parts if part]
-    owners = share_out([ttt_cost(piece, cfg) for piece in pieces], world_size)
-    return [
-        [p for p, owner in zip(pieces, owners, strict=True) if owner == rank] for rank in range(world_size)
-    ]
+    loads, shares = [0.0] * world_size, [[] for _ in range(world_size)]
+    full, documents = cfg.ttt_eval_seq_len, [item for batch in batches for item in batch.documents]
+    for document in sorted(documents, key=lambda item: -item[1][1]):
+        rank, length = loads.index(min(loads)), document[1][1]
+        opens = len(shares[rank]) % cfg.ttt_batch_size == 0
+        window = min(length, full)
+        loads[rank] += window * (length - window / 2) + opens * 4 * full * length
+        shares[rank].append(document)
+    first = min((batch.index for batch in batches), default=0)
+    return [ttt_batches(sorted(share), cfg.ttt_batch_size, first) for share in shares]
 
 
 def split_at_boundaries(batches: Sequence[TTTBatch], boundaries: Sequence[int]) -> list[list[TTTBatch]]:
@@ -2861,7 +2880,7 @@ class ScoreFirstTTT:
         self._constructed = 0
         self.meter = BpbMeter()
         documents = select_documents(val.documents, cfg.val_doc_fraction, cfg.seed)
-        self.batches = ttt_batches(documents, cfg.ttt_batch_size)
+        self.batches = ttt_batches(list(enumerate(documents)), cfg.ttt_batch_size)
         self.boundaries = phase_boundaries(
             cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, len(documents)
         )
@@ -2872,7 +2891,7 @@ class ScoreFirstTTT:
         reusable = self._new_lora(self.cfg.ttt_batch_size) if self.cfg.ttt_warm_start_a else None
         parts = split_at_boundaries(self.batches, self.boundaries)
         for phase, part in enumerate(parts, start=1):
-            for batch in share_batches(part, self.cfg, self.ranks.world_size)[self.ranks.rank]:
+            for batch in share_documents(part, self.cfg, self.ranks.world_size)[self.ranks.rank]:
                 self._score_batch(batch, self._adapters(batch, reusable))
             self.ranks.meet("ttt")
             if phase <= len(self.boundaries):
@@ -2883,25 +2902,22 @@ class ScoreFirstTTT:
         return self.meter
 
     def _adapters(self, batch: TTTBatch, reusable: BatchedLoRA | None) -> BatchedLoRA:
-        """Adapters whose B is zero. Warm start: A as earlier batches of the same size left it, on this rank.
+        """Adapters whose B is zero. Warm start: A as the last full batch of this rank and phase left it.
 
-        Otherwise A is drawn from the seed and the batch's number: the same whoever computes it.
+        Otherwise A is drawn from the seed and the document's number: the same whoever computes it.
         """
-        whole = next(b.documents for b in self.batches if b.index == batch.index)
         if reusable is None:
-            self._generator.manual_seed(self.cfg.seed * 1_000_003 + batch.index)
-            lora = self._new_lora(len(whole))
-            lora.keep_rows([whole.index(document) for document in batch.documents])
-            return lora
-        if len(whole) < self.cfg.ttt_batch_size:
+            seeds = [self.cfg.seed * 1_000_003 + number for number, _ in batch.documents]
+            return self._new_lora(len(seeds), seeds)
+        if len(batch.documents) < self.cfg.ttt_batch_size:
             return self._new_lora(len(batch.documents))
         squares = sum(float(low_rank.A.detach().double().square().sum()) for low_rank in reusable.maps())
         self._on_event("lora_reset", a_l2=math.sqrt(squares), lora=reusable)
         reusable.reset_B()
         return reusable
 
-    def _new_lora(self, batch: int) -> BatchedLoRA:
-        lora = BatchedLoRA(self.cfg, batch, lora_slots(self.cfg, self.looping), self._generator)
+    def _new_lora(self, batch: int, seeds: Sequence[int] = ()) -> BatchedLoRA:
+        lora = BatchedLoRA(self.cfg, batch, lora_slots(self.cfg, self.looping), self._generator, seeds)
         lora.to(self.ranks.device)
         self._on_event("lora_constructed", index=self._constructed, batch=batch, lora=lora)
         self._constructed += 1
@@ -2982,7 +2998,7 @@ def global_sgd(
 ) -> tuple[list[float], list[float]]:
     """One phase of SGD on all base weights over scored tokens [n+1]; as published, all chunks but the last.
 
-    Each rank takes some of a step's windows; the gradients travel in one buffer.
+    Each rank takes some of a step's documents; the gradients travel in one buffer.
 
     Returns the gradient norm before clipping and the learning rate of every step.
     """
@@ -2995,12 +3011,11 @@ def global_sgd(
         optimizer.param_groups[0]["lr"] = rate
         windows = chunk_tokens // window
         for start in list(range(0, windows, cfg.global_ttt_batch_seqs)) * cfg.global_ttt_epochs:
-            count = min(cfg.global_ttt_batch_seqs, windows - start)
-            low, high = (count * (ranks.rank + i) // ranks.world_size for i in (0, 1))
-            first = chunk * chunk_tokens + (start + low) * window
-            if high > low:
-                part = tokens[first : first + (high - low) * window + 1]
-                loss = _global_losses(model, part, cfg, looping, ranks).sum() / (count * window)
+            count = window * min(cfg.global_ttt_batch_seqs, windows - start)
+            first = chunk * chunk_tokens + start * window
+            part = _share_of_row(tokens[first : first + count + 1], cfg, ranks)
+            if len(part) > 1:
+                loss = _global_losses(model, part, cfg, looping, ranks).sum() / count
                 loss.backward()
             ranks.sum_packed_([_gradient(parameter) for parameter in model.parameters()])
             norms.append(nn.utils.clip_grad_norm_(model.parameters(), cfg.global_ttt_grad_clip or math.inf))
@@ -3008,6 +3023,16 @@ def global_sgd(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return [float(norm) for norm in norms], rates
+
+
+def _share_of_row(row: Tensor, cfg: Config, ranks: Ranks) -> Tensor:
+    """This rank's part of a row, cut only where no context is lost: between segments, or between windows."""
+    starts = range(0, len(row), cfg.eval_seq_len)
+    if cfg.global_ttt_respect_doc_boundaries:
+        starts = packed_row(row, cfg.eval_seq_len)[2].cu_seqlens.tolist()
+    even = ((len(row) - 1) * (ranks.rank + i) // ranks.world_size for i in (0, 1))
+    low, high = (starts[bisect.bisect_left(starts, cut)] for cut in even)
+    return row[low : high + 1]
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
@@ -3220,7 +3245,8 @@ class Run:
         if not self.ranks.is_main:
             return
         model_bytes = len(self.blob)
-        packed, minified = pack_code(self.source, self.cfg.compressor)
+        off = [name for name, value in self.cfg.as_env().items() if not value]
+        packed, minified = pack_code(self.source, self.cfg.compressor, off)
         write_whole(self.log.folder / "train_gpt.packed.py", packed)
         if not minified:
             self.log.event(

@@ -95,6 +95,16 @@ def exact_training(tg, ranks, folder: Path, **settings: object) -> dict:
         return training(tg, ranks, folder, **settings)
 
 
+def exact_adaptation(tg, ranks, weights: dict, val, **settings: object) -> dict:
+    """The same in float64: only the rope tables, at another place of a row, still round (5e-8)."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+            return adaptation(tg, ranks, weights, val, **settings)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def load_model(tg, cfg, weights: dict):
     model = tg.GPT(cfg)
     model.load_state_dict(weights)
@@ -144,7 +154,7 @@ def everything(tg, ranks, folder: Path) -> dict:
     result["standard"] = {"val_bpb": meter.val_bpb, "tokens": meter.tokens, "bytes": meter.bytes}
     result["warm"] = adaptation(tg, ranks, weights, validation(tg))
     unknown = validation(tg, factor=1)  # another grammar: much to learn, so that a wrong adapter would show
-    result["cold"] = adaptation(tg, ranks, weights, unknown, TTT_WARM_START_A=0, TTT_LORA_LR=0.001)
+    result["cold"] = exact_adaptation(tg, ranks, weights, unknown, TTT_WARM_START_A=0, TTT_LORA_LR=0.001)
     still = adaptation(tg, ranks, weights, unknown, TTT_LORA_LR=0) if ranks.world_size == 1 else {}
     result["gain"] = still.get("val_bpb", 0) - result["cold"]["val_bpb"]
     return result
@@ -387,34 +397,52 @@ def contest(tg):
     """Settings of the record and the batches of each phase for the contest's lengths."""
     cfg, lengths = tg.Config(), contest_lengths()
     documents = list(zip(itertools.accumulate([0, *lengths[:-1]]), lengths, strict=True))
-    batches = tg.ttt_batches(documents, cfg.ttt_batch_size)
+    batches = tg.ttt_batches(list(enumerate(documents)), cfg.ttt_batch_size)
     boundaries = tg.phase_boundaries(cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, len(documents))
     return cfg, tg.split_at_boundaries(batches, boundaries)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8, 16])
-def test_shared_batches_lose_nothing_and_keep_their_order(tg, contest, world):
+def test_a_phase_is_shared_out_whole(tg, contest, world):
+    """Every document once, in full batches of similar length, the longest first; one rank keeps the plan."""
     cfg, parts = contest
     assert sum(len(batch.documents) for part in parts for batch in part) == 50_000
     for part in parts:
-        shares = tg.share_batches(part, cfg, world)
+        shares = tg.share_documents(part, cfg, world)
         assert len(shares) == world
-        position = {batch.index: i for i, batch in enumerate(part)}
         for share in shares:
-            positions = [position[piece.index] for piece in share]
-            assert positions == sorted(positions)
-            assert all(piece.documents == sorted(piece.documents, key=lambda d: d[1][1]) for piece in share)
-        given = sorted(
-            (piece.index, document) for share in shares for piece in share for document in piece.documents
-        )
-        assert given == sorted((batch.index, document) for batch in part for document in batch.documents)
-    if world == 1:
-        assert [tg.share_batches(part, cfg, 1)[0] for part in parts] == parts
+            lengths = [[length for _, (_, length) in batch.documents] for batch in share]
+            assert all(batch == sorted(batch) for batch in lengths)
+            assert sum(len(batch) < cfg.ttt_batch_size for batch in lengths) <= 1
+            assert all(later[-1] <= earlier[-1] for earlier, later in itertools.pairwise(lengths))
+        given = sorted(document for share in shares for batch in share for document in batch.documents)
+        assert given == sorted(document for batch in part for document in batch.documents)
+        assert world > 1 or shares == [part]
 
 
-def loads(shares, cfg) -> list[float]:
-    """Cost of each rank's pieces."""
-    return [sum(windows_cost([n for _, (_, n) in p.documents], cfg) for p in share) for share in shares]
+def load(batches, cfg) -> float:
+    """Cost of a rank's batches."""
+    return sum(windows_cost([length for _, (_, length) in batch.documents], cfg) for batch in batches)
+
+
+@pytest.mark.parametrize("world", [2, 4, 8, 16])
+def test_ranks_have_equally_much_to_do(tg, contest, world):
+    """The slowest against an equal part; steps that ranks repeat, for batches of their own, are the rest."""
+    cfg, parts = contest
+    for number, part in enumerate(parts):
+        slowest = max(load(share, cfg) for share in tg.share_documents(part, cfg, world))
+        assert slowest * world <= (1.06 if number else 1.3) * load(part, cfg), number
+
+
+def test_sharing_documents_beats_sharing_batches(tg, contest):
+    """Eight ranks, whole batches to whoever has least to do: the phases of long documents end much later."""
+    cfg, parts = contest
+    for number, part in enumerate(parts):
+        owners = tg.share_out([load([batch], cfg) for batch in part], 8)
+        shares = [[b for b, owner in zip(part, owners, strict=True) if owner == rank] for rank in range(8)]
+        ours = max(load(share, cfg) for share in tg.share_documents(part, cfg, 8))
+        limit = 0.85 if number < len(parts) - 1 else 1.01
+        assert ours <= limit * max(load(share, cfg) for share in shares), number
 
 
 # -- test-time training
@@ -437,7 +465,7 @@ def check_adaptation(ranks: list[dict], single: dict, tolerance: float) -> None:
 def test_adaptation_with_fresh_adapters(results, alone):
     single = alone["cold"]
     assert alone["gain"] > 0.01, "the adapters did nothing: too weak a test"
-    check_adaptation([result["cold"] for result in results], single, 1e-6)
+    check_adaptation([result["cold"] for result in results], single, 2e-7)
 
 
 def test_adaptation_with_warm_start(results, alone):
@@ -449,7 +477,7 @@ def test_long_documents_are_spread_over_the_ranks(results):
     """The four longest documents are one batch, which no rank works off alone."""
     numbers = {number for number, length in enumerate(order_of_documents()) if length >= min(LONG)}
     owners = [{number for _, number, *_ in rank["cold"]["scored"]} & numbers for rank in results]
-    assert sorted(map(len, owners)) == [len(LONG) // len(results)] * len(results)
+    assert min(map(len, owners)) > 0
 
 
 # -- waiting, and ranks that die

@@ -339,7 +339,7 @@ def test_phase_boundaries(tg, prefix_docs, num_phases):
 def test_batches_hold_every_document_once(tg):
     tokens = documents_stream()
     documents = tg.find_documents(tokens)
-    batches = tg.ttt_batches(documents, 5)
+    batches = tg.ttt_batches(list(enumerate(documents)), 5)
     numbers = [number for batch in batches for number, _ in batch.documents]
     assert sorted(numbers) == list(range(len(documents)))
     longest = [max(length for _, (_, length) in batch.documents) for batch in batches]
