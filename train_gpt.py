@@ -239,6 +239,7 @@ class Config:
     ttt_batch_size: Count = 64  # documents adapted side by side
     ttt_chunk_size: Count = 48  # targets scored before each adaptation step
     ttt_eval_seq_len: Count = 2048  # longest window behind a chunk's end
+    ttt_cache_window: Whole = 0  # compute this many tokens anew, cache the keys before; 0: all (exact)
     ttt_lora_rank: Count = 96  # rank of the adapters
     ttt_lora_alpha: Positive = 144.0  # their output is scaled by alpha / rank
     ttt_lora_lr: Amount = 1e-4  # AdamW's learning rate on the adapters
@@ -246,6 +247,8 @@ class Config:
     ttt_beta2: Beta = 0.999  # its decay of the mean squared gradient
     ttt_weight_decay: Amount = 1.0  # its decoupled weight decay
     ttt_grad_steps: Count = 1  # optimiser steps per chunk
+    ttt_q_lora: bool = True  # adapters on the queries
+    ttt_v_lora: bool = True  # adapters on the values
     ttt_k_lora: bool = True  # adapt key projections
     ttt_mlp_lora: bool = True  # adapt MLPs
     ttt_o_lora: bool = True  # adapt output projections
@@ -304,6 +307,12 @@ class Config:
         if self.ttt_chunk_size > self.ttt_eval_seq_len:
             limit = f"TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"
             raise ConfigError(f"TTT_CHUNK_SIZE={self.ttt_chunk_size}: must be at most {limit}")
+        if (
+            self.ttt_cache_window
+            and not self.ttt_chunk_size <= self.ttt_cache_window <= self.ttt_eval_seq_len
+        ):
+            limits = f"TTT_CHUNK_SIZE={self.ttt_chunk_size} to TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"
+            raise ConfigError(f"TTT_CACHE_WINDOW={self.ttt_cache_window}: must be 0 or {limits}")
         if self.global_ttt_chunk_tokens < self.eval_seq_len:
             limit = f"EVAL_SEQ_LEN={self.eval_seq_len} (a chunk is whole windows)"
             raise ConfigError(
@@ -1302,6 +1311,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor
     return torch.cat(parts, 2).transpose(1, 2)
 
 
+def attend_from(q: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of some queries: q [B, n, H, d] stand at `positions` [B or 1, n] among the T keys."""
+    mask = torch.arange(k.size(1), device=k.device) <= positions[:, None, :, None]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # 6. Kernels: the eager forms, right on every device
 # ---------------------------------------------------------------------------------------------------------
@@ -1345,12 +1361,27 @@ class LayerWeights(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """What a block needs besides its input: rotary tables, segments, the slot's adapters, the tap."""
+    """What a block needs besides its input: rotary tables, segments, the slot's adapters, the tap.
+
+    `wanted` [B, n] are the positions whose result is used (None: all); `past` puts the keys and values of
+    earlier tokens before those of the input.
+    """
 
     rope: tuple[Tensor, Tensor]
     segments: Segments | None
     adapt: Adapt | None
     tap: Tap | None
+    wanted: Tensor | None = None
+    past: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+    def pick(self, x: Tensor) -> Tensor:
+        """The rows of x [B, T, D] that are wanted."""
+        return x if self.wanted is None else pick(x, self.wanted)
+
+
+def pick(x: Tensor, positions: Tensor) -> Tensor:
+    """x [B, T, D] at positions [B, n] -> [B, n, D]."""
+    return x.gather(1, positions[..., None].expand(-1, -1, x.size(-1)))
 
 
 def layer_order(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
@@ -1374,14 +1405,16 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rope_tables(cfg: Config, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [T, 1, r/2]; positions count from the start of the row."""
+def rope_tables(cfg: Config, length: int, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [T, 1, r/2]; positions count from the start of the row, which is `first`."""
     dims = cfg.rope_dims or cfg.head_dim
     base = cfg.rope_base
     if cfg.rope_yarn and length > cfg.train_seq_len:
         base *= (length / cfg.train_seq_len) ** (dims / (dims - 2))
     frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims)
-    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None, None] * frequencies
+    angles = (
+        torch.arange(first, first + length, dtype=torch.float32, device=device)[:, None, None] * frequencies
+    )
     return angles.cos(), angles.sin()
 
 
@@ -1419,19 +1452,26 @@ class Attention(nn.Module):
             self.attn_gate_proj = _zero_linear(cfg.gate_window, cfg.num_heads)
 
     def forward(self, n: Tensor, w: LayerWeights, run: Pass) -> Tensor:
-        """n [B, T, D], the normed and scaled block input -> [B, T, D]."""
+        """n [B, T, D], the normed and scaled block input -> [B, T, D], or [B, n, D] of the rows wanted."""
         cfg = self.cfg
         if run.tap is not None:
             run.tap(f"blocks.{self.layer}.attn.c_q.weight", n)
-        q_flat = project(n, w.q, "q", run.adapt)
-        q = q_flat.unflatten(-1, (cfg.num_heads, cfg.head_dim))
         k = project(n, w.k, "k", run.adapt).unflatten(-1, (cfg.num_kv_heads, cfg.head_dim))
         v = project(n, w.v, "v", run.adapt).unflatten(-1, (cfg.num_kv_heads, cfg.head_dim))
-        q = apply_rope(rms_norm(q), run.rope) * self.q_gain.to(q.dtype)[:, None]
-        k = apply_rope(rms_norm(k), run.rope)
-        y = attend(q, k, v, run.segments)
+        k, own = apply_rope(rms_norm(k), run.rope), run.pick(v.flatten(-2)).unflatten(-1, v.shape[-2:])
+        n = run.pick(n)
+        q_flat = project(n, w.q, "q", run.adapt)
+        q = q_flat.unflatten(-1, (cfg.num_heads, cfg.head_dim))
+        rope = run.rope if run.wanted is None else tuple(table[run.wanted] for table in run.rope)
+        q = apply_rope(rms_norm(q), rope) * self.q_gain.to(q.dtype)[:, None]
+        if run.wanted is None and run.past is None:
+            y = attend(q, k, v, run.segments)
+        else:
+            keys, values = (k, v) if run.past is None else run.past(k, v)
+            wanted = torch.arange(k.size(1), device=k.device)[None] if run.wanted is None else run.wanted
+            y = attend_from(q, wanted + keys.size(1) - k.size(1), keys, values)
         if self.excludes_self:
-            y = self._exclude_self(y, v)
+            y = self._exclude_self(y, own)
         gate = self._gate(n, q_flat)
         if gate is not None:
             y = y * gate.to(y.dtype)[..., None]
@@ -1492,19 +1532,20 @@ class Block(nn.Module):
     def serial(self, x: Tensor, x0: Tensor, w: LayerWeights, run: Pass) -> Tensor:
         """Attention, then the MLP on its result."""
         u = self._mix(x, x0)
-        u = u + self._attention(u, w, run)
+        u = run.pick(u) + self._attention(u, w, run)
         return u + self._mlp(u, w, run)
 
     def single(self, x: Tensor, x0: Tensor, w: LayerWeights, run: Pass) -> Tensor:
         """Attention and MLP side by side on one stream (PR #1493)."""
         u = self._mix(x, x0)
-        return u + self._attention(u, w, run) + self._mlp(u, w, run)
+        a, u = self._attention(u, w, run), run.pick(u)
+        return u + a + self._mlp(u, w, run)
 
     def lanes(
         self, lanes: tuple[Tensor, Tensor], x0: Tensor, w: LayerWeights, run: Pass, keep: Tensor, add: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Two lanes: attention reads lane 0, the MLP lane 1; `keep` [2] per lane, `add` [source, lane]."""
-        a = self._attention(self._mix(lanes[0], x0), w, run)
+        a, lanes = self._attention(self._mix(lanes[0], x0), w, run), [run.pick(lane) for lane in lanes]
         m = self._mlp(lanes[1], w, run)
         keep, add = keep.to(a.dtype), add.to(a.dtype)
         return tuple(keep[i] * lanes[i] + add[0, i] * a + add[1, i] * m for i in (0, 1))
@@ -1568,21 +1609,27 @@ class GPT(nn.Module):
         looping: bool,
         lora: "BatchedLoRA | None" = None,
         tap: Tap | None = None,
+        wanted: Tensor | None = None,
+        cache: "KeyValueCache | None" = None,
     ) -> Tensor:
-        """The traversal: ids [B, T] -> final normed hidden states [B, T, D].
+        """The traversal: ids [B, T] -> final normed hidden states [B, T, D], or [B, n, D] at `wanted` [B, n].
 
+        With a cache the ids follow what it holds; the last one that it holds comes first again (SmearGate).
         Encoder outputs are pushed, decoder layers pop them through the skip connections; decoder layers from
         `parallel_start_layer` on are parallel. A slot is the index of a virtual layer, so looped layers have
         one set of adapters for each pass.
         """
         cfg = self.cfg
-        x = x0 = self.embed(input_ids)
-        rope = rope_tables(cfg, input_ids.size(1), x.device)
+        first = cache.first if cache else 0
+        x = x0 = self.embed(input_ids)[:, first > 0 :]
+        rope = rope_tables(cfg, x.size(1), x.device, first)
         encoder, decoder = layer_order(cfg, looping)
         skips, lanes = [], None
         for slot, layer in enumerate(encoder + decoder):
             adapt = None if lora is None else lora.at(slot)
-            run, w, block = Pass(rope, segments, adapt, tap), self.weights(layer), self.blocks[layer]
+            last = slot == len(encoder + decoder) - 1
+            run = Pass(rope, segments, adapt, tap, wanted if last else None, cache and cache.at(slot))
+            w, block = self.weights(layer), self.blocks[layer]
             if slot < len(encoder):
                 x = block.serial(x, x0, w, run)
                 skips.append(x)
@@ -1640,11 +1687,11 @@ class GPT(nn.Module):
         looping: bool,
         lora: "BatchedLoRA | None" = None,
         scored: Tensor | None = None,
+        cache: "KeyValueCache | None" = None,
     ) -> Tensor:
         """Cross entropy (nats) of each target [B, T]; with `scored` [B, n] only at those positions."""
-        h = self.hidden(input_ids, segments, looping=looping, lora=lora)
+        h = self.hidden(input_ids, segments, looping=looping, lora=lora, wanted=scored, cache=cache)
         if scored is not None:
-            h = h.gather(1, scored[..., None].expand(-1, -1, h.size(-1)))
             target_ids = target_ids.gather(1, scored)
         return softcapped_cross_entropy(self._head(h, lora), target_ids, self.cfg.logit_softcap)
 
@@ -1706,7 +1753,8 @@ class BatchedLoRA(nn.Module):
         self.batch, self._generator = batch, generator
         self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank
         dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
-        widths = {"q": dim, "v": kv_dim}
+        widths = {"q": dim} if cfg.ttt_q_lora else {}
+        widths |= {"v": kv_dim} if cfg.ttt_v_lora else {}
         widths |= {"k": kv_dim} if cfg.ttt_k_lora else {}
         widths |= {"mlp": dim} if cfg.ttt_mlp_lora else {}
         widths |= {"o": dim} if cfg.ttt_o_lora else {}
@@ -1743,6 +1791,38 @@ class BatchedLoRA(nn.Module):
             return 0.0 if maps is None else self.scale * maps[slot](x)
 
         return adapt
+
+
+class KeyValueCache:
+    """Keys and values of a batch's earlier tokens as they were last computed, for each virtual layer (slot).
+
+    They carry no gradient. `first` is the place in the document of the first token that is computed next.
+    """
+
+    def __init__(self):
+        self.first, self._past, self._new = 0, {}, {}
+
+    def at(self, slot: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """A function that puts the past of a slot before its new keys and values [n, T, G, d].
+
+        n below the batch are its last rows, the others are done.
+        """
+
+        def extend(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            self._new[slot] = k.detach(), v.detach()
+            past = self._past.get(slot, (k[:, :0], v[:, :0]))
+            return tuple(torch.cat([old[-len(x) :], x], 1) for old, x in zip(past, (k, v), strict=True))
+
+        return extend
+
+    def advance(self, first: int, limit: int) -> None:
+        """Tokens before `first` become the past, of which `limit` are kept."""
+        for slot, new in self._new.items():
+            past = self._past.get(slot, (new[0][:, :0], new[1][:, :0]))
+            pairs = zip(past, new, strict=True)
+            grown = (torch.cat([old[-len(x) :], x[:, : first - self.first]], 1) for old, x in pairs)
+            self._past[slot] = tuple(x[:, max(x.size(1) - limit, 0) :] for x in grown)
+        self.first = first
 
 
 def lora_slots(cfg: Config, looping: bool) -> int:
@@ -2782,11 +2862,22 @@ def phase_boundaries(prefix_docs: int, num_phases: int, num_docs: int) -> list[i
     return [count for i in range(num_phases) if (count := prefix * (i + 1) // num_phases)]
 
 
-def chunk_window(chunk: int, pred_len: int, chunk_size: int, max_window: int) -> ChunkWindow:
-    """The window that scores a chunk of a document of `pred_len` targets: the inputs up to its end."""
+def chunk_window(
+    chunk: int, pred_len: int, chunk_size: int, max_window: int, computed_from: int = 0
+) -> ChunkWindow:
+    """The window that scores a chunk of a document of `pred_len` targets: the inputs up to its end.
+
+    At most `max_window` of them, and none before `computed_from`: those are cached.
+    """
     first, end = chunk * chunk_size, min((chunk + 1) * chunk_size, pred_len)
-    start = max(0, end - max_window)
+    start = max(computed_from, end - max_window)
     return ChunkWindow(start, end - start, first - start, end - first)
+
+
+def cache_start(chunk: int, cfg: Config) -> int:
+    """Where in its documents the computation of a chunk starts, behind what is cached; 0 without a cache."""
+    end = (chunk + 1) * cfg.ttt_chunk_size
+    return max(0, end - cfg.ttt_cache_window) if cfg.ttt_cache_window else 0
 
 
 def share_documents(batches: Sequence[TTTBatch], cfg: Config, world_size: int) -> list[list[TTTBatch]]:
@@ -2825,7 +2916,7 @@ class ChunkBatch(NamedTuple):
 
     documents: list[int]  # document numbers, one a row
     x: Tensor  # inputs [B, T]
-    y: Tensor  # targets [B, T]
+    y: Tensor  # targets [B, T]; T one less than of the inputs where they begin with the last cached token
     scored: Tensor  # positions of the chunk's targets [B, chunk_size]
     valid: Tensor  # which of them exist [B, chunk_size]
     trains: Tensor  # documents with a later chunk [B]: the only ones that may learn from this one
@@ -2834,18 +2925,18 @@ class ChunkBatch(NamedTuple):
 
 def chunk_batch(tokens: Tensor, batch: TTTBatch, chunk: int, cfg: Config) -> ChunkBatch:
     """Gather the windows of a chunk; finished documents have left the batch, so no row is empty."""
-    size = cfg.ttt_chunk_size
+    size, first = cfg.ttt_chunk_size, cache_start(chunk, cfg)
     alive = [(number, span) for number, span in batch.documents if chunk * size < span[1] - 1]
-    windows = [chunk_window(chunk, length - 1, size, cfg.ttt_eval_seq_len) for _, (_, length) in alive]
-    x = torch.zeros(len(alive), max(window.length for window in windows), dtype=torch.long)
-    y, spans = torch.zeros_like(x), []
+    windows = [chunk_window(chunk, length - 1, size, cfg.ttt_eval_seq_len, first) for _, (_, length) in alive]
+    lead = int(first > 0)
+    x = torch.zeros(len(alive), lead + max(window.length for window in windows), dtype=torch.long)
+    y, spans = torch.zeros_like(x[:, lead:]), []
     for row, ((_, (start, _)), window) in enumerate(zip(alive, windows, strict=True)):
-        first = start + window.start
-        x[row, : window.length] = tokens[first : first + window.length]
-        y[row, : window.length] = tokens[first + 1 : first + window.length + 1]
-        spans.append((first + window.offset, window.targets))
+        part = tokens[start + window.start - lead : start + window.start + window.length + 1]
+        x[row, : len(part) - 1], y[row, : window.length] = part[:-1], part[lead + 1 :]
+        spans.append((start + window.start + window.offset, window.targets))
     within = torch.arange(size)
-    scored = (torch.tensor([w.offset for w in windows])[:, None] + within).clamp_max(x.size(1) - 1)
+    scored = (torch.tensor([w.offset for w in windows])[:, None] + within).clamp_max(y.size(1) - 1)
     valid = within < torch.tensor([w.targets for w in windows])[:, None]
     trains = torch.tensor([(chunk + 1) * size < length - 1 for _, (_, length) in alive])
     return ChunkBatch([number for number, _ in alive], x, y, scored, valid, trains, spans)
@@ -2924,21 +3015,29 @@ class ScoreFirstTTT:
         return lora
 
     def _score_batch(self, batch: TTTBatch, lora: BatchedLoRA) -> None:
-        optimizer = lora_optimizer(self.cfg, lora)
+        optimizer, cache = (
+            lora_optimizer(self.cfg, lora),
+            KeyValueCache() if self.cfg.ttt_cache_window else None,
+        )
         longest = max(length for _, (_, length) in batch.documents)
         sums = []
         for chunk in range(-(-(longest - 1) // self.cfg.ttt_chunk_size)):
             part = chunk_batch(self.val.tokens, batch, chunk, self.cfg)
             learns = bool(part.trains.any())
+            if cache:
+                first = cache_start(chunk, self.cfg)
+                cache.advance(
+                    first, first - max(0, (chunk + 1) * self.cfg.ttt_chunk_size - self.cfg.ttt_eval_seq_len)
+                )
             with torch.set_grad_enabled(learns):
-                losses = self._losses(part, lora)
+                losses = self._losses(part, lora, cache)
             scored = (losses.detach().double() * part.valid.to(losses.device)).sum()
             byte_sum = sum(int(self.val.target_bytes[start : start + n].sum()) for start, n in part.spans)
             sums.append([scored, byte_sum, int(part.valid.sum())])
             self._on_event("scored", batch_number=batch.index, chunk=chunk, part=part)
             if learns:
                 self._on_event("trained", batch_number=batch.index, chunk=chunk, part=part)
-                self._adapt(part, lora, optimizer, losses)
+                self._adapt(part, lora, optimizer, losses, cache)
         for loss_sum, byte_sum, tokens in sums:
             self.meter.add_sums(float(loss_sum), byte_sum, tokens)
         chunks = [[float(loss_sum), byte_sum, tokens] for loss_sum, byte_sum, tokens in sums]
@@ -2951,19 +3050,24 @@ class ScoreFirstTTT:
             "batch_done", batch_number=batch.index, chunks=chunks, lora=lora, batch=batch, **totals
         )
 
-    def _losses(self, part: ChunkBatch, lora: BatchedLoRA) -> Tensor:
+    def _losses(self, part: ChunkBatch, lora: BatchedLoRA, cache: KeyValueCache | None) -> Tensor:
         x, y, scored = (t.to(self.ranks.device) for t in (part.x, part.y, part.scored))
         with self.ranks.autocast():
-            return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored)
+            return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache)
 
     def _adapt(
-        self, part: ChunkBatch, lora: BatchedLoRA, optimizer: torch.optim.Optimizer, losses: Tensor
+        self,
+        part: ChunkBatch,
+        lora: BatchedLoRA,
+        optimizer: torch.optim.Optimizer,
+        losses: Tensor,
+        cache: KeyValueCache | None,
     ) -> None:
         """Optimiser steps on a scored chunk; the first takes the gradient of the scoring pass itself."""
         parameters = list(lora.parameters())
         trains = part.trains.to(losses.device)
         for step in range(self.cfg.ttt_grad_steps):
-            losses = self._losses(part, lora) if step else losses
+            losses = self._losses(part, lora, cache) if step else losses
             optimizer.zero_grad(set_to_none=True)
             losses.mean(1)[trains].sum().backward(inputs=parameters)
             optimizer.step()

@@ -1,7 +1,10 @@
 """Score-first test-time training: the conditions of legality, watched through the evaluator's events."""
 
+import copy
+
 import pytest
 import torch
+from oracle_ttt import plain_ttt
 
 TINY = {
     "vocab_size": 64,
@@ -30,11 +33,14 @@ TINY = {
     "global_ttt_lr": 0.05,
 }
 LENGTHS = [23, 5, 40, 9, 61, 2, 17, 33, 8, 50, 1, 12]
+BOS_PLACES = [sum(LENGTHS[:i]) for i in range(1, len(LENGTHS))]
 SETTINGS = {
     "phased": {},
     "no_phase": {"phased_ttt_prefix_docs": 0},
     "two_steps": {"ttt_grad_steps": 2},
     "rows_not_documents": {"global_ttt_respect_doc_boundaries": False},
+    "cached": {"ttt_cache_window": 12},
+    "some_adapters": {"ttt_q_lora": False, "ttt_v_lora": False},
 }
 
 
@@ -99,11 +105,15 @@ class Watch:
             self.sgd_tokens.append(data["tokens"].clone())
 
 
+def validation(tg, tokens: torch.Tensor):
+    return tg.ValidationSet.from_sidecar(tokens, (tokens != 1).long() * (tokens % 5 + 1))
+
+
 def run(tg, tokens: torch.Tensor, overrides: dict | None = None, seed: int = 7, model=None):
     """(watch, meter, model, validation set) of one evaluation with one byte per token, none for BOS."""
     config = tg.Config(**{**TINY, **(overrides or {})})
     model = model or random_model(tg, config)
-    val = tg.ValidationSet.from_sidecar(tokens, (tokens != 1).long() * (tokens % 5 + 1))
+    val = validation(tg, tokens)
     watch = Watch(len(tokens) - 1)
     generator = torch.Generator().manual_seed(seed)
     meter = tg.score_first_ttt(model, val, config, looping=True, generator=generator, on_event=watch)
@@ -397,3 +407,83 @@ def test_global_sgd_skips_a_single_chunk(tg):
     assert len(grad_norms) == len(rates) == 0
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+# -- less work, the same losses
+
+
+def document_losses(tg, model, val, config) -> dict[int, float]:
+    """Loss sums by document number, re-computed from the events of the evaluator."""
+    sums, chunk_losses = {}, []
+    evaluator = tg.ScoreFirstTTT(model, val, config, looping=True)
+    losses_of = evaluator._losses
+
+    def losses(*arguments):
+        chunk_losses.append(losses_of(*arguments))
+        return chunk_losses[-1]
+
+    def on_event(kind: str, **data: object) -> None:
+        if kind == "scored":
+            part, values = data["part"], chunk_losses[-1].detach().double()
+            for row, number in enumerate(part.documents):
+                sums[number] = sums.get(number, 0.0) + float(values[row][part.valid[row]].sum())
+
+    evaluator._losses, evaluator._on_event = losses, on_event
+    meter = evaluator.run()
+    assert sum(sums.values()) == pytest.approx(meter.loss_sum, rel=1e-12)
+    return sums
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """AdamW's first steps have the size of the rate whatever the gradient's: rounding decides some signs."""
+    torch.set_default_dtype(torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("lanes", [0, 1])
+@pytest.mark.parametrize("style", ["lanes", "single"])
+def test_losses_are_those_of_the_plain_form(tg, float64, style, lanes):
+    """Head, loss and last layer at the chunk only, finished rows dropped, no padding."""
+    looping = {"num_loops": 0, "parallel_start_layer": lanes, "parallel_style": style}
+    gate = {"sparse_attn_gate_enabled": False, "attn_out_gate_enabled": True, "attn_out_gate_src": "q"}
+    config = tg.Config(**{**TINY, **looping, **(gate if lanes else {})})
+    model, val = random_model(tg, config), validation(tg, documents_stream())
+    expected = plain_ttt(tg, copy.deepcopy(model), val, config, looping=True)
+    actual = document_losses(tg, model, val, config)
+    assert actual == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("window", "rate"), [(32, 0.01), (8, 0.0), (12, 0.0)])
+def test_cache_is_exact_where_nothing_it_holds_has_changed(tg, window, rate):
+    """As long as a document: nothing is cached. Adapters that do not learn: all would be the same anew."""
+    settings = {"ttt_cache_window": window, "ttt_lora_lr": rate}
+    tokens = torch.cat([part for part in documents_stream().tensor_split(BOS_PLACES) if len(part) <= 32])
+    model, val = random_model(tg, tg.Config(**TINY)), validation(tg, tokens)
+    exact = tg.Config(**{**TINY, "ttt_lora_lr": rate})
+    expected = document_losses(tg, copy.deepcopy(model), val, exact)
+    cached = document_losses(tg, model, val, tg.Config(**{**TINY, **settings}))
+    assert cached == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("cache_window", [0, 8, 20, 32])
+def test_losses_reach_back_as_far_as_the_window(tg, cache_window):
+    """One layer: the last chunk's losses depend on the 32 tokens behind its end and on no earlier one."""
+    one_layer = {"num_layers": 1, "num_loops": 0, "loop_end": 0, "xsa_last_n": 1, "ttt_lora_lr": 0.0}
+    cache = {"ttt_cache_window": cache_window, "phased_ttt_prefix_docs": 0, "smear_gate_enabled": False}
+    settings = one_layer | cache
+    model = random_model(tg, tg.Config(**{**TINY, **settings}))
+    tokens = torch.randint(2, 64, (73,), generator=torch.Generator().manual_seed(3))
+    tokens[0] = 1
+
+    def last_loss(changed: int | None) -> float:
+        stream = tokens.clone()
+        if changed is not None:
+            stream[changed] = tokens[changed] % 60 + 2
+        return run(tg, stream, settings, model=model)[0].chunk_losses[-1][0]
+
+    unchanged = last_loss(None)
+    assert [last_loss(place) == unchanged for place in (30, 39)] == [True, True]
+    assert [last_loss(place) == unchanged for place in (40, 41, 60)] == [False] * 3
