@@ -247,6 +247,7 @@ class Config:
     ttt_beta2: Beta = 0.999  # its decay of the mean squared gradient
     ttt_weight_decay: Amount = 1.0  # its decoupled weight decay
     ttt_grad_steps: Count = 1  # optimiser steps per chunk
+    ttt_guard: Amount = 4.0  # nats above its mean so far at which a document loses its adapters; 0: off
     ttt_q_lora: bool = True  # adapters on the queries
     ttt_v_lora: bool = True  # adapters on the values
     ttt_k_lora: bool = True  # adapt key projections
@@ -1723,6 +1724,10 @@ class LowRank(nn.Module):
         self.A = nn.Parameter(torch.empty(batch, rank, inputs))
         self.B = nn.Parameter(torch.zeros(batch, outputs, rank))
 
+    def use_rows(self, A: Tensor, B: Tensor) -> None:
+        """Make parameters of other tensors."""
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+
     def draw_A(self, generator: torch.Generator | None, row: int | slice = slice(None)) -> None:
         """A uniform in +-1/sqrt(inputs), drawn on the CPU so that every device gets the same numbers."""
         drawn, bound = self.A.data[row], 1 / math.sqrt(self.A.size(-1))
@@ -1751,6 +1756,7 @@ class BatchedLoRA(nn.Module):
     ):
         super().__init__()
         self.batch, self._generator = batch, generator
+        self.active: Tensor | None = None  # rows whose adapters count [batch]; None: all
         self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank
         dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         widths = {"q": dim} if cfg.ttt_q_lora else {}
@@ -1776,6 +1782,28 @@ class BatchedLoRA(nn.Module):
             for low_rank in self.maps():
                 low_rank.draw_A(self._generator, row if seeds else slice(None))
 
+    @contextlib.contextmanager
+    def narrowing(self):
+        """Gives a function that leaves all but the last n rows to rest, out of sight of the optimiser.
+
+        The parameters become views of the last rows, so that steps go to the whole tensors, which come back
+        afterwards. The optimiser's state follows.
+        """
+        whole = [(low_rank, low_rank.A.data, low_rank.B.data) for low_rank in self.maps()]
+
+        def narrow(rows: int, optimizer: torch.optim.Optimizer) -> None:
+            for low_rank, a, b in whole:
+                old = list(low_rank.parameters())
+                low_rank.use_rows(a[-rows:], b[-rows:])
+                for before, after in zip(old, low_rank.parameters(), strict=True):
+                    state = optimizer.state.pop(before, {})
+                    optimizer.state[after] = {k: v[-rows:] if v.ndim else v for k, v in state.items()}
+            optimizer.param_groups[0]["params"] = list(self.parameters())
+
+        yield narrow
+        for low_rank, a, b in whole:
+            low_rank.use_rows(a, b)
+
     def reset_B(self) -> None:
         """Zero all B factors: the adapters add nothing."""
         for low_rank in self.maps():
@@ -1785,10 +1813,11 @@ class BatchedLoRA(nn.Module):
         """The adapters of a virtual layer as a function of role and input."""
 
         def adapt(role: str, x: Tensor) -> Tensor | float:
-            if role == "head":
-                return self.scale * self.lm_head_lora(x)
-            maps = getattr(self, f"{role}_loras", None)
-            return 0.0 if maps is None else self.scale * maps[slot](x)
+            maps = self.lm_head_lora if role == "head" else getattr(self, f"{role}_loras", None)
+            if maps is None:
+                return 0.0
+            y = self.scale * (maps if role == "head" else maps[slot])(x)
+            return y if self.active is None else torch.where(self.active[-len(y) :, None, None], y, 0.0)
 
         return adapt
 
@@ -2874,10 +2903,11 @@ def chunk_window(
     return ChunkWindow(start, end - start, first - start, end - first)
 
 
-def cache_start(chunk: int, cfg: Config) -> int:
-    """Where in its documents the computation of a chunk starts, behind what is cached; 0 without a cache."""
+def cache_start(chunk: int, cfg: Config) -> tuple[int, int]:
+    """Where in its documents the computation of a chunk starts, and how many tokens before it are cached."""
     end = (chunk + 1) * cfg.ttt_chunk_size
-    return max(0, end - cfg.ttt_cache_window) if cfg.ttt_cache_window else 0
+    first = max(0, end - cfg.ttt_cache_window) if cfg.ttt_cache_window else 0
+    return first, first - max(0, end - cfg.ttt_eval_seq_len)
 
 
 def share_documents(batches: Sequence[TTTBatch], cfg: Config, world_size: int) -> list[list[TTTBatch]]:
@@ -2925,7 +2955,7 @@ class ChunkBatch(NamedTuple):
 
 def chunk_batch(tokens: Tensor, batch: TTTBatch, chunk: int, cfg: Config) -> ChunkBatch:
     """Gather the windows of a chunk; finished documents have left the batch, so no row is empty."""
-    size, first = cfg.ttt_chunk_size, cache_start(chunk, cfg)
+    size, (first, _) = cfg.ttt_chunk_size, cache_start(chunk, cfg)
     alive = [(number, span) for number, span in batch.documents if chunk * size < span[1] - 1]
     windows = [chunk_window(chunk, length - 1, size, cfg.ttt_eval_seq_len, first) for _, (_, length) in alive]
     lead = int(first > 0)
@@ -2968,7 +2998,7 @@ class ScoreFirstTTT:
         self.model, self.val, self.cfg, self.looping, self.ranks = model, val, cfg, looping, ranks
         self._generator = generator or torch.Generator().manual_seed(cfg.seed)
         self._on_event = on_event or (lambda kind, **data: None)
-        self._constructed = 0
+        self._constructed = self.diverged = 0
         self.meter = BpbMeter()
         documents = select_documents(val.documents, cfg.val_doc_fraction, cfg.seed)
         self.batches = ttt_batches(list(enumerate(documents)), cfg.ttt_batch_size)
@@ -3002,6 +3032,8 @@ class ScoreFirstTTT:
             return self._new_lora(len(seeds), seeds)
         if len(batch.documents) < self.cfg.ttt_batch_size:
             return self._new_lora(len(batch.documents))
+        if reusable.active is not None and not bool(reusable.active.all()):
+            reusable.draw_A()  # nobody inherits what has diverged
         squares = sum(float(low_rank.A.detach().double().square().sum()) for low_rank in reusable.maps())
         self._on_event("lora_reset", a_l2=math.sqrt(squares), lora=reusable)
         reusable.reset_B()
@@ -3015,40 +3047,60 @@ class ScoreFirstTTT:
         return lora
 
     def _score_batch(self, batch: TTTBatch, lora: BatchedLoRA) -> None:
-        optimizer, cache = (
-            lora_optimizer(self.cfg, lora),
-            KeyValueCache() if self.cfg.ttt_cache_window else None,
-        )
-        longest = max(length for _, (_, length) in batch.documents)
+        cfg, optimizer = self.cfg, lora_optimizer(self.cfg, lora)
+        cache = KeyValueCache() if cfg.ttt_cache_window else None
+        longest, rows = batch.documents[-1][1][1], len(batch.documents)
+        calm = torch.zeros(rows, device=self.ranks.device)  # summed mean losses of each document's chunks
+        lora.active = torch.ones_like(calm, dtype=torch.bool)
         sums = []
-        for chunk in range(-(-(longest - 1) // self.cfg.ttt_chunk_size)):
-            part = chunk_batch(self.val.tokens, batch, chunk, self.cfg)
-            learns = bool(part.trains.any())
-            if cache:
-                first = cache_start(chunk, self.cfg)
-                cache.advance(
-                    first, first - max(0, (chunk + 1) * self.cfg.ttt_chunk_size - self.cfg.ttt_eval_seq_len)
-                )
-            with torch.set_grad_enabled(learns):
-                losses = self._losses(part, lora, cache)
-            scored = (losses.detach().double() * part.valid.to(losses.device)).sum()
-            byte_sum = sum(int(self.val.target_bytes[start : start + n].sum()) for start, n in part.spans)
-            sums.append([scored, byte_sum, int(part.valid.sum())])
-            self._on_event("scored", batch_number=batch.index, chunk=chunk, part=part)
-            if learns:
-                self._on_event("trained", batch_number=batch.index, chunk=chunk, part=part)
-                self._adapt(part, lora, optimizer, losses, cache)
-        for loss_sum, byte_sum, tokens in sums:
-            self.meter.add_sums(float(loss_sum), byte_sum, tokens)
+        with lora.narrowing() as narrow:
+            for chunk in range(-(-(longest - 1) // cfg.ttt_chunk_size)):
+                part = chunk_batch(self.val.tokens, batch, chunk, cfg)
+                if len(part.documents) <= rows // 2:
+                    rows = len(part.documents)
+                    narrow(rows, optimizer)
+                learns = bool(part.trains.any())
+                if cache:
+                    cache.advance(*cache_start(chunk, cfg))
+                with torch.set_grad_enabled(learns):
+                    losses = self._losses(part, lora, cache)
+                sums.append(self._sums(part, losses, calm, chunk, lora))
+                self._on_event("scored", batch_number=batch.index, chunk=chunk, part=part)
+                if learns:
+                    self._on_event("trained", batch_number=batch.index, chunk=chunk, part=part)
+                    self._adapt(part, lora, optimizer, losses, cache)
         chunks = [[float(loss_sum), byte_sum, tokens] for loss_sum, byte_sum, tokens in sums]
+        for chunk in chunks:
+            self.meter.add_sums(*chunk)
+        diverged = int((~lora.active).sum())
+        self.diverged += diverged
         totals = {
             "loss_sum": self.meter.loss_sum,
             "byte_sum": self.meter.bytes,
             "token_count": self.meter.tokens,
+            "diverged": diverged,
         }
         self._on_event(
             "batch_done", batch_number=batch.index, chunks=chunks, lora=lora, batch=batch, **totals
         )
+
+    def _sums(
+        self, part: ChunkBatch, losses: Tensor, calm: Tensor, chunk: int, lora: BatchedLoRA
+    ) -> tuple[Tensor, int, int]:
+        """Loss, bytes and targets of a chunk. Adapters of documents that have come to harm are switched off.
+
+        That is where the mean loss of a chunk exceeds that of the document's chunks so far by TTT_GUARD: from
+        the next chunk on the document is scored by the weights without them. What is scored stays as it is.
+        """
+        valid, rows = part.valid.to(losses.device), len(part.documents)
+        scored = losses.detach() * valid
+        mean, before = scored.sum(1) / valid.sum(1), calm[-rows:]
+        if self.cfg.ttt_guard and chunk:
+            lora.active = lora.active.clone()  # the graph of the losses holds the old one
+            lora.active[-rows:] &= mean <= before / chunk + self.cfg.ttt_guard
+        before += mean
+        byte_sum = sum(int(self.val.target_bytes[start : start + n].sum()) for start, n in part.spans)
+        return scored.double().sum(), byte_sum, int(part.valid.sum())
 
     def _losses(self, part: ChunkBatch, lora: BatchedLoRA, cache: KeyValueCache | None) -> Tensor:
         x, y, scored = (t.to(self.ranks.device) for t in (part.x, part.y, part.scored))
@@ -3069,7 +3121,7 @@ class ScoreFirstTTT:
         for step in range(self.cfg.ttt_grad_steps):
             losses = self._losses(part, lora, cache) if step else losses
             optimizer.zero_grad(set_to_none=True)
-            losses.mean(1)[trains].sum().backward(inputs=parameters)
+            torch.where(trains, losses.mean(1), 0.0).sum().backward(inputs=parameters)
             optimizer.step()
 
     def _global_phase(self, phase: int, boundary: int, done: Sequence[TTTBatch]) -> None:

@@ -150,7 +150,7 @@ class GivenLossModel(torch.nn.Module):
         self.anchor = torch.nn.Parameter(torch.zeros(()))
 
     def losses(
-        self, input_ids, target_ids, segments=None, *, looping: bool, lora=None, scored=None
+        self, input_ids, target_ids, segments=None, *, looping: bool, lora=None, scored=None, cache=None
     ) -> torch.Tensor:
         losses = given_losses(input_ids, target_ids)
         if scored is not None:

@@ -487,3 +487,54 @@ def test_losses_reach_back_as_far_as_the_window(tg, cache_window):
     unchanged = last_loss(None)
     assert [last_loss(place) == unchanged for place in (30, 39)] == [True, True]
     assert [last_loss(place) == unchanged for place in (40, 41, 60)] == [False] * 3
+
+
+# -- adapters that do harm
+
+
+RUINOUS = {"ttt_lora_lr": 100.0, "phased_ttt_prefix_docs": 0, "ttt_warm_start_a": True}
+
+
+def test_document_that_diverges_goes_on_without_adapters(tg):
+    """From the chunk after the rise on its losses are those of the weights alone; nothing is scored again."""
+    settings, still = {**RUINOUS, "ttt_guard": 0.5}, {"ttt_lora_lr": 0.0, "phased_ttt_prefix_docs": 0}
+    val = validation(tg, documents_stream())
+
+    def chunk_losses(settings: dict) -> tuple[list[tuple], int]:
+        config, found = tg.Config(**{**TINY, **settings}), []
+        evaluator = tg.ScoreFirstTTT(random_model(tg, config), val, config, looping=True)
+        inner = evaluator._losses
+
+        def losses(part, *rest):
+            values = inner(part, *rest)
+            for row, number in enumerate(part.documents):
+                found.append((number, float(values[row].detach()[part.valid[row]].mean())))
+            return values
+
+        evaluator._losses = losses
+        evaluator.run()
+        return found, evaluator.diverged
+
+    (ruined, diverged), (plain, _) = chunk_losses(settings), chunk_losses(still)
+    assert [number for number, _ in ruined] == [number for number, _ in plain]  # each chunk once, in order
+    assert 0 < diverged <= len(LENGTHS)
+    so_far, off = {}, set()
+    for (number, loss), (_, without) in zip(ruined, plain, strict=True):
+        earlier = so_far.setdefault(number, [])
+        if number in off:
+            assert loss == pytest.approx(without, rel=1e-5)
+        elif earlier and loss > sum(earlier) / len(earlier) + 0.5:
+            off.add(number)
+        earlier.append(loss)
+    assert len(off) == diverged
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_guard_limits_the_damage(tg, warm):
+    """A rate that ruins every document: worse than no adapters, better than without the guard."""
+    settings = RUINOUS | {"ttt_lora_lr": 1e4, "ttt_warm_start_a": warm}
+    guarded = run(tg, documents_stream(), settings)[1]
+    unguarded = run(tg, documents_stream(), settings | {"ttt_guard": 0.0})[1]
+    plain = run(tg, documents_stream(), {"ttt_lora_lr": 0.0, "phased_ttt_prefix_docs": 0})[1]
+    assert plain.val_bpb < guarded.val_bpb
+    assert guarded.val_bpb < 6 and not unguarded.val_bpb <= guarded.val_bpb
