@@ -235,7 +235,14 @@ class Config:
     val_batch_tokens: Annotated[int, Range(8)] = 524_288  # an evaluation row holds an eighth of these targets
     eval_seq_len: Count = 2048  # tokens; longer documents are cut in the standard evaluation
     val_doc_fraction: Annotated[float, Range(0, 1, above=True)] = 1.0  # below 1: a sample, never a full score
+    sliding_window_enabled: bool = False  # score by sliding windows too (PR #1493)
+    eval_stride: Count = 64  # targets that a sliding window scores
     ttt_enabled: bool = True  # phased score-first LoRA test-time training
+    ttt_sgd: bool = False  # train all weights by SGD on chunks of the stream instead (PR #549, #1493)
+    ttt_lr: Amount = 0.005  # its rate, a cosine over the chunks
+    ttt_epochs: Count = 3  # its passes over a scored chunk
+    ttt_momentum: Beta = 0.9  # its momentum
+    ttt_chunk_tokens: Count = 32_768  # its chunks
     ttt_batch_size: Count = 64  # documents adapted side by side
     ttt_chunk_size: Count = 48  # targets scored before each adaptation step
     ttt_eval_seq_len: Count = 2048  # longest window behind a chunk's end
@@ -314,6 +321,9 @@ class Config:
         ):
             limits = f"TTT_CHUNK_SIZE={self.ttt_chunk_size} to TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"
             raise ConfigError(f"TTT_CACHE_WINDOW={self.ttt_cache_window}: must be 0 or {limits}")
+        if self.eval_stride > self.eval_seq_len:
+            limit = f"EVAL_SEQ_LEN={self.eval_seq_len}"
+            raise ConfigError(f"EVAL_STRIDE={self.eval_stride}: must be at most {limit}")
         if self.global_ttt_chunk_tokens < self.eval_seq_len:
             limit = f"EVAL_SEQ_LEN={self.eval_seq_len} (a chunk is whole windows)"
             raise ConfigError(
@@ -1822,6 +1832,7 @@ class BatchedLoRA(nn.Module):
         return adapt
 
 
+# [if TTT_CACHE_WINDOW]
 class KeyValueCache:
     """Keys and values of a batch's earlier tokens as they were last computed, for each virtual layer (slot).
 
@@ -1852,6 +1863,9 @@ class KeyValueCache:
             grown = (torch.cat([old[-len(x) :], x[:, : first - self.first]], 1) for old, x in pairs)
             self._past[slot] = tuple(x[:, max(x.size(1) - limit, 0) :] for x in grown)
         self.first = first
+
+
+# [end]
 
 
 def lora_slots(cfg: Config, looping: bool) -> int:
@@ -2718,7 +2732,7 @@ WRAPPER = b'#coding:l1\nimport %s as c\nexec(c.decompress("""%s""".encode("l1"))
 def pack_code(source: bytes, codec: str = "brotli", off: Container[str] = ()) -> tuple[bytes, bool]:
     """The script as it is counted: minified, compressed, in a wrapper that runs; a packed one stays itself.
 
-    What stands between lines `# [if SETTING]` and `# [end]` is left out when that setting is `off`.
+    What stands between lines `# [if A or B]` and `# [end]` is left out when those settings are `off`.
 
     The compressed bytes stand in a Latin-1 string literal (a fifth smaller than base85); only what a literal
     cannot hold is escaped. Returns the wrapper and whether the source was minified: without `python-minifier`
@@ -2726,8 +2740,11 @@ def pack_code(source: bytes, codec: str = "brotli", off: Container[str] = ()) ->
     """
     if source.startswith(WRAPPER.partition(b"%s")[0]):
         return source, True
-    sections = rb"(?ms)^# \[if (\w+)\]\n(.*?)^# \[end\]\n"
-    source = re.sub(sections, lambda part: part[2] * (part[1].decode() not in off), source)
+
+    def wanted(section: re.Match) -> bytes:
+        return section[2] if set(section[1].decode().split(" or ")) - set(off) else b""
+
+    source = re.sub(rb"(?ms)^# \[if ([\w ]+)\]\n(.*?)^# \[end\]\n", wanted, source)
     try:
         import python_minifier
     except ImportError:
@@ -3158,27 +3175,48 @@ def global_sgd(
 
     Returns the gradient norm before clipping and the learning rate of every step.
     """
-    optimizer = torch.optim.SGD(model.parameters(), cfg.global_ttt_lr, cfg.global_ttt_momentum)
-    chunk_tokens, window = cfg.global_ttt_chunk_tokens, cfg.eval_seq_len
-    num_chunks = -(-(len(tokens) - 1) // chunk_tokens)
+    optimizer = global_optimizer(model, cfg)
+    num_chunks = -(-(len(tokens) - 1) // cfg.global_ttt_chunk_tokens)
     norms, rates = [], []
     for chunk in range(num_chunks - 1):
-        rate = global_sgd_lr(chunk, num_chunks, cfg)
-        optimizer.param_groups[0]["lr"] = rate
-        windows = chunk_tokens // window
-        for start in list(range(0, windows, cfg.global_ttt_batch_seqs)) * cfg.global_ttt_epochs:
-            count = window * min(cfg.global_ttt_batch_seqs, windows - start)
-            first = chunk * chunk_tokens + start * window
-            part = _share_of_row(tokens[first : first + count + 1], cfg, ranks)
-            if len(part) > 1:
-                loss = _global_losses(model, part, cfg, looping, ranks).sum() / count
-                loss.backward()
-            ranks.sum_packed_([_gradient(parameter) for parameter in model.parameters()])
-            norms.append(nn.utils.clip_grad_norm_(model.parameters(), cfg.global_ttt_grad_clip or math.inf))
-            rates.append(rate)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    return [float(norm) for norm in norms], rates
+        rates += [global_sgd_lr(chunk, num_chunks, cfg)]
+        first = chunk * cfg.global_ttt_chunk_tokens
+        row = tokens[first : first + cfg.global_ttt_chunk_tokens + 1]
+        norms += [global_sgd_chunk(model, row, cfg, optimizer, rates[-1], looping=looping, ranks=ranks)]
+    rates = [rate for rate, steps in zip(rates, norms, strict=True) for _ in steps]
+    return [float(norm) for steps in norms for norm in steps], rates
+
+
+def global_optimizer(model: GPT, cfg: Config) -> torch.optim.SGD:
+    """SGD with momentum on all base weights."""
+    return torch.optim.SGD(model.parameters(), cfg.global_ttt_lr, cfg.global_ttt_momentum)
+
+
+def global_sgd_chunk(
+    model: GPT,
+    tokens: Tensor,
+    cfg: Config,
+    optimizer: torch.optim.SGD,
+    rate: float,
+    *,
+    looping: bool,
+    ranks: Ranks,
+) -> list[Tensor]:
+    """All passes over the whole windows of scored tokens [n+1]; returns each step's norm before clipping."""
+    optimizer.param_groups[0]["lr"] = rate
+    window, norms = cfg.eval_seq_len, []
+    windows = (len(tokens) - 1) // window
+    for start in list(range(0, windows, cfg.global_ttt_batch_seqs)) * cfg.global_ttt_epochs:
+        count = window * min(cfg.global_ttt_batch_seqs, windows - start)
+        part = _share_of_row(tokens[start * window : start * window + count + 1], cfg, ranks)
+        if len(part) > 1:
+            loss = _global_losses(model, part, cfg, looping, ranks).sum() / count
+            loss.backward()
+        ranks.sum_packed_([_gradient(parameter) for parameter in model.parameters()])
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), cfg.global_ttt_grad_clip or math.inf))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norms
 
 
 def _share_of_row(row: Tensor, cfg: Config, ranks: Ranks) -> Tensor:
@@ -3207,6 +3245,94 @@ def _global_losses(model: GPT, tokens: Tensor, cfg: Config, looping: bool, ranks
     with ranks.autocast():
         placed = segments and segments.to(device)
         return model.losses(x.to(device), y.to(device), placed, looping=looping)
+
+
+# [if SLIDING_WINDOW_ENABLED or TTT_SGD]
+# -- sliding windows, and test-time training by SGD between their chunks (PR #549, #1493)
+
+
+def sliding_windows(first: int, end: int, window: int, stride: int) -> list[ChunkWindow]:
+    """Windows over a stream that score the targets from `first` to `end`, `stride` each, once.
+
+    Each sees the last `window` inputs; the stream's very first one scores all of its own.
+    """
+    windows, done = [], first
+    while done < end:
+        stop = min(max(done + stride, window), end)
+        start = max(0, stop - window)
+        windows.append(ChunkWindow(start, stop - start, done - start, stop - done))
+        done = stop
+    return windows
+
+
+def evaluate_sliding(
+    model: GPT,
+    val: ValidationSet,
+    cfg: Config,
+    first: int,
+    end: int,
+    *,
+    looping: bool,
+    ranks: Ranks = CPU,
+) -> BpbMeter:
+    """Score the targets from `first` to `end`: this rank's sums. Rows are plain: no document segments."""
+    meter, rows = BpbMeter(), max(1, cfg.val_batch_tokens // CONTEST_MICRO_BATCHES // cfg.eval_seq_len)
+    windows = sliding_windows(first, end, cfg.eval_seq_len, cfg.eval_stride)
+    for _, alike in itertools.groupby(windows, lambda window: window[1:]):
+        alike = list(alike)
+        batches = [alike[start : start + rows] for start in range(0, len(alike), rows)]
+        for batch in batches[ranks.rank :: ranks.world_size]:
+            spans = [slice(window.start, window.start + window.length) for window in batch]
+            x = torch.stack([val.tokens[span] for span in spans]).long()
+            y = torch.stack([val.tokens[span.start + 1 : span.stop + 1] for span in spans]).long()
+            scored = torch.arange(batch[0].offset, batch[0].length).expand(len(batch), -1)
+            with torch.no_grad(), ranks.autocast():
+                x, y, scored = (part.to(ranks.device) for part in (x, y, scored))
+                losses = model.losses(x, y, looping=looping, scored=scored).cpu()
+            for row, span in zip(losses, spans, strict=True):
+                meter.add(row, val.target_bytes[span.stop - len(row) : span.stop])
+    return meter
+
+
+def score_first_sgd(
+    model: GPT,
+    val: ValidationSet,
+    cfg: Config,
+    *,
+    looping: bool,
+    ranks: Ranks = CPU,
+    on_event: Callable[..., None] | None = None,
+) -> BpbMeter:
+    """Chunks of the stream: score one by sliding windows, then train all base weights on it; not on the last.
+
+    The rate is a cosine over the chunks. The model is changed in place.
+    """
+    meter, size = BpbMeter(), cfg.ttt_chunk_tokens
+    sgd = dataclasses.replace(
+        cfg,
+        global_ttt_lr=cfg.ttt_lr,
+        global_ttt_momentum=cfg.ttt_momentum,
+        global_ttt_epochs=cfg.ttt_epochs,
+        global_ttt_warmup_chunks=0,
+        global_ttt_respect_doc_boundaries=False,
+    )
+    optimizer, num_chunks = global_optimizer(model, sgd), -(-val.num_targets // size)
+    for chunk in range(num_chunks):
+        first, end = chunk * size, min((chunk + 1) * size, val.num_targets)
+        part = evaluate_sliding(model, val, cfg, first, end, looping=looping, ranks=ranks)
+        meter.add_sums(part.loss_sum, part.bytes, part.tokens)
+        if on_event:
+            on_event("scored_span", chunk=chunk, first=first, end=end)
+        if chunk < num_chunks - 1:
+            rate, row = global_sgd_lr(chunk, num_chunks, sgd), val.tokens[first : end + 1]
+            global_sgd_chunk(model, row, sgd, optimizer, rate, looping=looping, ranks=ranks)
+            if on_event:
+                on_event("trained_span", chunk=chunk, first=first, end=end)
+    meter.sum_over(ranks)
+    return meter
+
+
+# [end]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -3343,16 +3469,20 @@ class Run:
             score = model_score(self.model, looping=looping, ranks=self.ranks)
             limits = row_tokens, self.cfg.eval_seq_len
             meter = evaluate_standard(score, self.val, *limits, progress.update, self.ranks)
-        self._record(stage, meter, self.val.num_targets)
+        self._record(stage, meter, self.val.documents)
 
-    def _record(self, stage: str, meter: BpbMeter, targets: int) -> None:
+    def _record(self, stage: str, meter: BpbMeter, documents: Sequence[tuple[int, int]]) -> None:
         """Keep and log a score; a target scored twice or not at all is a fault of the evaluator."""
-        if meter.tokens != targets:
-            raise RunError(f"{stage}: {meter.tokens:.0f} targets scored of {targets}")
+        targets = sum(length - 1 for _, length in documents)
+        byte_sum = sum(int(self.val.target_bytes[start : start + n - 1].sum()) for start, n in documents)
+        if (meter.tokens, meter.bytes) != (targets, byte_sum):
+            counts = f"{meter.tokens:.0f} targets, {meter.bytes:.0f} bytes"
+            raise RunError(f"{stage}: {counts} scored of {targets}, {byte_sum}")
         self.stages[stage] = {
             "val_loss": meter.val_loss,
             "val_bpb": meter.val_bpb,
-            "targets": int(meter.tokens),
+            "documents": len(documents),
+            "targets": targets,
             "bytes": int(meter.bytes),
             "seconds": self.watch.seconds[stage],
         }
@@ -3416,6 +3546,27 @@ class Run:
         self.result |= sizes
         self.log.event("size", **sizes, limit=SIZE_LIMIT)
 
+    def slide(self) -> None:
+        """Evaluation by sliding windows."""
+        with self.watch.stage("sliding"):
+            ends, options = (0, self.val.num_targets), {"looping": self.looping, "ranks": self.ranks}
+            meter = evaluate_sliding(self.model, self.val, self.cfg, *ends, **options)
+            meter.sum_over(self.ranks)
+        self._record("sliding", meter, self.val.documents)
+
+    def adapt_by_sgd(self) -> None:
+        """Score-first test-time training by SGD."""
+        progress = self.log.progress("ttt", self.val.num_targets)
+
+        def on_event(kind: str, **data: object) -> None:
+            if kind == "scored_span":
+                progress.update(data["end"])
+
+        with self.watch.stage("ttt"):
+            options = {"looping": self.looping, "ranks": self.ranks, "on_event": on_event}
+            meter = score_first_sgd(self.model, self.val, self.cfg, **options)
+        self._record("ttt", meter, self.val.documents)
+
     def adapt(self) -> None:
         """Phased score-first LoRA test-time training: the contest score."""
         cfg = self.model.cfg
@@ -3434,11 +3585,11 @@ class Run:
         with self.watch.stage("ttt"):
             options = {"looping": self.looping, "ranks": self.ranks, "on_event": on_event}
             meter = score_first_ttt(self.model, self.val, cfg, **options)
-        self._record("ttt", meter, sum(length - 1 for _, length in documents))
+        self._record("ttt", meter, documents)
 
     def finish(self) -> int:
         """Write result.json and the final line; exit code 3 when a limit of the contest is exceeded."""
-        final = next(name for name in ("ttt", "quantised", "prequant") if name in self.stages)
+        final = next(name for name in ("ttt", "sliding", "quantised", "prequant") if name in self.stages)
         seconds = self.watch.seconds
         summary = {
             "val_bpb": self.stages[final]["val_bpb"],
@@ -3485,8 +3636,10 @@ class Run:
         self.count_bytes()
         self.looping = self.model.cfg.num_loops > 0
         self.evaluate("quantised")
+        if self.cfg.sliding_window_enabled:
+            self.slide()
         if self.cfg.ttt_enabled:
-            self.adapt()
+            (self.adapt_by_sgd if self.cfg.ttt_sgd else self.adapt)()
         return self.finish()
 
 
