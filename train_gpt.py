@@ -160,7 +160,9 @@ class Config:
     rope_dims: Whole = 16  # rotated dimensions of each head; 0: all
     rope_yarn: bool = False  # stretch the rotary base for rows longer than TRAIN_SEQ_LEN
     ln_scale: bool = True  # scale normed inputs of layer i by 1/sqrt(i+1)
-    num_loops: Whole = 2  # extra passes through layers LOOP_START..LOOP_END (depth recurrence)
+    num_loops: Annotated[int, Range(0, 100)] = (
+        2  # extra passes through layers LOOP_START..LOOP_END (depth recurrence)
+    )
     loop_start: Whole = 3  # first looped layer
     loop_end: Whole = 5  # last looped layer
     parallel_start_layer: Whole = 8  # decoder layers from here on are parallel; 0: none
@@ -321,7 +323,7 @@ class Config:
         ):
             limits = f"TTT_CHUNK_SIZE={self.ttt_chunk_size} to TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"
             raise ConfigError(f"TTT_CACHE_WINDOW={self.ttt_cache_window}: must be 0 or {limits}")
-        if self.eval_stride > self.eval_seq_len:
+        if self.sliding_window_enabled + self.ttt_sgd and self.eval_stride > self.eval_seq_len:
             limit = f"EVAL_SEQ_LEN={self.eval_seq_len}"
             raise ConfigError(f"EVAL_STRIDE={self.eval_stride}: must be at most {limit}")
         if self.global_ttt_chunk_tokens < self.eval_seq_len:

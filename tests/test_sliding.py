@@ -126,4 +126,5 @@ def test_sgd_learns(tg):
 
 def test_stride_is_checked(tg):
     with pytest.raises(tg.ConfigError, match="EVAL_STRIDE=33: must be at most EVAL_SEQ_LEN=32"):
-        tg.Config(**{**SETTINGS, "eval_stride": 33})
+        tg.Config(**{**SETTINGS, "eval_stride": 33, "sliding_window_enabled": True})
+    assert tg.Config(**{**SETTINGS, "eval_stride": 33}).eval_stride == 33
