@@ -145,7 +145,7 @@ class Config:
     # Speed
     attention_backend: Backend = "auto"  # auto: the first of the others that works on the device
     triton_kernels: bool = True  # fused kernels, on CUDA where Triton is installed; 0: their eager forms
-    compiler: Literal["auto", "off", "aot_eager", "inductor"] = "auto"  # auto: inductor, on CUDA only
+    compile_backend: Literal["auto", "off", "aot_eager", "inductor"] = "auto"  # inductor on CUDA
 
     # Data
     data_dir: str = "./data/"  # root of the default data layout
@@ -621,7 +621,9 @@ class Ranks:
         ranks = cls(
             torch.device("cuda", local_rank) if cuda else torch.device("cpu"), rank, world_size, local_rank
         )
-        ranks.compiler = {"auto": "inductor" if cuda else "", "off": ""}.get(cfg.compiler, cfg.compiler)
+        ranks.compiler = {"auto": "inductor" if cuda else "", "off": ""}.get(
+            cfg.compile_backend, cfg.compile_backend
+        )
         if cuda:
             torch.cuda.set_device(ranks.device)
         if world_size > 1:

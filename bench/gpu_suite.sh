@@ -61,7 +61,7 @@ peer() {  # NAME: both scripts once; the second round comes last
 }
 peer peer
 step kernels "$PYTHON bench/kernels.py --device $DEVICE --json"
-step variants "for variant in TRITON_KERNELS=0 ATTENTION_BACKEND=flex ATTENTION_BACKEND=torch_varlen COMPILER=off TRITON_KERNELS=1; do
+step variants "for variant in TRITON_KERNELS=0 ATTENTION_BACKEND=flex ATTENTION_BACKEND=torch_varlen COMPILE_BACKEND=off TRITON_KERNELS=1; do
         echo \"== \$variant\"; env \$variant $PYTHON bench/train_step.py --device $DEVICE; done"
 step run "env $SETTINGS $SHORT ITERATIONS=40 VAL_DOC_FRACTION=0.02 PHASED_TTT_PREFIX_DOCS=8 ARTIFACT_DIR=$OUT/work/run $PYTHON train_gpt.py"
 step memory "env $SETTINGS $SHORT ITERATIONS=10 PREQUANT_ONLY=1 ARTIFACT_DIR=$OUT/work/memory \
