@@ -1503,7 +1503,7 @@ def cross_entropy(z, targets, norms, losses, grads, out, cap,
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < V
-        u = tl.load(z + column, inside, 0.0).to(tl.float32) / cap
+        u = tl.load(z + column, inside, float("-inf")).to(tl.float32) / cap
         e = tl.exp(-2 * tl.abs(u))
         c = tl.where(u < 0, -cap, cap) * (1 - e) / (1 + e)
         if BACKWARD:

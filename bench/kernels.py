@@ -1,7 +1,7 @@
 """Each kernel against its eager form, the compiled eager form and the roofline; tiles and backends compared.
 
     python bench/kernels.py [--device cpu] [--json] [--only NAME] [--tokens N]
-    python bench/kernels.py --compile-only     # no GPU needed: registers, spills and shared memory
+    python bench/kernels.py --compile-only [--every-tile]     # no GPU: registers, spills, shared memory
 
 The roofline is the longer of FLOPs / peak and bytes / bandwidth of the data sheet, `of_roof` its share of the
 time. On a CPU the eager forms of a small model are timed; Triton kernels and GPU backends need CUDA.
@@ -161,8 +161,8 @@ class Bench:
                 self.time(f"newton-schulz {shape}", "compiled", lambda b=bank, f=compiled: f(b), (), flops, 0)
 
 
-def compile_only() -> list[dict]:
-    """Compile the Triton kernels for GPUs that are not here, as they are launched there."""
+def compile_only(every_tile: bool) -> list[dict]:
+    """Compile the Triton kernels for GPUs that are not here: as they are launched, or with all tiles."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -220,20 +220,22 @@ def compile_only() -> list[dict]:
         constants = {"V": 8192, "BLOCK": 4096, "BACKWARD": backward}
         compile_one(tg.kernels().cross_entropy, 90, types, constants, num_warps=8)
     for arch, described in ((90, True), (89, False), (80, False)):
-        for mode in (0, 1, 2):
-            bm, bn, bk, warps, stages = TILES[described][0]
-            operands = {name: f"tensordesc<bf16[{size},{bk}]>" for name, size in (("a", bm), ("b", bn))}
-            operands = operands if described else dict.fromkeys("ab", "*bf16")
-            constants = {"K": 512, "TURNS": 94, "MODE": mode, "DESC": described, "BM": bm, "BN": bn, "BK": bk}
-            types = {
-                **operands,
-                "out": "*bf16",
-                "slope": "*bf16",
-                "M": "i32",
-                "N": "i32",
-                **dict.fromkeys(constants, ""),
-            }
-            compile_one(tg.kernels().matmul, arch, types, constants, num_warps=warps, num_stages=stages)
+        for bm, bn, bk, warps, stages in TILES[described][: None if every_tile else 1]:
+            for mode in (0, 1, 2):
+                operands = {name: f"tensordesc<bf16[{size},{bk}]>" for name, size in (("a", bm), ("b", bn))}
+                operands = operands if described else dict.fromkeys("ab", "*bf16")
+                constants = {
+                    "K": 512,
+                    "TURNS": 94,
+                    "MODE": mode,
+                    "DESC": described,
+                    "BM": bm,
+                    "BN": bn,
+                    "BK": bk,
+                }
+                types = {**operands, "out": "*bf16", "slope": "*bf16", "M": "i32", "N": "i32"}
+                types |= dict.fromkeys(constants, "")
+                compile_one(tg.kernels().matmul, arch, types, constants, num_warps=warps, num_stages=stages)
     return rows
 
 
@@ -247,9 +249,12 @@ def main() -> None:
     options.add_argument(
         "--compile-only", action="store_true", help="compile for other GPUs, measure nothing"
     )
+    options.add_argument(
+        "--every-tile", action="store_true", help="with --compile-only: all tiles of the product"
+    )
     args = options.parse_args()
     if args.compile_only:
-        report({"benchmark": "kernels, compiled only"}, compile_only(), args.json)
+        report({"benchmark": "kernels, compiled only"}, compile_only(args.every_tile), args.json)
         return
     torch.manual_seed(0)
     bench = Bench(args)

@@ -2,8 +2,8 @@
 
     python bench/train_step.py [--device cpu] [--json] [--tokens N] [--profile]
 
-Settings come from the environment, as for train_gpt.py: ATTENTION_BACKEND, TRITON_KERNELS, COMPILE_BACKEND. On
-a CPU a small model is measured. MFU: 6 FLOPs a weight and token, 12 D a token and attended token, over the
+Settings come from the environment, as for train_gpt.py: ATTENTION_BACKEND, TRITON_KERNELS, COMPILE_BACKEND.
+On a CPU a small model is measured. MFU: 6 FLOPs a weight and token, 12 D a token and attended token, over the
 data sheet's peak.
 """
 
