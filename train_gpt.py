@@ -1587,7 +1587,8 @@ def launch_matmul(
     multiprocessor takes one tile after the other.
     """
     (rows, inner), columns = a.shape, len(b)
-    hopper = a.is_cuda and torch.cuda.get_device_capability(a.device)[0] in (9, 10) and inner % 8 == 0
+    hopper = a.is_cuda and torch.cuda.get_device_capability(a.device)[0] in (9, 10)
+    hopper = hopper and a.element_size() == 2 and inner % 8 == 0
     described, bm, bn, bk, warps, stages = tiles or (
         (1, 128, 128, 64, 8, 4) if hopper else (0, 128, 128, 32, 8, 3)
     )

@@ -147,6 +147,18 @@ class Bench:
         if self.cuda:
             self.time("mix and norm", "compiled", torch.compile(eager), [x, x0], 0, 3 * x.nbytes)
 
+    def gates(self) -> None:
+        """The sparse attention gate: a product with 12 inputs and 8 outputs, or a sum that can be fused."""
+        x, window = self.random(1, self.tokens, self.cfg.model_dim), self.cfg.gate_window
+        weight = self.random(self.cfg.num_heads, window)
+        product = lambda: torch.sigmoid(F.linear(x[..., :window], weight))  # noqa: E731
+        summed = lambda: torch.sigmoid((x[..., None, :window] * weight).sum(-1))  # noqa: E731
+        for form, function in (("product", product), ("sum", summed)):
+            compiled = torch.compile(function, fullgraph=True, dynamic=False) if self.cuda else function
+            self.time(
+                "attention gate", form, compiled, [x, weight], 0, self.tokens * window * x.element_size()
+            )
+
     def newton_schulz(self) -> None:
         """Orthogonalisation of the four banks; symmetric products could save at most half of its products."""
         cfg, kv = self.cfg, self.cfg.num_kv_heads * self.cfg.head_dim
@@ -259,7 +271,7 @@ def main() -> None:
     torch.manual_seed(0)
     bench = Bench(args)
     parts = (bench.cross_entropy, bench.mlp, bench.tiles, bench.attention)
-    for part in (*parts, bench.projections, bench.norms, bench.newton_schulz):
+    for part in (*parts, bench.projections, bench.norms, bench.gates, bench.newton_schulz):
         part()
     result = {"benchmark": "kernels", **environment(bench.ranks), "tokens": bench.tokens}
     ceiling = {"peak_flops": bench.flop_rate, "bandwidth": bench.bandwidth}
