@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 from test_attention import flash  # noqa: F401 - a fixture
-from test_training import SIZES, fingerprint, write_shard
+from test_training import SIZES as TRAINING_SIZES
+from test_training import fingerprint, write_shard
+
+SIZES = TRAINING_SIZES | {"eval_stride": 16}
 
 
 @pytest.fixture
