@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := .venv/run.installed
 DEV := .venv/dev.installed
 
-.PHONY: help demo data test lint format readme clean
+.PHONY: help demo data test lint format readme bench clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -41,6 +41,9 @@ $(RUN): requirements.txt
 $(DEV): requirements-dev.txt $(RUN)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
+
+bench: $(RUN)  ## speed of a training step on this machine (a small model on a CPU)
+	$(BIN)/python bench/train_step.py
 
 clean:  ## remove environment, demo data and caches; runs/ stays
 	rm -rf .venv data/demo .pytest_cache .ruff_cache .hypothesis tests/__pycache__ __pycache__

@@ -24,8 +24,9 @@ import bisect
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
-import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -39,11 +40,13 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -119,6 +122,7 @@ Amount = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]
 Share = Annotated[float, Range(0, 1)]
 Beta = Annotated[float, Range(0, 0.999999)]
+Backend = Literal["auto", "fa3", "fa4", "torch_varlen", "flex", "plain"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,11 @@ class Config:
     ttt_eval_only: bool = False  # no training: evaluate the artifact QUANTIZED_MODEL_PATH
     model_path: str = "final_model.pt"  # full-precision weights, an input of the *_ONLY stages
     quantized_model_path: str = "final_model.int6.ptz"  # the artifact, the input of TTT_EVAL_ONLY
+
+    # Speed
+    attention_backend: Backend = "auto"  # auto: the first of the others that works on the device
+    triton_kernels: bool = True  # fused kernels, on CUDA where Triton is installed; 0: their eager forms
+    compile_backend: Literal["auto", "off", "aot_eager", "inductor"] = "auto"  # inductor on CUDA
 
     # Data
     data_dir: str = "./data/"  # root of the default data layout
@@ -590,7 +599,7 @@ class Ranks:
 
     def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1, local_rank: int = 0):
         self.device, self.rank, self.world_size, self.local_rank = device, rank, world_size, local_rank
-        self._store, self._meetings = None, 0
+        self._store, self._meetings, self.compiler = None, 0, ""
 
     @classmethod
     def from_env(cls, cfg: Config, environ: Mapping[str, str]) -> "Ranks":
@@ -613,6 +622,9 @@ class Ranks:
             torch.set_num_threads(cfg.cpu_threads)
         ranks = cls(
             torch.device("cuda", local_rank) if cuda else torch.device("cpu"), rank, world_size, local_rank
+        )
+        ranks.compiler = {"auto": "inductor" if cuda else "", "off": ""}.get(
+            cfg.compile_backend, cfg.compile_backend
         )
         if cuda:
             torch.cuda.set_device(ranks.device)
@@ -739,11 +751,32 @@ class Ranks:
         return Pending(copy, event)
 
     def place(self, model: "GPT") -> "GPT":
-        """Move the model; on CUDA the embedding is kept in bfloat16, everything else in float32."""
+        """Move the model; on CUDA the embedding is kept in bfloat16, everything else in float32.
+
+        Calls of the model are compiled, one graph for each form of call; its methods remain as they are.
+        """
         model.to(self.device)
         if self.device.type == "cuda":
             model.tok_emb.to(torch.bfloat16)
+        if self.compiler:
+            model.compile(**self._options)
         return model
+
+    def compile(self, function: Callable) -> Callable:
+        """The function compiled for the device, itself where nothing is compiled."""
+        return torch.compile(function, **self._options) if self.compiler else function
+
+    @property
+    def _options(self) -> dict[str, object]:
+        return {"backend": self.compiler, "fullgraph": True, "dynamic": False}
+
+    def send(self, x: Tensor, y: Tensor, segments: "Segments") -> "Batch":
+        """A batch on the device. All rows of one length share a graph: only the number of segments varies."""
+        cu_seqlens = segments.cu_seqlens.to(self.device, non_blocking=True)
+        if self.compiler:
+            torch._dynamo.mark_dynamic(cu_seqlens, 0)
+        x, y = (part.to(self.device, non_blocking=True) for part in (x, y))
+        return x, y, Segments(cu_seqlens, segments.bound or segments.max_seqlen)
 
 
 class Pending(NamedTuple):
@@ -916,10 +949,11 @@ class Segments(NamedTuple):
 
     cu_seqlens: Tensor
     max_seqlen: int
+    bound: int = 0  # a limit of max_seqlen that is the same for all rows, so that they share a graph
 
     def to(self, device: torch.device) -> "Segments":
         """The same on another device."""
-        return Segments(self.cu_seqlens.to(device, non_blocking=True), self.max_seqlen)
+        return self._replace(cu_seqlens=self.cu_seqlens.to(device, non_blocking=True))
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
@@ -965,7 +999,8 @@ def document_segments(
     boundaries = np.append(starts, total_len)
     padding = -len(boundaries) % bucket
     cu_seqlens = np.pad(boundaries, (0, padding), constant_values=total_len).astype(np.int32)
-    return Segments(torch.from_numpy(cu_seqlens), int(lengths.max()))
+    bound = min(max_doc_len or total_len, total_len)
+    return Segments(torch.from_numpy(cu_seqlens), int(lengths.max()), bound)
 
 
 def packed_row(tokens: Tensor, max_doc_len: int) -> tuple[Tensor, Tensor, Segments]:
@@ -1309,13 +1344,29 @@ def _check_manifest(cfg: Config, manifest: dict, counts: dict[str, int], totals:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
+ATTENTION = {  # backends, the best first, and what each needs
+    "fa3": "FlashAttention 3 (build hopper/ of Dao-AILab/flash-attention) and a Hopper GPU",
+    "fa4": "FlashAttention 4 (pip install flash-attn-4) and a Hopper or Blackwell GPU",
+    "torch_varlen": "torch 2.11 and a GPU of capability 8.0",
+    "flex": "a GPU",
+    "plain": "nothing",
+}
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, backend: str = "plain") -> Tensor:
     """Causal softmax attention, scale 1/sqrt(d), query head h reading key/value head h // (H/G).
 
     q [B, T, H, d], k and v [B, T, G, d] -> [B, T, H, d]. With segments B is 1 and a token sees its own
-    segment only. This is the plain form, right on every device, one segment after the other.
+    segment only. The backends agree; `plain` is right on every device, one segment after the other.
     """
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if backend in ("fa3", "fa4"):
+        return _flash_attend(q, k, v, segments, backend)
+    if segments is not None and backend == "torch_varlen":
+        return _varlen_attend(q, k, v, segments)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if segments is not None and (backend == "flex" or torch.compiler.is_compiling()):
+        return _masked_attend(q, k, v, segments, backend).transpose(1, 2)
     lengths = [q.size(2)]
     if segments is not None:
         lengths = [n for n in segments.cu_seqlens.diff().tolist() if n]
@@ -1331,8 +1382,89 @@ def attend_from(q: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
 
 
+def _flash_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, backend: str) -> Tensor:
+    """FlashAttention 3 or 4."""
+    if backend == "fa3":
+        import flash_attn_interface as flash
+    else:
+        from flash_attn import cute as flash
+    if segments is None:
+        y = flash.flash_attn_func(q, k, v, causal=True)
+        return y[0] if isinstance(y, tuple) else y
+    cu, limit = segments.cu_seqlens, segments.max_seqlen
+    limits = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": limit, "max_seqlen_k": limit}
+    y = flash.flash_attn_varlen_func(q[0], k[0], v[0], causal=True, **limits)
+    return (y[0] if isinstance(y, tuple) else y)[None]
+
+
+def _varlen_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Torch's own kernels for packed rows; those of 2.11 take fewer key heads unasked."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu, limit = segments.cu_seqlens, segments.max_seqlen
+    grouped = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}
+    return varlen_attn(q[0], k[0], v[0], cu, cu, limit, limit, window_size=(-1, 0), **grouped)[None]
+
+
+def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: str) -> Tensor:
+    """A mask of the segments: in blocks (flex), or whole and for short rows only, where `plain` is compiled.
+
+    q, k, v [1, heads, T, d].
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    positions = torch.arange(q.size(2), dtype=torch.int32, device=q.device)
+    number = torch.searchsorted(segments.cu_seqlens, positions, right=True)
+
+    def sees(batch: object, head: object, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (number[i] == number[j])
+
+    if backend == "flex":
+        mask = create_block_mask(sees, None, None, len(positions), len(positions), device=q.device)
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+    mask = sees(0, 0, positions[:, None], positions)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+
+def try_attention(backend: str, ranks: Ranks) -> None:
+    """Forward and backward of a small row, compared with `plain`. Raises whatever it meets."""
+    dtype, run = torch.float32, attend
+    if ranks.device.type == "cuda":
+        dtype = torch.bfloat16
+    if ranks.compiler:
+        torch.compiler.reset()  # a limited number of forms is compiled for each function
+        run = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    generator = torch.Generator().manual_seed(0)
+    qkv = [torch.randn(1, 32, n, 64, generator=generator).to(ranks.device, dtype) for n in (4, 2, 2)]
+    cu_seqlens = torch.tensor([0, 1, 20, 32, 32], dtype=torch.int32, device=ranks.device)
+    for segments in (None, Segments(cu_seqlens, 32)):
+        results = []
+        for function, name in ((attend, "plain"), (run, backend)):
+            inputs = [x.detach().requires_grad_() for x in qkv]
+            y = function(*inputs, segments, name)
+            parts = [y, *torch.autograd.grad(y.square().sum(), inputs)]
+            results.append(torch.cat([part.flatten().float() for part in parts]))
+        if not torch.dist(*results) < 0.03 * results[0].norm():
+            raise RuntimeError("its results are wrong")
+
+
+def choose_attention(wanted: str, ranks: Ranks) -> str:
+    """The backend asked for, or the first that works. Raises ConfigError when one asked for does not."""
+    if wanted == "auto" and ranks.device.type == "cpu":
+        return "plain"
+    for backend in ATTENTION if wanted == "auto" else [wanted]:
+        try:
+            try_attention(backend, ranks)
+            return backend
+        except Exception as error:  # foreign libraries raise anything
+            if wanted != "auto":
+                reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+                needs = f"it needs {ATTENTION[backend]}"
+                raise ConfigError(f"ATTENTION_BACKEND={backend}: {needs} ({reason})") from None
+
+
 # ---------------------------------------------------------------------------------------------------------
-# 6. Kernels: the eager forms, right on every device
+# 6. Kernels: the eager forms, right on every device, and what replaces them on CUDA
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -1350,6 +1482,226 @@ def softcapped_cross_entropy(z: Tensor, targets: Tensor, cap: float) -> Tensor:
 def leaky_relu_squared(h: Tensor) -> Tensor:
     """leaky_relu(h, 0.5)^2: h^2 for positive h, h^2/4 for negative."""
     return F.leaky_relu(h, 0.5).square()
+
+
+# [if TRITON_KERNELS]
+KERNELS = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def cross_entropy(z, targets, norms, losses, grads, out, cap,
+                  V: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    z += row * V
+    out += row * V
+    if BACKWARD:
+        norm = tl.load(norms + row)
+        grad = tl.load(grads + row)
+    high = tl.full([BLOCK], -cap, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    own = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < V
+        u = tl.load(z + column, inside, float("-inf")).to(tl.float32) / cap
+        e = tl.exp(-2 * tl.abs(u))
+        c = tl.where(u < 0, -cap, cap) * (1 - e) / (1 + e)
+        if BACKWARD:
+            p = tl.exp(c - norm) - tl.where(column == target, 1.0, 0.0)
+            tl.store(out + column, grad * p * 4 * e / ((1 + e) * (1 + e)), inside)
+        else:
+            own += tl.where(column == target, c, 0.0)
+            new = tl.maximum(high, c)
+            total = total * tl.exp(high - new) + tl.where(inside, tl.exp(c - new), 0.0)
+            high = new
+    if not BACKWARD:
+        top = tl.max(high)
+        norm = top + tl.log(tl.sum(total * tl.exp(high - top)))
+        tl.store(norms + row, norm)
+        tl.store(losses + row, norm - tl.sum(own))
+
+@triton.jit
+def tile(x, row, k, ROWS, K, DESC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+    if DESC:
+        part = x.load([row, k])
+    else:
+        r = row + tl.arange(0, BM)[:, None]
+        c = k + tl.arange(0, BK)[None]
+        part = tl.load(x + r.to(tl.int64) * K + c, (r < ROWS) & (c < K), 0.0)
+    return part
+
+@triton.jit
+def matmul(a, b, out, slope, M, N, K: tl.constexpr, TURNS: tl.constexpr, MODE: tl.constexpr,
+           DESC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    across = tl.cdiv(N, BN)
+    for turn in tl.range(0, TURNS, flatten=DESC):
+        t = turn * tl.num_programs(0) + tl.program_id(0)
+        row = t // across * BM
+        column = t % across * BN
+        acc = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, K, BK):
+            acc = tl.dot(tile(a, row, k, M, K, DESC, BM, BK), tile(b, column, k, N, K, DESC, BN, BK).T, acc)
+        r = row + tl.arange(0, BM)[:, None]
+        c = column + tl.arange(0, BN)[None]
+        place = r.to(tl.int64) * N + c
+        inside = (r < M) & (c < N)
+        if MODE == 2:
+            acc *= tl.load(slope + place, inside, 0.0).to(tl.float32)
+        else:
+            steep = acc * tl.where(acc < 0, 0.5, 2.0)
+            if MODE == 1:
+                tl.store(slope + place, steep, inside)
+            acc *= steep * 0.5
+        tl.store(out + place, acc, inside)
+"""  # a module of its own: Triton reads a kernel's source from a file, which a packed script does not have
+
+
+@functools.cache
+def kernels() -> object:
+    """The module of the Triton kernels."""
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "kernels.py"
+    path.write_text(KERNELS)
+    spec = importlib.util.spec_from_file_location("kernels", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.folder = folder  # stays as long as the module
+    return module
+
+
+def launch_cross_entropy(z: Tensor, *arguments: object) -> None:
+    """One program a row of z [N, V]; then targets, normalisers, losses, gradients, dz, cap, backward?"""
+    rows, vocabulary = z.shape
+    *arguments, backward = arguments
+    if rows:
+        block = min(4096, 1 << (vocabulary - 1).bit_length())
+        kernels().cross_entropy[(rows,)](z, *arguments, vocabulary, block, backward, num_warps=8)
+
+
+def launch_matmul(
+    a: Tensor, b: Tensor, out: Tensor, slope: Tensor, mode: int, tiles: Sequence[int] = ()
+) -> None:
+    """a [M, K] b [N, K]^T and an epilogue: leaky_relu^2 (mode 0), and its slope (1); times the slope (2).
+
+    `tiles` are: tensor descriptors or pointers, block sizes of M, N and K, warps, stages. Persistent: each
+    multiprocessor takes one tile after the other.
+    """
+    (rows, inner), columns = a.shape, len(b)
+    hopper = a.is_cuda and torch.cuda.get_device_capability(a.device)[0] in (9, 10)
+    hopper = hopper and a.element_size() == 2 and inner % 8 == 0
+    described, bm, bn, bk, warps, stages = tiles or (
+        (1, 128, 128, 64, 8, 4) if hopper else (0, 128, 128, 32, 8, 3)
+    )
+    programs = count = -(-rows // bm) * -(-columns // bn)
+    if a.is_cuda:
+        programs = min(count, torch.cuda.get_device_properties(a.device).multi_processor_count)
+    if described:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        a, b = TensorDescriptor.from_tensor(a, [bm, bk]), TensorDescriptor.from_tensor(b, [bn, bk])
+    if programs:
+        sizes = (rows, columns, inner, -(-count // programs), mode, bool(described), bm, bn, bk)
+        kernels().matmul[(programs,)](a, b, out, slope, *sizes, num_warps=warps, num_stages=stages)
+
+
+def _operator(schema: str, allocate: Callable, fill: Callable) -> Callable:
+    """An operator that torch.compile keeps whole: makes its results, then writes them (`fill`)."""
+
+    def run(*inputs: object) -> Tensor | tuple[Tensor, ...]:
+        results = allocate(*inputs)
+        fill(*(results if isinstance(results, tuple) else (results,)), *inputs)
+        return results
+
+    name, bracket, rest = schema.partition("(")
+    operator = torch.library.custom_op(f"pg::{name}", run, mutates_args=(), schema=bracket + rest)
+    operator.register_fake(allocate)
+    return operator
+
+
+_cross_entropy = _operator(
+    "cross_entropy(Tensor z, Tensor targets, float cap) -> (Tensor, Tensor)",
+    lambda z, *_: (z.new_empty(len(z), dtype=torch.float32), z.new_empty(len(z), dtype=torch.float32)),
+    lambda losses, norms, z, targets, cap: launch_cross_entropy(
+        z, targets, norms, losses, losses, z, cap, False
+    ),
+)
+_cross_entropy_grad = _operator(
+    "cross_entropy_grad(Tensor z, Tensor targets, Tensor norms, Tensor grads, float cap) -> Tensor",
+    lambda z, *_: torch.empty_like(z),
+    lambda out, z, targets, norms, grads, cap: launch_cross_entropy(
+        z, targets, norms, norms, grads, out, cap, True
+    ),
+)
+_cross_entropy.register_autograd(
+    lambda ctx, grads, _: (_cross_entropy_grad(*ctx.saved_tensors, grads.contiguous(), ctx.cap), None, None),
+    setup_context=lambda ctx, inputs, output: _keep(ctx, *inputs[:2], output[1], cap=inputs[2]),
+)
+
+
+def _keep(ctx: object, *tensors: Tensor, cap: float = 0.0) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.cap = cap
+
+
+def fused_cross_entropy(z: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """`softcapped_cross_entropy`, reading the logits once forward and once backward."""
+    losses, _ = _cross_entropy(z.flatten(0, -2).contiguous(), targets.flatten(), cap)
+    return losses.view(targets.shape)
+
+
+def _mlp_forward(y: Tensor, hidden: Tensor, slope: Tensor, x: Tensor, up: Tensor, down: Tensor, train: bool):
+    launch_matmul(x, up, hidden, slope, int(train))
+    torch.mm(hidden, down.T, out=y)
+
+
+def _mlp_backward(ctx: object, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient before the activation is (dy down) * slope, without storing the product."""
+    x, up, down, hidden, slope = ctx.saved_tensors
+    dh = _mlp_grad(dy.contiguous(), down, slope)
+    return dh @ up, dh.T @ x, dy.T @ hidden, None
+
+
+_mlp = _operator(
+    "mlp(Tensor x, Tensor up, Tensor down, bool train) -> (Tensor, Tensor, Tensor)",
+    lambda x, up, down, train: tuple(
+        x.new_empty(len(x) * n, len(w)) for n, w in ((1, down), (1, up), (train, up))
+    ),
+    _mlp_forward,
+)
+_mlp_grad = _operator(
+    "mlp_grad(Tensor dy, Tensor down, Tensor slope) -> Tensor",
+    lambda dy, down, slope: torch.empty_like(slope),
+    lambda out, dy, down, slope: launch_matmul(dy, down.T.contiguous(), out, slope, 2),
+)
+_mlp.register_autograd(
+    _mlp_backward, setup_context=lambda ctx, inputs, output: _keep(ctx, *inputs[:3], *output[1:])
+)
+
+
+def fused_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """leaky_relu_squared(x up^T) down^T in the type of x [..., D]; the epilogue is part of the product."""
+    up, down = up.to(x.dtype), down.to(x.dtype)
+    y, *_ = _mlp(x.flatten(0, -2).contiguous(), up, down, torch.is_grad_enabled())
+    return y.view(x.shape)
+
+
+# [end]
+
+
+def fuses(cfg: Config, x: Tensor) -> bool:
+    """Whether the fused kernels are to be used on a tensor."""
+    return cfg.triton_kernels and x.is_cuda
+
+
+def choose_backends(cfg: Config, ranks: Ranks) -> Config:
+    """The settings with what the device and the installed packages allow in place of `auto`."""
+    fused = (
+        cfg.triton_kernels and ranks.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    )
+    attention = choose_attention(cfg.attention_backend, ranks)
+    return dataclasses.replace(cfg, attention_backend=attention, triton_kernels=fused)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1414,8 +1766,11 @@ def num_skips(cfg: Config) -> int:
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, eps the machine epsilon of x's type."""
-    return F.rms_norm(x, (x.size(-1),))
+    """x / sqrt(mean(x^2) + eps) over the last dimension, eps the machine epsilon of the type it works in.
+
+    Autocast on CUDA works in float32 and would leave the residual stream there: twice the memory traffic.
+    """
+    return F.rms_norm(x, (x.size(-1),)).to(x.dtype)
 
 
 def rope_tables(cfg: Config, length: int, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
@@ -1447,6 +1802,15 @@ def project(
     return y if adapt is None else y + adapt(role, x if adapter_input is None else adapter_input)
 
 
+def project_together(x: Tensor, weights: Mapping[str, Tensor], adapt: Adapt | None) -> list[Tensor]:
+    """`project` for several roles of one input; on CUDA one product, which reads x once."""
+    if not x.is_cuda:
+        return [project(x, weight, role, adapt) for role, weight in weights.items()]
+    whole = F.linear(x, torch.cat(list(weights.values())))
+    parts = whole.split([len(weight) for weight in weights.values()], -1)
+    return [y if adapt is None else y + adapt(role, x) for role, y in zip(weights, parts, strict=True)]
+
+
 class Attention(nn.Module):
     """Attention of one layer: normed queries and keys, partial rotary, query gain, XSA, one optional gate."""
 
@@ -1469,16 +1833,19 @@ class Attention(nn.Module):
         cfg = self.cfg
         if run.tap is not None:
             run.tap(f"blocks.{self.layer}.attn.c_q.weight", n)
-        k = project(n, w.k, "k", run.adapt).unflatten(-1, (cfg.num_kv_heads, cfg.head_dim))
-        v = project(n, w.v, "v", run.adapt).unflatten(-1, (cfg.num_kv_heads, cfg.head_dim))
+        roles = {"q": w.q, "k": w.k, "v": w.v}
+        if run.wanted is not None:
+            roles.pop("q")  # queries of the wanted positions only
+        *q_flat, k, v = project_together(n, roles, run.adapt)
+        k, v = (x.unflatten(-1, (cfg.num_kv_heads, cfg.head_dim)) for x in (k, v))
         k, own = apply_rope(rms_norm(k), run.rope), run.pick(v.flatten(-2)).unflatten(-1, v.shape[-2:])
         n = run.pick(n)
-        q_flat = project(n, w.q, "q", run.adapt)
+        q_flat = q_flat[0] if q_flat else project(n, w.q, "q", run.adapt)
         q = q_flat.unflatten(-1, (cfg.num_heads, cfg.head_dim))
         rope = run.rope if run.wanted is None else tuple(table[run.wanted] for table in run.rope)
         q = apply_rope(rms_norm(q), rope) * self.q_gain.to(q.dtype)[:, None]
         if run.wanted is None and run.past is None:
-            y = attend(q, k, v, run.segments)
+            y = attend(q, k, v, run.segments, cfg.attention_backend)
         else:
             keys, values = (k, v) if run.past is None else run.past(k, v)
             wanted = torch.arange(k.size(1), device=k.device)[None] if run.wanted is None else run.wanted
@@ -1536,6 +1903,8 @@ class Block(nn.Module):
 
     def _mlp(self, u: Tensor, w: LayerWeights, run: Pass) -> Tensor:
         n = rms_norm(u) * self.norm_scale
+        if run.tap is None and run.adapt is None and fuses(self.attn.cfg, n):
+            return self.mlp_scale.to(u.dtype) * fused_mlp(n, w.up, w.down)
         hidden = leaky_relu_squared(F.linear(n, w.up))
         if run.tap is not None:
             run.tap(f"blocks.{self.layer}.mlp.fc.weight", n)
@@ -1602,17 +1971,14 @@ class GPT(nn.Module):
             e = torch.cat([e[:, :1], e[:, 1:] + gate * e[:, :-1]], 1)
         return rms_norm(e)
 
-    def weights(self, layer: int) -> LayerWeights:
-        """The matrices of a physical layer."""
-        out, value = self.cfg.num_layers + layer, self.cfg.num_layers + layer
-        return LayerWeights(
-            q=self.qo_bank[layer],
-            k=self.kv_bank[layer],
-            v=self.kv_bank[value],
-            o=self.qo_bank[out],
-            up=self.mlp_up_bank[layer],
-            down=self.mlp_down_bank[layer],
+    def weights(self) -> list[LayerWeights]:
+        """The matrices of each physical layer. Banks are taken apart once: a gradient is then one stack."""
+        layers = self.cfg.num_layers
+        qo, kv, up, down = (
+            bank.unbind() for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank)
         )
+        parts = (qo[:layers], kv[:layers], kv[layers:], qo[layers:], up, down)
+        return [LayerWeights(*matrices) for matrices in zip(*parts, strict=True)]
 
     def hidden(
         self,
@@ -1637,12 +2003,12 @@ class GPT(nn.Module):
         x = x0 = self.embed(input_ids)[:, first > 0 :]
         rope = rope_tables(cfg, x.size(1), x.device, first)
         encoder, decoder = layer_order(cfg, looping)
-        skips, lanes = [], None
+        weights, skips, lanes = self.weights(), [], None
         for slot, layer in enumerate(encoder + decoder):
             adapt = None if lora is None else lora.at(slot)
             last = slot == len(encoder + decoder) - 1
             run = Pass(rope, segments, adapt, tap, wanted if last else None, cache and cache.at(slot))
-            w, block = self.weights(layer), self.blocks[layer]
+            w, block = weights[layer], self.blocks[layer]
             if slot < len(encoder):
                 x = block.serial(x, x0, w, run)
                 skips.append(x)
@@ -1706,7 +2072,13 @@ class GPT(nn.Module):
         h = self.hidden(input_ids, segments, looping=looping, lora=lora, wanted=scored, cache=cache)
         if scored is not None:
             target_ids = target_ids.gather(1, scored)
-        return softcapped_cross_entropy(self._head(h, lora), target_ids, self.cfg.logit_softcap)
+        z, cap = self._head(h, lora), self.cfg.logit_softcap
+        loss = fused_cross_entropy if fuses(self.cfg, z) else softcapped_cross_entropy
+        return loss(z, target_ids, cap)
+
+    def forward(self, *batch: object, **options: object) -> Tensor:
+        """`losses`, compiled where `Ranks.place` compiles."""
+        return self.losses(*batch, **options)
 
 
 def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
@@ -1939,7 +2311,7 @@ class Muon(torch.optim.Optimizer):
         steps: int = 5,
         ranks: Ranks = CPU,
     ):
-        self._ranks = ranks
+        self._ranks, self._orthogonalise = ranks, ranks.compile(newton_schulz)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, defaults | {"row_normalize": row_normalize})
         self._coefficients = tuple(coefficients)[:steps]
@@ -1992,7 +2364,7 @@ class Muon(torch.optim.Optimizer):
         if group["row_normalize"]:
             norms = update.float().norm(dim=-1, keepdim=True).clamp_min(1e-7)
             update = update / norms.bfloat16()
-        return newton_schulz(update, self._coefficients, len(self._coefficients))
+        return self._orthogonalise(update, self._coefficients, len(self._coefficients))
 
 
 def parameter_table(cfg: Config, model: GPT) -> dict[str, dict]:
@@ -2104,7 +2476,8 @@ class Trainer:
     """Model, loader, both optimisers and the EMA; `step` does one optimiser step."""
 
     def __init__(self, cfg: Config, model: GPT, loader: PackedLoader, ranks: Ranks = CPU):
-        self.cfg, self.model, self.loader, self.ranks = cfg, model, loader, ranks
+        self.cfg, self.model, self.ranks = cfg, model, ranks
+        self.loader = Prefetched(loader) if ranks.device.type == "cuda" else loader
         self.looping = False
         self.micro_batches = cfg.micro_batches(ranks.world_size)
         parameters = dict(model.named_parameters())
@@ -2177,9 +2550,7 @@ class Trainer:
         for micro in range(self.micro_batches):
             x, y, segments = self.loader.next() if batches is None else batches[micro]
             with self.ranks.autocast():
-                losses = self.model.losses(
-                    x.to(device), y.to(device), segments.to(device), looping=self.looping
-                )
+                losses = self.model(*self.ranks.send(x, y, segments), looping=self.looping)
             loss = losses.mean()
             loss.backward()
             loss_sum += loss.detach()
@@ -2225,12 +2596,17 @@ class Trainer:
         before = self.snapshot()
         generator = torch.Generator().manual_seed(0)
         tokens = self.cfg.train_batch_tokens // (self.ranks.world_size * self.micro_batches)
-        for frac in (0.0, 1.0)[: 1 + bool(self.cfg.num_loops)]:
-            for _ in range(steps):
-                rows = torch.randint(
-                    BOS, self.cfg.vocab_size, (self.micro_batches, tokens + 1), generator=generator
-                )
-                self.step(0, frac, [packed_row(row, self.cfg.train_seq_len) for row in rows])
+        cfg, device = self.cfg, self.ranks.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for frac in (0.0, 1.0)[: 1 + bool(cfg.num_loops)]:
+                for _ in range(steps):
+                    micro = range(self.micro_batches)
+                    rows = [random_row(cfg, tokens, cfg.train_seq_len, generator) for _ in micro]
+                    self.step(0, frac, rows)
+            if self.ranks.compiler and steps:
+                length = cfg.val_batch_tokens // CONTEST_MICRO_BATCHES
+                score = model_score(self.model, looping=cfg.num_loops > 0, ranks=self.ranks)
+                score(*random_row(cfg, length, cfg.eval_seq_len, generator))
         self.restore(before)
 
     def snapshot(self) -> dict:
@@ -2250,6 +2626,79 @@ class Trainer:
         self.loader.load_state(snapshot["loader"])
 
 
+def random_row(cfg: Config, tokens: int, max_doc_len: int, generator: torch.Generator) -> Batch:
+    """A row of random tokens in the form of a batch."""
+    row = torch.randint(BOS, cfg.vocab_size, (tokens + 1,), generator=generator)
+    return packed_row(row, max_doc_len)
+
+
+def fit_memory(cfg: Config, model: GPT, ranks: Ranks) -> Config:
+    """The settings with GRAD_ACCUM_STEPS doubled until a micro-batch fits into the device's memory.
+
+    Tries forward and backward of both layer orders on random tokens, while as much is set aside as gradients,
+    optimisers and average will take. What is compiled here is compiled before any rank waits for another.
+    """
+    generator = torch.Generator().manual_seed(0)
+    state = 40 * sum(parameter.numel() for parameter in model.parameters())
+    aside = []
+    while True:
+        tokens = cfg.train_batch_tokens // (ranks.world_size * cfg.micro_batches(ranks.world_size))
+        try:
+            aside.append(torch.empty(state, dtype=torch.uint8, device=ranks.device))
+            for looping in (True, False)[not cfg.num_loops :]:
+                batch = ranks.send(*random_row(cfg, tokens, cfg.train_seq_len, generator))
+                with ranks.autocast():
+                    model(*batch, looping=looping).mean().backward()
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+        aside.clear()
+        model.zero_grad(set_to_none=True)
+        ranks.meet("compile")
+        if all(ranks.gather(fits)):
+            return cfg
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+        cfg = dataclasses.replace(cfg, grad_accum_steps=2 * max(cfg.grad_accum_steps, ranks.world_size))
+
+
+class Prefetched:
+    """A loader whose next micro-batch is prepared in the background, in pinned memory for a quick copy."""
+
+    def __init__(self, loader: PackedLoader):
+        self._loader, self._pool, self._next = loader, ThreadPoolExecutor(1), None
+        self.load_state(loader.state())
+
+    def _load(self) -> tuple[Batch, tuple[int, int, int]]:
+        x, y, segments = self._loader.next()
+        if torch.cuda.is_available():
+            x, y, cu_seqlens = (part.pin_memory() for part in (x, y, segments.cu_seqlens))
+            segments = segments._replace(cu_seqlens=cu_seqlens)
+        return (x, y, segments), self._loader.state()
+
+    def next(self) -> Batch:
+        """As the loader's."""
+        batch, self._state = self._next.result()
+        self._next = self._pool.submit(self._load)
+        return batch
+
+    def state(self) -> tuple[int, int, int]:
+        """Position behind the last batch that was taken."""
+        return self._state
+
+    def load_state(self, state: tuple[int, int, int]) -> None:
+        """Go back to a position; what lies ready is thrown away."""
+        if self._next:
+            self._next.exception()
+        self._loader.load_state(state)
+        self._state, self._next = state, self._pool.submit(self._load)
+
+
+def compiled_graphs() -> int:
+    """How many graphs have been compiled so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def _copy_tensors(tree: object) -> object:
     if isinstance(tree, Tensor):
         return tree.clone()
@@ -2266,6 +2715,7 @@ def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[i
     cfg = trainer.cfg
     trainer.warm_up(cfg.warmup_steps)
     trainer.ranks.meet("warm-up")
+    graphs = compiled_graphs() if trainer.ranks.compiler else 0
     allowance = max(cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds, 0.0)
     capped, step, previous, agreed = cfg.max_wallclock_seconds > 0, 0, None, 0.0
     progress = log.progress("train", allowance if capped else cfg.iterations)  # seconds or steps
@@ -2286,6 +2736,9 @@ def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[i
             previous = report
             progress.update(agreed if capped else step)
         report.elapsed  # noqa: B018 - raises if the last step was not finite
+    if trainer.ranks.compiler:
+        memory = torch.cuda.max_memory_allocated() >> 20
+        log.event("graphs", warm_up=graphs, recompiled=compiled_graphs() - graphs, peak_memory_mib=memory)
     trainer.model.load_state_dict(trainer.ema.cast_like(trainer.model.state_dict()))
     return step
 
@@ -2830,13 +3283,19 @@ Score = Callable[[Tensor, Tensor, Segments], Tensor]
 
 
 def model_score(model: GPT, *, looping: bool, ranks: Ranks = CPU) -> Score:
-    """The model as a function of inputs, targets and segments that returns the losses."""
+    """The model as a function of inputs, targets and segments that returns the losses.
+
+    Rows of another length than the first (the last one of a stream) are not worth a graph of their own.
+    """
+    length = 0
 
     @torch.no_grad()
     def score(x: Tensor, y: Tensor, segments: Segments) -> Tensor:
-        device = ranks.device
+        nonlocal length
+        length = length or x.size(1)
+        run = model if x.size(1) == length else model.losses
         with ranks.autocast():
-            return model.losses(x.to(device), y.to(device), segments.to(device), looping=looping).cpu()
+            return run(*ranks.send(x, y, segments), looping=looping).cpu()
 
     return score
 
@@ -3349,9 +3808,9 @@ class Run:
     """
 
     def __init__(self, cfg: Config, ranks: Ranks, source: bytes):
-        self.cfg, self.ranks, self.source = cfg, ranks, source
+        self.cfg = cfg = choose_backends(cfg, ranks)
+        self.ranks, self.source = ranks, source
         self.looping = cfg.num_loops > 0  # a trained model is evaluated with its loops
-        self.micro_tokens = cfg.train_batch_tokens // (ranks.world_size * cfg.micro_batches(ranks.world_size))
         self.artifact = self._input("quantized_model_path") if cfg.ttt_eval_only else None
         evaluates = cfg.prequant_only and self._exists("model_path") is not None
         self.checkpoint = self._input("model_path") if cfg.quantize_only or evaluates else None
@@ -3384,17 +3843,30 @@ class Run:
             return self._model_of_artifact(self.artifact)
         if self.checkpoint:
             return self._model_of_checkpoint(self.checkpoint)
-        ranks, paths = self.ranks, shard_paths(self.cfg.data_folder, "train")
-        self.loader = PackedLoader(
-            paths,
-            ranks.world_size,
-            ranks.rank,
-            self.micro_tokens,
-            self.cfg.train_seq_len,
-            self.cfg.vocab_size,
-            group=ranks.world_size * self.cfg.micro_batches(ranks.world_size),
-        )
+        self.loader = self._new_loader()
         return self.new_model(self.cfg)
+
+    def _new_loader(self) -> PackedLoader:
+        cfg, world = self.cfg, self.ranks.world_size
+        group = world * cfg.micro_batches(world)
+        return PackedLoader(
+            shard_paths(cfg.data_folder, "train"),
+            world,
+            self.ranks.rank,
+            cfg.train_batch_tokens // group,
+            cfg.train_seq_len,
+            cfg.vocab_size,
+            group=group,
+        )
+
+    def _fit_memory(self) -> None:
+        """Smaller micro-batches, and a loader for them, where the device's memory asks for them."""
+        fitted = fit_memory(self.cfg, self.model, self.ranks)
+        if fitted != self.cfg:
+            text = f"GRAD_ACCUM_STEPS={fitted.grad_accum_steps}: {self.cfg.grad_accum_steps} do not fit"
+            self.log.event("notice", text=text)
+            self.cfg = fitted
+            self.loader = self._new_loader()
 
     def _log_head(self) -> None:
         """What a reader needs to trust the log: settings, versions, commit, device, and the source itself."""
@@ -3410,6 +3882,8 @@ class Run:
             "device": torch.cuda.get_device_name() if cuda else cpu[1] if cpu else platform.machine(),
             "threads": torch.get_num_threads(),
             "ranks": self.ranks.world_size,
+            "attention": self.cfg.attention_backend,
+            "compiler": self.ranks.compiler or "off",
             "commit": commit,
             "source_sha256": hashlib.sha256(self.source).hexdigest(),
         }
@@ -3438,6 +3912,8 @@ class Run:
         parameters = sum(p.numel() for p in model.parameters())
         slots = lora_slots(self.cfg, looping=True)
         self.log.event("model", parameters=parameters, layers=self.cfg.num_layers, virtual_layers=slots)
+        if self.ranks.device.type == "cuda":
+            self._fit_memory()
         trainer = Trainer(self.cfg, model, self.loader, self.ranks)
 
         def validate(step: int) -> None:

@@ -137,6 +137,7 @@ RECORD |= {
     "float16_max_elements": 65536,
 }
 OURS = {"preset", "device", "cpu_threads", "run_id", "data_path", "tokenizer_path", "grad_accum_steps"}
+OURS |= {"attention_backend", "triton_kernels", "compile_backend"}
 OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "clip_global"}
 
 # What else a setting's other value needs, so that the whole makes sense.

@@ -1,0 +1,282 @@
+"""Each kernel against its eager form, the compiled eager form and the roofline; tiles and backends compared.
+
+    python bench/kernels.py [--device cpu] [--json] [--only NAME] [--tokens N]
+    python bench/kernels.py --compile-only [--every-tile]     # no GPU: registers, spills, shared memory
+
+The roofline is the longer of FLOPs / peak and bytes / bandwidth of the data sheet, `of_roof` its share of the
+time. On a CPU the eager forms of a small model are timed; Triton kernels and GPU backends need CUDA.
+"""
+
+import math
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import torch.nn.functional as F
+from common import environment, mean_context, measure, parser, peaks, report, setup, text_row, tg
+
+TILES = {  # of the persistent product: tensor descriptors (Hopper) or pointers, M, N, K, warps, stages
+    True: [
+        (128, 128, 64, 8, 4),
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 4, 3),
+        (64, 256, 64, 8, 4),
+        (128, 256, 64, 8, 3),
+    ],
+    False: [(128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 64, 32, 4, 4), (64, 128, 32, 4, 4)],
+}
+
+
+class Bench:
+    """Times functions and sets them beside the roofline."""
+
+    def __init__(self, args: object):
+        self.args = args
+        self.cfg, self.ranks = setup(args.device)
+        self.cuda = self.ranks.device.type == "cuda"
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.tokens = args.tokens or self.cfg.train_batch_tokens // self.cfg.grad_accum_steps
+        self.flop_rate, self.bandwidth = peaks(self.ranks)
+        self.rows: list[dict] = []
+
+    def random(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        """Normal numbers that want a gradient."""
+        x = torch.randn(shape, device=self.ranks.device, dtype=self.dtype) * scale
+        return x.requires_grad_()
+
+    def time(self, name: str, form: str, function, inputs=(), flops: float = 0, moved: float = 0) -> None:
+        """A row for the forward pass and, given inputs to differentiate by, one for both passes."""
+        if self.args.only and self.args.only not in name:
+            return
+
+        def both() -> None:
+            y = function()
+            torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+        with torch.no_grad():
+            self._row(name, form, "forward", function, flops, moved)
+        if inputs:
+            self._row(name, form, "forward + backward", both, 3 * flops, 3 * moved)
+
+    def _row(self, name: str, form: str, passes: str, function, flops: float, moved: float) -> None:
+        row = {"kernel": name, "form": form, "passes": passes}
+        try:
+            row |= measure(function, self.ranks, self.args.repeats)
+        except Exception as error:  # one that does not work must not hide the others
+            self.rows.append(row | {"error": f"{type(error).__name__}: {error}".split("\n")[0][:120]})
+            return
+        roof = 1e3 * max(flops / self.flop_rate, moved / self.bandwidth)
+        self.rows.append(row | {"roof_ms": roof, "of_roof": roof / row["ms"]})
+
+    def forms(self, name: str, eager, fused, inputs, flops: float, moved: float) -> None:
+        """The eager form, what the compiler makes of it, and the kernel."""
+        self.time(name, "eager", eager, inputs, flops, moved)
+        if self.cuda:
+            compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+            self.time(name, "compiled", compiled, inputs, flops, moved)
+            self.time(name, "triton", fused, inputs, flops, moved)
+
+    def cross_entropy(self) -> None:
+        """Loss from logits: one read forward; one read and one write backward."""
+        z, cap = self.random(self.tokens, self.cfg.vocab_size, scale=5.0), self.cfg.logit_softcap
+        targets = torch.randint(self.cfg.vocab_size, (self.tokens,), device=self.ranks.device)
+        eager = lambda: tg.softcapped_cross_entropy(z, targets, cap)  # noqa: E731
+        fused = lambda: tg.fused_cross_entropy(z, targets, cap)  # noqa: E731
+        self.forms("cross entropy", eager, fused, [z], 0, z.nbytes)
+
+    def mlp(self) -> None:
+        """Up-projection, leaky-ReLU^2, down-projection."""
+        width, hidden = self.cfg.model_dim, self.cfg.mlp_dim
+        x, up, down = self.random(self.tokens, width), self.random(hidden, width), self.random(width, hidden)
+        eager = lambda: F.linear(tg.leaky_relu_squared(F.linear(x, up)), down)  # noqa: E731
+        moved = 2 * x.nbytes + 2 * self.tokens * hidden * x.element_size()
+        fused = lambda: tg.fused_mlp(x, up, down)  # noqa: E731
+        self.forms("mlp", eager, fused, [x, up, down], 4 * self.tokens * width * hidden, moved)
+
+    def tiles(self) -> None:
+        """The fused product with other tiles, and a plain product of the same sizes."""
+        a, b = (self.random(n, self.cfg.model_dim).detach() for n in (self.tokens, self.cfg.mlp_dim))
+        flops, stored = 2 * self.tokens * b.numel(), self.tokens * len(b) * a.element_size()
+        self.time("up-projection", "library, no epilogue", lambda: a @ b.T, (), flops, a.nbytes + stored)
+        if not self.cuda:
+            return
+        out, slope = (torch.empty(self.tokens, len(b), device=a.device, dtype=a.dtype) for _ in range(2))
+        hopper = torch.cuda.get_device_capability()[0] in (9, 10)
+        for described in (True, False)[not hopper :]:
+            for tile in TILES[described]:
+                for mode in (1, 2):
+                    run = lambda t=(described, *tile), m=mode: tg.launch_matmul(a, b, out, slope, m, t)  # noqa: E731
+                    form = f"{'descriptors' if described else 'pointers'} {tile}"
+                    self.time(f"matmul mode {mode}", form, run, (), flops, a.nbytes + 2 * stored)
+
+    def attention(self) -> None:
+        """Every backend that works, on packed documents and on padded rows."""
+        cfg, (*_, segments) = self.cfg, text_row(self.cfg, self.tokens)
+        *_, placed = self.ranks.send(*text_row(cfg, self.tokens))
+        heads = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
+        packed = [self.random(1, self.tokens, n, cfg.head_dim) for n in heads]
+        length = min(cfg.ttt_eval_seq_len, self.tokens)
+        padded = [self.random(self.tokens // length, length, n, cfg.head_dim) for n in heads]
+        per_pair, moved = 4 * cfg.model_dim * self.tokens, sum(x.nbytes for x in packed) + packed[0].nbytes
+        for backend in tg.ATTENTION if self.cuda else ["plain"]:
+            function = tg.attend
+            if backend == "flex":  # only its compiled form is a fused kernel
+                function = torch.compile(tg.attend, fullgraph=True, dynamic=False)
+            run = lambda f=function, b=backend: f(*packed, placed, b)  # noqa: E731
+            self.time("attention, packed", backend, run, packed, per_pair * mean_context(segments), moved)
+            run = lambda f=function, b=backend: f(*padded, None, b)  # noqa: E731
+            self.time("attention, padded", backend, run, padded, per_pair * (length + 1) / 2, moved)
+
+    def projections(self) -> None:
+        """Queries, keys and values by three products or one."""
+        width, kv = self.cfg.model_dim, self.cfg.num_kv_heads * self.cfg.head_dim
+        x, weights = self.random(self.tokens, width), [self.random(n, width) for n in (width, kv, kv)]
+        flops, moved = 2 * self.tokens * width * (width + 2 * kv), 2 * x.nbytes * (1 + kv / width)
+        three = lambda: torch.cat([F.linear(x, w) for w in weights], -1)  # noqa: E731
+        self.time("qkv", "three products (and a cat)", three, [x, *weights], flops, moved)
+        self.time("qkv", "one product", lambda: F.linear(x, torch.cat(weights)), [x, *weights], flops, moved)
+
+    def norms(self) -> None:
+        """Residual mix, norm and scale: what lies between the products."""
+        x, x0 = (self.random(self.tokens, self.cfg.model_dim) for _ in range(2))
+        mix = self.random(2, self.cfg.model_dim)
+        eager = lambda: tg.rms_norm(mix[0] * x + mix[1] * x0) * 0.5  # noqa: E731
+        self.time("mix and norm", "eager", eager, [x, x0], 0, 3 * x.nbytes)
+        if self.cuda:
+            self.time("mix and norm", "compiled", torch.compile(eager), [x, x0], 0, 3 * x.nbytes)
+
+    def gates(self) -> None:
+        """The sparse attention gate: a product with 12 inputs and 8 outputs, or a sum that can be fused."""
+        x, window = self.random(1, self.tokens, self.cfg.model_dim), self.cfg.gate_window
+        weight = self.random(self.cfg.num_heads, window)
+        product = lambda: torch.sigmoid(F.linear(x[..., :window], weight))  # noqa: E731
+        summed = lambda: torch.sigmoid((x[..., None, :window] * weight).sum(-1))  # noqa: E731
+        for form, function in (("product", product), ("sum", summed)):
+            compiled = torch.compile(function, fullgraph=True, dynamic=False) if self.cuda else function
+            self.time(
+                "attention gate", form, compiled, [x, weight], 0, self.tokens * window * x.element_size()
+            )
+
+    def newton_schulz(self) -> None:
+        """Orthogonalisation of the four banks; symmetric products could save at most half of its products."""
+        cfg, kv = self.cfg, self.cfg.num_kv_heads * self.cfg.head_dim
+        layers, width, hidden = cfg.num_layers, cfg.model_dim, cfg.mlp_dim
+        for shape in ((2 * layers, width, width), (2 * layers, kv, width), (layers, hidden, width)):
+            bank = self.random(*shape).detach()
+            short, long = sorted(shape[1:])
+            flops = 5 * shape[0] * (4 * short**2 * long + 2 * short**3)
+            self.time(f"newton-schulz {shape}", "eager", lambda b=bank: tg.newton_schulz(b), (), flops, 0)
+            if self.cuda:
+                compiled = torch.compile(tg.newton_schulz, fullgraph=True, dynamic=False)
+                self.time(f"newton-schulz {shape}", "compiled", lambda b=bank, f=compiled: f(b), (), flops, 0)
+
+
+def compile_only(every_tile: bool) -> list[dict]:
+    """Compile the Triton kernels for GPUs that are not here: as they are launched, or with all tiles."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    rows = []
+
+    def compile_one(kernel, arch: int, types: dict[str, str], constants: dict, **options: int) -> None:
+        names = list(types)
+        aligned = [n for n in names if n not in ("targets", "cap") and not types[n].startswith("tensordesc")]
+        source = ASTSource(
+            kernel,
+            {n: "constexpr" if n in constants else t for n, t in types.items()},
+            {(names.index(n),): value for n, value in constants.items()},
+            {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if n not in constants},
+        )
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(built.asm["ptx"])
+            file.flush()
+            command = [
+                triton.knobs.nvidia.ptxas.path,
+                "-v",
+                f"-arch=sm_{arch}{'a' * (arch == 90)}",
+                file.name,
+            ]
+            said = subprocess.run([*command, "-o", "/dev/null"], capture_output=True, text=True).stderr
+        numbers = {
+            key: re.search(p, said)
+            for key, p in (("registers", r"Used (\d+)"), ("spilled", r"(\d+) bytes spill st"))
+        }
+        row = {
+            "kernel": kernel.__name__,
+            "arch": arch,
+            **constants,
+            **options,
+            "shared": built.metadata.shared,
+        }
+        rows.append(
+            row
+            | {key: int(found[1]) for key, found in numbers.items()}
+            | {"wgmma": "wgmma" in built.asm["ptx"]}
+        )
+
+    for backward in (False, True):
+        types = dict.fromkeys(("z", "targets", "norms", "losses", "grads", "out"), "*fp32")
+        types |= {
+            "z": "*bf16",
+            "out": "*bf16",
+            "targets": "*i64",
+            "cap": "fp32",
+            "V": "",
+            "BLOCK": "",
+            "BACKWARD": "",
+        }
+        constants = {"V": 8192, "BLOCK": 4096, "BACKWARD": backward}
+        compile_one(tg.kernels().cross_entropy, 90, types, constants, num_warps=8)
+    for arch, described in ((90, True), (89, False), (80, False)):
+        for bm, bn, bk, warps, stages in TILES[described][: None if every_tile else 1]:
+            for mode in (0, 1, 2):
+                operands = {name: f"tensordesc<bf16[{size},{bk}]>" for name, size in (("a", bm), ("b", bn))}
+                operands = operands if described else dict.fromkeys("ab", "*bf16")
+                constants = {
+                    "K": 512,
+                    "TURNS": 94,
+                    "MODE": mode,
+                    "DESC": described,
+                    "BM": bm,
+                    "BN": bn,
+                    "BK": bk,
+                }
+                types = {**operands, "out": "*bf16", "slope": "*bf16", "M": "i32", "N": "i32"}
+                types |= dict.fromkeys(constants, "")
+                compile_one(tg.kernels().matmul, arch, types, constants, num_warps=warps, num_stages=stages)
+    return rows
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parser(__doc__.split("\n")[0])
+    options.add_argument("--only", default="", help="measure what has this in its name")
+    options.add_argument(
+        "--tokens", type=int, default=0, help="tokens of a micro-batch (default: the settings')"
+    )
+    options.add_argument(
+        "--compile-only", action="store_true", help="compile for other GPUs, measure nothing"
+    )
+    options.add_argument(
+        "--every-tile", action="store_true", help="with --compile-only: all tiles of the product"
+    )
+    args = options.parse_args()
+    if args.compile_only:
+        report({"benchmark": "kernels, compiled only"}, compile_only(args.every_tile), args.json)
+        return
+    torch.manual_seed(0)
+    bench = Bench(args)
+    parts = (bench.cross_entropy, bench.mlp, bench.tiles, bench.attention)
+    for part in (*parts, bench.projections, bench.norms, bench.gates, bench.newton_schulz):
+        part()
+    result = {"benchmark": "kernels", **environment(bench.ranks), "tokens": bench.tokens}
+    ceiling = {"peak_flops": bench.flop_rate, "bandwidth": bench.bandwidth}
+    report(result | ({} if math.isnan(bench.bandwidth) else ceiling), bench.rows, args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

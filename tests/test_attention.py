@@ -1,0 +1,244 @@
+"""The attention ladder: every backend against an oracle in float64, how it is called, how one is chosen."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+LENGTHS = [1, 7, 0, 12, 1, 3]  # of segments: one-token ones and an empty one among them
+
+
+def make_inputs(rows: int = 1, tokens: int = 24, dtype=torch.float32) -> list[torch.Tensor]:
+    """q, k, v with four query heads on two key heads."""
+    generator = torch.Generator().manual_seed(tokens)
+    return [torch.randn(rows, tokens, heads, 8, generator=generator).to(dtype) for heads in (4, 2, 2)]
+
+
+def make_segments(tg, lengths=LENGTHS, padding: int = 3):
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    cu_seqlens = torch.cat([ends, ends[-1].expand(padding)]).int()
+    return tg.Segments(cu_seqlens, max(lengths))
+
+
+def oracle(q, k, v, lengths=None) -> torch.Tensor:
+    """Masked softmax in float64, written out."""
+    q, k, v = (x.double() for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.size(2) // x.size(2), 2) for x in (k, v))
+    tokens = q.size(1)
+    number = torch.arange(len(lengths or [0])).repeat_interleave(torch.tensor(lengths or [tokens]))
+    visible = (number[:, None] == number) & torch.ones(tokens, tokens).tril().bool()
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.size(-1) ** 0.5
+    return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
+
+
+def results(function, *arguments) -> list[torch.Tensor]:
+    """Output and gradients of q, k, v."""
+    qkv, rest = arguments[:3], arguments[3:]
+    qkv = [x.detach().clone().requires_grad_() for x in qkv]
+    y = function(*qkv, *rest)
+    weights = torch.arange(y.numel(), dtype=torch.float64).cos().view(y.shape)
+    return [
+        y.detach().double(),
+        *(g.double() for g in torch.autograd.grad((y.double() * weights).sum(), qkv)),
+    ]
+
+
+def assert_same(actual, expected, tolerance: float = 2e-6) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def dense_attention(q, k, v, number=None):
+    """What the stand-in modules compute with: traceable, unlike `plain` with its loop over segments."""
+    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+    tokens = q.size(-2)
+    visible = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    if number is not None:
+        visible = visible & (number[:, None] == number)
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True)
+    return y.transpose(-3, -2)
+
+
+def segment_numbers(cu_seqlens, tokens: int):
+    return torch.searchsorted(cu_seqlens, torch.arange(tokens, dtype=torch.int32), right=True)
+
+
+def record(calls: list, **call: object) -> None:
+    """Keep the arguments of a call; not while torch.compile traces it, which would guard on the list."""
+    if not torch.compiler.is_compiling():
+        calls.append(call)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Stand-ins for FlashAttention 3 and 4 with the real signatures; `calls` holds what they were given."""
+    calls = []
+
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, **options):
+        record(calls, causal=causal, shape=tuple(q.shape), **options)
+        return dense_attention(q, k, v)
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False, **options
+    ):
+        assert cu_seqlens_q is cu_seqlens_k
+        assert cu_seqlens_q.dtype == torch.int32
+        limits = (max_seqlen_q, max_seqlen_k)
+        record(calls, causal=causal, shape=tuple(q.shape), max=limits, **options)
+        return dense_attention(q, k, v, segment_numbers(cu_seqlens_q, len(q)))
+
+    interface, package, cute = (
+        ModuleType("flash_attn_interface"),
+        ModuleType("flash_attn"),
+        ModuleType("cute"),
+    )
+    interface.flash_attn_func, interface.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+    cute.flash_attn_func = lambda *args, **options: (flash_attn_func(*args, **options), "logsumexp")
+    cute.flash_attn_varlen_func = lambda *args, **options: (
+        flash_attn_varlen_func(*args, **options),
+        "logsumexp",
+    )
+    package.cute = cute
+    modules = {"flash_attn_interface": interface, "flash_attn": package, "flash_attn.cute": cute}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return calls
+
+
+@pytest.fixture(params=["2.11", "2.13"])
+def varlen(monkeypatch, request):
+    """A stand-in for torch's varlen_attn (CUDA only) with the signature of a release."""
+    from torch.nn.attention import varlen as module
+
+    calls = []
+
+    def compute(q, k, v, cu_seq_q, max_q, window_size):
+        record(calls, shape=tuple(q.shape), max=max_q, window=window_size)
+        return dense_attention(q, k, v, segment_numbers(cu_seq_q, len(q)))
+
+    def older(
+        q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+    ):
+        return compute(q, k, v, cu_seq_q, max_q, window_size)
+
+    def newer(
+        q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+    ):
+        assert enable_gqa, "refuses fewer key heads unless asked"
+        return compute(q, k, v, cu_seq_q, max_q, window_size)
+
+    monkeypatch.setattr(module, "varlen_attn", {"2.11": older, "2.13": newer}[request.param])
+    return calls
+
+
+@pytest.mark.parametrize("backend", ["plain", "auto", "torch_varlen", "flex"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_padded_rows_equal_the_oracle(tg, backend, rows):
+    """The batched form of test-time training: no segments, several rows."""
+    qkv = make_inputs(rows)
+    assert_same(results(tg.attend, *qkv, None, backend), results(oracle, *qkv))
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [24], [1] * 24, [0, 23, 1, 0]])
+def test_plain_segments_equal_the_oracle(tg, lengths):
+    qkv = make_inputs()
+    ours = results(tg.attend, *qkv, make_segments(tg, lengths))
+    assert_same(ours, results(oracle, *qkv, lengths))
+
+
+@pytest.mark.parametrize("backend", ["fa3", "fa4"])
+def test_flash_attention_is_called_as_it_wants(tg, flash, backend):
+    segments, qkv = make_segments(tg), make_inputs()
+    assert_same(results(tg.attend, *qkv, segments, backend), results(oracle, *qkv, LENGTHS))
+    assert flash == [{"causal": True, "shape": (24, 4, 8), "max": (12, 12)}]
+    rows = make_inputs(rows=3)
+    assert_same(results(tg.attend, *rows, None, backend), results(oracle, *rows))
+    assert flash[1:] == [{"causal": True, "shape": (3, 24, 4, 8)}]
+
+
+def test_torch_varlen_is_called_as_it_wants(tg, varlen):
+    qkv = make_inputs()
+    ours = results(tg.attend, *qkv, make_segments(tg), "torch_varlen")
+    assert_same(ours, results(oracle, *qkv, LENGTHS))
+    assert varlen == [{"shape": (24, 4, 8), "max": 12, "window": (-1, 0)}]
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [24], [1] * 24])
+def test_flex_segments_equal_the_oracle(tg, lengths):
+    """Forward only: flex attention has no backward on a CPU."""
+    qkv = make_inputs()
+    ours = tg.attend(*qkv, make_segments(tg, lengths), "flex")
+    torch.testing.assert_close(ours.double(), oracle(*qkv, lengths), rtol=2e-6, atol=2e-6)
+
+
+def test_queries_and_keys_follow_the_type_of_the_values(tg):
+    q, k, v = make_inputs()
+    assert tg.attend(q, k, v.bfloat16(), make_segments(tg)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["plain", "fa3", "fa4", "torch_varlen"])
+def test_backends_survive_compilation_whole(tg, flash, varlen, backend):
+    """One graph, which serves any number of segments, forward and backward."""
+    torch._dynamo.reset()
+    compiled = torch.compile(tg.attend, backend="aot_eager", fullgraph=True, dynamic=False)
+    for lengths in (LENGTHS, [24], [5, 19]):
+        segments, qkv = make_segments(tg, lengths, padding=len(lengths)), make_inputs()
+        segments = segments._replace(max_seqlen=24)
+        torch._dynamo.mark_dynamic(segments.cu_seqlens, 0)
+        with torch.compiler.set_stance("default" if lengths is LENGTHS else "fail_on_recompile"):
+            ours = results(compiled, *qkv, segments, backend)
+        assert_same(ours, results(oracle, *qkv, lengths))
+    rows = make_inputs(rows=2)
+    assert_same(results(compiled, *rows, None, backend), results(oracle, *rows))
+
+
+@pytest.mark.parametrize("backend", ["fa3", "fa4", "torch_varlen", "flex"])
+def test_backend_that_cannot_work_is_one_line(tg, capsys, backend):
+    code = tg.main([], {"PRESET": "demo", "ATTENTION_BACKEND": backend, "DEVICE": "cpu"})
+    output = capsys.readouterr()
+    assert code == 2
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert f"ATTENTION_BACKEND={backend}: it needs {tg.ATTENTION[backend]}" in output.err
+
+
+def test_missing_package_is_named(tg):
+    with pytest.raises(tg.ConfigError, match="FlashAttention 3.*No module named 'flash_attn_interface'"):
+        tg.choose_attention("fa3", tg.CPU)
+
+
+def test_backend_that_computes_something_else_is_refused(tg, flash, monkeypatch):
+    interface = sys.modules["flash_attn_interface"]
+    monkeypatch.setattr(interface, "flash_attn_varlen_func", lambda q, k, v, **options: q + k.sum() + v.sum())
+    with pytest.raises(tg.ConfigError, match="ATTENTION_BACKEND=fa3: .*results are wrong"):
+        tg.choose_attention("fa3", tg.CPU)
+
+
+@pytest.mark.parametrize("compiler", ["", "aot_eager"])
+def test_backend_that_works_is_taken(tg, flash, compiler):
+    ranks = tg.Ranks(torch.device("cpu"))
+    ranks.compiler = compiler
+    assert tg.choose_attention("fa3", ranks) == "fa3"
+    assert tg.choose_attention("fa4", ranks) == "fa4"
+    assert tg.choose_attention("plain", ranks) == "plain"
+
+
+@pytest.mark.parametrize("works", ["fa3", "fa4", "torch_varlen", "flex", "plain"])
+def test_auto_takes_the_best_that_works(tg, monkeypatch, works):
+    order, tried = list(tg.ATTENTION), []
+
+    def attempt(backend, ranks):
+        tried.append(backend)
+        if order.index(backend) < order.index(works):
+            raise ImportError("not here")
+
+    monkeypatch.setattr(tg, "try_attention", attempt)
+    ranks = SimpleNamespace(device=torch.device("cuda"))
+    assert tg.choose_attention("auto", ranks) == works
+    assert tried == order[: order.index(works) + 1]
+
+
+def test_auto_is_plain_and_eager_on_a_cpu(tg):
+    chosen = tg.choose_backends(tg.Config(), tg.CPU)
+    assert (chosen.attention_backend, chosen.triton_kernels) == ("plain", False)

@@ -1,0 +1,171 @@
+"""The measurements run on a CPU: their numbers add up, the suite has a plan, a peer is run as a black box."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PEER = """
+import os
+import torch
+from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, 12, heads, 8) for heads in (4, 2, 2))
+cu = torch.tensor([0, 5, 12, 12], dtype=torch.int32)
+packed = flash_attn_varlen_func(
+    q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=7, max_seqlen_k=7, causal=True,
+    window_size=(-1, -1),
+)
+for part in (slice(0, 5), slice(5, 12)):
+    alone = flash_attn_func(q[:, part], k[:, part], v[:, part], causal=True)
+    assert torch.allclose(packed[part], alone[0], atol=1e-5)
+assert os.environ["CASEOPS_ENABLED"] == "1" and os.environ["MODEL_DIM"] == "64"
+steps, batch = int(os.environ["ITERATIONS"]), int(os.environ["TRAIN_BATCH_TOKENS"])
+seconds = 0.0
+for step in range(1, steps + 1):
+    if step == steps // 2 + 1:
+        print(f"layer_loop:enabled step:{steps // 2} frac:0.500 encoder:[0] decoder:[1]")
+    seconds += 3.0 if step > steps // 2 else 2.0
+    rate = batch * step / seconds
+    print(f"{step}/{steps} train_loss: {9 - step / 10:.4f} train_time: 0.0m tok/s: {rate:.2f}")
+print("peak memory allocated: 41709 MiB reserved: 47026 MiB")
+print("diagnostic quantized val_loss:2.35058660 val_bpb:1.07405660 eval_time:63234ms")
+while os.environ["PEER_WAITS"]:
+    pass
+"""
+
+
+def load(name: str):
+    """A script of bench/ as a module."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*command: object, **environ: str) -> str:
+    """Output of a command; fails with its messages."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environ}
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A synthetic data set."""
+    folder = tmp_path_factory.mktemp("data")
+    sizes = ("--tokens", 50_000, "--val-tokens", 3000, "--vocab", 512)
+    run(sys.executable, "bench/synthetic.py", "--out", folder, *sizes)
+    return folder
+
+
+def test_train_step_prints_one_json_object():
+    result = json.loads(
+        run(sys.executable, "bench/train_step.py", "--device", "cpu", "--json", "--repeats", 1)
+    )
+    before, after, whole, _ = result["rows"]
+    assert [before["part"], after["part"]] == ["before looping", "after looping"]
+    assert before["tokens_per_second"] == pytest.approx(1e3 * result["tokens"] / before["ms"])
+    assert before["mfu"] is None  # a CPU has no data sheet here
+    assert whole["ms"] > before["ms"]
+    assert result["attention"] == "plain"
+
+
+def test_flops_are_those_of_the_record():
+    """FIELD C2 derives 215.5 M (11 layers) and 319.3 M (17) of weights, 45 M and 70 M of attention."""
+    common = load("common")
+    cfg = common.tg.Config()
+    assert common.flops_per_token(cfg, False, 0) == pytest.approx(215.5e6, rel=1e-3)
+    assert common.flops_per_token(cfg, True, 0) == pytest.approx(319.3e6, rel=1e-3)
+    assert common.flops_per_token(cfg, False, 667) == pytest.approx(260e6, rel=5e-3)
+    assert common.flops_per_token(cfg, True, 667) == pytest.approx(389e6, rel=5e-3)
+
+
+def test_rows_look_like_text(tg):
+    common = load("common")
+    cfg = tg.Config()
+    _, _, segments = common.text_row(cfg, 98_304)
+    lengths = segments.cu_seqlens.diff()
+    assert 80 < int((lengths > 0).sum()) < 180
+    assert segments.bound == 2048
+    assert common.mean_context(tg.Segments(torch.tensor([0, 1, 4]), 3)) == (1 + 6) / 4
+
+
+def test_every_kernel_compiles_for_hopper_and_ampere_without_spilling():
+    pytest.importorskip("triton")
+    output = run(sys.executable, "bench/kernels.py", "--compile-only", "--json", TRITON_INTERPRET="0")
+    rows = json.loads(output)["rows"]
+    assert {row["arch"] for row in rows} == {80, 89, 90}
+    assert all(row["spilled"] == 0 for row in rows)
+    assert all(row["shared"] <= (227 if row["arch"] == 90 else 99) * 1024 for row in rows)
+    assert [row["wgmma"] for row in rows if row["kernel"] == "matmul" and row["arch"] == 90] == [True] * 3
+
+
+def test_peer_is_run_as_a_black_box(data, tmp_path):
+    """A B, the log of each is read, a script that goes on after its training is ended."""
+    script = tmp_path / "peer.py"
+    script.write_text(PEER)
+    options = {"--script": script, "--steps": 8, "--rounds": 1, "--out": tmp_path / "out"}
+    command = ["bench/peer.py", "--json", *(word for option in options.items() for word in option)]
+    command += ["--env", "TRAIN_BATCH_TOKENS=1024", "--env", "GRAD_ACCUM_STEPS=2"]
+    where = {"DATA_PATH": str(data), "TOKENIZER_PATH": str(data / "tokenizer.model"), "PEER_WAITS": "1"}
+    result = json.loads(run(sys.executable, *command, **where))
+    rows = {row["number"]: row for row in result["rows"]}
+    assert rows["before_ms_per_step"]["theirs"] == pytest.approx(2000, rel=1e-3)
+    assert rows["after_ms_per_step"]["theirs"] == pytest.approx(3000, rel=1e-3)
+    ours = rows["before_tokens_per_second"]
+    assert ours["ours / theirs"] == pytest.approx(ours["ours"] / 512)
+    assert result["last_loss_theirs"] == 8.2
+    assert 0 < result["last_loss_ours"] < 6.3
+    runs = json.loads((tmp_path / "out" / "runs.json").read_text())["runs"]
+    assert runs["ours"][0]["losses"]["1"] == pytest.approx(6.238, abs=0.1)  # ln 512
+
+
+def test_logs_of_published_runs_are_read():
+    peer = load("peer")
+    log = (
+        "500/20000 train_loss: 2.5698 train_time: 0.8m tok/s: 8216992\n"
+        "2000/20000 train_loss: 2.6634 train_time: 3.2m tok/s: 8157405\n"
+        "layer_loop:enabled step:2173 frac:0.350 encoder:[0] decoder:[5]\n"
+        "2500/20000 train_loss: 2.5534 train_time: 4.3m tok/s: 7653758\n"
+        "4500/20000 train_loss: 2.2778 train_time: 9.1m tok/s: 6516065\n"
+        "peak memory allocated: 41709 MiB reserved: 47026 MiB\n"
+        "diagnostic quantized val_loss:2.35058660 val_bpb:1.07405660 eval_time:63234ms\n"
+    )
+    read = peer.read_log(log, 786_432)
+    assert read["before_ms_per_step"] == pytest.approx(96.6, abs=0.1)  # FIELD C1: 96.4 / 142.9
+    assert read["after_ms_per_step"] == pytest.approx(143.1, abs=0.3)
+    assert read["peak_memory_mib"] == 41709
+    assert read["scores"] == {"diagnostic quantized": 1.0740566}
+
+
+def test_suite_prints_its_plan(tmp_path):
+    plan = run("bash", "bench/gpu_suite.sh", "--dry-run", OUT=str(tmp_path / "none"))
+    steps = [line.split()[0] for line in plan.splitlines() if " (at most 480 s): " in line]
+    assert steps == ["machine", "tests", "step", "peer", "kernels", "variants", "run", "memory", "peer_again"]
+    assert not (tmp_path / "none").exists()
+
+
+def test_suite_goes_on_after_a_failure(tmp_path):
+    out = {
+        "OUT": str(tmp_path),
+        "STEPS": "machine step",
+        "DATA_PATH": str(tmp_path),
+        "DEVICE": "cuda",
+        "LIMIT": "60",
+    }
+    out |= {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    printed = run("bash", "bench/gpu_suite.sh", **out)
+    assert [line.split(":")[0] for line in printed.splitlines()] == ["machine", "step"]
+    assert "step: exit 1" in printed
+    assert "torch sees no CUDA device" in (tmp_path / "step.txt").read_text()

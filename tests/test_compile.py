@@ -1,0 +1,186 @@
+"""The compiled step: no graph breaks, no recompilation after the warm-up, the same numbers, no trace left."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from test_attention import flash  # noqa: F401 - a fixture
+from test_training import SIZES as TRAINING_SIZES
+from test_training import fingerprint, write_shard
+
+SIZES = TRAINING_SIZES | {"eval_stride": 16}
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """6,000 tokens: long documents and short ones in turn, so that rows have few or many segments."""
+    rng = np.random.default_rng(0)
+    lengths = ([90] * 6 + [2] * 300) * 5
+    documents = [np.append([1], rng.integers(2, 64, size=n)) for n in lengths]
+    path = tmp_path / "fineweb_train_000000.bin"
+    write_shard(path, np.concatenate(documents)[:6000])
+    return path
+
+
+@pytest.fixture
+def make_trainer(tg, shard):
+    """Function: compiler, settings -> a trainer on the shard."""
+
+    def make(compiler: str, **settings: object):
+        torch._dynamo.reset()
+        sizes = SIZES | {"train_batch_tokens": 512, "val_batch_tokens": 2048, "train_seq_len": 32}
+        cfg = tg.Config(**sizes | settings)
+        ranks = tg.Ranks(torch.device("cpu"))
+        ranks.compiler = compiler
+        torch.manual_seed(cfg.seed)
+        tokens = cfg.train_batch_tokens // cfg.micro_batches(1)
+        loader = tg.PackedLoader([shard], 1, 0, tokens, cfg.train_seq_len)
+        return tg.Trainer(cfg, ranks.place(tg.GPT(cfg)), loader, ranks)
+
+    return make
+
+
+def random_row(tg, cfg, tokens: int):
+    return tg.random_row(cfg, tokens, cfg.train_seq_len, torch.Generator().manual_seed(0))
+
+
+def losses_of(trainer, fracs) -> list[float]:
+    return [trainer.step(step, frac).train_loss for step, frac in enumerate(fracs)]
+
+
+def test_compiled_training_is_the_same_and_never_recompiles(tg, make_trainer, shard, flash):  # noqa: F811
+    """Both layer orders, rows of few and of many segments, an evaluation; the warm-up leaves no trace.
+
+    The compiled trainer uses (a stand-in for) FlashAttention 3, which is told the longest segment.
+    """
+    fracs = [0.0] * 3 + [0.5] * 3
+    sizes = {"num_layers": 2, "loop_start": 0, "loop_end": 0, "parallel_start_layer": 1}
+    expected = losses_of(make_trainer("", **sizes), fracs)
+    trainer = make_trainer("aot_eager", attention_backend="fa3", **sizes)
+    before = fingerprint(trainer)
+    trainer.warm_up(1)
+    assert fingerprint(trainer) == before
+    graphs = tg.compiled_graphs()
+    assert graphs > 0
+    row = torch.from_numpy(tg.read_shard(shard)[:257].astype(np.int64))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        actual = losses_of(trainer, fracs)
+        tg.model_score(trainer.model, looping=True, ranks=trainer.ranks)(*tg.packed_row(row, 16))
+    assert tg.compiled_graphs() == graphs
+    assert actual == pytest.approx(expected, rel=1e-4)
+
+
+def test_rows_differ_in_their_segments(make_trainer):
+    """The test above would prove little if all batches had cu_seqlens of one size."""
+    trainer = make_trainer("")
+    batches = [trainer.loader.next()[2] for _ in range(12)]
+    assert len({len(segments.cu_seqlens) for segments in batches}) > 1
+    assert len({segments.max_seqlen for segments in batches}) > 1
+    assert {segments.bound for segments in batches} == {32}
+
+
+def test_recompilation_is_counted(tg, make_trainer):
+    trainer = make_trainer("aot_eager", num_layers=2, num_loops=0, parallel_start_layer=0)
+    counts = [tg.compiled_graphs()]
+    for tokens in (32, 32, 40):
+        with torch.no_grad():
+            trainer.model(*trainer.ranks.send(*random_row(tg, trainer.cfg, tokens)), looping=False)
+        counts.append(tg.compiled_graphs())
+    assert [count - counts[0] for count in counts] == [0, 1, 1, 2]
+
+
+def test_tail_of_a_stream_is_scored_without_a_graph_of_its_own(tg, make_trainer):
+    trainer = make_trainer("aot_eager")
+    score = tg.model_score(trainer.model, looping=False, ranks=trainer.ranks)
+    rows = [random_row(tg, trainer.cfg, tokens) for tokens in (32, 32, 9)]
+    score(*rows[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        actual = [score(*row) for row in rows]
+    for row, losses in zip(rows, actual, strict=True):
+        expected = trainer.model.losses(*row, looping=False)
+        torch.testing.assert_close(losses, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("fused", [False, True])
+def test_inductor_trains_the_model_whole_on_a_gpu(tg, fused):
+    """The compiler of a real run, with and without fused kernels: one graph, gradients as in eager mode."""
+    cfg = tg.Config(**SIZES | {"model_dim": 128, "train_seq_len": 64, "triton_kernels": fused})
+    ranks = tg.Ranks(torch.device("cuda"))
+    ranks.compiler = "inductor"
+    cfg = tg.choose_backends(cfg, ranks)
+    torch.manual_seed(0)
+    model = ranks.place(tg.GPT(cfg))
+    results = []
+    for call in (model, model.losses):
+        model.zero_grad()
+        with ranks.autocast():
+            loss = call(*ranks.send(*random_row(tg, cfg, 1024)), looping=True).mean()
+        loss.backward()
+        results.append(
+            torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+        )
+    assert (results[0] - results[1]).norm() < 0.05 * results[1].norm()
+
+
+def test_compiled_newton_schulz_is_the_same(tg, make_trainer):
+    matrices = torch.randn(2, 8, 24)
+    ours = make_trainer("aot_eager").muon._orthogonalise(matrices, tg.POLAR_EXPRESS, 5)
+    torch.testing.assert_close(ours, tg.newton_schulz(matrices))
+
+
+def test_prefetched_batches_and_positions_are_those_of_the_loader(tg, shard):
+    """Also after going back, which throws away what lies ready."""
+    plain, ahead = (tg.PackedLoader([shard], 1, 0, 64, 16) for _ in range(2))
+    ahead = tg.Prefetched(ahead)
+    remembered = None
+    for turn in range(120):  # more than the shard holds
+        assert ahead.state() == plain.state()
+        if turn == 7:
+            remembered = plain.state()
+        if turn == 20:
+            plain.load_state(remembered)
+            ahead.load_state(remembered)
+        for ours, theirs in zip(ahead.next()[:2], plain.next()[:2], strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_error_of_a_prefetched_batch_reaches_the_trainer(tg, shard):
+    loader = tg.PackedLoader([shard], 1, 0, 64, 16)
+    loader._vocab_size = 2
+    ahead = tg.Prefetched(loader)
+    with pytest.raises(tg.DataError, match="must be below VOCAB_SIZE=2"):
+        ahead.next()
+
+
+class Small(torch.nn.Module):
+    """A model that runs out of memory on rows longer than `limit`."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.limit, self.weight, self.seen = limit, torch.nn.Parameter(torch.ones(3)), []
+
+    def forward(self, x, y, segments, *, looping):
+        self.seen.append((x.size(1), looping))
+        if x.size(1) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.weight.sum() * x
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(10**9, 8), (300, 8), (255, 16), (100, 32)])
+def test_micro_batches_shrink_until_they_fit(tg, monkeypatch, limit, steps):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    cfg = dataclasses.replace(tg.Config(**SIZES), train_batch_tokens=2048, grad_accum_steps=8)
+    model = Small(limit)
+    fitted = tg.fit_memory(cfg, model, tg.CPU)
+    assert fitted == dataclasses.replace(cfg, grad_accum_steps=steps)
+    assert model.seen[-2:] == [(2048 // steps, True), (2048 // steps, False)]
+    assert model.weight.grad is None
+
+
+def test_memory_for_no_micro_batch_is_an_error(tg, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    with pytest.raises(tg.ConfigError, match="TRAIN_BATCH_TOKENS=128: must be 16 equal micro-batches"):
+        tg.fit_memory(tg.Config(**SIZES), Small(1), tg.CPU)

@@ -1,0 +1,279 @@
+"""Triton kernels against float64: compiled on CUDA, in Triton's interpreter (see conftest.py) on a CPU.
+
+The interpreter truncates to bfloat16 instead of rounding, and its products of bfloat16 are wrong.
+"""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def logits(rows: int, vocabulary: int, scale: float, dtype=torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows * 1000 + vocabulary)
+    return (torch.randn(rows, vocabulary, generator=generator) * scale).to(DEVICE, dtype)
+
+
+def exact_cross_entropy(z: torch.Tensor, targets: torch.Tensor, cap: float) -> torch.Tensor:
+    """Losses in float64, by formulas that share nothing with the kernel's."""
+    capped = cap * torch.tanh(z.double() / cap)
+    return capped.logsumexp(-1) - capped.gather(-1, targets[..., None])[..., 0]
+
+
+def both(tg, z, targets, cap, weights):
+    """Losses and gradients of the kernel and of float64."""
+    results = []
+    for function, dtype in ((tg.fused_cross_entropy, z.dtype), (exact_cross_entropy, torch.float64)):
+        leaf = z.detach().to(dtype).requires_grad_()
+        losses = function(leaf, targets, cap)
+        (losses.double() * weights).sum().backward()
+        results.append((losses.detach().double(), leaf.grad.double()))
+    return results
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 17, 64, 1000, 4096, 5003, 9001])
+@pytest.mark.parametrize("scale", [1.0, 60.0, 1e4])
+def test_cross_entropy_equals_float64(tg, vocabulary, scale):
+    z = logits(3, vocabulary, scale)
+    targets = torch.tensor([0, vocabulary - 1, vocabulary // 2], device=DEVICE)
+    weights = torch.tensor([1.0, -2.0, 0.25], dtype=torch.float64, device=DEVICE)
+    (losses, grads), (exact, exact_grads) = both(tg, z, targets, 30.0, weights)
+    torch.testing.assert_close(losses, exact, **CLOSE)
+    torch.testing.assert_close(grads, exact_grads, **CLOSE)
+
+
+@pytest.mark.parametrize("cap", [0.5, 30.0, 1000.0])
+def test_cross_entropy_at_the_saturated_ends(tg, cap):
+    """The gradient's factor 1 - tanh^2 keeps its relative accuracy where tanh itself rounds to 1."""
+    z = torch.tensor([[3.0, -3.0, 8.0, -8.0, 12.0, -12.0, 0.0, 1e-3]], device=DEVICE) * cap
+    targets = torch.tensor([2], device=DEVICE)
+    (losses, grads), _ = both(tg, z, targets, cap, torch.ones(1, device=DEVICE))
+    u = z.double() / cap
+    factor = 1 / torch.cosh(u) ** 2
+    wrong = (cap * torch.tanh(u)).softmax(-1)
+    wrong[0, 2] -= 1
+    torch.testing.assert_close(grads, wrong * factor, rtol=1e-4, atol=1e-30)
+    assert losses.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("value", "cap"), [(1e4, 30.0), (-1e4, 30.0), (3e38, 30.0), (-3e38, 30.0), (-1e6, 1000.0), (3e38, 1000.0)]
+)
+def test_cross_entropy_of_huge_logits_does_not_overflow(tg, value, cap):
+    z = torch.full((2, 33), value, device=DEVICE)
+    z[1, :5] *= -1
+    targets = torch.tensor([4, 7], device=DEVICE)
+    (losses, grads), (exact, _) = both(tg, z, targets, cap, torch.ones(2, device=DEVICE))
+    torch.testing.assert_close(losses, exact, **CLOSE)
+    assert (grads == 0).all()
+
+
+def test_cross_entropy_of_nothing_and_of_one_token(tg):
+    for shape in ((0,), (1,), (1, 1), (2, 0)):
+        z = torch.randn(*shape, 7, device=DEVICE, requires_grad=True)
+        targets = torch.zeros(shape, dtype=torch.long, device=DEVICE)
+        losses = tg.fused_cross_entropy(z, targets, 30.0)
+        losses.sum().backward()
+        assert losses.shape == targets.shape
+        assert z.grad.shape == z.shape
+        torch.testing.assert_close(losses.double(), exact_cross_entropy(z, targets, 30.0), **CLOSE)
+
+
+def test_cross_entropy_in_bfloat16(tg):
+    """Logits of a training step: bfloat16 in and out, the arithmetic in float32."""
+    z = logits(5, 777, 10.0, torch.bfloat16)
+    targets = torch.arange(5, device=DEVICE) * 99
+    (losses, grads), (exact, exact_grads) = both(tg, z, targets, 30.0, torch.ones(5, device=DEVICE))
+    torch.testing.assert_close(losses, exact, **CLOSE)
+    torch.testing.assert_close(grads, exact_grads, rtol=2**-7, atol=1e-9)
+
+
+def test_cross_entropy_equals_its_eager_twin(tg):
+    z = logits(4, 130, 40.0).view(2, 2, 130)
+    targets = torch.tensor([[0, 129], [64, 1]], device=DEVICE)
+    torch.testing.assert_close(
+        tg.fused_cross_entropy(z, targets, 30.0), tg.softcapped_cross_entropy(z, targets, 30.0), **CLOSE
+    )
+
+
+def exact_mlp(x, up, down):
+    h = x @ up.T
+    return torch.where(h > 0, h * h, h * h / 4) @ down.T
+
+
+def mlp_inputs(tokens: int, width: int, hidden: int, dtype=torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(tokens + width + hidden)
+    shapes = (tokens, width), (hidden, width), (width, hidden)
+    return [torch.randn(*shape, generator=generator).to(DEVICE, dtype) / shape[1] ** 0.5 for shape in shapes]
+
+
+def mlp_results(function, inputs, dtype):
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    y = function(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(DEVICE)
+    (y.double() * weights).sum().backward()
+    return [y.detach().double(), *(leaf.grad.double() for leaf in leaves)]
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 16), (7, 33, 65), (130, 40, 129), (257, 32, 300)])
+def test_mlp_equals_float64(tg, sizes):
+    inputs = mlp_inputs(*sizes)
+    actual, exact = (
+        mlp_results(tg.fused_mlp, inputs, torch.float32),
+        mlp_results(exact_mlp, inputs, torch.float64),
+    )
+    tolerance = 2e-2 if DEVICE == "cuda" else 1e-5  # products of float32 use tf32 on CUDA
+    for ours, theirs in zip(actual, exact, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+
+
+def test_mlp_of_no_tokens(tg):
+    x, up, down = mlp_inputs(3, 8, 16)
+    empty = x[:0].requires_grad_()
+    y = tg.fused_mlp(empty, up.requires_grad_(), down)
+    y.sum().backward()
+    assert y.shape == (0, 8)
+    assert (up.grad == 0).all()
+
+
+def test_mlp_in_half_precision_with_float32_weights(tg):
+    """As in a training step: gradients of the banks arrive in float32."""
+    x, up, down = mlp_inputs(65, 64, 96)
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    x = x.to(dtype).view(5, 13, 64)
+    leaves = [x.requires_grad_(), up.requires_grad_(), down.requires_grad_()]
+    tg.fused_mlp(*leaves).float().sum().backward()
+    assert [leaf.grad.dtype for leaf in leaves] == [dtype, torch.float32, torch.float32]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact_mlp(*wide).sum().backward()
+    for ours, exact in zip(leaves, wide, strict=True):
+        torch.testing.assert_close(
+            ours.grad.double(), exact.grad, rtol=0.05, atol=0.02 * float(exact.grad.abs().max())
+        )
+
+
+def test_mlp_without_gradients_keeps_no_slope(tg):
+    x, up, down = mlp_inputs(9, 16, 24)
+    assert tg._mlp(x, up, down, False)[2].numel() == 0
+    with torch.no_grad():
+        torch.testing.assert_close(
+            tg.fused_mlp(x, up, down).double(), exact_mlp(*map(torch.Tensor.double, (x, up, down))), **CLOSE
+        )
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+@pytest.mark.parametrize("tiles", [(0, 16, 32, 16, 4, 2), (1, 32, 16, 16, 4, 2)])
+def test_tiles_do_not_matter(tg, mode, tiles):
+    """Pointers or tensor descriptors (Hopper), small tiles that do not divide the sizes."""
+    if DEVICE == "cuda" and tiles[0] and torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("tensor descriptors need Hopper")
+    a, b, _ = mlp_inputs(50, 24, 56)
+    out, slope = torch.full((50, 56), torch.nan, device=DEVICE), torch.rand(50, 56, device=DEVICE)
+    given = slope.clone()
+    tg.launch_matmul(a, b, out, slope, mode, tiles)
+    h = a @ b.T
+    expected = (
+        [h * given, given] if mode == 2 else [tg.leaky_relu_squared(h), torch.where(h > 0, 2 * h, h / 2)]
+    )
+    close = {"rtol": 2e-2, "atol": 2e-2} if DEVICE == "cuda" else CLOSE
+    torch.testing.assert_close(out, expected[0], **close)
+    if mode:
+        torch.testing.assert_close(slope, expected[1], **close)
+
+
+def test_operators_are_registered_properly(tg):
+    """Schemas, fake results and autograd registration, checked by torch itself."""
+    z, targets = logits(3, 20, 5.0).requires_grad_(), torch.tensor([0, 3, 19], device=DEVICE)
+    x, up, down = (t.requires_grad_() for t in mlp_inputs(6, 8, 16))
+    torch.library.opcheck(tg._cross_entropy, (z, targets, 30.0))
+    torch.library.opcheck(tg._mlp, (x, up, down, True))
+    losses, norms = tg._cross_entropy(z.detach(), targets, 30.0)
+    torch.library.opcheck(tg._cross_entropy_grad, (z.detach(), targets, norms, losses, 30.0))
+    torch.library.opcheck(tg._mlp_grad, (x.detach(), down.detach(), torch.rand(6, 16, device=DEVICE)))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_operators_survive_compilation_whole(tg, backend):
+    """One graph without a break, forward and backward the same as outside of it."""
+
+    def step(x, up, down, head, targets):
+        return tg.fused_cross_entropy(tg.fused_mlp(x, up, down) @ head.T, targets, 30.0).mean()
+
+    inputs = [*mlp_inputs(6, 8, 16), logits(11, 8, 1.0)]
+    targets = torch.tensor([0, 3, 10, 1, 2, 9], device=DEVICE)
+    results = []
+    for function in (step, torch.compile(step, backend=backend, fullgraph=True)):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        loss = function(*leaves, targets)
+        loss.backward()
+        results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain)
+
+
+@pytest.mark.parametrize("looping", [False, True])
+def test_model_with_kernels_equals_the_eager_model(tg, monkeypatch, looping):
+    """The whole model, losses and every gradient, with fused kernels in place of their eager twins."""
+    cfg = tg.Config(
+        vocab_size=50,
+        num_layers=4,
+        model_dim=16,
+        num_heads=2,
+        num_kv_heads=1,
+        mlp_mult=2.0,
+        rope_dims=4,
+        num_loops=1,
+        loop_start=1,
+        loop_end=2,
+        parallel_start_layer=3,
+        gate_window=4,
+    )
+    torch.manual_seed(0)
+    model = tg.GPT(cfg).to(DEVICE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    tokens = torch.randint(2, 50, (20,))
+    tokens[[0, 7, 8]] = tg.BOS
+    x, y, segments = tg.packed_row(tokens, 16)
+    results = []
+    for fused in (False, True):
+        monkeypatch.setattr(tg, "fuses", lambda cfg, x, fused=fused: fused)
+        model.zero_grad()
+        losses = model.losses(x.to(DEVICE), y.to(DEVICE), segments.to(DEVICE), looping=looping)
+        losses.mean().backward()
+        results.append([losses.detach()] + [p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for eager, fused in zip(*results, strict=True):
+        tolerance = 2e-2 if DEVICE == "cuda" else 1e-4
+        torch.testing.assert_close(fused, eager, rtol=tolerance, atol=tolerance * float(eager.abs().max()))
+
+
+def test_kernels_of_the_packed_script_work(tg, tmp_path):
+    """Triton reads a kernel's source from a file; the packed script is none that it could read."""
+    packed, _ = tg.pack_code((Path(tg.__file__)).read_bytes())
+    path = tmp_path / "packed.py"
+    path.write_bytes(packed)
+    module = runpy.run_path(str(path))
+    found = [value for value in module.values() if getattr(value, "_name", "") == "cross_entropy"]
+    z, targets = logits(2, 40, 3.0), torch.tensor([1, 39], device=DEVICE)
+    losses, _ = found[0](z, targets, 30.0)
+    torch.testing.assert_close(losses.double(), exact_cross_entropy(z, targets, 30.0), **CLOSE)
+
+
+def test_one_product_for_queries_keys_and_values(tg, monkeypatch):
+    """CUDA computes the three roles of an input by one product, with adapters or without."""
+    x, weights = torch.randn(2, 5, 8), {role: torch.randn(n, 8) for role, n in (("q", 8), ("k", 4), ("v", 4))}
+    for adapt in (None, lambda role, x: x[..., :1] * len(weights[role])):
+        three = tg.project_together(x, weights, adapt)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "is_cuda", True)
+            one = tg.project_together(x, weights, adapt)
+        for ours, theirs in zip(one, three, strict=True):
+            torch.testing.assert_close(ours, theirs)
