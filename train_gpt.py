@@ -116,6 +116,7 @@ class Range(NamedTuple):
 
 Whole = Annotated[int, Range(0)]
 Count = Annotated[int, Range(1)]
+Loops = Annotated[int, Range(0, 100)]
 Bits = Annotated[int, Range(2, 8)]
 Real = Annotated[float, Range(-math.inf)]
 Amount = Annotated[float, Range(0)]
@@ -169,9 +170,7 @@ class Config:
     rope_dims: Whole = 16  # rotated dimensions of each head; 0: all
     rope_yarn: bool = False  # stretch the rotary base for rows longer than TRAIN_SEQ_LEN
     ln_scale: bool = True  # scale normed inputs of layer i by 1/sqrt(i+1)
-    num_loops: Annotated[int, Range(0, 100)] = (
-        2  # extra passes through layers LOOP_START..LOOP_END (depth recurrence)
-    )
+    num_loops: Loops = 2  # extra passes through layers LOOP_START..LOOP_END (depth recurrence)
     loop_start: Whole = 3  # first looped layer
     loop_end: Whole = 5  # last looped layer
     parallel_start_layer: Whole = 8  # decoder layers from here on are parallel; 0: none

@@ -138,10 +138,13 @@ RECORD |= {
 }
 OURS = {"preset", "device", "cpu_threads", "run_id", "data_path", "tokenizer_path", "grad_accum_steps"}
 OURS |= {"attention_backend", "triton_kernels", "compile_backend"}
+OURS |= {"sliding_window_enabled", "eval_stride", "ttt_sgd", "ttt_lr", "ttt_epochs", "ttt_momentum"}
+OURS |= {"ttt_chunk_tokens", "ttt_cache_window", "ttt_guard", "ttt_q_lora", "ttt_v_lora"}
 OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "clip_global"}
 
 # What else a setting's other value needs, so that the whole makes sense.
 COMPANIONS = {
+    "TTT_CACHE_WINDOW": {"TTT_CHUNK_SIZE": "2"},
     "ATTN_OUT_GATE_ENABLED": {"SPARSE_ATTN_GATE_ENABLED": "0"},
     "GATED_ATTN_ENABLED": {"SPARSE_ATTN_GATE_ENABLED": "0"},
     "NUM_KV_HEADS": {"NUM_HEADS": "8"},
