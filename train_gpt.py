@@ -229,7 +229,7 @@ class Config:
     lqer_asym_group: Count = 64  # elements per scale of the right factor
     lqer_factor_bits: Bits = 4  # bits of symmetric factors
     float16_max_elements: Whole = 65_536  # tensors of at most this size stay float16
-    compressor: Literal["brotli", "lzma"] = "brotli"  # codec of the artifact's streams
+    compressor: Literal["brotli", "lzma", "ans"] = "brotli"  # artifact's codec; ans needs constriction
 
     # Evaluation
     val_batch_tokens: Annotated[int, Range(8)] = 524_288  # an evaluation row holds an eighth of these targets
@@ -2589,11 +2589,14 @@ def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) ->
 #
 # magic, version, codec (1 byte each after the magic) | header length u32 | sha256 of what follows | header:
 # compressed JSON (model settings; name, kind, bits, shape, correction of each tensor; key and packed length
-# of each stream) | streams: all arrays of one key, concatenated in the tensors' order and compressed.
+# of each stream) | streams: all arrays of one key, concatenated in the tensors' order and compressed. With
+# the codec "ans" all integer arrays are one stream, LEVELS, and the rest is brotli's.
 # ---------------------------------------------------------------------------------------------------------
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
-CODECS = ("brotli", "lzma")
+CODECS = ("brotli", "lzma", "ans")
+LEVELS = "levels"
+HEADER_LIMIT, SIZE_FACTOR = 1 << 24, 256  # bytes; declared bytes per byte of the file: no bombs
 SHUFFLE_MAGIC = b"BSHF"
 PREFIX = struct.Struct("<5sBBI32s")
 
@@ -2620,20 +2623,194 @@ def byte_unshuffle(data: bytes) -> bytes:
     return bytes(out)
 
 
+def codec_module(codec: str) -> object:
+    """The Python module of a codec. Raises ConfigError where its package is not installed."""
+    package = {"ans": "constriction"}.get(codec, codec)
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ConfigError(f"COMPRESSOR={codec}: the Python package {package} is not installed") from None
+
+
 def compress(data: bytes, codec: str) -> bytes:
-    """Compress at the best setting of a codec."""
+    """Compress bytes at the best setting of a codec; bytes that are no levels are brotli's with "ans" too."""
     if codec == "lzma":
         return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
-    return importlib.import_module(codec).compress(data, quality=11, lgwin=24)
+    return codec_module("brotli").compress(data, quality=11, lgwin=24)
 
 
-def decompress(data: bytes, codec: str) -> bytes:
-    """The inverse of `compress`. Raises ArtifactError on damaged data."""
-    module = lzma if codec == "lzma" else importlib.import_module(codec)
+def decompress(data: bytes, codec: str, limit: int = 1 << 30) -> bytes:
+    """The inverse of `compress`. Raises ArtifactError on damaged data and beyond `limit` bytes of output."""
     try:
-        return module.decompress(data)
+        if codec == "lzma":
+            decoder = lzma.LZMADecompressor(memlimit=1 << 28)
+            out = decoder.decompress(data, limit + 1)
+            whole = decoder.eof and not decoder.unused_data
+        else:
+            decoder = codec_module("brotli").Decompressor()
+            out = decoder.process(data, output_buffer_limit=limit + 1)
+            whole = decoder.is_finished()
+    except ConfigError:
+        raise
     except Exception as error:  # each codec raises types of its own
         raise ArtifactError(f"damaged {codec} stream ({error})") from None
+    if not whole or len(out) > limit:
+        raise ArtifactError(f"damaged {codec} stream (cut off, or above {limit} bytes)")
+    return out
+
+
+class ColumnModel:
+    """What the levels of each column are like, told by the rows above: class of variance, mean in quarters.
+
+    A trained matrix has loud and quiet columns. Sums are integers (in 1/256), so that every machine agrees.
+    """
+
+    OPTIONS = tuple(itertools.product((0, 1, 2), (8, 32, 128, 512), (0, 8, 32)))
+
+    def __init__(self, columns: int, option: int, level: int):
+        self.fade, self.rows_spread, self.rows_mean = self.OPTIONS[option]  # shift per block; prior's rows
+        self.steps = _variance_steps()
+        self.prior = self.rows_spread * self.steps[level]
+        self.rows, self.sums, self.squares = 0, *np.zeros((2, columns), np.int64)
+
+    def classes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Class of variance and mean (in quarters) that are expected of each column, int64 [columns]."""
+        mean = np.zeros_like(self.sums)
+        if self.rows_mean:
+            rows = self.rows + 256 * self.rows_mean
+            mean = np.clip((8 * self.sums + rows) // (2 * rows), -63, 63)
+        spread = self.squares - mean * self.sums // 2 + self.rows * mean * mean // 16
+        variance = 256 * (spread + self.prior) // (self.rows + 256 * self.rows_spread)
+        return np.searchsorted(self.steps[1:-1], variance), mean
+
+    def add(self, rows: int, sums: np.ndarray, squares: np.ndarray) -> None:
+        """Take in a block of rows by its column sums."""
+        self.rows = (self.rows >> self.fade) + 256 * rows
+        self.sums = (self.sums >> self.fade) + 256 * sums
+        self.squares = (self.squares >> self.fade) + 256 * squares
+
+
+def _variance_steps() -> np.ndarray:
+    """Bounds of the variance classes, in 1/256: a geometric row of integers, ratio 2^(1/5)."""
+    steps = [8]
+    while steps[-1] < 1 << 23:
+        steps.append(steps[-1] * 1149 // 1000 + 1)
+    return np.array(steps)
+
+
+def _column_sums(levels: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    part = levels.astype(np.int64)
+    return len(part), part.sum(0), (part * part).sum(0)
+
+
+def _row_blocks(rows: int) -> list[tuple[int, int]]:
+    starts = [start for start in (0, 16, 32, *range(64, rows, 64)) if start < rows]
+    return list(zip(starts, [*starts[1:], rows], strict=True))
+
+
+def choose_column_model(levels: np.ndarray) -> tuple[int, int]:
+    """Option and starting class of the `ColumnModel` that codes a matrix best (an estimate in integers)."""
+    parts = [_column_sums(levels[start:end]) for start, end in _row_blocks(len(levels))]
+    steps = _variance_steps()
+    total = 256 * sum(int(squares.sum()) for *_, squares in parts) // max(levels.size, 1)
+    level, costs = int(np.searchsorted(steps[1:-1], total)), []
+    for option in range(len(ColumnModel.OPTIONS)):
+        columns, cost = ColumnModel(levels.shape[1], option, level), 0
+        for rows, sums, squares in parts:
+            kind, mean = columns.classes()
+            spread = 16 * squares - 8 * mean * sums + rows * mean * mean
+            cost += int((rows * kind * 1024 // 10 + spread * 16 * 739 // steps[kind]).sum())  # bits x 1024
+            columns.add(rows, sums, squares)
+        costs.append(cost)
+    return costs.index(min(costs)), level
+
+
+class LevelCoder:
+    """Asymmetric numeral systems (arXiv 1311.2540) over integer matrices, through `constriction`.
+
+    Each class of a `ColumnModel` has a table of symbol frequencies: 64 imagined symbols of a Gaussian, and
+    all that it has coded so far. Tables are integers, and their order is that of decoding.
+    """
+
+    def __init__(self, words: np.ndarray | None = None):
+        stream = codec_module("ans").stream
+        self.coder = stream.stack.AnsCoder() if words is None else stream.stack.AnsCoder(words)
+        self.categorical = stream.model.Categorical
+        self.decodes, self.jobs = words is not None, []
+        self.steps = _variance_steps()
+        bells = [1 << 24]
+        while len(bells) < 4096:
+            bells.append(bells[-1] - (bells[-1] >> 8) + (bells[-1] >> 17))
+        self.bell = np.array(bells)  # 2^24 exp(-i/256), in integers
+        self.tables: dict[tuple[int, int], np.ndarray] = {}
+
+    def _code(self, part: np.ndarray, key: int, top: int) -> np.ndarray:
+        """Code symbols of one class, or decode as many. `key` = 128 class + mean + 64."""
+        table = self.tables.get((top, key))
+        if table is None:
+            distance = 4 * np.arange(-top - 1, top + 1) - (key % 128 - 64)
+            bell = self.bell[np.minimum(2048 * distance**2 // self.steps[key // 128], 4095)]
+            table = (bell << 22) // bell.sum() + 1
+        model = self.categorical(table.astype(np.float64), perfect=False)
+        if self.decodes:
+            part = self.coder.decode(model, part.size)
+        else:
+            self.jobs.append((model, part))
+        self.tables[top, key] = table + (np.bincount(part, minlength=table.size) << 16)
+        return part
+
+    def run(self, levels: np.ndarray, top: int, option: int, level: int) -> None:
+        """Code a matrix int8 of values -top-1..top, or fill it in decoding."""
+        columns = ColumnModel(levels.shape[1], option, level)
+        for start, end in _row_blocks(len(levels)) if levels.size else ():
+            kind, mean = columns.classes()
+            keys = kind * 128 + mean + 64
+            order = np.argsort(keys, kind="stable")
+            keys = keys[order]
+            part = levels[start:end].T[order].astype(np.int32) + (top + 1)
+            edges = [0, *(np.flatnonzero(np.diff(keys)) + 1), len(keys)]
+            for low, high in itertools.pairwise(edges):
+                run = self._code(part[low:high].ravel(), int(keys[low]), top)
+                part[low:high] = run.reshape(high - low, -1)
+            levels[start:end] = (part[np.argsort(order)] - (top + 1)).T
+            columns.add(*_column_sums(levels[start:end]))
+
+    def words(self) -> np.ndarray:
+        """The coded words, uint32: the last symbol goes in first, as decoding is last in, first out."""
+        for model, part in reversed(self.jobs):
+            self.coder.encode_reverse(part, model)
+        return self.coder.get_compressed()
+
+
+def encode_levels(matrices: Sequence[tuple[np.ndarray, int]]) -> bytes:
+    """Integer matrices with the largest level of each -> two bytes of options per matrix, then the words."""
+    coder, head = LevelCoder(), bytearray()
+    for levels, top in matrices:
+        head += bytes(options := choose_column_model(levels))
+        coder.run(levels.copy(), top, *options)
+    return bytes(head) + coder.words().astype("<u4").tobytes()
+
+
+def decode_levels(data: bytes, layout: Sequence[tuple[tuple[int, int], int]]) -> list[np.ndarray]:
+    """The inverse of `encode_levels`, by shape and largest level of each. Raises ArtifactError."""
+    options, words = data[: 2 * len(layout)], data[2 * len(layout) :]
+    kinds = len(_variance_steps()) - 1
+    if (
+        len(words) % 4
+        or any(o >= len(ColumnModel.OPTIONS) for o in options[::2])
+        or max(options[1::2], default=0) >= kinds
+    ):
+        raise ArtifactError("damaged ans stream")
+    try:
+        coder = LevelCoder(np.frombuffer(words, "<u4").astype(np.uint32))
+    except ValueError:
+        raise ArtifactError("damaged ans stream") from None
+    matrices = [np.zeros(shape, np.int8) for shape, _ in layout]
+    for i, (levels, (_, top)) in enumerate(zip(matrices, layout, strict=True)):
+        coder.run(levels, top, *options[2 * i : 2 * i + 2])
+    if not coder.coder.is_empty():
+        raise ArtifactError("damaged ans stream")
+    return matrices
 
 
 def array_layout(
@@ -2662,68 +2839,116 @@ def _correction_entry(record: QuantizedTensor) -> list:
     return [record.correction, b.size(0), group]
 
 
+class StreamPart(NamedTuple):
+    """One array's place in the streams."""
+
+    name: str  # of its tensor
+    key: str
+    dtype: str
+    dims: tuple[int, ...]
+    top: int  # largest level
+
+
+def stream_parts(tensors: Sequence[Sequence], codec: str) -> dict[str, list[StreamPart]]:
+    """Streams of an artifact, each with the arrays that it holds, by the header's list of tensors."""
+    streams: dict[str, list[StreamPart]] = {}
+    for name, kind, bits, shape, correction in tensors:
+        tops = {"q": 2 ** (bits - 1) - 1, "lqA_a": 1, "lqB_a": 7}
+        for key, (dtype, dims) in array_layout(kind, shape, correction).items():
+            stream = LEVELS if codec == "ans" and dtype == "|i1" else key
+            streams.setdefault(stream, []).append(StreamPart(name, key, dtype, dims, tops.get(key, 127)))
+    return streams
+
+
 def pack_artifact(records: Mapping[str, QuantizedTensor], cfg: Config) -> bytes:
     """Stored tensors and the settings that rebuild the model -> the artifact. Same weights, same bytes."""
-    tensors, streams = [], {}
-    for name, record in records.items():
-        correction = _correction_entry(record)
-        tensors.append([name, record.kind, record.bits, list(record.shape), correction])
-        for key, (dtype, _) in array_layout(record.kind, record.shape, correction).items():
-            streams.setdefault((key, dtype), []).append(
-                record.arrays[key].cpu().numpy().astype(dtype).tobytes()
-            )
-    packed = {
-        key: compress(byte_shuffle(b"".join(parts), int(dtype[-1])), cfg.compressor)
-        for (key, dtype), parts in streams.items()
-    }
-    index = [[key, len(data)] for key, data in packed.items()]
+    codec = cfg.compressor
+    tensors = [[n, r.kind, r.bits, list(r.shape), _correction_entry(r)] for n, r in records.items()]
+    packed = {}
+    for stream, parts in stream_parts(tensors, codec).items():
+        arrays = [records[p.name].arrays[p.key].cpu().numpy().astype(p.dtype) for p in parts]
+        if stream == LEVELS:
+            packed[stream] = encode_levels([(a, p.top) for a, p in zip(arrays, parts, strict=True)])
+        else:
+            data = b"".join(array.tobytes() for array in arrays)
+            packed[stream] = compress(byte_shuffle(data, arrays[0].itemsize), codec)
+    index = [[stream, len(data)] for stream, data in packed.items()]
     header = {"model": cfg.model_settings(), "tensors": tensors, "streams": index}
-    head = compress(json.dumps(header, separators=(",", ":")).encode(), cfg.compressor)
+    head = compress(json.dumps(header, separators=(",", ":")).encode(), codec)
     body = head + b"".join(packed.values())
-    codec = CODECS.index(cfg.compressor)
-    return (
-        PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, codec, len(head), hashlib.sha256(body).digest()) + body
-    )
+    digest = hashlib.sha256(body).digest()
+    return PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS.index(codec), len(head), digest) + body
 
 
 def unpack_artifact(blob: bytes) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
-    """The artifact -> model settings and stored tensors. Raises ArtifactError unless all is as written."""
+    """The artifact -> model settings and stored tensors. Raises ArtifactError unless all is as written.
+
+    Nothing is decoded before the sizes that the header declares are known to be in proportion to the file.
+    """
     if len(blob) < PREFIX.size or not blob.startswith(ARTIFACT_MAGIC):
         raise ArtifactError("not an artifact of this script")
     _, version, codec, head_len, digest = PREFIX.unpack_from(blob)
     if version != ARTIFACT_VERSION or codec >= len(CODECS):
         raise ArtifactError(f"artifact version {version}, codec {codec}: not known to this script")
-    body = memoryview(blob)[PREFIX.size :]
+    body, codec = memoryview(blob)[PREFIX.size :], CODECS[codec]
     if hashlib.sha256(body).digest() != digest:
         raise ArtifactError("artifact is truncated or corrupted (checksum differs)")
     try:
-        header = json.loads(decompress(bytes(body[:head_len]), CODECS[codec]))
-        streams, start = {}, head_len
-        for key, length in header["streams"]:
-            streams[key] = byte_unshuffle(decompress(bytes(body[start : start + length]), CODECS[codec]))
-            start += length
-        records = _read_tensors(header["tensors"], streams)
-        return dict(header["model"]), records
-    except (KeyError, TypeError, IndexError, OverflowError, ValueError) as error:
-        if isinstance(error, ArtifactError):
+        header = json.loads(decompress(bytes(body[:head_len]), codec, HEADER_LIMIT))
+        settings, tensors, index = dict(header["model"]), header["tensors"], dict(header["streams"])
+        streams = stream_parts(list(map(_checked_entry, tensors)), codec)
+        sizes = {k: sum(math.prod(p.dims) * int(p.dtype[2]) for p in v) for k, v in streams.items()}
+        if sum(sizes.values()) > SIZE_FACTOR * len(blob) + HEADER_LIMIT:
+            raise ArtifactError(f"artifact declares {sum(sizes.values())} bytes: more than such a file holds")
+        if list(index) != list(streams) or head_len + sum(index.values()) != len(body):
+            raise ArtifactError("artifact streams do not fit its tensors")
+        records = {t[0]: QuantizedTensor(t[1], t[2], tuple(t[3]), {}) for t in tensors}
+        start = head_len
+        for stream, parts in streams.items():
+            data = bytes(body[start : start + index[stream]])
+            for part, array in zip(
+                parts, _unpack_stream(data, codec, stream, parts, sizes[stream]), strict=True
+            ):
+                records[part.name].arrays[part.key] = torch.from_numpy(array)
+            start += len(data)
+        return settings, records
+    except (KeyError, TypeError, IndexError, OverflowError, RecursionError, ValueError) as error:
+        if isinstance(error, UserError):
             raise
         raise ArtifactError(f"artifact header does not fit its contents ({error})") from None
 
 
-def _read_tensors(entries: Sequence[Sequence], streams: Mapping[str, bytes]) -> dict[str, QuantizedTensor]:
-    cursors = dict.fromkeys(streams, 0)
-    records = {}
-    for name, kind, bits, shape, correction in entries:
-        arrays = {}
-        for key, (dtype, dims) in array_layout(kind, shape, correction).items():
-            count = math.prod(dims)
-            array = np.frombuffer(streams[key], dtype, count, cursors[key]) if count else np.empty(0, dtype)
-            cursors[key] += array.nbytes
-            arrays[key] = torch.from_numpy(array.reshape(dims).copy())
-        records[name] = QuantizedTensor(kind, bits, tuple(shape), arrays)
-    if any(cursors[key] != len(data) for key, data in streams.items()):
-        raise ArtifactError("artifact streams are longer than its tensors")
-    return records
+def _checked_entry(entry: Sequence) -> Sequence:
+    """A tensor's entry of the header, if it is one that `pack_artifact` may have written."""
+    name, kind, bits, shape, correction = entry
+    numbers = [bits, *shape, *correction[1:]]
+    good = type(name) is str and all(type(number) is int and number >= 0 for number in numbers)
+    good = good and kind in get_args(Scheme.__annotations__["kind"]) and bits <= 16
+    good = good and len(shape) == 2 if kind != "fp16" else good and len(shape) <= 4 and not correction
+    if good and correction:
+        style, rank, group = correction
+        good = style == "sym" or (style == "asym" and group > 0 and rank * shape[1] % group == 0)
+    if not good:
+        raise ArtifactError(f"artifact declares an impossible tensor: {str(entry)[:80]}")
+    return entry
+
+
+def _unpack_stream(
+    data: bytes, codec: str, stream: str, parts: Sequence[StreamPart], size: int
+) -> Iterable[np.ndarray]:
+    """The arrays of a stream, each in memory of its own."""
+    if stream == LEVELS:
+        return decode_levels(data, [(part.dims, part.top) for part in parts])
+    shuffled = parts[0].dtype != "|i1" and size > 1
+    data = decompress(data, codec, size + 5 * shuffled)
+    data = byte_unshuffle(data) if shuffled else data
+    if len(data) != size:
+        raise ArtifactError("artifact streams do not fit its tensors")
+    flat = np.frombuffer(data, parts[0].dtype)
+    ends = list(itertools.accumulate(math.prod(part.dims) for part in parts))
+    return (
+        array.reshape(part.dims).copy() for part, array in zip(parts, np.split(flat, ends[:-1]), strict=True)
+    )
 
 
 WRAPPER = b'#coding:l1\nimport %s as c\nexec(c.decompress("""%s""".encode("l1")))\n'
@@ -2752,6 +2977,7 @@ def pack_code(source: bytes, codec: str = "brotli", off: Container[str] = ()) ->
     else:
         options = {"remove_literal_statements": True, "rename_globals": True, "hoist_literals": False}
         text, minified = python_minifier.minify(_positional_only(source.decode()), **options).encode(), True
+    codec = "lzma" if codec == "lzma" else "brotli"
     data = compress(text, codec).replace(b"\\", rb"\\").replace(b"\r", rb"\r").replace(b'"""', rb'""\"')
     data = re.sub(rb"\0(?=[0-7])", rb"\\x00", data).replace(b"\0", rb"\0")
     return WRAPPER % (codec.encode(), data + b"\\\n" * data.endswith(b'"')), minified
