@@ -43,6 +43,7 @@ import threading
 import time
 import traceback
 import warnings
+import zipfile
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -2596,7 +2597,7 @@ def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) ->
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
 CODECS = ("brotli", "lzma", "ans")
 LEVELS = "levels"
-HEADER_LIMIT, SIZE_FACTOR = 1 << 24, 256  # bytes; declared bytes per byte of the file: no bombs
+HEADER_LIMIT, SIZE_FACTOR = 1 << 24, 16  # bytes; declared bytes per byte of the file: no bombs
 SHUFFLE_MAGIC = b"BSHF"
 PREFIX = struct.Struct("<5sBBI32s")
 
@@ -2612,9 +2613,9 @@ def byte_unshuffle(data: bytes) -> bytes:
     """The inverse of `byte_shuffle`; data without its header are returned as they are."""
     if not data.startswith(SHUFFLE_MAGIC) or len(data) < 5:
         return data
-    stride, body = data[4], data[5:]
+    stride, body = data[4], memoryview(data)[5:]
     if stride < 2:
-        return body
+        return bytes(body)
     out, start = bytearray(len(body)), 0
     for i in range(stride):
         length = len(range(i, len(body), stride))
@@ -2911,11 +2912,26 @@ def unpack_artifact(blob: bytes) -> tuple[dict[str, object], dict[str, Quantized
             ):
                 records[part.name].arrays[part.key] = torch.from_numpy(array)
             start += len(data)
+        _check_model(settings, records)
         return settings, records
     except (KeyError, TypeError, IndexError, OverflowError, RecursionError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise ArtifactError(f"artifact header does not fit its contents ({error})") from None
+
+
+def _check_model(settings: Mapping, records: Mapping[str, QuantizedTensor]) -> None:
+    """Refuse settings whose model would be larger than the tensors, before it is built."""
+    layers, dim, loops = settings["num_layers"], settings["model_dim"], settings["num_loops"]
+    if layers > len(records) or loops > HEADER_LIMIT >> 8:
+        raise ArtifactError("artifact declares a model of more layers than it holds")
+    wanted = {"tok_emb.weight": (settings["vocab_size"], dim)}
+    for layer in range(layers):
+        wanted[f"blocks.{layer}.attn.c_q.weight"] = dim, dim
+        wanted[f"blocks.{layer}.mlp.fc.weight"] = int(settings["mlp_mult"] * dim), dim
+    for name, shape in wanted.items():
+        if records[name].shape != shape:
+            raise ArtifactError(f"{name} has shape {records[name].shape}, not {shape}")
 
 
 def _checked_entry(entry: Sequence) -> Sequence:
@@ -2949,6 +2965,64 @@ def _unpack_stream(
     return (
         array.reshape(part.dims).copy() for part, array in zip(parts, np.split(flat, ends[:-1]), strict=True)
     )
+
+
+PUBLISHED_SCHEME = re.compile(
+    r"passthrough.*|(?P<gate>gate_int8_row)|gptq \(int(?P<bits>[2-8])\)(?P<correction>\+lqer(_asym)?)?"
+)
+
+
+def read_published(blob: bytes) -> dict[str, QuantizedTensor]:
+    """An artifact of the published scripts -> stored tensors (its model settings are not in it).
+
+    Brotli or lzma over a byte-shuffled `torch.save` of {"w": arrays, "m": schemes by name}; read with
+    `weights_only=True`, after checksums and sizes have been looked at. Raises ArtifactError.
+    """
+    codec = "lzma" if blob.startswith(b"\xfd7zXZ") else "brotli"
+    data = byte_unshuffle(decompress(blob, codec, SIZE_FACTOR * len(blob) + HEADER_LIMIT))
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+            stored = sum(entry.file_size for entry in entries) <= len(data)
+            if not stored or any(entry.compress_type for entry in entries) or archive.testzip():
+                raise ValueError("damaged archive")
+        for device in ("meta", "cpu"):  # sizes first: a tensor may claim more than its bytes
+            content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+            weights = content["w"]
+            if sum(array.numel() * array.element_size() for array in weights.values()) > len(data):
+                raise ValueError("tensors are larger than their bytes")
+        records = {name: _published_record(name, kind, weights) for name, kind in content["m"].items()}
+        if sum(len(record.arrays) for record in records.values()) != len(weights):
+            raise ValueError("tensors without a scheme")
+    except Exception as error:  # zipfile and torch raise a dozen types for a damaged or foreign file
+        reason = " ".join(str(error).split())[:80]
+        raise ArtifactError(f"not an artifact of this script, nor a published one ({reason})") from None
+    return records
+
+
+def _published_record(name: str, category: str, weights: Mapping[str, Tensor]) -> QuantizedTensor:
+    """A tensor of a published artifact by its category, every array in the type and shape of its layout."""
+    found = PUBLISHED_SCHEME.fullmatch(category)
+    kind = "fp16" if category.startswith("pass") else "int8_rows" if found["gate"] else "gptq"
+    base = {"fp16": name, "int8_rows": f"{name}.gq", "gptq": f"{name}.q"}[kind]
+    shape, correction = tuple(weights[base].shape), []
+    if found["correction"] == "+lqer":
+        correction = ["sym", weights[f"{name}.lqB"].size(0), 0]
+    elif found["correction"]:
+        b, scales = weights[f"{name}.lqB_a"], weights[f"{name}.lqBs_a"]
+        correction = ["asym", b.size(0), b.numel() // scales.numel()]
+    arrays = {}
+    for key, (dtype, dims) in array_layout(kind, shape, correction).items():
+        array = weights[f"{name}.{key}" if key else name].contiguous()
+        if array.dtype != {"|i1": torch.int8, "<f2": torch.float16}[dtype]:
+            raise ValueError(f"{name}: {array.dtype}")
+        arrays[key] = array.reshape(dims)
+    return QuantizedTensor(kind, int(found["bits"] or {"fp16": 16, "int8_rows": 8}[kind]), shape, arrays)
+
+
+def read_artifact(blob: bytes) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
+    """Our artifact or a published one -> model settings (none in a published one) and stored tensors."""
+    return unpack_artifact(blob) if blob.startswith(ARTIFACT_MAGIC[:3]) else ({}, read_published(blob))
 
 
 WRAPPER = b'#coding:l1\nimport %s as c\nexec(c.decompress("""%s""".encode("l1")))\n'
@@ -3741,7 +3815,7 @@ class Run:
     def _model_of_artifact(self, path: Path) -> GPT:
         """A clean model that knows nothing but the bytes of the artifact file."""
         try:
-            settings, records = unpack_artifact(self.blob)
+            settings, records = read_artifact(self.blob)
             model = self.new_model(dataclasses.replace(self.cfg, **settings))
             model.load_state_dict(dequantize_state(records, model.cfg.num_layers))
         except (UserError, TypeError, RuntimeError, KeyError) as error:
