@@ -229,6 +229,9 @@ class Config:
     lqer_asym_enabled: bool = True  # int2/int4 factors; 0: symmetric factors of LQER_FACTOR_BITS
     lqer_asym_group: Count = 64  # elements per scale of the right factor
     lqer_factor_bits: Bits = 4  # bits of symmetric factors
+    fit_bytes: Whole = (
+        0  # size of code plus model at which loss is least, instead of bits, clips, LQER; 0: off
+    )
     float16_max_elements: Whole = 65_536  # tensors of at most this size stay float16
     compressor: Literal["brotli", "lzma", "ans"] = "brotli"  # artifact's codec; ans needs constriction
 
@@ -2388,11 +2391,15 @@ def calibrate(
 
 
 class Scheme(NamedTuple):
-    """How a tensor is stored: kind, and for GPTQ the bits and the clip width in row standard deviations."""
+    """How a tensor is stored: kind, and for GPTQ the bits and the clip width in row standard deviations.
+
+    With less than float16's ten bits of mantissa, its float16 values are shortened, and no level is clipped.
+    """
 
     kind: Literal["gptq", "int8_rows", "fp16"]
     bits: int = 16
     clip_sigmas: float = 0.0
+    mantissa: int = 10
 
 
 def scheme(name: str, tensor: Tensor, cfg: Config) -> Scheme:
@@ -2412,35 +2419,64 @@ def scheme(name: str, tensor: Tensor, cfg: Config) -> Scheme:
 SMALLEST_HALF = 2.0**-24  # a scale below this would be 0 in float16 and divide by zero
 
 
+class HessianFactor(NamedTuple):
+    """What GPTQ needs of a Hessian: columns by falling diagonal; in that order H^-1 = U^T U, U upper."""
+
+    order: Tensor
+    dead: Tensor  # columns whose inputs were always zero
+    upper: Tensor
+
+
+def factorise(hessian: Tensor) -> HessianFactor:
+    """Damp, sort and factorise a Hessian [columns, columns]: one Cholesky, one triangular inverse."""
+    h = hessian.float().clone()
+    dead = h.diagonal() == 0
+    h.diagonal()[dead] = 1
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    order = torch.argsort(h.diagonal(), descending=True)
+    h = h[order][:, order]
+    root = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)  # upper, H = root root^T, so that U = root^-1
+    identity = torch.eye(len(h), device=h.device)
+    return HessianFactor(order, dead, torch.linalg.solve_triangular(root, identity, upper=True))
+
+
 def gptq(
-    weight: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, block: int = 128
+    weight: Tensor, hessian: Tensor | HessianFactor, bits: int, clip_sigmas: float, block: int = 32
 ) -> tuple[Tensor, Tensor]:
     """GPTQ (arXiv 2210.17323) with SDClip row scales (PR #1394).
 
     weight [rows, columns], hessian [columns, columns] of its inputs -> levels int8 [rows, columns], scale
     float16 [rows]. Columns go by falling diagonal; each one's rounding error is spread over the later ones.
     """
-    w, h = weight.float().clone(), hessian.float().clone()
+    scale = clip_sigmas * weight.float().std(dim=1) / (2 ** (bits - 1) - 1)
+    return gptq_sweep(weight, hessian, bits, scale, block)[:2]
+
+
+def gptq_sweep(
+    weight: Tensor, hessian: Tensor | HessianFactor, bits: int, scale: Tensor, block: int = 32
+) -> tuple[Tensor, Tensor, float]:
+    """GPTQ at given row scales: levels, scales in float16, and the error tr(E H E^T), H damped.
+
+    Columns lie as rows, so that each step reads whole ones. The errors of a block reach its own columns as
+    each is read, and those behind it as one matrix product.
+    """
+    order, dead, upper = hessian if isinstance(hessian, HessianFactor) else factorise(hessian)
     q_max = 2 ** (bits - 1) - 1
-    scale = (clip_sigmas * w.std(dim=1) / q_max).clamp_min(SMALLEST_HALF).half()
+    scale = scale.clamp_min(SMALLEST_HALF).half()
     step = scale.float()
-    dead = h.diagonal() == 0
-    h.diagonal()[dead] = 1
-    h.diagonal().add_(0.01 * h.diagonal().mean())
-    w[:, dead] = 0
-    order = torch.argsort(h.diagonal(), descending=True)
-    w, h = w[:, order], h[order][:, order]
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    levels = torch.empty_like(w)
-    for start in range(0, w.size(1), block):
-        end = min(start + block, w.size(1))
-        errors = torch.empty_like(w[:, start:end])
+    w = weight.float().t()[order]
+    w[dead[order]] = 0
+    levels, errors, pivots = torch.empty_like(w), torch.empty_like(w), upper.diagonal().tolist()
+    for start in range(0, len(w), block):
+        end = min(start + block, len(w))
         for j in range(start, end):
-            levels[:, j] = (w[:, j] / step).round().clamp(-q_max, q_max)
-            errors[:, j - start] = (w[:, j] - levels[:, j] * step) / upper[j, j]
-            w[:, j:end] -= errors[:, j - start, None] * upper[j, j:end]
-        w[:, end:] -= errors @ upper[start:end, end:]
-    return levels[:, torch.argsort(order)].to(torch.int8), scale
+            column = torch.addmv(w[j], errors[start:j].t(), upper[start:j, j], alpha=-1)
+            levels[j] = torch.div(column, step).round_().clamp_(-q_max, q_max)
+            torch.addcmul(column, levels[j], step, value=-1, out=errors[j]).div_(pivots[j])
+        w[end:].addmm_(upper[start:end, end:].t(), errors[start:end], alpha=-1)
+    restored = torch.empty_like(levels, dtype=torch.int8)
+    restored[order] = levels.to(torch.int8)
+    return restored.t().contiguous(), scale, float(errors.double().square().sum())
 
 
 def quantize_rows_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -2494,6 +2530,7 @@ class QuantizedTensor:
     bits: int
     shape: tuple[int, ...]
     arrays: dict[str, Tensor]
+    report: dict[str, float] = dataclasses.field(default_factory=dict)  # of GPTQ, for the log
 
     @property
     def correction(self) -> str:
@@ -2518,43 +2555,68 @@ class QuantizedTensor:
         return weight + unpack_low_rank(self.arrays) if self.correction else weight
 
 
-def quantize_tensor(name: str, tensor: Tensor, hessian: Tensor | None, cfg: Config) -> QuantizedTensor:
+def short_half(x: Tensor, mantissa: int) -> Tensor:
+    """x in float16, rounded to so many bits of mantissa: the others are zeros, which compress to nothing."""
+    drop = 10 - mantissa
+    bits = x.half().view(torch.int16)
+    return ((bits + (1 << drop >> 1)) >> drop << drop).view(torch.float16) if drop else x.half()
+
+
+def quantize_tensor(
+    name: str, tensor: Tensor, hessian: Tensor | HessianFactor | None, how: Scheme
+) -> QuantizedTensor:
     """Store one tensor by its scheme. An untied embedding has no Hessian: all its columns weigh the same."""
-    kind, bits, clip_sigmas = scheme(name, tensor, cfg)
-    if kind == "fp16":
-        arrays = {"": tensor.half()}
-    elif kind == "int8_rows":
+    started, report = time.perf_counter(), {}
+    if how.kind == "fp16":
+        arrays = {"": short_half(tensor, how.mantissa)}
+    elif how.kind == "int8_rows":
         arrays = dict(zip(("gq", "gs"), quantize_rows_int8(tensor), strict=True))
     else:
         if hessian is None and name != "tok_emb.weight":
             raise RunError(f"{name}: calibration collected no Hessian for it")
         hessian = torch.eye(tensor.size(1), device=tensor.device) if hessian is None else hessian
-        arrays = dict(zip(("q", "scale"), gptq(tensor, hessian, bits, clip_sigmas), strict=True))
-    return QuantizedTensor(kind, bits, tuple(tensor.shape), arrays)
+        weight, q_max = tensor.float(), 2 ** (how.bits - 1) - 1
+        scale = how.clip_sigmas * weight.std(dim=1) / q_max
+        if how.mantissa < 10:
+            scale = short_half(scale.maximum(weight.abs().amax(1) / q_max).clamp_min(2.0**-14), how.mantissa)
+        levels, scale, error = gptq_sweep(weight, hessian, how.bits, scale)
+        arrays = {"q": levels, "scale": scale}
+        report = {"bits": how.bits, "clip_sigmas": how.clip_sigmas, "weighted_error": error}
+        report["seconds"] = time.perf_counter() - started
+    return QuantizedTensor(how.kind, how.bits, tuple(tensor.shape), arrays, report)
 
 
 def quantize_state(
     flat: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
+    hessians: Mapping[str, Tensor | HessianFactor],
     cfg: Config,
     on_tensor: Callable[[int], None] | None = None,
     ranks: Ranks = CPU,
+    schemes: Mapping[str, Scheme] | None = None,
 ) -> dict[str, QuantizedTensor]:
     """Store every tensor of a flat state dict, then correct the matrices with the largest errors (LQER).
 
     The tensors are shared out over the ranks by the cost of GPTQ; every rank gets all results, on the CPU.
+    `schemes` instead of the settings' are without correction.
     """
     owners = share_out([tensor.numel() * tensor.size(-1) for tensor in flat.values()], ranks.world_size)
     mine = [name for name, owner in zip(flat, owners, strict=True) if owner == ranks.rank]
     records: dict[str, QuantizedTensor] = {}
     errors: dict[str, Tensor] = {}
+    shared: dict[int, HessianFactor] = {}  # Q, K and V have one Hessian
     for name in mine:
-        records[name] = quantize_tensor(name, flat[name], hessians.get(name), cfg)
-        if records[name].kind == "gptq":
+        how = schemes[name] if schemes else scheme(name, flat[name], cfg)
+        hessian = hessians.get(name)
+        if how.kind == "gptq" and isinstance(hessian, Tensor):
+            if id(hessian) not in shared:
+                shared = {id(hessian): factorise(hessian)}
+            hessian = shared[id(hessian)]
+        records[name] = quantize_tensor(name, flat[name], hessian, how)
+        if how.kind == "gptq" and cfg.lqer_enabled and not schemes:
             errors[name] = flat[name].float() - records[name].dequantize()
         if on_tensor:
             on_tensor(len(records) * len(flat) / len(mine))
-    if cfg.lqer_enabled:
+    if cfg.lqer_enabled and not schemes:
         ranks.meet("quantise")
         norms = _merge(ranks.gather({name: float(error.norm()) for name, error in errors.items()}), flat)
         worst = sorted(norms, key=lambda name: -norms[name])[: cfg.lqer_top_k]
@@ -2583,6 +2645,113 @@ def _merge(parts: Sequence[Mapping[str, object]], order: Iterable[str]) -> dict[
 def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) -> dict[str, Tensor]:
     """The model's state dict of stored tensors."""
     return restore_banks({name: record.dequantize() for name, record in records.items()}, num_layers)
+
+
+# [if FIT_BYTES]
+# Rate and distortion: a step of s (in row standard deviations) costs a matrix s^2 of loss, and -log2 s bits
+# per weight. The least loss at given bytes is where each weight costs the same loss, so one factor on all
+# steps is left, and it is found by coding the model.
+
+FIT_SAMPLES, FIT_ROWS = 32, 8  # gradients; training windows behind each
+FIT_SLACK, FIT_TRIALS = 2000, 16  # bytes that may be left
+FIT_MANTISSA = 4  # bits of scales and control tensors
+
+
+def calibrate_gradients(
+    model: GPT, cfg: Config, loader: ShuffledLoader, *, looping: bool, ranks: Ranks = CPU
+) -> dict[str, Tensor]:
+    """Squared norm of each row's gradient of the summed loss, float32 [rows], for every matrix; a mean.
+
+    Over single tokens its expectation is g^2 |x|^2, g the derivative by the row's output (empirical Fisher).
+    `loader` is that of a single rank, as in `calibrate`.
+    """
+    state = flatten_banks(dict(model.named_parameters()), cfg.num_layers)
+    sums = {name: torch.zeros(len(w), device=w.device) for name, w in state.items() if w.ndim == 2}
+    for sample in range(FIT_SAMPLES):
+        if sample % ranks.world_size != ranks.rank:
+            loader.skip(FIT_ROWS)
+            continue
+        x, y = loader.next(FIT_ROWS)
+        with ranks.autocast():
+            losses = model.losses(x.to(ranks.device), y.to(ranks.device), looping=looping)
+        losses.sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        for name, gradient in flatten_banks(gradients, cfg.num_layers).items():
+            if name in sums:
+                sums[name] += gradient.float().square().sum(1)
+        model.zero_grad(set_to_none=True)
+    ranks.meet("calibrate")
+    return {name: ranks.sum_(total) / FIT_SAMPLES for name, total in sums.items()}
+
+
+def fit_clips(
+    flat: Mapping[str, Tensor],
+    hessians: Mapping[str, Tensor],
+    factors: Mapping[str, HessianFactor],
+    gradients: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """Clip width of each matrix at which a weight costs one unit of loss (units are left to the caller).
+
+    A uniform error of step s in column j of row i costs g_i^2 s^2 / 12 U_jj^2 (GPTQ's own identity).
+    """
+    losses = {}
+    for name, (_, _, upper) in factors.items():
+        inputs = hessians[name].diagonal().sum().clamp_min(1e-30)
+        rows = (gradients[name] / inputs * flat[name].float().var(1)).mean()
+        losses[name] = float(rows * upper.diagonal().square().reciprocal().mean())
+    floor = max(losses.values()) * 1e-9 or 1.0
+    return {name: max(loss, floor) ** -0.5 for name, loss in losses.items()}
+
+
+def fit_state(
+    flat: Mapping[str, Tensor],
+    hessians: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    cfg: Config,
+    budget: int,
+    log: "RunLog",
+    ranks: Ranks = CPU,
+) -> dict[str, QuantizedTensor]:
+    """Store every tensor so that the artifact has at most `budget` bytes, and at least 2,000 less.
+
+    Raises ConfigError when no step is coarse enough.
+    """
+    schemes = {
+        name: scheme(name, tensor, cfg)._replace(mantissa=FIT_MANTISSA) for name, tensor in flat.items()
+    }
+    matrices = {name: flat[name] for name, how in schemes.items() if how.kind == "gptq"}
+    eye = {
+        name: torch.eye(w.size(1), device=w.device) for name, w in matrices.items() if name not in hessians
+    }
+    hessians = {name: (hessians | eye)[name] for name in matrices}
+    unique = {id(hessian): hessian for hessian in hessians.values()}
+    unique = {key: factorise(hessian) for key, hessian in unique.items()}
+    factors = {name: unique[id(hessian)] for name, hessian in hessians.items()}
+    clips, weights = fit_clips(flat, hessians, factors, gradients), sum(w.numel() for w in matrices.values())
+    bits = sum(w.numel() * math.log2(525 / clips[name]) for name, w in matrices.items()) / weights
+    power, bounds, best = bits - 8 * budget / weights, [-math.inf, math.inf], None  # 525 = 127 sqrt(2 pi e)
+    for trial in range(FIT_TRIALS):
+        for name in matrices:
+            schemes[name] = Scheme("gptq", 8, 2.0**power * clips[name], FIT_MANTISSA)
+        records = quantize_state(flat, factors, cfg, None, ranks, schemes)
+        size = len(pack_artifact(records, cfg)) if ranks.is_main else 0
+        ranks.meet("fit")
+        left = budget - ranks.gather(size)[0]
+        log.event("fit", trial=trial, clip_factor=2.0**power, bytes_left=left)
+        if left >= 0 and (best is None or left < best[0]):
+            best = left, records
+        if 0 <= left <= FIT_SLACK:
+            break
+        bounds[left > 0] = power
+        power -= (left - FIT_SLACK / 2) * 8 / weights
+        if not bounds[0] < power < bounds[1]:
+            power = sum(bounds) / 2
+    if best is None:
+        raise ConfigError(f"FIT_BYTES={cfg.fit_bytes}: leaves {budget} bytes for the model, too few")
+    return best[1]
+
+
+# [end]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2660,6 +2829,7 @@ def decompress(data: bytes, codec: str, limit: int = 1 << 30) -> bytes:
     return out
 
 
+# [if ANS]
 class ColumnModel:
     """What the levels of each column are like, told by the rows above: class of variance, mean in quarters.
 
@@ -2813,6 +2983,8 @@ def decode_levels(data: bytes, layout: Sequence[tuple[tuple[int, int], int]]) ->
         raise ArtifactError("damaged ans stream")
     return matrices
 
+
+# [end]
 
 def array_layout(
     kind: str, shape: Sequence[int], correction: Sequence
@@ -2987,8 +3159,9 @@ def read_published(blob: bytes) -> dict[str, QuantizedTensor]:
             if not stored or any(entry.compress_type for entry in entries) or archive.testzip():
                 raise ValueError("damaged archive")
         for device in ("meta", "cpu"):  # sizes first: a tensor may claim more than its bytes
-            content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-            weights = content["w"]
+            with warnings.catch_warnings(action="ignore"):
+                content = dict(torch.load(io.BytesIO(data), map_location=device, weights_only=True))
+            weights = {name: array.detach() for name, array in content["w"].items()}
             if sum(array.numel() * array.element_size() for array in weights.values()) > len(data):
                 raise ValueError("tensors are larger than their bytes")
         records = {name: _published_record(name, kind, weights) for name, kind in content["m"].items()}
@@ -3795,10 +3968,21 @@ class Run:
         loader = ShuffledLoader(paths, 1, 0, cfg.train_seq_len, cfg.vocab_size)
         with self.watch.stage("calibrate"):
             hessians = calibrate(self.model, cfg, loader, looping=self.looping, ranks=ranks)
+            if cfg.fit_bytes:
+                options = {"looping": self.looping, "ranks": ranks}
+                gradients = calibrate_gradients(self.model, cfg, loader, **options)
         with self.watch.stage("quantise"):
             flat = flatten_banks(self.model.state_dict(), cfg.num_layers)
             progress = self.log.progress("quantise", len(flat))
-            records = quantize_state(flat, hessians, cfg, progress.update, ranks)
+            if cfg.fit_bytes:
+                code = len(self._packed_code()[0]) if ranks.is_main else 0
+                budget = cfg.fit_bytes - ranks.gather(code)[0]
+                records = fit_state(flat, hessians, gradients, cfg, budget, self.log, ranks)
+            else:
+                records = quantize_state(flat, hessians, cfg, progress.update, ranks)
+        for name, record in records.items():
+            if record.report:
+                self.log.event("matrix", name=name, **record.report)
         path = self.log.folder / Path(cfg.quantized_model_path).name
         with self.watch.stage("compress"):
             blob = pack_artifact(records, cfg) if ranks.is_main else b""
@@ -3826,13 +4010,17 @@ class Run:
             raise ConfigError(f"VOCAB_SIZE={self.cfg.vocab_size}: {made}")
         return model
 
+    def _packed_code(self) -> tuple[bytes, bool]:
+        off = [name for name, value in self.cfg.as_env().items() if not value]
+        off += ["ANS"] * (self.cfg.compressor != "ans")
+        return pack_code(self.source, self.cfg.compressor, off)
+
     def count_bytes(self) -> None:
         """The sizes that the contest counts; writes the packed script."""
         if not self.ranks.is_main:
             return
         model_bytes = len(self.blob)
-        off = [name for name, value in self.cfg.as_env().items() if not value]
-        packed, minified = pack_code(self.source, self.cfg.compressor, off)
+        packed, minified = self._packed_code()
         write_whole(self.log.folder / "train_gpt.packed.py", packed)
         if not minified:
             self.log.event(
