@@ -2764,7 +2764,7 @@ def fit_state(
 # ---------------------------------------------------------------------------------------------------------
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
-CODECS = ("brotli", "lzma", "ans")
+CODECS = ["brotli", "lzma"]
 LEVELS = "levels"
 HEADER_LIMIT, SIZE_FACTOR = 1 << 24, 16  # bytes; declared bytes per byte of the file: no bombs
 SHUFFLE_MAGIC = b"BSHF"
@@ -2830,6 +2830,9 @@ def decompress(data: bytes, codec: str, limit: int = 1 << 30) -> bytes:
 
 
 # [if ANS]
+CODECS.append("ans")
+
+
 class ColumnModel:
     """What the levels of each column are like, told by the rows above: class of variance, mean in quarters.
 
@@ -2986,6 +2989,7 @@ def decode_levels(data: bytes, layout: Sequence[tuple[tuple[int, int], int]]) ->
 
 # [end]
 
+
 def array_layout(
     kind: str, shape: Sequence[int], correction: Sequence
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -3139,12 +3143,18 @@ def _unpack_stream(
     )
 
 
+def read_published(blob: bytes) -> dict[str, QuantizedTensor]:
+    """What the packed script has instead of the next section."""
+    raise ArtifactError("not an artifact of this script (a published one is for the unpacked script)")
+
+
+# [if TTT_EVAL_ONLY]
 PUBLISHED_SCHEME = re.compile(
     r"passthrough.*|(?P<gate>gate_int8_row)|gptq \(int(?P<bits>[2-8])\)(?P<correction>\+lqer(_asym)?)?"
 )
 
 
-def read_published(blob: bytes) -> dict[str, QuantizedTensor]:
+def read_published(blob: bytes) -> dict[str, QuantizedTensor]:  # noqa: F811
     """An artifact of the published scripts -> stored tensors (its model settings are not in it).
 
     Brotli or lzma over a byte-shuffled `torch.save` of {"w": arrays, "m": schemes by name}; read with
@@ -3191,6 +3201,9 @@ def _published_record(name: str, category: str, weights: Mapping[str, Tensor]) -
             raise ValueError(f"{name}: {array.dtype}")
         arrays[key] = array.reshape(dims)
     return QuantizedTensor(kind, int(found["bits"] or {"fp16": 16, "int8_rows": 8}[kind]), shape, arrays)
+
+
+# [end]
 
 
 def read_artifact(blob: bytes) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
