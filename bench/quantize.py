@@ -2,8 +2,8 @@
 
     python bench/quantize.py [--json] [--weights FULL_SIZE.pt] [--demo DEMO.pt ...] [--quick]
 
-* Codecs on the record's model: 67 matrices after GPTQ. Without --weights (a `final_model.pt` of that size) they
-  are drawn with unequal columns as in trained ones; Hessians are those of correlated, heavy-tailed inputs.
+* Codecs on the record's model: 67 matrices after GPTQ. Without --weights (a `final_model.pt` of that size)
+  they are drawn with unequal columns as in trained ones; Hessians of correlated, heavy-tailed inputs.
 * GPTQ of one layer and the embedding against a plain column-by-column version.
 * Quantisation cost of trained demo models (trained first where none is given) at equal total bytes: the
   published recipe with brotli, and FIT_BYTES with ans.
