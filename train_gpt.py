@@ -2578,7 +2578,9 @@ def quantize_tensor(
         weight, q_max = tensor.float(), 2 ** (how.bits - 1) - 1
         scale = how.clip_sigmas * weight.std(dim=1) / q_max
         if how.mantissa < 10:
-            scale = short_half(scale.maximum(weight.abs().amax(1) / q_max).clamp_min(2.0**-14), how.mantissa)
+            scale = short_half(
+                scale.maximum(weight.abs().amax(1) / q_max).clamp(2.0**-14, 2.0**15), how.mantissa
+            )
         levels, scale, error = gptq_sweep(weight, hessian, how.bits, scale)
         arrays = {"q": levels, "scale": scale}
         report = {"bits": how.bits, "clip_sigmas": how.clip_sigmas, "weighted_error": error}
@@ -2805,7 +2807,8 @@ def codec_module(codec: str) -> object:
 def compress(data: bytes, codec: str) -> bytes:
     """Compress bytes at the best setting of a codec; bytes that are no levels are brotli's with "ans" too."""
     if codec == "lzma":
-        return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
+        options = {"preset": 9 | lzma.PRESET_EXTREME, "dict_size": max(4096, len(data))}
+        return lzma.compress(data, filters=[{"id": lzma.FILTER_LZMA2, **options}])
     return codec_module("brotli").compress(data, quality=11, lgwin=24)
 
 
@@ -2813,7 +2816,7 @@ def decompress(data: bytes, codec: str, limit: int = 1 << 30) -> bytes:
     """The inverse of `compress`. Raises ArtifactError on damaged data and beyond `limit` bytes of output."""
     try:
         if codec == "lzma":
-            decoder = lzma.LZMADecompressor(memlimit=1 << 28)
+            decoder = lzma.LZMADecompressor(memlimit=2 * limit + (1 << 24))
             out = decoder.decompress(data, limit + 1)
             whole = decoder.eof and not decoder.unused_data
         else:
@@ -2879,7 +2882,7 @@ def _column_sums(levels: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
 
 def _row_blocks(rows: int) -> list[tuple[int, int]]:
     starts = [start for start in (0, 16, 32, *range(64, rows, 64)) if start < rows]
-    return list(zip(starts, [*starts[1:], rows], strict=True))
+    return list(itertools.pairwise([*starts, rows]))
 
 
 def choose_column_model(levels: np.ndarray) -> tuple[int, int]:
@@ -2970,7 +2973,8 @@ def decode_levels(data: bytes, layout: Sequence[tuple[tuple[int, int], int]]) ->
     options, words = data[: 2 * len(layout)], data[2 * len(layout) :]
     kinds = len(_variance_steps()) - 1
     if (
-        len(words) % 4
+        len(options) < 2 * len(layout)
+        or len(words) % 4
         or any(o >= len(ColumnModel.OPTIONS) for o in options[::2])
         or max(options[1::2], default=0) >= kinds
     ):
