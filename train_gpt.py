@@ -229,9 +229,7 @@ class Config:
     lqer_asym_enabled: bool = True  # int2/int4 factors; 0: symmetric factors of LQER_FACTOR_BITS
     lqer_asym_group: Count = 64  # elements per scale of the right factor
     lqer_factor_bits: Bits = 4  # bits of symmetric factors
-    fit_bytes: Whole = (
-        0  # size of code plus model at which loss is least, instead of bits, clips, LQER; 0: off
-    )
+    fit_bytes: Whole = 0  # size, code included, to spend where loss is least, not by clips; 0: off
     float16_max_elements: Whole = 65_536  # tensors of at most this size stay float16
     compressor: Literal["brotli", "lzma", "ans"] = "brotli"  # artifact's codec; ans needs constriction
 
@@ -3839,6 +3837,7 @@ class Run:
     def __init__(self, cfg: Config, ranks: Ranks, source: bytes):
         self.cfg, self.ranks, self.source = cfg, ranks, source
         self.looping = cfg.num_loops > 0  # a trained model is evaluated with its loops
+        codec_module(cfg.compressor)  # missing: said before training, not after it
         self.micro_tokens = cfg.train_batch_tokens // (ranks.world_size * cfg.micro_batches(ranks.world_size))
         self.artifact = self._input("quantized_model_path") if cfg.ttt_eval_only else None
         evaluates = cfg.prequant_only and self._exists("model_path") is not None
