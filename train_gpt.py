@@ -290,6 +290,10 @@ class Config:
         if 0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds:
             limit = f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}"
             raise ConfigError(f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g}: must be below {limit}")
+        if 0 < self.fit_bytes < 1 << 15:
+            raise ConfigError(
+                f"FIT_BYTES={self.fit_bytes}: must be 0 or at least {1 << 15} (code alone is more)"
+            )
         self.micro_batches(world_size=1)  # what one rank cannot divide, more cannot either
         self._check_shapes()
         self._check_layers()

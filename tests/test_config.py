@@ -137,7 +137,7 @@ RECORD |= {
     "float16_max_elements": 65536,
 }
 OURS = {"preset", "device", "cpu_threads", "run_id", "data_path", "tokenizer_path", "grad_accum_steps"}
-OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "clip_global"}
+OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "clip_global", "fit_bytes"}
 
 # What else a setting's other value needs, so that the whole makes sense.
 COMPANIONS = {
@@ -146,6 +146,7 @@ COMPANIONS = {
     "NUM_KV_HEADS": {"NUM_HEADS": "8"},
 }
 OTHER_VALUES = {  # where twice the default is out of range or makes no sense
+    "FIT_BYTES": "16000000",
     "PRESET": "pr1855",
     "LOOP_START": "4",
     "LOOP_END": "4",
