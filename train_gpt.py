@@ -2455,9 +2455,14 @@ def gptq(
 
 
 def gptq_sweep(
-    weight: Tensor, hessian: Tensor | HessianFactor, bits: int, scale: Tensor, block: int = 32
+    weight: Tensor,
+    hessian: Tensor | HessianFactor,
+    bits: int,
+    scale: Tensor,
+    block: int = 32,
+    column_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, float]:
-    """GPTQ at given row scales: levels, scales in float16, and the error tr(E H E^T), H damped.
+    """GPTQ at given scales: levels, row scales in float16, and the error tr(E H E^T), H damped.
 
     Columns lie as rows, so that each step reads whole ones. The errors of a block reach its own columns as
     each is read, and those behind it as one matrix product.
@@ -2467,6 +2472,8 @@ def gptq_sweep(
     scale = scale.clamp_min(SMALLEST_HALF).half()
     step = scale.float()
     w = weight.float().t()[order]
+    if column_scale is not None:  # the same problem in other units
+        w, upper = w / column_scale[order, None], upper / column_scale[order]
     w[dead[order]] = 0
     levels, errors, pivots = torch.empty_like(w), torch.empty_like(w), upper.diagonal().tolist()
     for start in range(0, len(w), block):
@@ -2536,8 +2543,16 @@ class QuantizedTensor:
 
     @property
     def correction(self) -> str:
-        """ "asym", "sym" or "" (no low-rank correction)."""
-        return "asym" if "lqA_a" in self.arrays else "sym" if "lqA" in self.arrays else ""
+        """ "asym", "sym" (low-rank), "columns" (scales of their own) or ""."""
+        return (
+            "columns"
+            if "columns" in self.arrays
+            else "asym"
+            if "lqA_a" in self.arrays
+            else "sym"
+            if "lqA" in self.arrays
+            else ""
+        )
 
     @property
     def category(self) -> str:
@@ -2546,7 +2561,10 @@ class QuantizedTensor:
             return "passthrough (float16)"
         if self.kind == "int8_rows":
             return "gate_int8_row"
-        return f"gptq (int{self.bits})" + {"": "", "asym": "+lqer_asym", "sym": "+lqer"}[self.correction]
+        return (
+            f"gptq (int{self.bits})"
+            + {"": "", "columns": "+columns", "asym": "+lqer_asym", "sym": "+lqer"}[self.correction]
+        )
 
     def dequantize(self) -> Tensor:
         """The float32 tensor that the model gets."""
@@ -2554,6 +2572,8 @@ class QuantizedTensor:
             return self.arrays[""].float()
         levels, scale = ("gq", "gs") if self.kind == "int8_rows" else ("q", "scale")
         weight = self.arrays[levels].float() * self.arrays[scale].float()[:, None]
+        if "columns" in self.arrays:
+            return weight * self.arrays["columns"].float()
         return weight + unpack_low_rank(self.arrays) if self.correction else weight
 
 
@@ -2577,14 +2597,17 @@ def quantize_tensor(
         if hessian is None and name != "tok_emb.weight":
             raise RunError(f"{name}: calibration collected no Hessian for it")
         hessian = torch.eye(tensor.size(1), device=tensor.device) if hessian is None else hessian
-        weight, q_max = tensor.float(), 2 ** (how.bits - 1) - 1
+        weight, q_max, columns = tensor.float(), 2 ** (how.bits - 1) - 1, None
+        if how.mantissa < 10:
+            columns = column_scales(hessian, how.mantissa)
+            weight = weight / columns
         scale = how.clip_sigmas * weight.std(dim=1) / q_max
         if how.mantissa < 10:
             scale = short_half(
                 scale.maximum(weight.abs().amax(1) / q_max).clamp(2.0**-14, 2.0**15), how.mantissa
             )
-        levels, scale, error = gptq_sweep(weight, hessian, how.bits, scale)
-        arrays = {"q": levels, "scale": scale}
+        levels, scale, error = gptq_sweep(tensor, hessian, how.bits, scale, column_scale=columns)
+        arrays = {"q": levels, "scale": scale} | ({} if columns is None else {"columns": columns.half()})
         report = {"bits": how.bits, "clip_sigmas": how.clip_sigmas, "weighted_error": error}
         report["seconds"] = time.perf_counter() - started
     return QuantizedTensor(how.kind, how.bits, tuple(tensor.shape), arrays, report)
@@ -2654,7 +2677,7 @@ def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) ->
 # [if FIT_BYTES]
 # Rate and distortion: a step of s (in row standard deviations) costs a matrix s^2 of loss, and -log2 s bits
 # per weight. The least loss at given bytes is where each weight costs the same loss, so one factor on all
-# steps is left, and it is found by coding the model.
+# steps is left, and it is found by coding the model. The same holds for the columns of a matrix.
 
 FIT_SAMPLES, FIT_ROWS = 32, 8  # gradients; training windows behind each
 FIT_SLACK, FIT_TRIALS = 2000, 16  # bytes that may be left
@@ -2688,6 +2711,18 @@ def calibrate_gradients(
     return {name: ranks.sum_(total) / FIT_SAMPLES for name, total in sums.items()}
 
 
+def column_scales(factor: HessianFactor, mantissa: int) -> Tensor:
+    """Steps of the columns relative to each other, float32 [columns]: finer where an error costs more.
+
+    A step s costs s^2 / 12 U_jj^2 in column j, so that equal costs would need s ~ U_jj. Measured, its root
+    does better: Hessians are estimates, and coarse columns lose their small weights.
+    """
+    pivots = factor.upper.diagonal().log()
+    scales = torch.empty_like(pivots)
+    scales[factor.order] = ((pivots - pivots.mean()) / 2).exp()
+    return short_half(scales.clamp(2.0**-8, 2.0**8), mantissa).float()
+
+
 def fit_clips(
     flat: Mapping[str, Tensor],
     hessians: Mapping[str, Tensor],
@@ -2699,10 +2734,11 @@ def fit_clips(
     A uniform error of step s in column j of row i costs g_i^2 s^2 / 12 U_jj^2 (GPTQ's own identity).
     """
     losses = {}
-    for name, (_, _, upper) in factors.items():
+    for name, (order, _, upper) in factors.items():
+        columns = column_scales(factors[name], FIT_MANTISSA)
         inputs = hessians[name].diagonal().sum().clamp_min(1e-30)
-        rows = (gradients[name] / inputs * flat[name].float().var(1)).mean()
-        losses[name] = float(rows * upper.diagonal().square().reciprocal().mean())
+        rows = (gradients[name] / inputs * (flat[name].float() / columns).var(1)).mean()
+        losses[name] = float(rows * (columns[order] / upper.diagonal()).square().mean())
     floor = max(losses.values()) * 1e-9 or 1.0
     return {name: max(loss, floor) ** -0.5 for name, loss in losses.items()}
 
@@ -3005,7 +3041,9 @@ def array_layout(
     rows, columns = shape
     levels, scale = ("gq", "gs") if kind == "int8_rows" else ("q", "scale")
     layout = {levels: ("|i1", (rows, columns)), scale: ("<f2", (rows,))}
-    if correction:
+    if correction and correction[0] == "columns":
+        layout["columns"] = "<f2", (columns,)
+    elif correction:
         style, rank, group = correction
         suffix = "_a" if style == "asym" else ""
         scales = ((), (rank * columns // group,)) if style == "asym" else ((rows,), (rank,))
@@ -3017,6 +3055,8 @@ def array_layout(
 def _correction_entry(record: QuantizedTensor) -> list:
     if not record.correction:
         return []
+    if record.correction == "columns":
+        return ["columns", 0, 0]
     b = record.arrays["lqB_a" if record.correction == "asym" else "lqB"]
     group = b.numel() // record.arrays["lqBs_a"].numel() if record.correction == "asym" else 0
     return [record.correction, b.size(0), group]
@@ -3125,7 +3165,7 @@ def _checked_entry(entry: Sequence) -> Sequence:
     good = good and len(shape) == 2 if kind != "fp16" else good and len(shape) <= 4 and not correction
     if good and correction:
         style, rank, group = correction
-        good = style == "sym" or (style == "asym" and group > 0 and rank * shape[1] % group == 0)
+        good = style in ("sym", "columns") or (style == "asym" and group > 0 and rank * shape[1] % group == 0)
     if not good:
         raise ArtifactError(f"artifact declares an impossible tensor: {str(entry)[:80]}")
     return entry

@@ -118,8 +118,12 @@ def loss(tg, problem, records) -> float:
 @pytest.mark.parametrize("budget", [40_000, 48_000, 60_000])
 def test_quant_fit_ends_just_below_the_cap(tg, problem, codec, budget):
     cfg = tg.Config(**SMALL, compressor=codec)
-    blob = tg.pack_artifact(fit(tg, problem, budget, cfg), cfg)
+    records = fit(tg, problem, budget, cfg)
+    blob = tg.pack_artifact(records, cfg)
     assert budget - tg.FIT_SLACK <= len(blob) <= budget
+    _, read = tg.unpack_artifact(blob)
+    for name, record in records.items():
+        assert torch.equal(read[name].dequantize(), record.dequantize()), name
     assert tg.pack_artifact(fit(tg, problem, budget, cfg), cfg) == blob
 
 
@@ -148,13 +152,37 @@ def test_quant_fit_clips_follow_the_loss(tg, problem):
     assert clips[name] < silent[name] < 1e30
 
 
+def test_quant_column_scales_even_out_the_cost(tg):
+    """Each column's step is the root of its pivot, up to a common factor and four bits of mantissa."""
+    factor = tg.factorise(hessian(3, 64))
+    scales = tg.column_scales(factor, 4)
+    pivots = torch.empty(64)
+    pivots[factor.order] = factor.upper.diagonal()
+    ratio = scales / pivots.sqrt()
+    assert ratio.max() / ratio.min() < (1 + 2.0**-5) ** 2 + 1e-3
+    assert scales.max() / scales.min() > 1.5
+    assert torch.equal(tg.column_scales(tg.factorise(torch.eye(8)), 4), torch.ones(8))
+
+
+def test_quant_column_scales_are_only_units(tg):
+    """GPTQ of scaled columns is GPTQ of the problem in other units: same levels, same error."""
+    weight, h, columns = normal(5, 12, 40), hessian(6, 40), 2.0 ** torch.randint(-2, 3, (40,))
+    scale = 3.0 * (weight / columns).std(dim=1) / 31
+    factor = tg.factorise(h)
+    levels, _, error = tg.gptq_sweep(weight, factor, 6, scale, column_scale=columns)
+    e = weight.double() - levels.double() * scale.half().double()[:, None] * columns.double()
+    damped = h.double() + 0.01 * h.diagonal().mean() * torch.eye(40)
+    assert error == pytest.approx(((e @ damped) * e).sum().item(), rel=1e-4)
+
+
 def test_quant_fit_never_clips(tg, problem):
     """The largest weight of each row keeps a level of its own."""
     _, flat, hessians, _ = problem
     records = fit(tg, problem, 60_000)
     for name in hessians:
-        scale = records[name].arrays["scale"].float()
-        assert (flat[name].abs().amax(1) / scale).max() < 127 * (1 + 2.0**-5)
+        arrays = records[name].arrays
+        weight = flat[name] / arrays["columns"].float()
+        assert (weight.abs().amax(1) / arrays["scale"].float()).max() < 127 * (1 + 2.0**-5)
 
 
 def test_quant_fit_says_that_it_cannot(tg, problem):
