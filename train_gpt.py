@@ -2544,15 +2544,8 @@ class QuantizedTensor:
     @property
     def correction(self) -> str:
         """ "asym", "sym" (low-rank), "columns" (scales of their own) or ""."""
-        return (
-            "columns"
-            if "columns" in self.arrays
-            else "asym"
-            if "lqA_a" in self.arrays
-            else "sym"
-            if "lqA" in self.arrays
-            else ""
-        )
+        styles = {"columns": "columns", "lqA_a": "asym", "lqA": "sym"}
+        return next((style for key, style in styles.items() if key in self.arrays), "")
 
     @property
     def category(self) -> str:
@@ -2561,10 +2554,8 @@ class QuantizedTensor:
             return "passthrough (float16)"
         if self.kind == "int8_rows":
             return "gate_int8_row"
-        return (
-            f"gptq (int{self.bits})"
-            + {"": "", "columns": "+columns", "asym": "+lqer_asym", "sym": "+lqer"}[self.correction]
-        )
+        suffix = {"": "", "columns": "+columns", "asym": "+lqer_asym", "sym": "+lqer"}[self.correction]
+        return f"gptq (int{self.bits}){suffix}"
 
     def dequantize(self) -> Tensor:
         """The float32 tensor that the model gets."""
