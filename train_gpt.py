@@ -2760,7 +2760,8 @@ def fit_state(
     factors = {name: unique[id(hessian)] for name, hessian in hessians.items()}
     clips, weights = fit_clips(flat, hessians, factors, gradients), sum(w.numel() for w in matrices.values())
     bits = sum(w.numel() * math.log2(525 / clips[name]) for name, w in matrices.items()) / weights
-    power, bounds, best = bits - 8 * budget / weights, [-math.inf, math.inf], None  # 525 = 127 sqrt(2 pi e)
+    power, bounds = bits - 8 * budget / weights, [-math.inf, math.inf]  # 525 = 127 sqrt(2 pi e)
+    slope, last, best = weights / 8, None, None
     for trial in range(FIT_TRIALS):
         for name in matrices:
             schemes[name] = Scheme("gptq", 8, 2.0**power * clips[name], FIT_MANTISSA)
@@ -2774,7 +2775,10 @@ def fit_state(
         if 0 <= left <= FIT_SLACK:
             break
         bounds[left > 0] = power
-        power -= (left - FIT_SLACK / 2) * 8 / weights
+        if last and abs(left - last[1]) > abs(power - last[0]) * weights / 80:  # as steep as it was found
+            slope = (left - last[1]) / (power - last[0])
+        last = power, left
+        power -= (left - FIT_SLACK / 2) / slope
         if not bounds[0] < power < bounds[1]:
             power = sum(bounds) / 2
     if best is None:
@@ -3185,7 +3189,7 @@ def read_published(blob: bytes) -> dict[str, QuantizedTensor]:
     raise ArtifactError("not an artifact of this script (a published one is for the unpacked script)")
 
 
-# [if TTT_EVAL_ONLY]
+# [if PUBLISHED]
 PUBLISHED_SCHEME = re.compile(
     r"passthrough.*|(?P<gate>gate_int8_row)|gptq \(int(?P<bits>[2-8])\)(?P<correction>\+lqer(_asym)?)?"
 )
@@ -4063,7 +4067,7 @@ class Run:
 
     def _packed_code(self) -> tuple[bytes, bool]:
         off = [name for name, value in self.cfg.as_env().items() if not value]
-        off += ["ANS"] * (self.cfg.compressor != "ans")
+        off += ["PUBLISHED", *["ANS"] * (self.cfg.compressor != "ans")]
         return pack_code(self.source, self.cfg.compressor, off)
 
     def count_bytes(self) -> None:

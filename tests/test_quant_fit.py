@@ -19,6 +19,7 @@ SMALL = {
     "parallel_start_layer": 1,
     "float16_max_elements": 1024,
     "eval_seq_len": 32,
+    "eval_stride": 16,
     "ttt_eval_seq_len": 48,
 }
 
