@@ -45,6 +45,7 @@ import threading
 import time
 import traceback
 import warnings
+import zipfile
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -238,8 +239,9 @@ class Config:
     lqer_asym_enabled: bool = True  # int2/int4 factors; 0: symmetric factors of LQER_FACTOR_BITS
     lqer_asym_group: Count = 64  # elements per scale of the right factor
     lqer_factor_bits: Bits = 4  # bits of symmetric factors
+    fit_bytes: Whole = 0  # size, code included, to spend where loss is least, not by clips; 0: off
     float16_max_elements: Whole = 65_536  # tensors of at most this size stay float16
-    compressor: Literal["brotli", "lzma"] = "brotli"  # codec of the artifact's streams
+    compressor: Literal["brotli", "lzma", "ans"] = "brotli"  # artifact's codec; ans needs constriction
 
     # Evaluation
     val_batch_tokens: Annotated[int, Range(8)] = 524_288  # an evaluation row holds an eighth of these targets
@@ -298,6 +300,10 @@ class Config:
         if 0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds:
             limit = f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}"
             raise ConfigError(f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g}: must be below {limit}")
+        if 0 < self.fit_bytes < 1 << 15:
+            raise ConfigError(
+                f"FIT_BYTES={self.fit_bytes}: must be 0 or at least {1 << 15} (code alone is more)"
+            )
         self.micro_batches(world_size=1)  # what one rank cannot divide, more cannot either
         self._check_shapes()
         self._check_layers()
@@ -2841,11 +2847,15 @@ def calibrate(
 
 
 class Scheme(NamedTuple):
-    """How a tensor is stored: kind, and for GPTQ the bits and the clip width in row standard deviations."""
+    """How a tensor is stored: kind, and for GPTQ the bits and the clip width in row standard deviations.
+
+    With less than float16's ten bits of mantissa, its float16 values are shortened, and no level is clipped.
+    """
 
     kind: Literal["gptq", "int8_rows", "fp16"]
     bits: int = 16
     clip_sigmas: float = 0.0
+    mantissa: int = 10
 
 
 def scheme(name: str, tensor: Tensor, cfg: Config) -> Scheme:
@@ -2865,35 +2875,71 @@ def scheme(name: str, tensor: Tensor, cfg: Config) -> Scheme:
 SMALLEST_HALF = 2.0**-24  # a scale below this would be 0 in float16 and divide by zero
 
 
+class HessianFactor(NamedTuple):
+    """What GPTQ needs of a Hessian: columns by falling diagonal; in that order H^-1 = U^T U, U upper."""
+
+    order: Tensor
+    dead: Tensor  # columns whose inputs were always zero
+    upper: Tensor
+
+
+def factorise(hessian: Tensor) -> HessianFactor:
+    """Damp, sort and factorise a Hessian [columns, columns]: one Cholesky, one triangular inverse."""
+    h = hessian.float().clone()
+    dead = h.diagonal() == 0
+    h.diagonal()[dead] = 1
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    order = torch.argsort(h.diagonal(), descending=True)
+    h = h[order][:, order]
+    root = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)  # upper, H = root root^T, so that U = root^-1
+    identity = torch.eye(len(h), device=h.device)
+    return HessianFactor(order, dead, torch.linalg.solve_triangular(root, identity, upper=True))
+
+
 def gptq(
-    weight: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, block: int = 128
+    weight: Tensor, hessian: Tensor | HessianFactor, bits: int, clip_sigmas: float, block: int = 32
 ) -> tuple[Tensor, Tensor]:
     """GPTQ (arXiv 2210.17323) with SDClip row scales (PR #1394).
 
     weight [rows, columns], hessian [columns, columns] of its inputs -> levels int8 [rows, columns], scale
     float16 [rows]. Columns go by falling diagonal; each one's rounding error is spread over the later ones.
     """
-    w, h = weight.float().clone(), hessian.float().clone()
+    scale = clip_sigmas * weight.float().std(dim=1) / (2 ** (bits - 1) - 1)
+    return gptq_sweep(weight, hessian, bits, scale, block)[:2]
+
+
+def gptq_sweep(
+    weight: Tensor,
+    hessian: Tensor | HessianFactor,
+    bits: int,
+    scale: Tensor,
+    block: int = 32,
+    column_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, float]:
+    """GPTQ at given scales: levels, row scales in float16, and the error tr(E H E^T), H damped.
+
+    Columns lie as rows, so that each step reads whole ones. The errors of a block reach its own columns as
+    each is read, and those behind it as one matrix product.
+    """
+    order, dead, upper = hessian if isinstance(hessian, HessianFactor) else factorise(hessian)
     q_max = 2 ** (bits - 1) - 1
-    scale = (clip_sigmas * w.std(dim=1) / q_max).clamp_min(SMALLEST_HALF).half()
+    scale = scale.clamp_min(SMALLEST_HALF).half()
     step = scale.float()
-    dead = h.diagonal() == 0
-    h.diagonal()[dead] = 1
-    h.diagonal().add_(0.01 * h.diagonal().mean())
-    w[:, dead] = 0
-    order = torch.argsort(h.diagonal(), descending=True)
-    w, h = w[:, order], h[order][:, order]
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    levels = torch.empty_like(w)
-    for start in range(0, w.size(1), block):
-        end = min(start + block, w.size(1))
-        errors = torch.empty_like(w[:, start:end])
+    w = weight.float().t()[order]
+    if column_scale is not None:  # the same problem in other units
+        w, upper = w / column_scale[order, None], upper / column_scale[order]
+    w[dead[order]] = 0
+    levels, errors, pivots = torch.empty_like(w), torch.empty_like(w), upper.diagonal().tolist()
+    for start in range(0, len(w), block):
+        end = min(start + block, len(w))
         for j in range(start, end):
-            levels[:, j] = (w[:, j] / step).round().clamp(-q_max, q_max)
-            errors[:, j - start] = (w[:, j] - levels[:, j] * step) / upper[j, j]
-            w[:, j:end] -= errors[:, j - start, None] * upper[j, j:end]
-        w[:, end:] -= errors @ upper[start:end, end:]
-    return levels[:, torch.argsort(order)].to(torch.int8), scale
+            column = torch.addmv(w[j], errors[start:j].t(), upper[start:j, j], alpha=-1)
+            levels[j] = torch.div(column, step).round_().clamp_(-q_max, q_max)
+            torch.addcmul(column, levels[j], step, value=-1, out=errors[j]).div_(pivots[j])
+        w[end:].addmm_(upper[start:end, end:].t(), errors[start:end], alpha=-1)
+    restored = torch.empty_like(levels, dtype=torch.int8)
+    restored[order] = levels.to(torch.int8)
+    return restored.t().contiguous(), scale, float(errors.double().square().sum())
 
 
 def quantize_rows_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -2947,11 +2993,13 @@ class QuantizedTensor:
     bits: int
     shape: tuple[int, ...]
     arrays: dict[str, Tensor]
+    report: dict[str, float] = dataclasses.field(default_factory=dict)  # of GPTQ, for the log
 
     @property
     def correction(self) -> str:
-        """ "asym", "sym" or "" (no low-rank correction)."""
-        return "asym" if "lqA_a" in self.arrays else "sym" if "lqA" in self.arrays else ""
+        """ "asym", "sym" (low-rank), "columns" (scales of their own) or ""."""
+        styles = {"columns": "columns", "lqA_a": "asym", "lqA": "sym"}
+        return next((style for key, style in styles.items() if key in self.arrays), "")
 
     @property
     def category(self) -> str:
@@ -2960,7 +3008,8 @@ class QuantizedTensor:
             return "passthrough (float16)"
         if self.kind == "int8_rows":
             return "gate_int8_row"
-        return f"gptq (int{self.bits})" + {"": "", "asym": "+lqer_asym", "sym": "+lqer"}[self.correction]
+        suffix = {"": "", "columns": "+columns", "asym": "+lqer_asym", "sym": "+lqer"}[self.correction]
+        return f"gptq (int{self.bits}){suffix}"
 
     def dequantize(self) -> Tensor:
         """The float32 tensor that the model gets."""
@@ -2968,46 +3017,78 @@ class QuantizedTensor:
             return self.arrays[""].float()
         levels, scale = ("gq", "gs") if self.kind == "int8_rows" else ("q", "scale")
         weight = self.arrays[levels].float() * self.arrays[scale].float()[:, None]
+        if "columns" in self.arrays:
+            return weight * self.arrays["columns"].float()
         return weight + unpack_low_rank(self.arrays) if self.correction else weight
 
 
-def quantize_tensor(name: str, tensor: Tensor, hessian: Tensor | None, cfg: Config) -> QuantizedTensor:
+def short_half(x: Tensor, mantissa: int) -> Tensor:
+    """x in float16, rounded to so many bits of mantissa: the others are zeros, which compress to nothing."""
+    drop = 10 - mantissa
+    bits = x.half().view(torch.int16)
+    return ((bits + (1 << drop >> 1)) >> drop << drop).view(torch.float16) if drop else x.half()
+
+
+def quantize_tensor(
+    name: str, tensor: Tensor, hessian: Tensor | HessianFactor | None, how: Scheme
+) -> QuantizedTensor:
     """Store one tensor by its scheme. An untied embedding has no Hessian: all its columns weigh the same."""
-    kind, bits, clip_sigmas = scheme(name, tensor, cfg)
-    if kind == "fp16":
-        arrays = {"": tensor.half()}
-    elif kind == "int8_rows":
+    started, report = time.perf_counter(), {}
+    if how.kind == "fp16":
+        arrays = {"": short_half(tensor, how.mantissa)}
+    elif how.kind == "int8_rows":
         arrays = dict(zip(("gq", "gs"), quantize_rows_int8(tensor), strict=True))
     else:
         if hessian is None and name != "tok_emb.weight":
             raise RunError(f"{name}: calibration collected no Hessian for it")
         hessian = torch.eye(tensor.size(1), device=tensor.device) if hessian is None else hessian
-        arrays = dict(zip(("q", "scale"), gptq(tensor, hessian, bits, clip_sigmas), strict=True))
-    return QuantizedTensor(kind, bits, tuple(tensor.shape), arrays)
+        weight, q_max, columns = tensor.float(), 2 ** (how.bits - 1) - 1, None
+        if how.mantissa < 10:
+            columns = column_scales(hessian, how.mantissa)
+            weight = weight / columns
+        scale = how.clip_sigmas * weight.std(dim=1) / q_max
+        if how.mantissa < 10:
+            scale = short_half(
+                scale.maximum(weight.abs().amax(1) / q_max).clamp(2.0**-14, 2.0**15), how.mantissa
+            )
+        levels, scale, error = gptq_sweep(tensor, hessian, how.bits, scale, column_scale=columns)
+        arrays = {"q": levels, "scale": scale} | ({} if columns is None else {"columns": columns.half()})
+        report = {"bits": how.bits, "clip_sigmas": how.clip_sigmas, "weighted_error": error}
+        report["seconds"] = time.perf_counter() - started
+    return QuantizedTensor(how.kind, how.bits, tuple(tensor.shape), arrays, report)
 
 
 def quantize_state(
     flat: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
+    hessians: Mapping[str, Tensor | HessianFactor],
     cfg: Config,
     on_tensor: Callable[[int], None] | None = None,
     ranks: Ranks = CPU,
+    schemes: Mapping[str, Scheme] | None = None,
 ) -> dict[str, QuantizedTensor]:
     """Store every tensor of a flat state dict, then correct the matrices with the largest errors (LQER).
 
     The tensors are shared out over the ranks by the cost of GPTQ; every rank gets all results, on the CPU.
+    `schemes` instead of the settings' are without correction.
     """
     owners = share_out([tensor.numel() * tensor.size(-1) for tensor in flat.values()], ranks.world_size)
     mine = [name for name, owner in zip(flat, owners, strict=True) if owner == ranks.rank]
     records: dict[str, QuantizedTensor] = {}
     errors: dict[str, Tensor] = {}
+    shared: dict[int, HessianFactor] = {}  # Q, K and V have one Hessian
     for name in mine:
-        records[name] = quantize_tensor(name, flat[name], hessians.get(name), cfg)
-        if records[name].kind == "gptq":
+        how = schemes[name] if schemes else scheme(name, flat[name], cfg)
+        hessian = hessians.get(name)
+        if how.kind == "gptq" and isinstance(hessian, Tensor):
+            if id(hessian) not in shared:
+                shared = {id(hessian): factorise(hessian)}
+            hessian = shared[id(hessian)]
+        records[name] = quantize_tensor(name, flat[name], hessian, how)
+        if how.kind == "gptq" and cfg.lqer_enabled and not schemes:
             errors[name] = flat[name].float() - records[name].dequantize()
         if on_tensor:
             on_tensor(len(records) * len(flat) / len(mine))
-    if cfg.lqer_enabled:
+    if cfg.lqer_enabled and not schemes:
         ranks.meet("quantise")
         norms = _merge(ranks.gather({name: float(error.norm()) for name, error in errors.items()}), flat)
         worst = sorted(norms, key=lambda name: -norms[name])[: cfg.lqer_top_k]
@@ -3038,16 +3119,143 @@ def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) ->
     return restore_banks({name: record.dequantize() for name, record in records.items()}, num_layers)
 
 
+# [if FIT_BYTES]
+# Rate and distortion: a step of s (in row standard deviations) costs a matrix s^2 of loss, and -log2 s bits
+# per weight. The least loss at given bytes is where each weight costs the same loss, so one factor on all
+# steps is left, and it is found by coding the model. The same holds for the columns of a matrix.
+
+FIT_SAMPLES, FIT_ROWS = 32, 8  # gradients; training windows behind each
+FIT_SLACK, FIT_TRIALS = 2000, 16  # bytes that may be left
+FIT_MANTISSA = 4  # bits of scales and control tensors
+
+
+def calibrate_gradients(
+    model: GPT, cfg: Config, loader: ShuffledLoader, *, looping: bool, ranks: Ranks = CPU
+) -> dict[str, Tensor]:
+    """Squared norm of each row's gradient of the summed loss, float32 [rows], for every matrix; a mean.
+
+    Over single tokens its expectation is g^2 |x|^2, g the derivative by the row's output (empirical Fisher).
+    `loader` is that of a single rank, as in `calibrate`.
+    """
+    state = flatten_banks(dict(model.named_parameters()), cfg.num_layers)
+    sums = {name: torch.zeros(len(w), device=w.device) for name, w in state.items() if w.ndim == 2}
+    for sample in range(FIT_SAMPLES):
+        if sample % ranks.world_size != ranks.rank:
+            loader.skip(FIT_ROWS)
+            continue
+        x, y = loader.next(FIT_ROWS)
+        with ranks.autocast():
+            losses = model.losses(x.to(ranks.device), y.to(ranks.device), looping=looping)
+        losses.sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        for name, gradient in flatten_banks(gradients, cfg.num_layers).items():
+            if name in sums:
+                sums[name] += gradient.float().square().sum(1)
+        model.zero_grad(set_to_none=True)
+    ranks.meet("calibrate")
+    return {name: ranks.sum_(total) / FIT_SAMPLES for name, total in sums.items()}
+
+
+def column_scales(factor: HessianFactor, mantissa: int) -> Tensor:
+    """Steps of the columns relative to each other, float32 [columns]: finer where an error costs more.
+
+    A step s costs s^2 / 12 U_jj^2 in column j, so that equal costs would need s ~ U_jj. Measured, its root
+    does better: Hessians are estimates, and coarse columns lose their small weights.
+    """
+    pivots = factor.upper.diagonal().log()
+    scales = torch.empty_like(pivots)
+    scales[factor.order] = ((pivots - pivots.mean()) / 2).exp()
+    return short_half(scales.clamp(2.0**-8, 2.0**8), mantissa).float()
+
+
+def fit_clips(
+    flat: Mapping[str, Tensor],
+    hessians: Mapping[str, Tensor],
+    factors: Mapping[str, HessianFactor],
+    gradients: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """Clip width of each matrix at which a weight costs one unit of loss (units are left to the caller).
+
+    A uniform error of step s in column j of row i costs g_i^2 s^2 / 12 U_jj^2 (GPTQ's own identity).
+    """
+    losses = {}
+    for name, (order, _, upper) in factors.items():
+        columns = column_scales(factors[name], FIT_MANTISSA)
+        inputs = hessians[name].diagonal().sum().clamp_min(1e-30)
+        rows = (gradients[name] / inputs * (flat[name].float() / columns).var(1)).mean()
+        losses[name] = float(rows * (columns[order] / upper.diagonal()).square().mean())
+    floor = max(losses.values()) * 1e-9 or 1.0
+    return {name: max(loss, floor) ** -0.5 for name, loss in losses.items()}
+
+
+def fit_state(
+    flat: Mapping[str, Tensor],
+    hessians: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    cfg: Config,
+    budget: int,
+    log: "RunLog",
+    ranks: Ranks = CPU,
+) -> dict[str, QuantizedTensor]:
+    """Store every tensor so that the artifact has at most `budget` bytes, and at least 2,000 less.
+
+    Raises ConfigError when no step is coarse enough.
+    """
+    schemes = {
+        name: scheme(name, tensor, cfg)._replace(mantissa=FIT_MANTISSA) for name, tensor in flat.items()
+    }
+    matrices = {name: flat[name] for name, how in schemes.items() if how.kind == "gptq"}
+    eye = {
+        name: torch.eye(w.size(1), device=w.device) for name, w in matrices.items() if name not in hessians
+    }
+    hessians = {name: (hessians | eye)[name] for name in matrices}
+    unique = {id(hessian): hessian for hessian in hessians.values()}
+    unique = {key: factorise(hessian) for key, hessian in unique.items()}
+    factors = {name: unique[id(hessian)] for name, hessian in hessians.items()}
+    clips, weights = fit_clips(flat, hessians, factors, gradients), sum(w.numel() for w in matrices.values())
+    bits = sum(w.numel() * math.log2(525 / clips[name]) for name, w in matrices.items()) / weights
+    power, bounds = bits - 8 * budget / weights, [-math.inf, math.inf]  # 525 = 127 sqrt(2 pi e)
+    slope, last, best = weights / 8, None, None
+    for trial in range(FIT_TRIALS):
+        for name in matrices:
+            schemes[name] = Scheme("gptq", 8, 2.0**power * clips[name], FIT_MANTISSA)
+        records = quantize_state(flat, factors, cfg, None, ranks, schemes)
+        size = len(pack_artifact(records, cfg)) if ranks.is_main else 0
+        ranks.meet("fit")
+        left = budget - ranks.gather(size)[0]
+        log.event("fit", trial=trial, clip_factor=2.0**power, bytes_left=left)
+        if left >= 0 and (best is None or left < best[0]):
+            best = left, records
+        if 0 <= left <= FIT_SLACK:
+            break
+        bounds[left > 0] = power
+        if last and abs(left - last[1]) > abs(power - last[0]) * weights / 80:  # as steep as it was found
+            slope = (left - last[1]) / (power - last[0])
+        last = power, left
+        power -= (left - FIT_SLACK / 2) / slope
+        if not bounds[0] < power < bounds[1]:
+            power = sum(bounds) / 2
+    if best is None:
+        raise ConfigError(f"FIT_BYTES={cfg.fit_bytes}: leaves {budget} bytes for the model, too few")
+    return best[1]
+
+
+# [end]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # 12. Artifact: a container without anything executable, and the counted code
 #
 # magic, version, codec (1 byte each after the magic) | header length u32 | sha256 of what follows | header:
 # compressed JSON (model settings; name, kind, bits, shape, correction of each tensor; key and packed length
-# of each stream) | streams: all arrays of one key, concatenated in the tensors' order and compressed.
+# of each stream) | streams: all arrays of one key, concatenated in the tensors' order and compressed. With
+# the codec "ans" all integer arrays are one stream, LEVELS, and the rest is brotli's.
 # ---------------------------------------------------------------------------------------------------------
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
-CODECS = ("brotli", "lzma")
+CODECS = ["brotli", "lzma"]
+LEVELS = "levels"
+HEADER_LIMIT, SIZE_FACTOR = 1 << 24, 16  # bytes; declared bytes per byte of the file: no bombs
 SHUFFLE_MAGIC = b"BSHF"
 PREFIX = struct.Struct("<5sBBI32s")
 
@@ -3063,9 +3271,9 @@ def byte_unshuffle(data: bytes) -> bytes:
     """The inverse of `byte_shuffle`; data without its header are returned as they are."""
     if not data.startswith(SHUFFLE_MAGIC) or len(data) < 5:
         return data
-    stride, body = data[4], data[5:]
+    stride, body = data[4], memoryview(data)[5:]
     if stride < 2:
-        return body
+        return bytes(body)
     out, start = bytearray(len(body)), 0
     for i in range(stride):
         length = len(range(i, len(body), stride))
@@ -3074,20 +3282,203 @@ def byte_unshuffle(data: bytes) -> bytes:
     return bytes(out)
 
 
-def compress(data: bytes, codec: str) -> bytes:
-    """Compress at the best setting of a codec."""
-    if codec == "lzma":
-        return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
-    return importlib.import_module(codec).compress(data, quality=11, lgwin=24)
-
-
-def decompress(data: bytes, codec: str) -> bytes:
-    """The inverse of `compress`. Raises ArtifactError on damaged data."""
-    module = lzma if codec == "lzma" else importlib.import_module(codec)
+def codec_module(codec: str) -> object:
+    """The Python module of a codec. Raises ConfigError where its package is not installed."""
+    package = {"ans": "constriction"}.get(codec, codec)
     try:
-        return module.decompress(data)
+        return importlib.import_module(package)
+    except ImportError:
+        raise ConfigError(f"COMPRESSOR={codec}: the Python package {package} is not installed") from None
+
+
+def compress(data: bytes, codec: str) -> bytes:
+    """Compress bytes at the best setting of a codec; bytes that are no levels are brotli's with "ans" too."""
+    if codec == "lzma":
+        options = {"preset": 9 | lzma.PRESET_EXTREME, "dict_size": max(4096, len(data))}
+        return lzma.compress(data, filters=[{"id": lzma.FILTER_LZMA2, **options}])
+    return codec_module("brotli").compress(data, quality=11, lgwin=24)
+
+
+def decompress(data: bytes, codec: str, limit: int = 1 << 30) -> bytes:
+    """The inverse of `compress`. Raises ArtifactError on damaged data and beyond `limit` bytes of output."""
+    try:
+        if codec == "lzma":
+            decoder = lzma.LZMADecompressor(memlimit=2 * limit + (1 << 24))
+            out = decoder.decompress(data, limit + 1)
+            whole = decoder.eof and not decoder.unused_data
+        else:
+            decoder = codec_module("brotli").Decompressor()
+            out = decoder.process(data, output_buffer_limit=limit + 1)
+            whole = decoder.is_finished()
+    except ConfigError:
+        raise
     except Exception as error:  # each codec raises types of its own
         raise ArtifactError(f"damaged {codec} stream ({error})") from None
+    if not whole or len(out) > limit:
+        raise ArtifactError(f"damaged {codec} stream (cut off, or above {limit} bytes)")
+    return out
+
+
+# [if ANS]
+CODECS.append("ans")
+
+
+class ColumnModel:
+    """What the levels of each column are like, told by the rows above: class of variance, mean in quarters.
+
+    A trained matrix has loud and quiet columns. Sums are integers (in 1/256), so that every machine agrees.
+    """
+
+    OPTIONS = tuple(itertools.product((0, 1, 2), (8, 32, 128, 512), (0, 8, 32)))
+
+    def __init__(self, columns: int, option: int, level: int):
+        self.fade, self.rows_spread, self.rows_mean = self.OPTIONS[option]  # shift per block; prior's rows
+        self.steps = _variance_steps()
+        self.prior = self.rows_spread * self.steps[level]
+        self.rows, self.sums, self.squares = 0, *np.zeros((2, columns), np.int64)
+
+    def classes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Class of variance and mean (in quarters) that are expected of each column, int64 [columns]."""
+        mean = np.zeros_like(self.sums)
+        if self.rows_mean:
+            rows = self.rows + 256 * self.rows_mean
+            mean = np.clip((8 * self.sums + rows) // (2 * rows), -63, 63)
+        spread = self.squares - mean * self.sums // 2 + self.rows * mean * mean // 16
+        variance = 256 * (spread + self.prior) // (self.rows + 256 * self.rows_spread)
+        return np.searchsorted(self.steps[1:-1], variance), mean
+
+    def add(self, rows: int, sums: np.ndarray, squares: np.ndarray) -> None:
+        """Take in a block of rows by its column sums."""
+        self.rows = (self.rows >> self.fade) + 256 * rows
+        self.sums = (self.sums >> self.fade) + 256 * sums
+        self.squares = (self.squares >> self.fade) + 256 * squares
+
+
+def _variance_steps() -> np.ndarray:
+    """Bounds of the variance classes, in 1/256: a geometric row of integers, ratio 2^(1/5)."""
+    steps = [8]
+    while steps[-1] < 1 << 23:
+        steps.append(steps[-1] * 1149 // 1000 + 1)
+    return np.array(steps)
+
+
+def _column_sums(levels: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    part = levels.astype(np.int64)
+    return len(part), part.sum(0), (part * part).sum(0)
+
+
+def _row_blocks(rows: int) -> list[tuple[int, int]]:
+    starts = [start for start in (0, 16, 32, *range(64, rows, 64)) if start < rows]
+    return list(itertools.pairwise([*starts, rows]))
+
+
+def choose_column_model(levels: np.ndarray) -> tuple[int, int]:
+    """Option and starting class of the `ColumnModel` that codes a matrix best (an estimate in integers)."""
+    parts = [_column_sums(levels[start:end]) for start, end in _row_blocks(len(levels))]
+    steps = _variance_steps()
+    total = 256 * sum(int(squares.sum()) for *_, squares in parts) // max(levels.size, 1)
+    level, costs = int(np.searchsorted(steps[1:-1], total)), []
+    for option in range(len(ColumnModel.OPTIONS)):
+        columns, cost = ColumnModel(levels.shape[1], option, level), 0
+        for rows, sums, squares in parts:
+            kind, mean = columns.classes()
+            spread = 16 * squares - 8 * mean * sums + rows * mean * mean
+            cost += int((rows * kind * 1024 // 10 + spread * 16 * 739 // steps[kind]).sum())  # bits x 1024
+            columns.add(rows, sums, squares)
+        costs.append(cost)
+    return costs.index(min(costs)), level
+
+
+class LevelCoder:
+    """Asymmetric numeral systems (arXiv 1311.2540) over integer matrices, through `constriction`.
+
+    Each class of a `ColumnModel` has a table of symbol frequencies: 64 imagined symbols of a Gaussian, and
+    all that it has coded so far. Tables are integers, and their order is that of decoding.
+    """
+
+    def __init__(self, words: np.ndarray | None = None):
+        stream = codec_module("ans").stream
+        self.coder = stream.stack.AnsCoder() if words is None else stream.stack.AnsCoder(words)
+        self.categorical = stream.model.Categorical
+        self.decodes, self.jobs = words is not None, []
+        self.steps = _variance_steps()
+        bells = [1 << 24]
+        while len(bells) < 4096:
+            bells.append(bells[-1] - (bells[-1] >> 8) + (bells[-1] >> 17))
+        self.bell = np.array(bells)  # 2^24 exp(-i/256), in integers
+        self.tables: dict[tuple[int, int], np.ndarray] = {}
+
+    def _code(self, part: np.ndarray, key: int, top: int) -> np.ndarray:
+        """Code symbols of one class, or decode as many. `key` = 128 class + mean + 64."""
+        table = self.tables.get((top, key))
+        if table is None:
+            distance = 4 * np.arange(-top - 1, top + 1) - (key % 128 - 64)
+            bell = self.bell[np.minimum(2048 * distance**2 // self.steps[key // 128], 4095)]
+            table = (bell << 22) // bell.sum() + 1
+        model = self.categorical(table.astype(np.float64), perfect=False)
+        if self.decodes:
+            part = self.coder.decode(model, part.size)
+        else:
+            self.jobs.append((model, part))
+        self.tables[top, key] = table + (np.bincount(part, minlength=table.size) << 16)
+        return part
+
+    def run(self, levels: np.ndarray, top: int, option: int, level: int) -> None:
+        """Code a matrix int8 of values -top-1..top, or fill it in decoding."""
+        columns = ColumnModel(levels.shape[1], option, level)
+        for start, end in _row_blocks(len(levels)) if levels.size else ():
+            kind, mean = columns.classes()
+            keys = kind * 128 + mean + 64
+            order = np.argsort(keys, kind="stable")
+            keys = keys[order]
+            part = levels[start:end].T[order].astype(np.int32) + (top + 1)
+            edges = [0, *(np.flatnonzero(np.diff(keys)) + 1), len(keys)]
+            for low, high in itertools.pairwise(edges):
+                run = self._code(part[low:high].ravel(), int(keys[low]), top)
+                part[low:high] = run.reshape(high - low, -1)
+            levels[start:end] = (part[np.argsort(order)] - (top + 1)).T
+            columns.add(*_column_sums(levels[start:end]))
+
+    def words(self) -> np.ndarray:
+        """The coded words, uint32: the last symbol goes in first, as decoding is last in, first out."""
+        for model, part in reversed(self.jobs):
+            self.coder.encode_reverse(part, model)
+        return self.coder.get_compressed()
+
+
+def encode_levels(matrices: Sequence[tuple[np.ndarray, int]]) -> bytes:
+    """Integer matrices with the largest level of each -> two bytes of options per matrix, then the words."""
+    coder, head = LevelCoder(), bytearray()
+    for levels, top in matrices:
+        head += bytes(options := choose_column_model(levels))
+        coder.run(levels.copy(), top, *options)
+    return bytes(head) + coder.words().astype("<u4").tobytes()
+
+
+def decode_levels(data: bytes, layout: Sequence[tuple[tuple[int, int], int]]) -> list[np.ndarray]:
+    """The inverse of `encode_levels`, by shape and largest level of each. Raises ArtifactError."""
+    options, words = data[: 2 * len(layout)], data[2 * len(layout) :]
+    kinds = len(_variance_steps()) - 1
+    if (
+        len(options) < 2 * len(layout)
+        or len(words) % 4
+        or any(o >= len(ColumnModel.OPTIONS) for o in options[::2])
+        or max(options[1::2], default=0) >= kinds
+    ):
+        raise ArtifactError("damaged ans stream")
+    try:
+        coder = LevelCoder(np.frombuffer(words, "<u4").astype(np.uint32))
+    except ValueError:
+        raise ArtifactError("damaged ans stream") from None
+    matrices = [np.zeros(shape, np.int8) for shape, _ in layout]
+    for i, (levels, (_, top)) in enumerate(zip(matrices, layout, strict=True)):
+        coder.run(levels, top, *options[2 * i : 2 * i + 2])
+    if not coder.coder.is_empty():
+        raise ArtifactError("damaged ans stream")
+    return matrices
+
+
+# [end]
 
 
 def array_layout(
@@ -3099,7 +3490,9 @@ def array_layout(
     rows, columns = shape
     levels, scale = ("gq", "gs") if kind == "int8_rows" else ("q", "scale")
     layout = {levels: ("|i1", (rows, columns)), scale: ("<f2", (rows,))}
-    if correction:
+    if correction and correction[0] == "columns":
+        layout["columns"] = "<f2", (columns,)
+    elif correction:
         style, rank, group = correction
         suffix = "_a" if style == "asym" else ""
         scales = ((), (rank * columns // group,)) if style == "asym" else ((rows,), (rank,))
@@ -3111,73 +3504,206 @@ def array_layout(
 def _correction_entry(record: QuantizedTensor) -> list:
     if not record.correction:
         return []
+    if record.correction == "columns":
+        return ["columns", 0, 0]
     b = record.arrays["lqB_a" if record.correction == "asym" else "lqB"]
     group = b.numel() // record.arrays["lqBs_a"].numel() if record.correction == "asym" else 0
     return [record.correction, b.size(0), group]
 
 
+class StreamPart(NamedTuple):
+    """One array's place in the streams."""
+
+    name: str  # of its tensor
+    key: str
+    dtype: str
+    dims: tuple[int, ...]
+    top: int  # largest level
+
+
+def stream_parts(tensors: Sequence[Sequence], codec: str) -> dict[str, list[StreamPart]]:
+    """Streams of an artifact, each with the arrays that it holds, by the header's list of tensors."""
+    streams: dict[str, list[StreamPart]] = {}
+    for name, kind, bits, shape, correction in tensors:
+        tops = {"q": 2 ** (bits - 1) - 1, "lqA_a": 1, "lqB_a": 7}
+        for key, (dtype, dims) in array_layout(kind, shape, correction).items():
+            stream = LEVELS if codec == "ans" and dtype == "|i1" else key
+            streams.setdefault(stream, []).append(StreamPart(name, key, dtype, dims, tops.get(key, 127)))
+    return streams
+
+
 def pack_artifact(records: Mapping[str, QuantizedTensor], cfg: Config) -> bytes:
     """Stored tensors and the settings that rebuild the model -> the artifact. Same weights, same bytes."""
-    tensors, streams = [], {}
-    for name, record in records.items():
-        correction = _correction_entry(record)
-        tensors.append([name, record.kind, record.bits, list(record.shape), correction])
-        for key, (dtype, _) in array_layout(record.kind, record.shape, correction).items():
-            streams.setdefault((key, dtype), []).append(
-                record.arrays[key].cpu().numpy().astype(dtype).tobytes()
-            )
-    packed = {
-        key: compress(byte_shuffle(b"".join(parts), int(dtype[-1])), cfg.compressor)
-        for (key, dtype), parts in streams.items()
-    }
-    index = [[key, len(data)] for key, data in packed.items()]
+    codec = cfg.compressor
+    tensors = [[n, r.kind, r.bits, list(r.shape), _correction_entry(r)] for n, r in records.items()]
+    packed = {}
+    for stream, parts in stream_parts(tensors, codec).items():
+        arrays = [records[p.name].arrays[p.key].cpu().numpy().astype(p.dtype) for p in parts]
+        if stream == LEVELS:
+            packed[stream] = encode_levels([(a, p.top) for a, p in zip(arrays, parts, strict=True)])
+        else:
+            data = b"".join(array.tobytes() for array in arrays)
+            packed[stream] = compress(byte_shuffle(data, arrays[0].itemsize), codec)
+    index = [[stream, len(data)] for stream, data in packed.items()]
     header = {"model": cfg.model_settings(), "tensors": tensors, "streams": index}
-    head = compress(json.dumps(header, separators=(",", ":")).encode(), cfg.compressor)
+    head = compress(json.dumps(header, separators=(",", ":")).encode(), codec)
     body = head + b"".join(packed.values())
-    codec = CODECS.index(cfg.compressor)
-    return (
-        PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, codec, len(head), hashlib.sha256(body).digest()) + body
-    )
+    digest = hashlib.sha256(body).digest()
+    return PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS.index(codec), len(head), digest) + body
 
 
 def unpack_artifact(blob: bytes) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
-    """The artifact -> model settings and stored tensors. Raises ArtifactError unless all is as written."""
+    """The artifact -> model settings and stored tensors. Raises ArtifactError unless all is as written.
+
+    Nothing is decoded before the sizes that the header declares are known to be in proportion to the file.
+    """
     if len(blob) < PREFIX.size or not blob.startswith(ARTIFACT_MAGIC):
         raise ArtifactError("not an artifact of this script")
     _, version, codec, head_len, digest = PREFIX.unpack_from(blob)
     if version != ARTIFACT_VERSION or codec >= len(CODECS):
         raise ArtifactError(f"artifact version {version}, codec {codec}: not known to this script")
-    body = memoryview(blob)[PREFIX.size :]
+    body, codec = memoryview(blob)[PREFIX.size :], CODECS[codec]
     if hashlib.sha256(body).digest() != digest:
         raise ArtifactError("artifact is truncated or corrupted (checksum differs)")
     try:
-        header = json.loads(decompress(bytes(body[:head_len]), CODECS[codec]))
-        streams, start = {}, head_len
-        for key, length in header["streams"]:
-            streams[key] = byte_unshuffle(decompress(bytes(body[start : start + length]), CODECS[codec]))
-            start += length
-        records = _read_tensors(header["tensors"], streams)
-        return dict(header["model"]), records
-    except (KeyError, TypeError, IndexError, OverflowError, ValueError) as error:
-        if isinstance(error, ArtifactError):
+        header = json.loads(decompress(bytes(body[:head_len]), codec, HEADER_LIMIT))
+        settings, tensors, index = dict(header["model"]), header["tensors"], dict(header["streams"])
+        streams = stream_parts(list(map(_checked_entry, tensors)), codec)
+        sizes = {k: sum(math.prod(p.dims) * int(p.dtype[2]) for p in v) for k, v in streams.items()}
+        if sum(sizes.values()) > SIZE_FACTOR * len(blob) + HEADER_LIMIT:
+            raise ArtifactError(f"artifact declares {sum(sizes.values())} bytes: more than such a file holds")
+        if list(index) != list(streams) or head_len + sum(index.values()) != len(body):
+            raise ArtifactError("artifact streams do not fit its tensors")
+        records = {t[0]: QuantizedTensor(t[1], t[2], tuple(t[3]), {}) for t in tensors}
+        start = head_len
+        for stream, parts in streams.items():
+            data = bytes(body[start : start + index[stream]])
+            for part, array in zip(
+                parts, _unpack_stream(data, codec, stream, parts, sizes[stream]), strict=True
+            ):
+                records[part.name].arrays[part.key] = torch.from_numpy(array)
+            start += len(data)
+        _check_model(settings, records)
+        return settings, records
+    except (KeyError, TypeError, IndexError, OverflowError, RecursionError, ValueError) as error:
+        if isinstance(error, UserError):
             raise
         raise ArtifactError(f"artifact header does not fit its contents ({error})") from None
 
 
-def _read_tensors(entries: Sequence[Sequence], streams: Mapping[str, bytes]) -> dict[str, QuantizedTensor]:
-    cursors = dict.fromkeys(streams, 0)
-    records = {}
-    for name, kind, bits, shape, correction in entries:
-        arrays = {}
-        for key, (dtype, dims) in array_layout(kind, shape, correction).items():
-            count = math.prod(dims)
-            array = np.frombuffer(streams[key], dtype, count, cursors[key]) if count else np.empty(0, dtype)
-            cursors[key] += array.nbytes
-            arrays[key] = torch.from_numpy(array.reshape(dims).copy())
-        records[name] = QuantizedTensor(kind, bits, tuple(shape), arrays)
-    if any(cursors[key] != len(data) for key, data in streams.items()):
-        raise ArtifactError("artifact streams are longer than its tensors")
+def _check_model(settings: Mapping, records: Mapping[str, QuantizedTensor]) -> None:
+    """Refuse settings whose model would be larger than the tensors, before it is built."""
+    layers, dim, loops = settings["num_layers"], settings["model_dim"], settings["num_loops"]
+    if layers > len(records) or loops > HEADER_LIMIT >> 8:
+        raise ArtifactError("artifact declares a model of more layers than it holds")
+    wanted = {"tok_emb.weight": (settings["vocab_size"], dim)}
+    for layer in range(layers):
+        wanted[f"blocks.{layer}.attn.c_q.weight"] = dim, dim
+        wanted[f"blocks.{layer}.mlp.fc.weight"] = int(settings["mlp_mult"] * dim), dim
+    for name, shape in wanted.items():
+        if records[name].shape != shape:
+            raise ArtifactError(f"{name} has shape {records[name].shape}, not {shape}")
+
+
+def _checked_entry(entry: Sequence) -> Sequence:
+    """A tensor's entry of the header, if it is one that `pack_artifact` may have written."""
+    name, kind, bits, shape, correction = entry
+    numbers = [bits, *shape, *correction[1:]]
+    good = type(name) is str and all(type(number) is int and number >= 0 for number in numbers)
+    good = good and kind in get_args(Scheme.__annotations__["kind"]) and bits <= 16
+    good = good and len(shape) == 2 if kind != "fp16" else good and len(shape) <= 4 and not correction
+    if good and correction:
+        style, rank, group = correction
+        good = style in ("sym", "columns") or (style == "asym" and group > 0 and rank * shape[1] % group == 0)
+    if not good:
+        raise ArtifactError(f"artifact declares an impossible tensor: {str(entry)[:80]}")
+    return entry
+
+
+def _unpack_stream(
+    data: bytes, codec: str, stream: str, parts: Sequence[StreamPart], size: int
+) -> Iterable[np.ndarray]:
+    """The arrays of a stream, each in memory of its own."""
+    if stream == LEVELS:
+        return decode_levels(data, [(part.dims, part.top) for part in parts])
+    shuffled = parts[0].dtype != "|i1" and size > 1
+    data = decompress(data, codec, size + 5 * shuffled)
+    data = byte_unshuffle(data) if shuffled else data
+    if len(data) != size:
+        raise ArtifactError("artifact streams do not fit its tensors")
+    flat = np.frombuffer(data, parts[0].dtype)
+    ends = list(itertools.accumulate(math.prod(part.dims) for part in parts))
+    return (
+        array.reshape(part.dims).copy() for part, array in zip(parts, np.split(flat, ends[:-1]), strict=True)
+    )
+
+
+def read_published(blob: bytes) -> dict[str, QuantizedTensor]:
+    """What the packed script has instead of the next section."""
+    raise ArtifactError("not an artifact of this script (a published one is for the unpacked script)")
+
+
+# [if PUBLISHED]
+PUBLISHED_SCHEME = re.compile(
+    r"passthrough.*|(?P<gate>gate_int8_row)|gptq \(int(?P<bits>[2-8])\)(?P<correction>\+lqer(_asym)?)?"
+)
+
+
+def read_published(blob: bytes) -> dict[str, QuantizedTensor]:  # noqa: F811
+    """An artifact of the published scripts -> stored tensors (its model settings are not in it).
+
+    Brotli or lzma over a byte-shuffled `torch.save` of {"w": arrays, "m": schemes by name}; read with
+    `weights_only=True`, after checksums and sizes have been looked at. Raises ArtifactError.
+    """
+    codec = "lzma" if blob.startswith(b"\xfd7zXZ") else "brotli"
+    data = byte_unshuffle(decompress(blob, codec, SIZE_FACTOR * len(blob) + HEADER_LIMIT))
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+            stored = sum(entry.file_size for entry in entries) <= len(data)
+            if not stored or any(entry.compress_type for entry in entries) or archive.testzip():
+                raise ValueError("damaged archive")
+        for device in ("meta", "cpu"):  # sizes first: a tensor may claim more than its bytes
+            with warnings.catch_warnings(action="ignore"):
+                content = dict(torch.load(io.BytesIO(data), map_location=device, weights_only=True))
+            weights = {name: array.detach() for name, array in content["w"].items()}
+            if sum(array.numel() * array.element_size() for array in weights.values()) > len(data):
+                raise ValueError("tensors are larger than their bytes")
+        records = {name: _published_record(name, kind, weights) for name, kind in content["m"].items()}
+        if sum(len(record.arrays) for record in records.values()) != len(weights):
+            raise ValueError("tensors without a scheme")
+    except Exception as error:  # zipfile and torch raise a dozen types for a damaged or foreign file
+        reason = " ".join(str(error).split())[:80]
+        raise ArtifactError(f"not an artifact of this script, nor a published one ({reason})") from None
     return records
+
+
+def _published_record(name: str, category: str, weights: Mapping[str, Tensor]) -> QuantizedTensor:
+    """A tensor of a published artifact by its category, every array in the type and shape of its layout."""
+    found = PUBLISHED_SCHEME.fullmatch(category)
+    kind = "fp16" if category.startswith("pass") else "int8_rows" if found["gate"] else "gptq"
+    base = {"fp16": name, "int8_rows": f"{name}.gq", "gptq": f"{name}.q"}[kind]
+    shape, correction = tuple(weights[base].shape), []
+    if found["correction"] == "+lqer":
+        correction = ["sym", weights[f"{name}.lqB"].size(0), 0]
+    elif found["correction"]:
+        b, scales = weights[f"{name}.lqB_a"], weights[f"{name}.lqBs_a"]
+        correction = ["asym", b.size(0), b.numel() // scales.numel()]
+    arrays = {}
+    for key, (dtype, dims) in array_layout(kind, shape, correction).items():
+        array = weights[f"{name}.{key}" if key else name].contiguous()
+        if array.dtype != {"|i1": torch.int8, "<f2": torch.float16}[dtype]:
+            raise ValueError(f"{name}: {array.dtype}")
+        arrays[key] = array.reshape(dims)
+    return QuantizedTensor(kind, int(found["bits"] or {"fp16": 16, "int8_rows": 8}[kind]), shape, arrays)
+
+
+# [end]
+
+
+def read_artifact(blob: bytes) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
+    """Our artifact or a published one -> model settings (none in a published one) and stored tensors."""
+    return unpack_artifact(blob) if blob.startswith(ARTIFACT_MAGIC[:3]) else ({}, read_published(blob))
 
 
 WRAPPER = b'#coding:l1\nimport %s as c\nexec(c.decompress("""%s""".encode("l1")))\n'
@@ -3206,6 +3732,7 @@ def pack_code(source: bytes, codec: str = "brotli", off: Container[str] = ()) ->
     else:
         options = {"remove_literal_statements": True, "rename_globals": True, "hoist_literals": False}
         text, minified = python_minifier.minify(_positional_only(source.decode()), **options).encode(), True
+    codec = "lzma" if codec == "lzma" else "brotli"
     data = compress(text, codec).replace(b"\\", rb"\\").replace(b"\r", rb"\r").replace(b'"""', rb'""\"')
     data = re.sub(rb"\0(?=[0-7])", rb"\\x00", data).replace(b"\0", rb"\0")
     return WRAPPER % (codec.encode(), data + b"\\\n" * data.endswith(b'"')), minified
@@ -3810,6 +4337,7 @@ class Run:
         self.cfg = cfg = choose_backends(cfg, ranks)
         self.ranks, self.source = ranks, source
         self.looping = cfg.num_loops > 0  # a trained model is evaluated with its loops
+        codec_module(cfg.compressor)  # missing: said before training, not after it
         self.artifact = self._input("quantized_model_path") if cfg.ttt_eval_only else None
         evaluates = cfg.prequant_only and self._exists("model_path") is not None
         self.checkpoint = self._input("model_path") if cfg.quantize_only or evaluates else None
@@ -3972,10 +4500,21 @@ class Run:
         loader = ShuffledLoader(paths, 1, 0, cfg.train_seq_len, cfg.vocab_size)
         with self.watch.stage("calibrate"):
             hessians = calibrate(self.model, cfg, loader, looping=self.looping, ranks=ranks)
+            if cfg.fit_bytes:
+                options = {"looping": self.looping, "ranks": ranks}
+                gradients = calibrate_gradients(self.model, cfg, loader, **options)
         with self.watch.stage("quantise"):
             flat = flatten_banks(self.model.state_dict(), cfg.num_layers)
             progress = self.log.progress("quantise", len(flat))
-            records = quantize_state(flat, hessians, cfg, progress.update, ranks)
+            if cfg.fit_bytes:
+                code = len(self._packed_code()[0]) if ranks.is_main else 0
+                budget = cfg.fit_bytes - ranks.gather(code)[0]
+                records = fit_state(flat, hessians, gradients, cfg, budget, self.log, ranks)
+            else:
+                records = quantize_state(flat, hessians, cfg, progress.update, ranks)
+        for name, record in records.items():
+            if record.report:
+                self.log.event("matrix", name=name, **record.report)
         path = self.log.folder / Path(cfg.quantized_model_path).name
         with self.watch.stage("compress"):
             blob = pack_artifact(records, cfg) if ranks.is_main else b""
@@ -3992,7 +4531,7 @@ class Run:
     def _model_of_artifact(self, path: Path) -> GPT:
         """A clean model that knows nothing but the bytes of the artifact file."""
         try:
-            settings, records = unpack_artifact(self.blob)
+            settings, records = read_artifact(self.blob)
             model = self.new_model(dataclasses.replace(self.cfg, **settings))
             model.load_state_dict(dequantize_state(records, model.cfg.num_layers))
         except (UserError, TypeError, RuntimeError, KeyError) as error:
@@ -4003,13 +4542,17 @@ class Run:
             raise ConfigError(f"VOCAB_SIZE={self.cfg.vocab_size}: {made}")
         return model
 
+    def _packed_code(self) -> tuple[bytes, bool]:
+        off = [name for name, value in self.cfg.as_env().items() if not value]
+        off += ["PUBLISHED", *["ANS"] * (self.cfg.compressor != "ans")]
+        return pack_code(self.source, self.cfg.compressor, off)
+
     def count_bytes(self) -> None:
         """The sizes that the contest counts; writes the packed script."""
         if not self.ranks.is_main:
             return
         model_bytes = len(self.blob)
-        off = [name for name, value in self.cfg.as_env().items() if not value]
-        packed, minified = pack_code(self.source, self.cfg.compressor, off)
+        packed, minified = self._packed_code()
         write_whole(self.log.folder / "train_gpt.packed.py", packed)
         if not minified:
             self.log.event(

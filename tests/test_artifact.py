@@ -18,7 +18,7 @@ TINY = {
     "parallel_start_layer": 1,
     "xsa_last_n": 2,
 }
-CODECS = ["brotli", "lzma"]
+CODECS = ["brotli", "lzma", "ans"]
 
 
 def tiny_records(tg, config) -> dict:

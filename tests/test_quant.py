@@ -218,7 +218,7 @@ def test_state_is_untouched(tg, quantised):
         assert torch.equal(tensor, before[name])
 
 
-@pytest.mark.parametrize("codec", ["brotli", "lzma"])
+@pytest.mark.parametrize("codec", ["brotli", "lzma", "ans"])
 def test_artifact_keeps_every_array(tg, quantised, codec):
     """Quantise, pack, unpack, dequantise: the same numbers, whatever the codec."""
     config, flat, records = quantised

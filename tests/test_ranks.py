@@ -5,6 +5,7 @@ import os
 import random
 import socket
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -25,6 +26,7 @@ SIZES = {
     "GPTQ_CALIBRATION_BATCHES": 3,
 }
 THREE = {"TRAIN_BATCH_TOKENS": 384, "GRAD_ACCUM_STEPS": 6}  # what three ranks can share
+FIT_BUDGET = 16_000  # bytes of the fitted model
 LONG, SHORT = (470, 391, 333, 290), (40, 21, 17, 55, 33, 8, 90, 26, 2, 61)  # tokens of validation documents
 
 
@@ -149,6 +151,13 @@ def everything(tg, ranks, folder: Path) -> dict:
         torch.save(result["hessians"], folder / "hessians.pt")
     flat, hessians = tg.flatten_banks(weights, cfg.num_layers), torch.load(folder / "hessians.pt")
     result["artifact"] = tg.pack_artifact(tg.quantize_state(flat, hessians, cfg, ranks=ranks), cfg)
+    result["gradients"] = tg.calibrate_gradients(model, cfg, windows, looping=True, ranks=ranks)
+    if ranks.world_size == 1:
+        torch.save(result["gradients"], folder / "gradients.pt")
+    log = types.SimpleNamespace(event=lambda *_, **__: None)
+    gradients = torch.load(folder / "gradients.pt")
+    fitted = tg.fit_state(flat, hessians, gradients, cfg, FIT_BUDGET, log, ranks)
+    result["fitted"] = tg.pack_artifact(fitted, cfg)
     score = tg.model_score(model, looping=True, ranks=ranks)
     meter = tg.evaluate_standard(score, validation(tg), 128, cfg.eval_seq_len, ranks=ranks)
     result["standard"] = {"val_bpb": meter.val_bpb, "tokens": meter.tokens, "bytes": meter.bytes}
@@ -334,6 +343,19 @@ def test_hessians_do_not_depend_on_the_ranks(results, alone):
 
 def test_artifact_is_the_same_bytes(results, alone):
     assert [result["artifact"] == alone["artifact"] for result in results] == [True] * len(results)
+
+
+def test_gradients_do_not_depend_on_the_ranks(results, alone):
+    for result in results:
+        assert result["gradients"].keys() == alone["gradients"].keys()
+        for name, rows in alone["gradients"].items():
+            assert rows.max() > 0, name
+            assert relative_difference(result["gradients"][name], rows) < 1e-4, name
+
+
+def test_fitted_artifact_is_the_same_bytes(results, alone):
+    assert FIT_BUDGET - 2000 <= len(alone["fitted"]) <= FIT_BUDGET
+    assert [result["fitted"] == alone["fitted"] for result in results] == [True] * len(results)
 
 
 def test_standard_score_does_not_depend_on_the_ranks(results, alone):

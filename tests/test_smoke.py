@@ -15,6 +15,7 @@ import pytest
 import sentencepiece
 
 import prepare_caseops_data as prepare
+from bench.fuzz_artifact import published_artifact
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
@@ -319,6 +320,53 @@ def test_packed_script_alone_gives_the_score(finished, eval_data, tmp_path):
     assert (tmp_path / "packed/train_gpt.packed.py").read_bytes() == (
         tmp_path / "train_gpt.packed.py"
     ).read_bytes(), "a packed script must count itself"
+
+
+def test_fitted_artifact_of_levels_gives_the_score_alone(finished, eval_data, in_process, tmp_path):
+    """FIT_BYTES and ans: below the cap by at most 2,000, and the packed script needs nothing else."""
+    work, (folder, _), _ = finished
+    settings = {"FIT_BYTES": 46_000, "COMPRESSOR": "ans", "TTT_ENABLED": 0}
+    in_process(
+        work,
+        **settings,
+        DATA_PATH="data",
+        ARTIFACT_DIR="fitted",
+        QUANTIZE_ONLY=1,
+        MODEL_PATH=folder / "final_model.pt",
+    )
+    first = read_result(work / "fitted")
+    assert 44_000 <= first["artifact_bytes"] <= 46_000
+    log = (work / "fitted" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert '"stage": "matrix"' in log and '"stage": "fit"' in log
+    shutil.copy(work / "fitted" / "train_gpt.packed.py", tmp_path)
+    shutil.copy(work / "fitted" / "final_model.int6.ptz", tmp_path)
+    process = command(
+        tmp_path / "train_gpt.packed.py",
+        tmp_path,
+        **settings,
+        DATA_PATH=eval_data,
+        ARTIFACT_DIR="packed",
+        TTT_EVAL_ONLY=1,
+    )
+    assert process.returncode == 0, process.stderr.splitlines()[-1]
+    assert read_result(tmp_path / "packed")["val_bpb"] == first["val_bpb"]
+
+
+def test_published_artifact_gives_the_score(tg, finished, eval_data, in_process):
+    """The look-alike of a published file, with the settings of its run in the environment."""
+    _, (folder, _), _ = finished
+    _, records = tg.read_artifact((folder / "final_model.int6.ptz").read_bytes())
+    (eval_data.parent / "published.ptz").write_bytes(published_artifact(records))
+    in_process(
+        eval_data.parent,
+        DATA_PATH=eval_data,
+        ARTIFACT_DIR="published",
+        TTT_EVAL_ONLY=1,
+        TTT_ENABLED=0,
+        QUANTIZED_MODEL_PATH="published.ptz",
+    )
+    again = read_result(eval_data.parent / "published")
+    assert again["val_bpb"] == read_result(folder)["stages"]["quantised"]["val_bpb"]
 
 
 @pytest.mark.parametrize("flag", ["--help", "--show"])

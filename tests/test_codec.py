@@ -1,0 +1,284 @@
+"""Codec `ans`, the published format, and files that mean harm: exact, compact, an error at most."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import time
+import tracemalloc
+import zipfile
+
+import brotli
+import numpy as np
+import pytest
+import torch
+
+from bench.fuzz_artifact import FORMATS, TINY, contents, fuzz, published_artifact, small_records
+
+SHAPES = [(0, 5), (5, 0), (1, 1), (1, 300), (300, 1), (16, 7), (65, 33), (200, 64)]
+
+
+def gaussian_levels(seed: int, rows: int, columns: int, spread: float = 0.0, top: int = 31) -> np.ndarray:
+    """Levels as GPTQ leaves them: standard deviation 2.5; `spread` of the columns' log deviations."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    scale = 2.5 * np.exp(spread * rng.standard_normal(columns))
+    return np.clip(np.rint(rng.standard_normal((rows, columns)) * scale), -top, top).astype(np.int8)
+
+
+def entropy_bytes(levels: np.ndarray) -> float:
+    counts = np.unique(levels, return_counts=True)[1]
+    return -(counts * np.log2(counts / counts.sum())).sum() / 8
+
+
+def round_trip(tg, matrices: list) -> bytes:
+    data = tg.encode_levels(matrices)
+    decoded = tg.decode_levels(data, [(levels.shape, top) for levels, top in matrices])
+    for levels, (original, _) in zip(decoded, matrices, strict=True):
+        assert levels.dtype == np.int8 and np.array_equal(levels, original)
+    return data
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("top", [1, 7, 31, 127])
+def test_codec_round_trips_any_levels(tg, shape, top):
+    """Uniform over the whole range, extremes, constants and rare outliers."""
+    rng = np.random.Generator(np.random.PCG64(shape[0] * 1000 + shape[1] + top))
+    uniform = rng.integers(-top - 1, top + 1, shape).astype(np.int8)
+    rare = (rng.random(shape) < 0.01) * uniform
+    fixed = [np.full(shape, value, np.int8) for value in (0, top, -top - 1)]
+    round_trip(tg, [(levels, top) for levels in (uniform, rare.astype(np.int8), *fixed)])
+
+
+def test_codec_of_nothing(tg):
+    assert round_trip(tg, []) == b""
+
+
+def test_codec_bytes_are_the_same_everywhere(tg):
+    """Integers in, integers throughout, so that the bytes cannot depend on a machine's floating point."""
+    rng = np.random.Generator(np.random.PCG64(7))
+    matrices = [(rng.integers(-8, 8, (100, 40)).astype(np.int8), 31) for _ in range(2)]
+    loud = rng.integers(-60, 61, (150, 30)) // rng.integers(1, 20, 30)
+    data = tg.encode_levels([*matrices, (loud.astype(np.int8), 63)])
+    assert (
+        hashlib.sha256(data).hexdigest() == "446280a7577135c8985b9d99edca936c07475a7da7ce5c5121acc677d4e6981c"
+    )
+
+
+def test_codec_reaches_the_entropy(tg):
+    """Columns that are all alike leave nothing to gain: the side information must cost next to nothing."""
+    matrices = [(gaussian_levels(seed, 512, 1024), 31) for seed in range(4)]
+    assert len(round_trip(tg, matrices)) <= 1.001 * sum(entropy_bytes(levels) for levels, _ in matrices)
+
+
+def test_codec_uses_unequal_columns(tg):
+    """Log deviations spread by 0.3: the ideal gain is known, 0.3^2 / 2 nats at most."""
+    matrices = [(gaussian_levels(seed, 512, 1024, 0.3), 31) for seed in range(2)]
+    size, entropy = len(round_trip(tg, matrices)), sum(entropy_bytes(levels) for levels, _ in matrices)
+    packed = brotli.compress(b"".join(levels.tobytes() for levels, _ in matrices), quality=11, lgwin=24)
+    assert 0.97 * entropy < size < 0.99 * entropy
+    assert size < 0.98 * len(packed)
+
+
+def test_codec_of_random_words_is_refused_or_wrong(tg):
+    """Decoding never runs away: as many levels as asked for, or an ArtifactError."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    refused = 0
+    for length in (0, 1, 2, 3, 4, 41, 402, 4002):
+        for _ in range(20):
+            try:
+                tg.decode_levels(rng.bytes(length), [((70, 30), 31)])
+            except tg.ArtifactError:
+                refused += 1
+    assert refused >= 150
+
+
+def test_codec_without_its_package(tg, monkeypatch):
+    def missing(name: str):
+        raise ImportError(name)
+
+    monkeypatch.setattr(tg.importlib, "import_module", missing)
+    with pytest.raises(tg.ConfigError, match="COMPRESSOR=ans: the Python package constriction is not"):
+        tg.codec_module("ans")
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def sample(request, tg):
+    """(format, records, artifact) of a small model."""
+    kind = request.param
+    config = tg.Config(**TINY, compressor="brotli" if kind == "published" else kind)
+    records = small_records(config)
+    assert {record.kind for record in records.values()} == {"gptq", "int8_rows", "fp16"}
+    assert any(record.correction for record in records.values())
+    blob = published_artifact(records) if kind == "published" else tg.pack_artifact(records, config)
+    return kind, records, blob
+
+
+def test_artifact_of_every_format_is_read(tg, sample):
+    kind, records, blob = sample
+    settings, read = tg.read_artifact(blob)
+    assert bool(settings) == (kind != "published")
+    assert list(read) == list(records)
+    for name, record in records.items():
+        assert (read[name].kind, read[name].bits, read[name].shape) == (
+            record.kind,
+            record.bits,
+            record.shape,
+        )
+        assert read[name].category == record.category
+        assert torch.equal(read[name].dequantize(), record.dequantize())
+
+
+def test_artifact_fuzz(sample):
+    """1,000 damaged files of each format; `bench/fuzz_artifact.py` does 100,000."""
+    ends = fuzz(sample[2], 1000, seed=1)
+    assert sum(ends.values()) == 1000 and ends["refused"] > 850
+
+
+def test_artifact_memory_is_bounded(tg, sample):
+    """Reading takes at most four times the declared size (and what is needed in any case)."""
+    _, records, blob = sample
+    declared = sum(a.numel() * a.element_size() for r in records.values() for a in r.arrays.values())
+    contents(blob)
+    tracemalloc.start()
+    tg.read_artifact(blob)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * declared + (1 << 20)
+
+
+@pytest.mark.parametrize("codec", ["lzma", "brotli"])
+def test_published_artifact_of_either_codec(tg, codec):
+    config = tg.Config(**TINY, lqer_asym_enabled=False)
+    records = small_records(config)
+    read = tg.read_published(published_artifact(records, codec))
+    assert any(record.correction == "sym" for record in read.values())
+    assert all(torch.equal(read[name].dequantize(), r.dequantize()) for name, r in records.items())
+
+
+def forge(tg, blob: bytes, change) -> bytes:
+    """The artifact with a changed header and a checksum that fits."""
+    size = tg.PREFIX.size
+    _, version, codec, head_len, _ = tg.PREFIX.unpack_from(blob)
+    header = json.loads(tg.decompress(blob[size : size + head_len], tg.CODECS[codec]))
+    change(header)
+    head = tg.compress(json.dumps(header).encode(), tg.CODECS[codec])
+    body = head + blob[size + head_len :]
+    return tg.PREFIX.pack(b"PGOLF", version, codec, len(head), hashlib.sha256(body).digest()) + body
+
+
+def forgeries():
+    """Headers that would take memory or time, by name."""
+
+    def tensor(place: int, value: object):
+        return lambda header: header["tensors"][0].__setitem__(place, value)
+
+    def setting(name: str, value: object):
+        return lambda header: header["model"].__setitem__(name, value)
+
+    return {
+        "huge_shape": tensor(3, [10**6, 10**6]),
+        "huge_bits": tensor(2, 10**9),
+        "negative": tensor(3, [-1, 5]),
+        "float": tensor(3, [2.5, 5]),
+        "bool": tensor(3, [True, 5]),
+        "dimensions": tensor(3, [1] * 40),
+        "kind": tensor(1, "pickle"),
+        "name": tensor(0, ["a"]),
+        "correction": tensor(4, ["asym", 10**12, 1]),
+        "group": tensor(4, ["asym", 4, 0]),
+        "twice": lambda header: header["tensors"].append(header["tensors"][0]),
+        "layers": setting("num_layers", 10**9),
+        "loops": setting("num_loops", 10**12),
+        "width": setting("model_dim", 10**6),
+        "vocabulary": setting("vocab_size", 10**9),
+        "mlp": setting("mlp_mult", 1e12),
+        "nested": lambda header: header.update(model={"a": json.loads("[" * 900 + "]" * 900)}),
+        "streams": lambda header: header["streams"].reverse(),
+        "lengths": lambda header: header["streams"][0].__setitem__(1, -5),
+    }
+
+
+@pytest.mark.parametrize("forgery", forgeries())
+def test_forged_artifact_is_refused(tg, forgery):
+    config = tg.Config(**TINY, compressor="ans")
+    blob = forge(tg, tg.pack_artifact(small_records(config), config), forgeries()[forgery])
+    started = time.perf_counter()
+    with pytest.raises(tg.ArtifactError):
+        tg.unpack_artifact(blob)
+    assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize("size", [10**6, 5 * 10**8])
+def test_artifact_bombs_are_not_unpacked(tg, size):
+    """Half a gigabyte of zeros in 100 kB: reading stops at the declared size."""
+    encoder = brotli.Compressor(quality=1)
+    bomb = b"".join(encoder.process(bytes(10**6)) for _ in range(size // 10**6)) + encoder.finish()
+    assert len(bomb) < 10**5
+    tracemalloc.start()
+    with pytest.raises(tg.ArtifactError, match="above 5000 bytes"):
+        tg.decompress(bomb, "brotli", 5000)
+    with pytest.raises(tg.ArtifactError):
+        tg.read_artifact(bomb)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 << 20
+
+
+def packed_archive(tg, data: bytes) -> bytes:
+    return brotli.compress(tg.byte_shuffle(data), quality=1)
+
+
+def test_published_tensor_larger_than_its_bytes(tg):
+    buffer = io.BytesIO()
+    torch.save(
+        {"w": {"a": torch.zeros(1).half().expand(10**10)}, "m": {"a": "passthrough (float16)"}}, buffer
+    )
+    with pytest.raises(tg.ArtifactError, match="larger than their bytes"):
+        tg.read_artifact(packed_archive(tg, buffer.getvalue()))
+
+
+def test_published_archive_runs_no_code(tg, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "run"),)
+
+    buffer, hostile = io.BytesIO(), io.BytesIO()
+    torch.save({"w": {}, "m": {}}, buffer)
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(hostile, "w") as new:
+        for name in old.namelist():
+            payload = pickle.dumps({"w": {}, "m": Payload()}, protocol=2)
+            new.writestr(name, payload if name.endswith("data.pkl") else old.read(name))
+    for data in (hostile.getvalue(), pickle.dumps(Payload())):
+        with pytest.raises(tg.ArtifactError):
+            tg.read_artifact(packed_archive(tg, data))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("fault", ["crc", "dtype", "unknown", "missing", "surplus", "scheme", "list"])
+def test_published_artifact_with_a_fault(tg, fault):
+    records = small_records(tg.Config(**TINY))
+    if fault == "crc":
+        data = bytearray(tg.byte_unshuffle(brotli.decompress(published_artifact(records))))
+        levels = records["tok_emb.weight"].arrays["q"].numpy().tobytes()
+        data[data.index(levels)] ^= 1
+        with pytest.raises(tg.ArtifactError, match="damaged archive"):
+            tg.read_published(packed_archive(tg, bytes(data)))
+        return
+    content = {"w": {"a": torch.ones(3).half()}, "m": {"a": "passthrough (float16)"}}
+    if fault == "dtype":
+        content["w"]["a"] = torch.ones(3)
+    elif fault == "unknown":
+        content["m"]["a"] = "gptq (int99)"
+    elif fault == "missing":
+        content["w"] = {}
+    elif fault == "surplus":
+        content["w"]["b"] = torch.ones(1).half()
+    elif fault == "scheme":
+        content["m"]["a"] = "gptq (int6)"
+    else:
+        content = [content]
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with pytest.raises(tg.ArtifactError):
+        tg.read_published(packed_archive(tg, buffer.getvalue()))

@@ -1,0 +1,236 @@
+"""FIT_BYTES and the parts it is made of: shared factors, shortened halves, sensitivities, the search."""
+
+import types
+
+import pytest
+import torch
+
+SMALL = {
+    "vocab_size": 256,
+    "train_seq_len": 32,
+    "train_batch_tokens": 512,
+    "num_layers": 2,
+    "model_dim": 64,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "mlp_mult": 2.0,
+    "rope_dims": 8,
+    "num_loops": 0,
+    "parallel_start_layer": 1,
+    "float16_max_elements": 1024,
+    "eval_seq_len": 32,
+    "eval_stride": 16,
+    "ttt_eval_seq_len": 48,
+}
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def hessian(seed: int, columns: int) -> torch.Tensor:
+    x = normal(seed, 3 * columns, columns) * torch.linspace(0.2, 3.0, columns)
+    x[:, 1:] += 0.6 * x[:, :-1]
+    return x.T @ x
+
+
+def test_factor_is_the_inverse_root(tg):
+    h = hessian(0, 48)
+    h[5], h[:, 5] = 0, 0
+    order, dead, upper = tg.factorise(h)
+    damped = h.double()
+    damped[5, 5] = 1
+    damped += 0.01 * damped.diagonal().mean() * torch.eye(48)
+    damped = damped[order][:, order]
+    assert dead.nonzero().tolist() == [[5]]
+    assert torch.equal(upper, upper.triu())
+    assert torch.allclose(upper.double().T @ upper.double() @ damped, torch.eye(48).double(), atol=1e-3)
+
+
+@pytest.mark.parametrize("block", [1, 7, 32, 100])
+def test_quant_error_is_the_weighted_error(tg, block):
+    """The sum of squared column errors over their pivots is tr(E H E^T): checked against the definition."""
+    weight, h = normal(1, 20, 90), hessian(2, 90)
+    scale = 3.0 * weight.std(dim=1) / 7
+    levels, scale, error = tg.gptq_sweep(weight, h, 4, scale, block)
+    damped = h.double() + 0.01 * h.diagonal().mean() * torch.eye(90)
+    e = weight.double() - levels.double() * scale.double()[:, None]
+    assert error == pytest.approx(((e @ damped) * e).sum().item(), rel=1e-4)
+
+
+def test_quant_report_names_every_matrix(tg):
+    cfg = tg.Config(**SMALL)
+    flat = {"blocks.0.mlp.fc.weight": normal(0, 128, 64), "attn_scale": torch.ones(64)}
+    records = tg.quantize_state(flat, {"blocks.0.mlp.fc.weight": hessian(1, 64)}, cfg)
+    report = records["blocks.0.mlp.fc.weight"].report
+    assert (report["bits"], report["clip_sigmas"]) == (6, 12.0)
+    assert report["weighted_error"] > 0 and report["seconds"] > 0
+    assert not records["attn_scale"].report
+
+
+@pytest.mark.parametrize("mantissa", [0, 1, 4, 9, 10])
+def test_quant_short_half(tg, mantissa):
+    """Nearest value of so few bits: relative error at most half a step, signs kept, zero stays zero."""
+    x = torch.cat([normal(0, 500) * 10.0 ** normal(1, 500).clamp(-3, 3), torch.zeros(2), torch.ones(1)])
+    short = tg.short_half(x, mantissa)
+    assert short.dtype == torch.float16
+    assert not (short.view(torch.int16) & ((1 << (10 - mantissa)) - 1)).any()
+    normals = x.abs() > 2.0**-13
+    error = (short.double() - x.double()).abs() / x.double().abs()
+    assert error[normals].max() <= 2.0 ** -(mantissa + 1) + 2.0**-11
+    assert torch.equal(torch.sign(short[normals]).float(), torch.sign(x[normals]))
+    assert short[-1] == 1 and not short[500:502].any()
+
+
+@pytest.fixture(scope="module")
+def problem(tg):
+    """(config, flat state, Hessians, gradients) of a small model whose matrices matter very unequally."""
+    cfg = tg.Config(**SMALL, compressor="ans")
+    torch.manual_seed(0)
+    model = tg.GPT(cfg)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.1 * torch.randn_like(parameter))
+    flat = tg.flatten_banks({k: v.clone() for k, v in model.state_dict().items()}, cfg.num_layers)
+    matrices = [name for name, w in flat.items() if tg.scheme(name, w, cfg).kind == "gptq"]
+    assert len(matrices) > 10
+    hessians = {name: hessian(i, flat[name].size(1)) for i, name in enumerate(matrices)}
+    gradients = {name: 10.0 ** (i % 4) * normal(i, len(flat[name])) ** 2 for i, name in enumerate(matrices)}
+    return cfg, flat, hessians, gradients
+
+
+def fit(tg, problem, budget: int, cfg=None):
+    config, flat, hessians, gradients = problem
+    log = types.SimpleNamespace(event=lambda *_, **__: None)
+    return tg.fit_state(flat, hessians, gradients, cfg or config, budget, log)
+
+
+def loss(tg, problem, records) -> float:
+    """sum_i g_i^2 e_i H e_i^T / tr H: what FIT_BYTES makes small."""
+    _, flat, hessians, gradients = problem
+    total = 0.0
+    for name, h in hessians.items():
+        e = flat[name].double() - records[name].dequantize().double()
+        total += (gradients[name].double() * ((e @ h.double()) * e).sum(1)).sum().item() / h.trace().item()
+    return total
+
+
+@pytest.mark.parametrize("codec", ["ans", "brotli"])
+@pytest.mark.parametrize("budget", [40_000, 48_000, 60_000])
+def test_quant_fit_ends_just_below_the_cap(tg, problem, codec, budget):
+    cfg = tg.Config(**SMALL, compressor=codec)
+    records = fit(tg, problem, budget, cfg)
+    blob = tg.pack_artifact(records, cfg)
+    assert budget - tg.FIT_SLACK <= len(blob) <= budget
+    _, read = tg.unpack_artifact(blob)
+    for name, record in records.items():
+        assert torch.equal(read[name].dequantize(), record.dequantize()), name
+    assert tg.pack_artifact(fit(tg, problem, budget, cfg), cfg) == blob
+
+
+def test_quant_fit_beats_the_published_recipe_at_equal_bytes(tg, problem):
+    cfg, flat, hessians, _ = problem
+    published = tg.quantize_state(flat, hessians, cfg)
+    fitted = fit(tg, problem, len(tg.pack_artifact(published, cfg)))
+    assert loss(tg, problem, fitted) < 0.5 * loss(tg, problem, published)
+
+
+def test_quant_fit_more_bytes_less_loss(tg, problem):
+    losses = [loss(tg, problem, fit(tg, problem, budget)) for budget in (36_000, 46_000, 56_000)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_quant_fit_clips_follow_the_loss(tg, problem):
+    """Sixteen times the gradients: a quarter of the step. No gradients at all: a huge but finite one."""
+    _, flat, hessians, gradients = problem
+    name = next(iter(hessians))
+    factors = {key: tg.factorise(h) for key, h in hessians.items()}
+    clips = tg.fit_clips(flat, hessians, factors, gradients)
+    louder = tg.fit_clips(flat, hessians, factors, gradients | {name: 16 * gradients[name]})
+    silent = tg.fit_clips(flat, hessians, factors, gradients | {name: 0 * gradients[name]})
+    assert louder[name] == pytest.approx(clips[name] / 4, rel=1e-6)
+    assert all(louder[other] == clips[other] for other in clips if other != name)
+    assert clips[name] < silent[name] < 1e30
+
+
+def test_quant_column_scales_even_out_the_cost(tg):
+    """Each column's step is the root of its pivot, up to a common factor and four bits of mantissa."""
+    factor = tg.factorise(hessian(3, 64))
+    scales = tg.column_scales(factor, 4)
+    pivots = torch.empty(64)
+    pivots[factor.order] = factor.upper.diagonal()
+    ratio = scales / pivots.sqrt()
+    assert ratio.max() / ratio.min() < (1 + 2.0**-5) ** 2 + 1e-3
+    assert scales.max() / scales.min() > 1.5
+    assert torch.equal(tg.column_scales(tg.factorise(torch.eye(8)), 4), torch.ones(8))
+
+
+def test_quant_column_scales_are_only_units(tg):
+    """GPTQ of scaled columns is GPTQ of the problem in other units: same levels, same error."""
+    weight, h, columns = normal(5, 12, 40), hessian(6, 40), 2.0 ** torch.randint(-2, 3, (40,))
+    scale = 3.0 * (weight / columns).std(dim=1) / 31
+    factor = tg.factorise(h)
+    levels, _, error = tg.gptq_sweep(weight, factor, 6, scale, column_scale=columns)
+    e = weight.double() - levels.double() * scale.half().double()[:, None] * columns.double()
+    damped = h.double() + 0.01 * h.diagonal().mean() * torch.eye(40)
+    assert error == pytest.approx(((e @ damped) * e).sum().item(), rel=1e-4)
+
+
+def test_quant_fit_never_clips(tg, problem):
+    """The largest weight of each row keeps a level of its own."""
+    _, flat, hessians, _ = problem
+    records = fit(tg, problem, 60_000)
+    for name in hessians:
+        arrays = records[name].arrays
+        weight = flat[name] / arrays["columns"].float()
+        assert (weight.abs().amax(1) / arrays["scale"].float()).max() < 127 * (1 + 2.0**-5)
+
+
+def test_quant_fit_says_that_it_cannot(tg, problem):
+    with pytest.raises(tg.ConfigError, match=r"FIT_BYTES=0: leaves 900 bytes for the model, too few"):
+        fit(tg, problem, 900)
+
+
+def test_quant_fit_bytes_below_the_code_are_refused_at_once(tg):
+    with pytest.raises(tg.ConfigError, match="FIT_BYTES=20000: must be 0 or at least 32768"):
+        tg.Config(fit_bytes=20_000)
+
+
+def test_quant_fit_of_next_to_nothing_is_finite(tg, problem):
+    records = fit(tg, problem, 4000)
+    assert all(record.dequantize().isfinite().all() for record in records.values())
+
+
+def test_quant_fit_of_more_bytes_than_levels_need(tg, problem):
+    """Nothing is left to refine: all that eight bits can hold, below the cap."""
+    cfg = problem[0]
+    assert len(tg.pack_artifact(fit(tg, problem, 10**6), cfg)) < 200_000
+
+
+def test_quant_gradients_against_their_definition(tg):
+    """Mean over windows' batches of each row's squared gradient, by plain autograd; weights are untouched."""
+    cfg = tg.Config(**SMALL)
+    torch.manual_seed(1)
+    model = tg.GPT(cfg)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batches = [
+        torch.randint(2, 256, (2, 4, 33), generator=torch.Generator().manual_seed(i)) for i in range(32)
+    ]
+    queue = iter(batches)
+
+    class Loader:
+        def next(self, rows):
+            rows = next(queue)[0]
+            return rows[:, :-1], rows[:, 1:]
+
+    found = tg.calibrate_gradients(model, cfg, Loader(), looping=False)
+    expected = torch.zeros(cfg.vocab_size)
+    up = torch.zeros(cfg.mlp_dim)
+    for batch in batches:
+        model.losses(batch[0][:, :-1], batch[0][:, 1:], looping=False).sum().backward()
+        expected += model.tok_emb.weight.grad.square().sum(1) / len(batches)
+        up += model.mlp_up_bank.grad[1].square().sum(1) / len(batches)
+        model.zero_grad()
+    assert torch.allclose(found["tok_emb.weight"], expected, rtol=1e-4)
+    assert torch.allclose(found["blocks.1.mlp.fc.weight"], up, rtol=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
