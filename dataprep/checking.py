@@ -113,12 +113,14 @@ class Checker:
             f"{_PREPARE} --check {folder} --write-manifest"
         )
         self._tokenizer = find_tokenizer(folder, {})
+        self._processor: sentencepiece.SentencePieceProcessor | None = None
 
     def run(self, overlap: bool = True) -> None:
         """All checks, cheap ones first; `overlap`: of validation with training too."""
         if (self.folder / UNFINISHED).exists():
             self._wrong(f"{self.folder}: was not finished", "repeat the command that prepared it")
         self._read_manifest()
+        self._load_tokenizer()
         self._shards()
         if len(self.scans) == 3:
             self._documents()
@@ -137,9 +139,8 @@ class Checker:
             splits["val"]["bytes"] = self.charged
         names = {path.name: path for split in ("train", "val", "val_bytes") for path in self._paths(split)}
         tokenizer, path = {}, self._tokenizer
-        if path:
-            pieces = sentencepiece.SentencePieceProcessor(model_file=str(path)).get_piece_size()
-            tokenizer = {"sha256": file_sha256(path), "vocab_size": pieces}
+        if path and self._processor:
+            tokenizer = {"sha256": file_sha256(path), "vocab_size": self._processor.get_piece_size()}
             tokenizer |= {"file": path.name} if path.parent == self.folder else {}
         return {
             "format": FORMAT,
@@ -186,11 +187,18 @@ class Checker:
             return
         self.manifest = manifest
         self._tokenizer = find_tokenizer(self.folder, manifest)
-        expected = manifest["tokenizer"].get("sha256")
-        if self._tokenizer is None:
+
+    def _load_tokenizer(self) -> None:
+        path = self._tokenizer
+        if path is None:
             self._wrong(f"{self.folder}: its tokenizer is missing")
-        elif expected and file_sha256(self._tokenizer) != expected:
-            self._wrong(f"{self._tokenizer}: is not the tokenizer that {path} names")
+        elif self.manifest.get("tokenizer", {}).get("sha256", file_sha256(path)) != file_sha256(path):
+            self._wrong(f"{path}: is not the tokenizer that {MANIFEST} names")
+        else:
+            try:
+                self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            except RuntimeError:
+                self._wrong(f"{path}: not a SentencePiece model")
 
     def _shards(self) -> None:
         """Names without gaps, headers, sizes; against the manifest tokens and hashes; then scan."""
@@ -240,7 +248,7 @@ class Checker:
 
     def _sidecar(self) -> None:
         """Byte counts against tokens: as many, none for BOS, letters as long as they are, the sum."""
-        pieces = letter_lengths(self._tokenizer)
+        pieces = letter_lengths(self._processor)
         odd = letters = self.charged = 0
         for path, beside in zip(self._paths("val"), self._paths("val_bytes"), strict=False):
             tokens, carried = read_shard(path), read_shard(beside)
@@ -285,14 +293,12 @@ def find_tokenizer(folder: Path, manifest: dict) -> Path | None:
     return None
 
 
-def letter_lengths(tokenizer: Path | None) -> np.ndarray:
+def letter_lengths(processor: sentencepiece.SentencePieceProcessor | None) -> np.ndarray:
     """Length of each piece that is lower-case letters only, else 0: (65536,) int64."""
     lengths = np.zeros(1 << 16, np.int64)
-    if tokenizer:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-        for token in range(processor.get_piece_size()):
-            piece = processor.id_to_piece(token)
-            lengths[token] = len(piece) if re.fullmatch("[a-z]+", piece) else 0
+    for token in range(processor.get_piece_size() if processor else 0):
+        piece = processor.id_to_piece(token)
+        lengths[token] = len(piece) if re.fullmatch("[a-z]+", piece) else 0
     return lengths
 
 

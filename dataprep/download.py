@@ -59,11 +59,12 @@ def download(out: Path | None, shards: int | None) -> tuple[Path, dict]:
     """
     try:
         import huggingface_hub as hub
+        from huggingface_hub import errors, utils
     except ImportError:
         raise DataError("--download needs huggingface_hub: pip install huggingface_hub") from None
-    hub.utils.logging.set_verbosity_error()
+    utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
-        hub.utils.disable_progress_bars()
+        utils.disable_progress_bars()
     folder = out or LAYOUT / SHARD_FOLDER
     tokenizers = out or LAYOUT / "tokenizers"
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,7 @@ def download(out: Path | None, shards: int | None) -> tuple[Path, dict]:
         wanted = _wanted([entry for entry in tree if hasattr(entry, "size")], folder, tokenizers, shards)
         for file in wanted:
             _fetch(hub, file, revision, staging)
-    except (OSError, hub.errors.HTTPError) as error:
+    except (OSError, errors.HTTPError) as error:
         if isinstance(error, OSError) and error.errno:  # of this machine, a full disk for example
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]

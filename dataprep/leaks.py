@@ -3,11 +3,11 @@
 Exact, and equal but for white space: by hash of the text (`Document.digest`, `Document.key`); dropped and
 counted.
 
-Nearly equal, counted and dropped on request: by hashed windows of WINDOW tokens, control tokens and CaseOps
-operators left out, so that case does not matter. One window in SAMPLE is looked at, chosen by its hash, so
-the same windows in every document. A training document is near a validation document if at least NEAR_SHARE
-of the sampled windows of either of the two occur in the other (for the training document: in validation as a
-whole), and at least NEAR_WINDOWS do. Documents too short to have so many (some 60 tokens) are never near.
+Nearly equal, counted and dropped on request: by hashed windows of WINDOW tokens. One window in SAMPLE is
+looked at, chosen by its hash, so the same windows in every document. A training document is near a
+validation document if at least NEAR_SHARE of the sampled windows of either of the two occur in the other
+(for the training document: in validation as a whole), and at least NEAR_WINDOWS do. Documents too short to
+have so many (some 80 tokens) are never near; where words changed, the windows that hold them do not match.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataprep.shards import BOS_ID, FIRST_OPERATOR_ID, OPERATOR_COUNT, read_shard, shard_paths
+from dataprep.shards import BOS_ID, read_shard, shard_paths
 
 WINDOW, SAMPLE = 16, 16
 NEAR_SHARE, NEAR_WINDOWS = 0.5, 4
@@ -38,7 +38,7 @@ class Windows(NamedTuple):
 
 def sampled_windows(tokens: np.ndarray) -> Windows:
     """Sampled windows of documents, (T,) uint16 with BOS before each."""
-    text = tokens >= FIRST_OPERATOR_ID + OPERATOR_COUNT
+    text = tokens != BOS_ID
     documents = np.cumsum(tokens == BOS_ID, dtype=np.int32)[text] - 1
     tokens = tokens[text]
     found = [Windows(np.empty(0, np.uint64), np.empty(0, np.int32))]

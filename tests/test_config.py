@@ -138,6 +138,7 @@ RECORD |= {
 }
 OURS = {"preset", "device", "cpu_threads", "run_id", "data_path", "tokenizer_path", "grad_accum_steps"}
 OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "clip_global"}
+OURS |= {"allow_unverified_data"}
 
 # What else a setting's other value needs, so that the whole makes sense.
 COMPANIONS = {
