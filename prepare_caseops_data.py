@@ -224,8 +224,7 @@ class Preparation:
         for message in result.bad:
             self._bad.append(message)
             if len(self._bad) > self._job.max_bad:
-                allowed = f"more than --max-bad {self._job.max_bad}"
-                raise DataError(f"{message} ({allowed})" if self._job.max_bad else message)
+                raise DataError(f"{message} (more than --max-bad {self._job.max_bad})")
         for note in [*(f"skipped: {message}" for message in result.bad), *result.notes]:
             self._noted += 1
             if self._noted <= NOTES:
@@ -463,9 +462,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         options.train_tokenizer = DEMO_VOCAB
     options.val_docs = options.val_docs or (DEMO_VAL_DOCS if options.demo else CANONICAL_VAL_DOCS)
     options.shard_tokens = options.shard_tokens or SHARD_TOKENS
-    options.workers = options.workers or (1 if options.demo else len(os.sched_getaffinity(0)))
+    options.workers = options.workers or (1 if options.demo else _cores())
     options.max_bad = options.max_bad or 0
     return options
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_making(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -227,9 +227,9 @@ class Checker:
             return True
         if entry is None:
             self._wrong(f"{path}: is not in the manifest")
-        elif entry["tokens"] != tokens:
-            self._wrong(f"{path}: holds {tokens} tokens, the manifest says {entry['tokens']}")
-        elif entry["sha256"] != self._sha256(path):
+        elif entry.get("tokens") != tokens:
+            self._wrong(f"{path}: holds {tokens} tokens, the manifest says {entry.get('tokens')}")
+        elif entry.get("sha256") != self._sha256(path):
             self._wrong(f"{path}: SHA-256 differs from the manifest's")
         return True
 

@@ -96,9 +96,11 @@ def _wanted(tree: list, folder: Path, tokenizers: Path, shards: int | None) -> l
                 continue
         elif name.endswith(".model") and "caseops" in name:
             kind, target = "tokenizer", tokenizers / name
+        elif name == MANIFEST and not kinds.get("manifest"):
+            kind, target = "manifest", folder / "published_manifest.json"  # of another form than ours
         else:
             continue
-        kinds[kind] += 1
+        kinds[kind] = kinds.get(kind, 0) + 1
         sha256 = entry.lfs.sha256 if entry.lfs else None
         wanted.append(Wanted(entry.path, target, entry.size, sha256, entry.blob_id))
     for kind, count in kinds.items():

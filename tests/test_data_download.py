@@ -147,6 +147,7 @@ def test_data_download_into_the_default_layout(hub, tmp_path, tg):
     expected = {name.rpartition("/")[2]: data for name, data in hub.files.items() if name.startswith(SHARDS)}
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
     manifest = json.loads(found.pop("manifest.json"))
+    assert found.pop("published_manifest.json") == hub.files["datasets/manifest.json"]
     assert found == expected
     assert (tmp_path / LAYOUT / "tokenizers" / PUBLISHED).read_bytes() == hub.files[
         f"{TOKENIZERS}/{PUBLISHED}"
