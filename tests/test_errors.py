@@ -253,7 +253,7 @@ def test_manifest_that_disagrees(work, refused, keys, value, words):
 
 def test_folder_without_manifest(work, refused):
     (work / "data" / MANIFEST).unlink()
-    message = refused()
+    message = refused(TOKENIZER_PATH="data/tokenizer.model")
     assert f"data/{MANIFEST}: missing" in message
     assert "prepare_caseops_data.py --check data" in message and "ALLOW_UNVERIFIED_DATA=1" in message
 
