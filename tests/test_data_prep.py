@@ -20,6 +20,7 @@ import prepare_caseops_data as prepare
 from bench import data_prep
 from dataprep import encoding, leaks, reading
 from dataprep.checking import Scan, check_folder, report_table
+from dataprep.crew import Crew
 from dataprep.encoding import Encoder, make_tokenizer, tokenise, tokenise_validation
 from dataprep.shards import DataError, read_shard, shard_bytes, write_whole
 
@@ -275,6 +276,15 @@ def slowly(step):
 shards.DataFolder.remember, shards.DataFolder.publish = slowly(remember), slowly(publish)
 sys.exit(prepare.main(sys.argv[1:]))
 """
+
+
+def test_data_worker_that_is_killed(published, docs, small_blocks):
+    """One line instead of a traceback or a wait without end."""
+    with Crew(published, None, 2) as crew, pytest.raises(DataError, match="a worker process was killed"):
+        for number, _ in crew.map(enumerate(reading.Reader([str(docs)]))):
+            if number == 2:
+                for process in list(crew._pool._processes.values()):
+                    process.kill()
 
 
 def commands_of(path: Path) -> bytes:
