@@ -14,7 +14,7 @@ demo: $(RUN) data/demo/manifest.json  ## the whole system on demo data: train, q
 
 data: data/demo/manifest.json  ## the demo data set alone
 
-data/demo/manifest.json: prepare_caseops_data.py lossless_caps.py | $(RUN)
+data/demo/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dataprep/*.py) | $(RUN)
 	$(BIN)/python prepare_caseops_data.py --demo --overwrite
 
 test: $(DEV)  ## all tests (CPU, under 3 minutes on 2 cores)
@@ -46,4 +46,4 @@ bench: $(RUN)  ## speed of a training step on this machine (a small model on a C
 	$(BIN)/python bench/train_step.py
 
 clean:  ## remove environment, demo data and caches; runs/ stays
-	rm -rf .venv data/demo .pytest_cache .ruff_cache .hypothesis tests/__pycache__ __pycache__
+	rm -rf .venv data/demo .pytest_cache .ruff_cache .hypothesis tests/__pycache__ dataprep/__pycache__ __pycache__

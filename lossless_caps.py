@@ -13,12 +13,16 @@ as operators of the private use area, so nothing is lost. Over maximal runs of A
 Everything else is copied; letters outside ASCII end a word. `decode(encode(s)) == s` for every `str`.
 
 The validation score is bits per byte of the *original* text, so `piece_byte_counts` says how many of those
-bytes each tokenizer piece carries. It and `decode` share one state machine, `_originals`.
+bytes each tokenizer piece carries. It and `decode` share one state machine, `_originals`. Encoding, and
+counting bytes of text that was encoded here, work on arrays of UTF-8 bytes (`encode_utf8`,
+`span_byte_counts`): data preparation puts tens of gigabytes through them.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 TITLE = "\ue001"
 """The next letter is a capital, the rest of its word is not."""
@@ -30,9 +34,12 @@ ESC = "\ue004"
 """The next character stands for itself."""
 
 _OPERATORS = TITLE + ALLCAPS + CAPNEXT + ESC
-_CHANGED = re.compile(f"[A-Z][A-Za-z]*|[{_OPERATORS}]")
-_CAPITAL = re.compile("[A-Z]")
 _RUN = re.compile(f"[{_OPERATORS}]|[A-Za-z]+|[^A-Za-z{_OPERATORS}]+")
+
+# In UTF-8 an operator is three bytes, 0xEE 0x80 and one of these; 0xEE begins a character wherever it stands.
+_TITLE, _ALLCAPS, _CAPNEXT, _ESC = (operator.encode()[2] for operator in _OPERATORS)
+_BETWEEN = b"\xff"  # a byte that no UTF-8 text holds
+_SLICE = 1 << 22  # bytes encoded at once: the arrays of a step take about nine times as much
 
 
 class LosslessCapsError(ValueError):
@@ -45,24 +52,97 @@ def encode(text: str) -> str:
     >>> encode("NASA's iPhone") == f"{ALLCAPS}nasa's i{CAPNEXT}phone"
     True
     """
-    return _CHANGED.sub(_encode_match, text)
+    return encode_utf8(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
 
 
-def _encode_match(match: re.Match[str]) -> str:
-    """Encoded form of an operator, or of a word from its first capital on."""
-    word = match[0]
-    if word in _OPERATORS:
-        return ESC + word
-    start = match.start()
-    if start and "a" <= match.string[start - 1] <= "z":  # lower-case letters before it: the word is mixed
-        return _CAPITAL.sub(_capnext, word)
-    if len(word) > 1 and word.isupper():
-        return ALLCAPS + word.lower()
-    return TITLE + word[0].lower() + _CAPITAL.sub(_capnext, word[1:])
+def encode_many(texts: Sequence[bytes]) -> list[bytes]:
+    """`encode_utf8` of each text, in one go: several times as fast as one by one when they are short."""
+    return encode_utf8(_BETWEEN.join(texts)).split(_BETWEEN) if texts else []
 
 
-def _capnext(match: re.Match[str]) -> str:
-    return CAPNEXT + match[0].lower()
+def encode_utf8(data: bytes) -> bytes:
+    """`encode` from UTF-8 to UTF-8, without a step of Python for each character or word."""
+    parts, start = [], 0
+    while start < len(data):
+        end = len(data)
+        if end - start > _SLICE:  # no word and no operator crosses a space
+            end = data.rfind(b" ", start, start + _SLICE) + 1 or end
+        parts.append(_encode_slice(data[start:end]))
+        start = end
+    return b"".join(parts)
+
+
+def _encode_slice(data: bytes) -> bytes:
+    """Only capitals and operators are looked at: an operator is inserted before each that needs one."""
+    raw = np.frombuffer(data, np.uint8)
+    at, operator = _capitals(raw)
+    if b"\xee\x80" in data:
+        literal = _operators(raw)
+        at = np.concatenate([at, literal])
+        order = np.argsort(at)
+        at = at[order]
+        operator = np.concatenate([operator, np.full(len(literal), _ESC, np.uint8)])[order]
+    place = at + 3 * np.arange(len(at))
+    encoded = np.empty(len(raw) + 3 * len(at), np.uint8)
+    copied = np.ones(len(encoded), bool)
+    for offset, byte in enumerate((0xEE, 0x80, operator)):
+        encoded[place + offset] = byte
+        copied[place + offset] = False
+    encoded[copied] = np.frombuffer(data.lower(), np.uint8)  # bytes.lower() knows ASCII letters only
+    return encoded.tobytes()
+
+
+def _capitals(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where an operator goes before a capital, and which: (n,) positions and last bytes.
+
+    A run of capitals decides for itself: it is a whole word of two or more letters (ALLCAPS before the
+    first), or its first letter begins a word (TITLE), and every other letter takes CAPNEXT.
+    """
+    at = np.flatnonzero(raw - np.uint8(ord("A")) < 26)  # unsigned: what is below "A" wraps around
+    padded = np.zeros(len(raw) + 2, np.uint8)
+    padded[1:-1] = raw
+    before, after = padded[at], padded[at + 2]
+    first = before - np.uint8(ord("A")) >= 26  # of a run
+    begins_word = (before | 32) - np.uint8(ord("a")) >= 26
+    ends_word = (after | 32) - np.uint8(ord("a")) >= 26
+    starts = np.flatnonzero(first)
+    lengths = np.diff(starts, append=len(at))
+    whole = begins_word[starts] & ends_word[starts + lengths - 1] & (lengths > 1)
+    operator = np.where(begins_word, np.uint8(_TITLE), np.uint8(_CAPNEXT))
+    operator[starts[whole]] = _ALLCAPS
+    needed = first | ~np.repeat(whole, lengths)
+    return at[needed], operator[needed]
+
+
+def _operators(raw: np.ndarray) -> np.ndarray:
+    """Positions of the operator characters in UTF-8 text, (n,)."""
+    at = np.flatnonzero(raw[:-2] == 0xEE)
+    return at[(raw[at + 1] == 0x80) & (raw[at + 2] >= _TITLE) & (raw[at + 2] <= _ESC)]
+
+
+def span_byte_counts(encoded: bytes, spans: np.ndarray) -> np.ndarray:
+    """`piece_byte_counts` for text that `encode_utf8` wrote, without a step of Python for each piece.
+
+    Args:
+        encoded: the whole text, UTF-8.
+        spans: (n, 2) byte offsets of the pieces' surfaces, each at a character's edge.
+
+    Returns:
+        (n,) int64 original UTF-8 bytes that each piece carries.
+    """
+    raw = np.frombuffer(encoded, np.uint8)
+    operators = _operators(raw)
+    carried = np.ones(len(raw), np.uint8)
+    for offset in range(3):
+        carried[operators + offset] = 0
+    literal = -1
+    for at in operators[raw[operators + 2] == _ESC].tolist():
+        if at != literal:  # this ESC is not itself escaped, so what follows is
+            literal = at + 3
+            carried[literal : literal + 3] = 1
+    before = np.zeros(len(raw) + 1, np.int64)
+    np.cumsum(carried, out=before[1:])
+    return before[spans[:, 1]] - before[spans[:, 0]]
 
 
 def decode(text: str) -> str:

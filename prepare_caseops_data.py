@@ -1,11 +1,14 @@
 """Turn documents into training and validation shards: CaseOps text, tokens, original byte counts.
 
     python prepare_caseops_data.py --docs docs.jsonl.zst --sp tokenizer.model --out data/mine
-    python prepare_caseops_data.py --docs docs.jsonl.xz --train-tokenizer 8192 --out data/mine
+    python prepare_caseops_data.py --docs a.parquet b.parquet --train-tokenizer 8192 --out data/mine
+    python prepare_caseops_data.py --download [--shards 10]   # ready-made data of the contest, into data/
+    python prepare_caseops_data.py --check DIR                # is a folder whole, right and free of leaks?
     python prepare_caseops_data.py --demo        # small real-text data set in data/demo, nothing to download
 
-Documents: JSONL (plain, .xz, .gz, .zst, or - for standard input), one a line, {"text": ...} or a bare string;
-blank lines are skipped. The first --val-docs documents are the validation split. Written to --out:
+Documents: JSONL (plain, .xz, .gz, .zst, or - for standard input), one a line, {"text": ...} or a bare
+string, or the column `text` of Parquet files; blank lines are skipped. The first --val-docs documents are
+the validation split. Written to --out:
 
     fineweb_train_%06d.bin       tokens: BOS before each document, no EOS; documents run on across shards
     fineweb_val_%06d.bin         the same for validation
@@ -13,532 +16,385 @@ blank lines are skipped. The first --val-docs documents are the validation split
     <tokenizer>.model            the tokenizer used
     manifest.json                counts, checksums, hashes of the validation documents; written last
 
-A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros), then uint16 values.
-The work is a stream: `read_documents` -> `tokenise` (a pure function of a batch) -> `ShardWriter`.
+The work is a stream: `Reader` -> blocks of lines -> `Worker`, a pure function of a block, in as many
+processes as there are cores -> `ShardWriter`, in order. A run that ended early, whatever the reason, goes on
+after its last whole shard when the same command is given again. The parts are in `dataprep/`.
 """
 
 import argparse
-import ast
-import gzip
+import base64
 import hashlib
-import io
-import json
-import lzma
+import itertools
 import os
-import re
 import sys
-import sysconfig
-import warnings
-import zlib
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import sentencepiece
-import zstandard
 from tqdm import tqdm
 
-import lossless_caps
+from dataprep.checking import check_folder, report_table, split_report
+from dataprep.crew import EXAMPLES, Crew, HeldOut, Result
+from dataprep.demo import DEMO_OUT, DEMO_VAL_DOCS, DEMO_VOCAB, demo_documents
+from dataprep.download import download
+from dataprep.encoding import MAX_VOCAB, Tokenizer, make_tokenizer, tokenizer_texts, train_tokenizer
+from dataprep.leaks import NearIndex
+from dataprep.reading import Block, Document, Reader, document_blocks, make_document, parse_block
+from dataprep.shards import (
+    BYTES_SHARD,
+    FORMAT,
+    TRAIN_SHARD,
+    TRANSFORM,
+    UNFINISHED,
+    VAL_SHARD,
+    DataError,
+    DataFolder,
+    ShardWriter,
+)
 
 CANONICAL_VAL_DOCS = 50_000  # the contest's validation split; fewer would train on validation documents
 SHARD_TOKENS = 10_000_000
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
-MAX_TOKEN_BYTES, MAX_VOCAB = 65_535, 65_536  # uint16 values
-BOS_ID, FIRST_OPERATOR_ID = 1, 4
-OPERATORS = (lossless_caps.TITLE, lossless_caps.ALLCAPS, lossless_caps.CAPNEXT, lossless_caps.ESC)
-SPACE_PIECE = "\u2581"  # how SentencePiece writes a space
 TOKENIZER_TRAINING_BYTES = 200_000_000  # enough for stable merges; SentencePiece holds its texts in memory
-BATCH_DOCUMENTS = 256
+NOTES = 5  # of a kind of remark that are printed
 
-DEMO_OUT = Path("data/demo")
-DEMO_VAL_DOCS = 40  # about 110 kB
-DEMO_VOCAB = 1024
-DEMO_MIN_CHARACTERS = 200  # modules with less documentation are left out
+__all__ = ["DataError", "make_document", "make_tokenizer", "prepare", "train_tokenizer"]
 
 
-class DataError(ValueError):
-    """Something the user gave cannot be used; the message is one line that names it."""
+class Job(NamedTuple):
+    """What is to be made of the documents, and how."""
 
-
-class Document(NamedTuple):
-    """A text, where it came from (file and line), its UTF-8 size in bytes and its SHA-256."""
-
-    text: str
-    origin: str
-    size: int
-    digest: bytes
-
-
-def make_document(text: str, origin: str) -> Document:
-    """Document of `text`. Raises DataError for lone surrogates, which have no UTF-8 form."""
-    try:
-        utf8 = text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise DataError(f"{origin}: lone surrogate U+{code:04X} at character {error.start}") from error
-    return Document(text, origin, len(utf8), hashlib.sha256(utf8).digest())
-
-
-# ---- Reading -----------------------------------------------------------------------------------------------
-
-
-def read_documents(path: str) -> Iterator[Document]:
-    """Documents of a JSONL file, or of standard input for "-", in order.
-
-    Raises:
-        DataError: the file cannot be read to its end, or a line is no document; names file and line.
-    """
-    name, number = "standard input" if path == "-" else path, 0
-    try:
-        for number, line in enumerate(_lines(path), 1):
-            if line.strip():
-                yield _parse_line(line, f"{name} line {number}")
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
-        where = f"{name} after line {number}" if number else name
-        raise DataError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _lines(path: str) -> Iterator[bytes]:
-    if path == "-":
-        yield from sys.stdin.buffer
-    elif path.endswith(".zst"):
-        yield from _zst_lines(path)
-    else:
-        opener = {".xz": lzma.open, ".gz": gzip.open}.get(Path(path).suffix, open)
-        with opener(path, "rb") as file:
-            yield from file
-
-
-def _zst_lines(path: str) -> Iterator[bytes]:
-    """Lines of a .zst file. zstandard's own reader takes a file that is cut short for a complete one."""
-    frame, rest = None, b""
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 17):
-            while chunk:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                *lines, rest = (rest + frame.decompress(chunk)).split(b"\n")
-                yield from lines
-                chunk, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame:
-        raise EOFError("the compressed file ends inside a frame")
-    yield rest
-
-
-def _parse_line(line: bytes, origin: str) -> Document:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{origin}: not UTF-8 (byte 0x{line[error.start]:02x} at {error.start})") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{origin}: not JSON: {error}") from error
-    text = record.get("text") if isinstance(record, dict) else record
-    if not isinstance(text, str):
-        found = "no text" if text is None else f"the text is of type {type(text).__name__}"
-        raise DataError(f'{origin}: {found}; a document is {{"text": "..."}} or a bare string')
-    return make_document(text, origin)
-
-
-def split_documents(
-    documents: Iterable[Document], val_docs: int
-) -> tuple[list[Document], Iterator[Document]]:
-    """The first `val_docs` documents, and a stream of the others. DataError if there are no others."""
-    stream = iter(documents)
-    validation = list(islice(stream, val_docs))
-    for first in stream:
-        return validation, chain([first], stream)
-    raise DataError(f"--val-docs {val_docs}: leaves nothing for training, the input has {len(validation)}")
-
-
-# ---- Tokenizer ---------------------------------------------------------------------------------------------
-
-
-class Tokenizer(NamedTuple):
-    """A SentencePiece model fit for CaseOps data; `lossless`: one that loses anything is refused."""
-
-    file_name: str
-    model: bytes
-    processor: sentencepiece.SentencePieceProcessor
-    lossless: bool
-
-
-def make_tokenizer(path: str, model: bytes, lossless: bool = False) -> Tokenizer:
-    """Tokenizer of a serialized SentencePiece model.
-
-    Raises:
-        DataError: not such a model, or one without BOS 1, the operators at 4-7 and a piece for a bare space.
-    """
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
-    except RuntimeError as error:
-        raise DataError(f"{path}: not a SentencePiece model") from error
-    if processor.get_piece_size() > MAX_VOCAB:
-        raise DataError(f"{path}: has {processor.get_piece_size()} pieces; shards hold at most {MAX_VOCAB}")
-    if processor.bos_id() != BOS_ID:
-        raise DataError(f"{path}: its BOS is {processor.bos_id()}; the data format needs {BOS_ID}")
-    for token, operator in enumerate(OPERATORS, FIRST_OPERATOR_ID):
-        if processor.encode(operator) != [token]:
-            raise DataError(f"{path}: not a CaseOps tokenizer: U+{ord(operator):04X} is not token {token}")
-    if processor.piece_to_id(SPACE_PIECE) == processor.unk_id():
-        raise DataError(f"{path}: has no piece for a bare space (U+2581)")
-    return Tokenizer(Path(path).name, model, processor, lossless)
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Serialized SentencePiece BPE model that gives back every text without U+2581 unchanged.
-
-    Args:
-        texts: original documents; CaseOps is applied here. The same texts give the same bytes.
-        vocab_size: pieces, including 4 control pieces, the 4 operators and 256 bytes.
-
-    Raises:
-        DataError: `vocab_size` does not suit the texts.
-    """
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(lossless_caps.encode(text) for text in texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            pad_id=0,
-            bos_id=BOS_ID,
-            eos_id=2,
-            unk_id=3,
-            user_defined_symbols=list(OPERATORS),
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=1 << 30,  # bytes; a "sentence" is a document, and longer ones are left out
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2].strip() or "no training text"
-        raise DataError(f"--train-tokenizer {vocab_size}: {reason}") from error
-    return model.getvalue()
-
-
-def tokenizer_texts(documents: Iterable[Document], val_docs: int) -> Iterator[str]:
-    """What a tokenizer may learn from: the first training documents that are not also in validation."""
-    validation, training = split_documents(documents, val_docs)
-    held_out = {document.digest for document in validation}
-    room = TOKENIZER_TRAINING_BYTES
-    for document in training:
-        if document.digest in held_out:
-            continue
-        room -= document.size
-        if room < 0:
-            return
-        yield document.text
-
-
-def tokenise(processor: sentencepiece.SentencePieceProcessor, texts: Sequence[str]) -> np.ndarray:
-    """Tokens, (T,) uint16, of a batch of documents, BOS before each. Its threads do not change the result."""
-    encoded = [lossless_caps.encode(text) for text in texts]
-    return np.concatenate(processor.encode(encoded, out_type="numpy", add_bos=True)).astype(np.uint16)
-
-
-def tokenise_validation(tokenizer: Tokenizer, document: Document) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Tokens of one document, the original UTF-8 bytes of each (both (T,) uint16), and: do they decode to it?
-
-    White space that the tokenizer drops at the ends belongs to no token and is not counted.
-
-    Raises:
-        DataError: a token carries more bytes than uint16 can hold, or a lossless tokenizer loses something.
-    """
-    encoded = lossless_caps.encode(document.text)
-    # The surfaces of out_type="proto" as offsets in characters; these need no protobuf package.
-    mapping = tokenizer.processor.encode(encoded, out_type="offset_mapping")
-    counts = lossless_caps.piece_byte_counts([encoded[start:end] for start, end in mapping["offsets"]])
-    if max(counts, default=0) > MAX_TOKEN_BYTES:
-        raise DataError(
-            f"{document.origin}: one token carries {max(counts)} bytes (a run of white space?), "
-            f"more than the {MAX_TOKEN_BYTES} that a shard can say"
-        )
-    round_trip = tokenizer.processor.decode(mapping["ids"]) == encoded
-    if tokenizer.lossless and not (round_trip and sum(counts) == document.size):
-        why = ": it holds U+2581, which SentencePiece takes for a space" if SPACE_PIECE in encoded else ""
-        raise DataError(f"{document.origin}: the trained tokenizer does not give this text back{why}")
-    tokens = np.array([BOS_ID, *mapping["ids"]], dtype=np.uint16)
-    return tokens, np.array([0, *counts], dtype=np.uint16), round_trip
-
-
-# ---- Writing -----------------------------------------------------------------------------------------------
-
-
-class DataFolder:
-    """Output folder. Files appear whole, no other file is replaced unasked, a failed run leaves nothing."""
-
-    def __init__(self, path: Path, overwrite: bool) -> None:
-        """Make the folder; with `overwrite` remove its data set. DataError for *.bin files we never write."""
-        self.path, self.overwrite = path, overwrite
-        self.sha256: dict[str, str] = {}  # of every file of this data set, by name
-        self._created: list[Path] = []
-        path.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            for old in [path / "manifest.json", *path.glob("*.bin")]:
-                old.unlink(missing_ok=True)
-        self._refuse_shards_unless(r"fineweb_(train|val|val_bytes)_\d{6}\.bin")
-
-    def publish(self, name: str, data: bytes) -> None:
-        """Let a complete file appear under its name. One that is there with the same bytes is kept.
-
-        Raises:
-            DataError: without `overwrite`, and there is another file of that name.
-        """
-        target, temporary = self.path / name, self.path / f".{name}.tmp"
-        self.sha256[name] = hashlib.sha256(data).hexdigest()
-        if target.exists():
-            if target.read_bytes() == data:
-                return
-            if not self.overwrite:
-                raise self._other_data(target)
-        self._created += [temporary, target]
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-
-    def finish(self, manifest: dict) -> None:
-        """Write the manifest. DataError if the folder holds shards that are no part of this data set."""
-        self._refuse_shards_unless("|".join(map(re.escape, self.sha256)))
-        self.publish("manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
-
-    def discard(self) -> None:
-        """Remove what this run has written."""
-        for path in self._created:
-            path.unlink(missing_ok=True)
-
-    def _refuse_shards_unless(self, pattern: str) -> None:
-        for path in sorted(self.path.glob("*.bin")):
-            if not re.fullmatch(pattern, path.name):
-                raise self._other_data(path)
-
-    @staticmethod
-    def _other_data(path: Path) -> DataError:
-        return DataError(f"{path}: is of another data set; choose another --out or pass --overwrite")
-
-
-class ShardWriter:
-    """Cuts a stream of uint16 values into shard files of `shard_tokens`; the last may be shorter."""
-
-    def __init__(self, folder: DataFolder, pattern: str, shard_tokens: int) -> None:
-        self.tokens: dict[str, int] = {}  # number of values in each shard, by file name
-        self._folder, self._pattern, self._shard_tokens = folder, pattern, shard_tokens
-        self._parts: list[np.ndarray] = []
-        self._held = 0
-
-    def add(self, values: np.ndarray) -> None:
-        """Append values, (n,) uint16, and write every shard that they fill."""
-        while len(values):
-            part, values = np.split(values, [self._shard_tokens - self._held])
-            self._parts.append(part)
-            self._held += len(part)
-            if self._held == self._shard_tokens:
-                self.flush()
-
-    def flush(self) -> None:
-        """Write what is held, if anything, as one shard."""
-        if self._held:
-            header = np.zeros(SHARD_HEADER_INTS, dtype="<i4")
-            header[:3] = SHARD_MAGIC, SHARD_VERSION, self._held
-            name = self._pattern % len(self.tokens)
-            values = np.concatenate(self._parts).astype("<u2")
-            self._folder.publish(name, header.tobytes() + values.tobytes())
-            self.tokens[name] = self._held
-            self._parts, self._held = [], 0
+    val_docs: int
+    shard_tokens: int = SHARD_TOKENS
+    workers: int = 1
+    max_bad: int = 0
+    drop_near: bool = False
 
 
 # ---- The data set ------------------------------------------------------------------------------------------
 
 
+class Split:
+    """Counts of one split, with a histogram of document lengths, and its shards."""
+
+    COUNTS = {
+        "train": (
+            "documents",
+            "tokens",
+            "bytes",
+            "dropped_duplicates",
+            "dropped_space_duplicates",
+            "near_duplicates",
+            "dropped_near_duplicates",
+            "empty_documents",
+            "bad_documents",
+            "operator_tokens",
+        ),
+        "val": (
+            "documents",
+            "tokens",
+            "bytes",
+            "uncharged_bytes",
+            "round_trip_documents",
+            "empty_documents",
+            "bad_documents",
+            "operator_tokens",
+        ),
+    }
+
+    def __init__(self, name: str, *writers: ShardWriter) -> None:
+        self.name, self.writers = name, writers
+        self.counts, self.lengths = Counter(), Counter()
+        self.near: list[str] = []
+
+    def add(self, result: Result) -> int:
+        """Take a result; returns how many shards it completed."""
+        self.counts += result.counts
+        self.lengths.update(result.lengths.tolist())
+        self.near += result.near[: EXAMPLES - len(self.near)]
+        streams = (result.tokens, result.token_bytes)
+        return sum(writer.add(values) for writer, values in zip(self.writers, streams, strict=False))
+
+    def flush(self) -> None:
+        """Write the last shard."""
+        for writer in self.writers:
+            writer.flush()
+
+    def state(self) -> dict:
+        """What a later run needs to go on."""
+        held = [base64.b64encode(writer.held.tobytes()).decode() for writer in self.writers]
+        shards = [writer.tokens for writer in self.writers]
+        return {
+            "counts": self.counts,
+            "lengths": [list(self.lengths), list(self.lengths.values())],
+            "near": self.near,
+            "held": held,
+            "shards": shards,
+        }
+
+    def resume(self, state: dict) -> None:
+        """Go on from a state."""
+        self.counts = Counter(state["counts"])
+        self.lengths = Counter(dict(zip(*state["lengths"], strict=True)))
+        self.near = state["near"]
+        for writer, held, tokens in zip(self.writers, state["held"], state["shards"], strict=True):
+            writer.resume(tokens, np.frombuffer(base64.b64decode(held), np.uint16))
+
+    def manifest(self) -> dict:
+        """The split's entry in the manifest."""
+        return {name: self.counts[name] for name in self.COUNTS[self.name]}
+
+
+class Preparation:
+    """Writes one data set. Empty and broken documents keep their place among the first `val_docs`."""
+
+    def __init__(self, blocks: Iterable[Block], tokenizer: Tokenizer, folder: DataFolder, job: Job) -> None:
+        self._tokenizer, self._folder, self._job = tokenizer, folder, job
+        self._source = iter(blocks)
+        self._progress = Progress(blocks)
+        self._input = hashlib.sha256()  # of what the workers have been given
+        names = (VAL_SHARD, BYTES_SHARD, TRAIN_SHARD)
+        val, val_bytes, train = (ShardWriter(folder, name, job.shard_tokens) for name in names)
+        self._val, self._train = Split("val", val, val_bytes), Split("train", train)
+        self._digests: list[bytes] = []  # of validation documents, in order
+        self._keys: set[bytes] = set()
+        self._bad: list[str] = []
+        self._noted = 0
+        self.resumed = False
+
+    def run(self) -> dict:
+        """Write everything; returns the manifest."""
+        self._state = self._folder.begin(
+            {
+                "tokenizer": hashlib.sha256(self._tokenizer.model).hexdigest(),
+                "--val-docs": self._job.val_docs,
+                "--shard-tokens": self._job.shard_tokens,
+                "--drop-near-duplicates": self._job.drop_near,
+            }
+        )
+        self.resumed = "val" in self._state
+        self._folder.publish(self._tokenizer.file_name, self._tokenizer.model)
+        try:
+            validation, rest = self._split_input()
+            self._validation(validation)
+            self._training(rest)
+        finally:
+            self._progress.close()
+        manifest = self._manifest()
+        self._folder.finish(manifest)
+        return manifest
+
+    @property
+    def worth_keeping(self) -> bool:
+        """There are whole training shards, of this run or one before."""
+        return self.resumed or bool(self._train.writers[0].tokens)
+
+    def _split_input(self) -> tuple[Iterator[Block], Iterator[Block]]:
+        """Blocks of validation, and of training, to be read after them."""
+        rest: list[Block] = []
+
+        def validation() -> Iterator[Block]:
+            wanted = self._job.val_docs
+            for block in self._source:
+                first, others = block.split(wanted)
+                wanted -= first.documents
+                if first.documents:
+                    yield first
+                if others.documents:
+                    rest.append(others)
+                    return
+
+        def training() -> Iterator[Block]:
+            while rest:
+                yield rest.pop()
+            yield from (block for block in self._source if block.documents)
+
+        return validation(), training()
+
+    def _tagged(self, blocks: Iterable[Block]) -> Iterator[tuple[tuple[int, int, str], Block]]:
+        """Each block with its number, its size and the hash of the input up to its end."""
+        for number, block in enumerate(blocks, 1):
+            block.update(self._input)
+            yield (number, block.size, self._input.hexdigest()), block
+
+    def _take(self, split: Split, result: Result, size: int) -> int:
+        """Count what a block gave; returns the number of shards it completed."""
+        for message in result.bad:
+            self._bad.append(message)
+            if len(self._bad) > self._job.max_bad:
+                raise DataError(f"{message} (more than --max-bad {self._job.max_bad})")
+        for note in [*(f"skipped: {message}" for message in result.bad), *result.notes]:
+            self._noted += 1
+            if self._noted <= NOTES:
+                self._progress.say(f"note: {note}")
+        completed = split.add(result)
+        self._progress.update(sum(s.counts["documents"] for s in (self._val, self._train)), size)
+        return completed
+
+    def _validation(self, blocks: Iterator[Block]) -> None:
+        """Tokenise and write the validation split, or where that is done, read its hashes only."""
+        if self.resumed:
+            for (_, size, _), block in self._tagged(blocks):
+                documents = [document for document in parse_block(block).documents if document.utf8]
+                self._hold_out([d.digest for d in documents], [d.key for d in documents])
+                self._progress.update(0, size)
+            self._val.resume(self._state["val"])
+            return
+        with Crew(self._tokenizer, None, self._job.workers) as crew:
+            for (_, size, _), result in crew.map(self._tagged(blocks)):
+                self._take(self._val, result, size)
+                self._hold_out(result.digests, result.keys)
+        if not self._val.counts["documents"]:
+            if self._val.counts["empty_documents"]:
+                raise DataError(f"--val-docs {self._job.val_docs}: all these documents are empty")
+            raise DataError("the input holds no documents")
+        self._val.flush()
+
+    def _hold_out(self, digests: list[bytes], keys: list[bytes]) -> None:
+        self._digests += digests
+        self._keys.update(keys)
+
+    def _training(self, blocks: Iterator[Block]) -> None:
+        """Tokenise and write the training split without what is held out."""
+        first = next(blocks, None)
+        if first is None:
+            count = sum(self._val.counts[n] for n in ("documents", "empty_documents", "bad_documents"))
+            left = f"leaves nothing for training, the input has {count}"
+            raise DataError(f"--val-docs {self._job.val_docs}: {left}")
+        tagged = self._tagged(itertools.chain([first], blocks))
+        if self.resumed:
+            self._skip(tagged)
+        else:
+            self._save(0, self._input.hexdigest())
+        near = NearIndex.of_folder(self._folder.path)
+        held_out = HeldOut(set(self._digests), self._keys, near, self._job.drop_near)
+        with Crew(self._tokenizer, held_out, self._job.workers) as crew:
+            for (number, size, digest), result in crew.map(tagged):
+                if self._take(self._train, result, size):
+                    self._save(number, digest)
+        if not self._train.counts["documents"]:
+            raise DataError("nothing to train on: all other documents are empty or also validation documents")
+        self._train.flush()
+
+    def _save(self, blocks: int, digest: str) -> None:
+        """Note that `blocks` blocks of training are done."""
+        written = [writer.tokens for split in (self._val, self._train) for writer in split.writers]
+        files = {
+            name: {"tokens": tokens, "sha256": self._folder.sha256[name]}
+            for shards in written
+            for name, tokens in shards.items()
+        }
+        self._state |= {"val": self._val.state(), "train": self._train.state(), "files": files}
+        self._state |= {"blocks": blocks, "input": digest, "bad": self._bad}
+        self._folder.remember(self._state)
+
+    def _skip(self, tagged: Iterator[tuple[tuple[int, int, str], Block]]) -> None:
+        """Read past what an earlier run has done. DataError if it was other input."""
+        digest = self._state["input"]
+        for (_, size, _), _ in itertools.islice(tagged, self._state["blocks"]):
+            self._progress.update(0, size)
+        if self._input.hexdigest() != digest:
+            raise DataError(
+                f"{self._folder.path}: holds an unfinished data set of other documents; "
+                "choose another --out or pass --overwrite"
+            )
+        self._train.resume(self._state["train"])
+        self._bad = self._state["bad"]
+        shards = len(self._state["files"])
+        self._progress.say(f"note: {self._folder.path}: goes on after {shards} whole shards")
+
+    def _manifest(self) -> dict:
+        val, train = self._val.manifest(), self._train.manifest()
+        sha256 = self._folder.sha256
+        written = [writer.tokens for split in (self._val, self._train) for writer in split.writers]
+        return {
+            "format": FORMAT,
+            "transform": TRANSFORM,
+            "tokenizer": {
+                "file": self._tokenizer.file_name,
+                "sha256": sha256[self._tokenizer.file_name],
+                "vocab_size": self._tokenizer.processor.get_piece_size(),
+                "lossless": val["round_trip_documents"] == val["documents"],
+            },
+            "val_docs": self._job.val_docs,
+            "splits": {"train": train, "val": val},
+            "report": {s.name: split_report(s.counts, s.lengths) for s in (self._train, self._val)},
+            "bad_documents": self._bad[:EXAMPLES],
+            "near_duplicates": self._train.near,
+            "files": {
+                name: {"tokens": tokens, "sha256": sha256[name]}
+                for shards in written
+                for name, tokens in shards.items()
+            },
+            "val_document_sha256": [digest.hex()[:16] for digest in self._digests],
+        }
+
+
 def prepare(
-    documents: Iterable[Document],
+    documents: Iterable[Document] | Reader,
     tokenizer: Tokenizer,
     out: Path,
     val_docs: int,
     overwrite: bool = False,
     shard_tokens: int = SHARD_TOKENS,
+    **how: int,
 ) -> dict:
-    """Write a data set and return its manifest. Whatever ends it early, the files it wrote are removed again.
-
-    Empty documents are counted and left out, but keep their place among the first `val_docs`.
-
-    Raises:
-        DataError: as `read_documents`, `split_documents`, `tokenise_validation` and `DataFolder`.
-    """
-    validation, training = split_documents(documents, val_docs)
-    folder = DataFolder(out, overwrite)
-    try:
-        folder.publish(tokenizer.file_name, tokenizer.model)
-        val, files = write_validation(validation, tokenizer, folder, shard_tokens)
-        held_out = {document.digest for document in validation}
-        train, train_files = write_training(training, held_out, tokenizer, folder, shard_tokens)
-        files |= train_files
-        manifest = {
-            "format": "parameter-golf-data/1",
-            "transform": "lossless_caps_caseops_v1",
-            "tokenizer": {
-                "file": tokenizer.file_name,
-                "sha256": folder.sha256[tokenizer.file_name],
-                "vocab_size": tokenizer.processor.get_piece_size(),
-                "lossless": val["round_trip_documents"] == val["documents"],
-            },
-            "val_docs": val_docs,
-            "splits": {"train": train, "val": val},
-            "files": {name: {"tokens": files[name], "sha256": folder.sha256[name]} for name in files},
-            "val_document_sha256": [document.digest.hex()[:16] for document in validation if document.text],
-        }
-        folder.finish(manifest)
-    except BaseException:
-        folder.discard()
-        raise
-    return manifest
-
-
-def write_validation(
-    validation: Iterable[Document], tokenizer: Tokenizer, folder: DataFolder, shard_tokens: int
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Write validation shards and byte sidecar; returns the split's counts and the tokens of each file.
-
-    Raises:
-        DataError: every document is empty.
-    """
-    names = ("documents", "tokens", "bytes", "uncharged_bytes", "round_trip_documents", "empty_documents")
-    counts = dict.fromkeys(names, 0)
-    token_writer = ShardWriter(folder, "fineweb_val_%06d.bin", shard_tokens)
-    byte_writer = ShardWriter(folder, "fineweb_val_bytes_%06d.bin", shard_tokens)
-    with _progress("validation") as bar:
-        for document in validation:
-            if not document.text:
-                counts["empty_documents"] += 1
-                continue
-            tokens, token_bytes, round_trip = tokenise_validation(tokenizer, document)
-            token_writer.add(tokens)
-            byte_writer.add(token_bytes)
-            charged = int(token_bytes.sum(dtype=np.int64))
-            counts["documents"] += 1
-            counts["tokens"] += len(tokens)
-            counts["bytes"] += charged
-            counts["uncharged_bytes"] += document.size - charged
-            counts["round_trip_documents"] += round_trip
-            _advance(bar, document.size, counts["documents"])
-    if not counts["documents"]:
-        raise DataError(f"--val-docs {counts['empty_documents']}: all these documents are empty")
-    token_writer.flush()
-    byte_writer.flush()
-    return counts, token_writer.tokens | byte_writer.tokens
-
-
-def write_training(
-    training: Iterable[Document],
-    held_out: set[bytes],
-    tokenizer: Tokenizer,
-    folder: DataFolder,
-    shard_tokens: int,
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Write training shards without the documents in `held_out` (digests); returns as `write_validation`.
-
-    "bytes" is the UTF-8 size of the documents: training needs no byte count per token.
-
-    Raises:
-        DataError: no document is left.
-    """
-    counts = dict.fromkeys(("documents", "tokens", "bytes", "dropped_duplicates", "empty_documents"), 0)
-    writer = ShardWriter(folder, "fineweb_train_%06d.bin", shard_tokens)
-    stream = iter(training)
-    with _progress("training") as bar:
-        while batch := list(islice(stream, BATCH_DOCUMENTS)):
-            filled = [document for document in batch if document.text]
-            kept = [document for document in filled if document.digest not in held_out]
-            counts["empty_documents"] += len(batch) - len(filled)
-            counts["dropped_duplicates"] += len(filled) - len(kept)
-            if not kept:
-                continue
-            tokens = tokenise(tokenizer.processor, [document.text for document in kept])
-            writer.add(tokens)
-            size = sum(document.size for document in kept)
-            counts["documents"] += len(kept)
-            counts["tokens"] += len(tokens)
-            counts["bytes"] += size
-            _advance(bar, size, counts["documents"])
-    if not counts["documents"]:
-        raise DataError("nothing to train on: every training document is empty or also a validation document")
-    writer.flush()
-    return counts, writer.tokens
-
-
-def _progress(description: str) -> tqdm:
-    """Bar in bytes per second; nothing is shown where stderr is not a terminal."""
-    return tqdm(desc=description, unit="B", unit_scale=True, disable=None)
-
-
-def _advance(bar: tqdm, size: int, documents: int) -> None:
-    bar.set_postfix(documents=documents, refresh=False)
-    bar.update(size)
-
-
-# ---- Demo documents ----------------------------------------------------------------------------------------
-
-
-def demo_documents(library: Path | None = None) -> list[Document]:
-    """Python's own documentation: the help topics, and the docstrings of each module of `library`.
-
-    Sources are parsed, never imported. Sorted by hash of the name, so that the first ones are a fair sample.
+    """Write a data set and return its manifest. Ended early, it leaves what the next run needs to go on.
 
     Args:
-        library: folder of the standard library; that of the running interpreter if not given.
+        how: `workers`, `max_bad` and `drop_near` of `Job`.
 
     Raises:
-        DataError: there are no sources to read there.
+        DataError: as `Reader`, `tokenise_validation` and `DataFolder`; a broken document more than allowed;
+            nothing left for one of the splits.
     """
-    library = library or Path(sysconfig.get_paths()["stdlib"])
-    texts = {f"help {topic}": text for topic, text in _topics(library)}
-    for path in library.rglob("*.py"):
-        module = path.relative_to(library).with_suffix("").parts
-        if {"test", "tests", "idlelib"} & set(module) or not all(part.isidentifier() for part in module):
-            continue  # site-packages and build folders are no identifiers
-        name = ".".join(module).removesuffix(".__init__")
-        text = "\n\n".join(_docstrings(_parse(path), name))
-        if len(text) >= DEMO_MIN_CHARACTERS:
-            texts[f"docstrings {name}"] = text
-    if len(texts) <= DEMO_VAL_DOCS:
-        raise DataError(f"{library}: holds too little documentation for the demo ({len(texts)} modules)")
-    names = sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest())
-    return [make_document(texts[name], name) for name in names]
+    blocks = documents if isinstance(documents, Reader) else list(document_blocks(documents))
+    folder = DataFolder(out, overwrite)
+    preparation = Preparation(blocks, tokenizer, folder, Job(val_docs, shard_tokens, **how))
+    try:
+        return preparation.run()
+    except BaseException:
+        if not preparation.worth_keeping:
+            folder.discard()
+        raise
 
 
-def _topics(library: Path) -> Iterator[tuple[str, str]]:
-    """Name and text of each help topic: the dictionary that `pydoc_data.topics` assigns."""
-    path = library / "pydoc_data" / "topics.py"
-    for statement in _parse(path).body if path.exists() else []:
-        if isinstance(statement, ast.Assign):
-            yield from ast.literal_eval(statement.value).items()
+class Progress:
+    """On a terminal a bar, else a line a minute on stderr; remaining time goes by compressed bytes read."""
 
+    def __init__(self, source: object) -> None:
+        self._reader = source if isinstance(source, Reader) else None
+        total = self._reader.total if self._reader else 0
+        self._bar = tqdm(total=total or None, unit="B", unit_scale=True, disable=None)
+        self._start = self._said = time.monotonic()
+        self._bytes = 0
 
-def _parse(path: Path) -> ast.Module:
-    """Syntax tree of a source file; an empty one where it is not written for this Python."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            return ast.Module([], [])
+    def update(self, documents: int, size: int) -> None:
+        """`size` more bytes of input are done, `documents` in all."""
+        self._bytes += size
+        now = time.monotonic()
+        rate = self._bytes / 1e6 / max(now - self._start, 1e-9)
+        position = self._reader.position if self._reader else self._bytes
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"documents={documents} MB/s={rate:.1f}", refresh=False)
+            self._bar.update(position - self._bar.n)
+        elif now - self._said >= 60:
+            self._said = now
+            line = f"documents:{documents} megabytes:{self._bytes / 1e6:.0f} megabytes_per_second:{rate:.1f}"
+            if self._reader and self._reader.total and position:
+                left = (now - self._start) * (self._reader.total / position - 1)
+                line += f" remaining_minutes:{left / 60:.0f}"
+            print(line, file=sys.stderr, flush=True)
 
+    def say(self, text: str) -> None:
+        """A remark that does not disturb the bar."""
+        tqdm.write(text, file=sys.stdout)
 
-def _docstrings(node: ast.AST, name: str) -> Iterator[str]:
-    """Name and docstring of a definition and of those inside it, in the order of the source."""
-    definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    if isinstance(node, definition) and (text := ast.get_docstring(node)):
-        yield f"{name}\n\n{text}"
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.stmt):
-            yield from _docstrings(child, f"{name}.{child.name}" if hasattr(child, "name") else name)
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
@@ -556,73 +412,170 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line with every default filled in; prints one line and exits with 2 if it makes no sense."""
+def _count_or_none(text: str) -> int:
+    return 0 if text == "0" else _count(text)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--docs", metavar="FILE", help="JSONL documents: plain, .xz, .gz or .zst; - for standard input")
+    add("--docs", metavar="FILE", nargs="+", help="documents: JSONL (.xz, .gz, .zst, -) or .parquet")
     add("--out", metavar="DIR", type=Path, help=f"output folder (with --demo: {DEMO_OUT})")
-    add(
-        "--val-docs", metavar="N", type=_count, help=f"validation documents (canonical: {CANONICAL_VAL_DOCS})"
-    )
+    add("--val-docs", metavar="N", type=_count, help=f"validation documents (default: {CANONICAL_VAL_DOCS})")
+    add("--shard-tokens", metavar="N", type=_count, help=f"tokens of a shard (default: {SHARD_TOKENS})")
+    add("--workers", metavar="N", type=_count, help="processes (default: one a core); the result is the same")
+    add("--max-bad", metavar="N", type=_count_or_none, help="broken documents to skip at most (default: 0)")
+    add("--drop-near-duplicates", action="store_true", help="of validation documents, not only count them")
     add("--overwrite", action="store_true", help="replace the data set that --out holds")
+    add("--report", action="store_true", help="print a table of what the data is")
+    add("--write-manifest", action="store_true", help="with --check: for a right folder that has none")
+    add("--shards", metavar="N", type=_count, help="with --download: only the first N training shards")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--sp", metavar="MODEL", help="use this CaseOps SentencePiece model")
     add("--train-tokenizer", metavar="VOCAB", type=_count, help="train one, lossless, on the training split")
     add("--demo", action="store_true", help="small data set from Python's own documentation")
+    add("--download", action="store_true", help="the contest's ready-made data, into data/ (or --out)")
+    add("--check", metavar="DIR", type=Path, help="verify a folder; says what is wrong and how to mend it")
+    return parser
+
+
+MAKING = ("docs", "val_docs", "shard_tokens", "workers", "max_bad", "drop_near_duplicates")
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line with every default filled in; prints one line and exits with 2 if it makes no sense."""
+    parser = _parser()
     options = parser.parse_args(arguments)
+    if options.shards is not None and not options.download:
+        parser.error("--shards: only with --download")
+    if options.write_manifest and not options.check:
+        parser.error("--write-manifest: only with --check")
+    barred = {"demo": MAKING[:1], "download": MAKING, "check": (*MAKING, "out", "overwrite")}
+    mode = next((name for name in barred if getattr(options, name)), "")
+    for name in barred.get(mode, ()):
+        if getattr(options, name):
+            parser.error(f"--{name.replace('_', '-')}: not allowed with --{mode}")
+    if not mode:
+        _check_making(parser, options)
     if options.demo:
-        if options.docs is not None:
-            parser.error("--docs: not allowed with --demo, which brings its own documents")
         options.out = options.out or DEMO_OUT
         options.train_tokenizer = DEMO_VOCAB
-        options.val_docs = options.val_docs or DEMO_VAL_DOCS
-        return options
-    options.val_docs = options.val_docs or CANONICAL_VAL_DOCS
-    if options.docs is None or options.out is None:
-        parser.error("--docs FILE and --out DIR are required (or --demo)")
-    if options.sp is None and options.train_tokenizer is None:
-        parser.error("a tokenizer is required: --sp MODEL or --train-tokenizer VOCAB")
-    if options.docs == "-" and options.train_tokenizer is not None:
-        parser.error("--docs -: --train-tokenizer reads the documents twice and needs a file")
-    if options.train_tokenizer is not None and options.train_tokenizer > MAX_VOCAB:
-        parser.error(
-            f"--train-tokenizer {options.train_tokenizer}: a shard can hold at most {MAX_VOCAB} pieces"
-        )
+    options.val_docs = options.val_docs or (DEMO_VAL_DOCS if options.demo else CANONICAL_VAL_DOCS)
+    options.shard_tokens = options.shard_tokens or SHARD_TOKENS
+    options.workers = options.workers or (1 if options.demo else _cores())
+    options.max_bad = options.max_bad or 0
     return options
 
 
-def run(options: argparse.Namespace) -> dict:
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_making(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.docs is None or options.out is None:
+        parser.error("--docs FILE and --out DIR are required (or --demo, --download, --check DIR)")
+    if options.sp is None and options.train_tokenizer is None:
+        parser.error("a tokenizer is required: --sp MODEL or --train-tokenizer VOCAB")
+    if "-" in options.docs and options.train_tokenizer is not None:
+        parser.error("--docs -: --train-tokenizer reads the documents twice and needs a file")
+    if (options.train_tokenizer or 0) > MAX_VOCAB:
+        limit = f"a shard can hold at most {MAX_VOCAB} pieces"
+        parser.error(f"--train-tokenizer {options.train_tokenizer}: {limit}")
+
+
+def make_data(options: argparse.Namespace) -> dict:
     """Prepare the data set that the options describe; returns its manifest. Raises DataError."""
     demo = demo_documents() if options.demo else None
 
-    def documents() -> Iterable[Document]:
-        return read_documents(options.docs) if demo is None else demo
+    def documents() -> Reader | list[Document]:
+        return Reader(options.docs) if demo is None else demo
 
     if options.train_tokenizer is not None:
-        model = train_tokenizer(tokenizer_texts(documents(), options.val_docs), options.train_tokenizer)
-        tokenizer = make_tokenizer("tokenizer.model", model, lossless=True)
+        source = documents()
+        blocks = source if isinstance(source, Reader) else document_blocks(source)
+        texts = training_texts(blocks, options.val_docs, options.max_bad)
+        tokenizer = make_tokenizer(
+            "tokenizer.model", train_tokenizer(texts, options.train_tokenizer), lossless=True
+        )
     else:
         tokenizer = make_tokenizer(options.sp, Path(options.sp).read_bytes())
-    return prepare(documents(), tokenizer, options.out, options.val_docs, options.overwrite)
+    return prepare(
+        documents(),
+        tokenizer,
+        options.out,
+        options.val_docs,
+        options.overwrite,
+        options.shard_tokens,
+        workers=options.workers,
+        max_bad=options.max_bad,
+        drop_near=options.drop_near_duplicates,
+    )
+
+
+def training_texts(blocks: Iterable[Block], val_docs: int, max_bad: int) -> Iterator[str]:
+    """What a tokenizer may learn from; DataError at once for a document that preparation would refuse."""
+    stream, held_out, bad, place = iter(blocks), set(), 0, 0
+
+    def training() -> Iterator[Document]:
+        nonlocal bad, place
+        for block in stream:
+            for part in block.split(max(val_docs - place, 0)):
+                parsed = parse_block(part)
+                bad += len(parsed.bad)
+                if bad > max_bad:
+                    raise DataError(parsed.bad[-1])
+                place += part.documents
+                if place <= val_docs:
+                    held_out.update(document.key for document in parsed.documents)
+                else:
+                    yield from parsed.documents
+
+    yield from tokenizer_texts(training(), held_out, TOKENIZER_TRAINING_BYTES)
+    if place <= val_docs:
+        raise DataError(f"--val-docs {val_docs}: leaves nothing for training, the input has {place}")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the options say; returns the exit code. Raises DataError."""
+    if options.check:
+        problems, manifest = check_folder(options.check, options.write_manifest)
+        for problem in problems:
+            print(f"problem: {problem}")
+        if options.report:
+            print(report_table(manifest))
+        print(f"checked {options.check} problems:{len(problems)}")
+        return 2 if problems else 0
+    if options.download:
+        folder, manifest = download(options.out, options.shards)
+    else:
+        if not options.demo and options.val_docs != CANONICAL_VAL_DOCS:
+            print(f"note: --val-docs {options.val_docs} is not the canonical split ({CANONICAL_VAL_DOCS})")
+        folder, manifest = options.out, make_data(options)
+    if options.report:
+        print(report_table(manifest))
+    counts = [f"{split}_{key}:{n}" for split, entry in manifest["splits"].items() for key, n in entry.items()]
+    done = "downloaded" if options.download else "prepared"
+    print(f"{done} {folder} files:{len(manifest['files'])} {' '.join(counts)}")
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line entry: 0, or 2 after one line on stderr when the input cannot be used."""
+    """Command line entry: 0; 2 after one line on stderr when the input cannot be used; 130 after Ctrl-C."""
     options = parse_arguments(arguments)
-    if not options.demo and options.val_docs != CANONICAL_VAL_DOCS:
-        print(f"note: --val-docs {options.val_docs} is not the canonical split ({CANONICAL_VAL_DOCS})")
+    code, reason = 2, ""
     try:
-        manifest = run(options)
-    except (DataError, OSError) as error:
-        reason = (
-            error if isinstance(error, DataError) else f"{error.filename or options.out}: {error.strerror}"
-        )
-        print(f"prepare_caseops_data.py: error: {reason}", file=sys.stderr)
-        return 2
-    counts = [f"{split}_{key}:{n}" for split, entry in manifest["splits"].items() for key, n in entry.items()]
-    print(f"prepared {options.out} files:{len(manifest['files'])} {' '.join(counts)}")
-    return 0
+        return run(options)
+    except DataError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"{error.filename or options.out}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        code, reason = 130, "interrupted"
+    if options.out and (options.out / UNFINISHED).is_file() and "--overwrite" not in reason:
+        reason += f"; the whole shards in {options.out} are kept, the same command goes on after them"
+    print(f"prepare_caseops_data.py: error: {reason}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

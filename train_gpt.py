@@ -154,6 +154,7 @@ class Config:
     data_path: str = ""  # folder of the shards; empty: the contest's place under DATA_DIR
     tokenizer_path: str = ""  # SentencePiece model; empty: named by the manifest, else the contest's place
     caseops_enabled: bool = True  # lossless-caps text and byte sidecar (PR #1729); 0: plain text
+    allow_unverified_data: bool = False  # also data without manifest or at odds with it; recorded
     vocab_size: Annotated[int, Range(4, 65536)] = 8192  # pieces of the tokenizer
     train_seq_len: Count = 2048  # tokens; longer documents are cut into segments of this length
     train_batch_tokens: Count = 786_432  # tokens of one optimiser step, all ranks together
@@ -1307,7 +1308,13 @@ def check_data(cfg: Config, training_splits: Sequence[str] = ("train",)) -> dict
         raise DataError(f"{folder}/fineweb_val_*: {totals['val']} tokens, must be at least 2")
     load_tokenizer(cfg)
     manifest = read_manifest(folder)
-    _check_manifest(cfg, manifest, counts, totals)
+    try:
+        _check_manifest(cfg, manifest, counts, totals)
+    except DataError as error:
+        if not cfg.allow_unverified_data:
+            check = f"python prepare_caseops_data.py --check {folder}"
+            raise DataError(f"{error}; see {check}; ALLOW_UNVERIFIED_DATA=1 overrides") from None
+        manifest["unverified"] = str(error)
     return manifest
 
 
@@ -1318,20 +1325,23 @@ def _how_to_get_data(cfg: Config) -> str:
 
 
 def _check_manifest(cfg: Config, manifest: dict, counts: dict[str, int], totals: dict[str, int]) -> None:
-    if not manifest:
-        return
     path = cfg.data_folder / "manifest.json"
+    if not manifest:
+        if cfg.caseops_enabled:
+            raise DataError(f"{path}: missing")
+        return
     transform = manifest.get("transform")
     if cfg.caseops_enabled != (transform != "none"):
         raise DataError(
             f"CASEOPS_ENABLED={int(cfg.caseops_enabled)}: {path} says the transform is {transform!r}"
         )
-    for name, entry in manifest.get("files", {}).items():
-        if name in counts and counts[name] != entry.get("tokens"):
-            said = f"{path} says {entry.get('tokens')}"
-            raise DataError(f"{cfg.data_folder / name}: holds {counts[name]} tokens, {said}")
-        if name not in counts and any(name.startswith(f"fineweb_{split}_0") for split in totals):
-            raise DataError(f"{cfg.data_folder / name}: missing, the manifest lists it")
+    files = manifest.get("files", {})
+    listed = [name for name in files if any(name.startswith(f"fineweb_{split}_0") for split in totals)]
+    for name in [*listed, *counts]:
+        said = files.get(name, {}).get("tokens", "nothing")
+        if counts.get(name) != said:
+            found = f"holds {counts[name]} tokens" if name in counts else "missing"
+            raise DataError(f"{cfg.data_folder / name}: {found}, {path} says {said}")
     splits = manifest.get("splits", {})
     if splits.get("val", {}).get("tokens", totals["val"]) != totals["val"]:
         raise DataError(
@@ -4421,6 +4431,9 @@ class Run:
             self.log.event(
                 "notice", text=f"{self.cfg.data_folder} has no manifest.json: its split is not verified"
             )
+        if unverified := self.manifest.get("unverified"):
+            self.result["unverified_data"] = unverified
+            self.log.event("notice", text=f"unverified data: {unverified}")
         reserve = self.cfg.gptq_reserve_seconds
         if self.trains and self.cfg.max_wallclock_seconds - reserve > TRAIN_LIMIT - 4:
             text = f"GPTQ_RESERVE_SECONDS={reserve:g}: calibration may end too late, PRESET=pr1868 keeps 8"

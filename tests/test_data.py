@@ -279,3 +279,15 @@ def test_segments_cover_the_span(tg, length, max_doc_len):
     lengths = [end - begin for begin, end in zip(used, used[1:], strict=False)]
     assert segments.max_seqlen == max(lengths)
     assert not max_doc_len or max(lengths) <= max_doc_len
+
+
+def test_unverified_data_are_used_when_asked_for(tg, tmp_path, monkeypatch):
+    """Without a manifest the folder is refused, or used and the reason kept for the result."""
+    for split in ("train", "val", "val_bytes"):
+        write_shard(tmp_path / f"fineweb_{split}_000000.bin", [BOS if split != "val_bytes" else 0, 5, 6])
+    monkeypatch.setattr(tg, "load_tokenizer", lambda cfg: None)
+    settings = {"data_path": str(tmp_path), "vocab_size": 256}
+    with pytest.raises(tg.DataError, match="manifest.json: missing.*ALLOW_UNVERIFIED_DATA=1"):
+        tg.check_data(tg.Config(**settings))
+    manifest = tg.check_data(tg.Config(**settings, allow_unverified_data=True))
+    assert manifest == {"unverified": f"{tmp_path}/manifest.json: missing"}

@@ -251,6 +251,20 @@ def test_manifest_that_disagrees(work, refused, keys, value, words):
     assert all(word in message for word in words), message
 
 
+def test_folder_without_manifest(work, refused):
+    (work / "data" / MANIFEST).unlink()
+    message = refused(TOKENIZER_PATH="data/tokenizer.model")
+    assert f"data/{MANIFEST}: missing" in message
+    assert "prepare_caseops_data.py --check data" in message and "ALLOW_UNVERIFIED_DATA=1" in message
+
+
+def test_shard_that_is_not_in_the_manifest(work, refused):
+    shard = (work / "data" / TRAIN).read_bytes()
+    (work / "data" / "fineweb_train_000001.bin").write_bytes(shard)
+    message = refused()
+    assert "data/fineweb_train_000001.bin" in message and "ALLOW_UNVERIFIED_DATA=1" in message
+
+
 def test_caseops_data_as_plain_text(refused):
     message = refused(CASEOPS_ENABLED=0)
     assert "CASEOPS_ENABLED=0" in message and "lossless_caps_caseops_v1" in message

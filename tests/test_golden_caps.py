@@ -6,7 +6,9 @@ import json
 import numpy as np
 import pytest
 
-import prepare_caseops_data as prepare
+from dataprep.encoding import OPERATORS, Encoder, make_tokenizer, tokenise, tokenise_validation
+from dataprep.reading import make_document
+from dataprep.shards import BOS_ID, SHARD_HEADER_INTS, TRAIN_SHARD, DataFolder, ShardWriter
 from lossless_caps import LosslessCapsError, decode, encode, piece_byte_counts
 
 MODEL = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
@@ -33,7 +35,7 @@ def meta(golden_json):
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_dir):
-    return prepare.make_tokenizer(MODEL, (tokenizer_dir / MODEL).read_bytes())
+    return make_tokenizer(MODEL, (tokenizer_dir / MODEL).read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_published_tokenizer(meta, tokenizer):
     assert processor.get_piece_size() == expected["vocab_size"]
     ids = [processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id()]
     assert ids == [expected[name] for name in ("pad_id", "bos_id", "eos_id", "unk_id")]
-    operators = {f"U+{ord(operator):04X}": processor.piece_to_id(operator) for operator in prepare.OPERATORS}
+    operators = {f"U+{ord(operator):04X}": processor.piece_to_id(operator) for operator in OPERATORS}
     assert operators == expected["operator_ids"]
 
 
@@ -100,11 +102,12 @@ def test_surfaces(cases, mappings):
 
 def test_validation_documents(cases, tokenizer, meta):
     """The whole path of a validation document: BOS and ids, 0 and byte counts, whether it comes back."""
+    encoder = Encoder(tokenizer)
     charged_fully = round_trips = 0
     for case in cases:
-        document = prepare.make_document(case["text"], case["id"])
-        tokens, counts, round_trip = prepare.tokenise_validation(tokenizer, document)
-        assert tokens.tolist() == [prepare.BOS_ID, *case["token_ids"]], case["id"]
+        document = make_document(case["text"], case["id"])
+        tokens, counts, round_trip = tokenise_validation(encoder, document)
+        assert tokens.tolist() == [BOS_ID, *case["token_ids"]], case["id"]
         assert counts.tolist() == [0, *case["byte_counts"]], case["id"]
         assert round_trip == (case["decoded_tokens"] == case["encoded"]), case["id"]
         assert document.size == case["utf8_len"], case["id"]
@@ -116,9 +119,10 @@ def test_validation_documents(cases, tokenizer, meta):
 
 
 def test_training_documents(cases, tokenizer):
-    tokens = prepare.tokenise(tokenizer.processor, [case["text"] for case in cases])
-    expected = [token for case in cases for token in (prepare.BOS_ID, *case["token_ids"])]
-    assert tokens.tolist() == expected
+    expected = [token for case in cases for token in (BOS_ID, *case["token_ids"])]
+    assert tokenise(tokenizer.processor, [case["text"] for case in cases]).tolist() == expected
+    parts = Encoder(tokenizer).documents([case["text"].encode() for case in cases])
+    assert np.frombuffer(b"".join(parts), np.uint16).tolist() == expected
 
 
 def test_shard_format(golden_dir, tmp_path):
@@ -126,9 +130,9 @@ def test_shard_format(golden_dir, tmp_path):
     shards = sorted((golden_dir / "06_data/shards").glob("*.bin"))
     assert shards
     for number, shard in enumerate(shards):
-        tokens = np.frombuffer(shard.read_bytes(), dtype="<u2", offset=4 * prepare.SHARD_HEADER_INTS)
-        folder = prepare.DataFolder(tmp_path / str(number), overwrite=False)
-        writer = prepare.ShardWriter(folder, "fineweb_train_%06d.bin", len(tokens) + 1)
+        tokens = np.frombuffer(shard.read_bytes(), dtype="<u2", offset=4 * SHARD_HEADER_INTS)
+        folder = DataFolder(tmp_path / str(number), overwrite=False)
+        writer = ShardWriter(folder, TRAIN_SHARD, len(tokens) + 1)
         writer.add(tokens)
         writer.flush()
         assert (folder.path / "fineweb_train_000000.bin").read_bytes() == shard.read_bytes(), shard.name

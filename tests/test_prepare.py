@@ -17,6 +17,10 @@ from hypothesis import strategies as st
 
 import lossless_caps
 import prepare_caseops_data as prepare
+from dataprep import demo, reading
+from dataprep.encoding import OPERATORS, Encoder, tokenise, tokenise_validation, tokenizer_texts
+from dataprep.reading import Document
+from dataprep.shards import DataFolder
 
 SCRIPT = Path(prepare.__file__)
 PUBLISHED = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
@@ -71,7 +75,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def documents(texts: list[str]) -> list[prepare.Document]:
+def documents(texts: list[str]) -> list[Document]:
     return [prepare.make_document(text, f"text {number}") for number, text in enumerate(texts)]
 
 
@@ -88,7 +92,7 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model) -> prepare.Tokenizer:
+def tokenizer(model):
     return prepare.make_tokenizer("small.model", model.read_bytes(), lossless=True)
 
 
@@ -145,13 +149,24 @@ def test_manifest(prepared, model):
     val = [text.encode() for text in TEXTS[:VAL_DOCS]]
     train = [text.encode() for text in TEXTS[VAL_DOCS:]]
     assert manifest["val_document_sha256"] == [hashlib.sha256(text).hexdigest()[:16] for text in val]
+    near = manifest["near_duplicates"]
+    assert manifest["bad_documents"] == []
+
+    def operators(pattern: str) -> int:
+        return sum(4 <= token <= 7 for token in read_stream(prepared, pattern).tolist())
+
     assert manifest["splits"] == {
         "train": {
             "documents": len(train),
             "tokens": len(read_stream(prepared, "fineweb_train_*.bin")),
             "bytes": sum(map(len, train)),
             "dropped_duplicates": 0,
+            "dropped_space_duplicates": 0,
+            "near_duplicates": len(near),
+            "dropped_near_duplicates": 0,
             "empty_documents": 0,
+            "bad_documents": 0,
+            "operator_tokens": operators("fineweb_train_*.bin"),
         },
         "val": {
             "documents": VAL_DOCS,
@@ -160,6 +175,8 @@ def test_manifest(prepared, model):
             "uncharged_bytes": 0,
             "round_trip_documents": VAL_DOCS,
             "empty_documents": 0,
+            "bad_documents": 0,
+            "operator_tokens": operators("fineweb_val_0*.bin"),
         },
     }
 
@@ -188,13 +205,6 @@ def test_stream_that_fills_its_shards_exactly(prepared, tokenizer, tmp_path):
     size = len(read_stream(prepared, "fineweb_train_*.bin"))
     prepare.prepare(documents(TEXTS), tokenizer, tmp_path, VAL_DOCS, shard_tokens=size)
     assert len(list(tmp_path.glob("fineweb_train_*.bin"))) == 1
-
-
-def test_batches_do_not_matter(tokenizer):
-    together = prepare.tokenise(tokenizer.processor, TEXTS)
-    alone = [prepare.tokenise(tokenizer.processor, [text]) for text in TEXTS]
-    assert together.dtype == np.uint16
-    assert together.tolist() == np.concatenate(alone).tolist()
 
 
 def test_duplicates_and_empty_documents(model, tmp_path):
@@ -271,7 +281,7 @@ def test_layout_of_a_trained_tokenizer(tokenizer):
 @given(st.text(st.sampled_from("aAB \n\t\r\0\ue001\ue004\u2585\u3000<s>") | st.characters(codec="utf-8")))
 def test_trained_tokenizer_gives_every_text_back(tokenizer, text):
     document = prepare.make_document(text.replace("\u2581", ""), "text")
-    tokens, counts, round_trip = prepare.tokenise_validation(tokenizer, document)
+    tokens, counts, round_trip = tokenise_validation(Encoder(tokenizer), document)
     assert round_trip
     assert lossless_caps.decode(tokenizer.processor.decode(tokens[1:].tolist())) == document.text
     assert counts.sum() == document.size
@@ -291,10 +301,10 @@ def test_training_a_tokenizer_is_deterministic_and_sees_no_validation_text(docs,
     assert json.loads((outs[0] / "manifest.json").read_text())["tokenizer"]["lossless"] is True
 
 
-def test_tokenizer_texts_stop_at_the_limit(monkeypatch):
-    monkeypatch.setattr(prepare, "TOKENIZER_TRAINING_BYTES", 10)
-    texts = ["val", "1234", "val", "123456", "7"]
-    assert list(prepare.tokenizer_texts(documents(texts), 1)) == ["1234", "123456"]
+def test_tokenizer_texts_stop_at_the_limit():
+    training = documents(["1234", "v a l", "123456", "7"])
+    held_out = {document.key for document in documents(["val"])}
+    assert list(tokenizer_texts(iter(training), held_out, 10)) == ["1234", "123456"]
 
 
 # ---- The output folder -------------------------------------------------------------------------------------
@@ -324,7 +334,7 @@ def test_other_data_is_refused_then_overwritten(docs, model, tokenizer, tmp_path
 def test_shards_beyond_the_new_ones_are_refused(tokenizer, tmp_path):
     """All new shards are there already, but the folder holds more: its manifest must not be replaced."""
     fewer = TEXTS[: VAL_DOCS + 20]
-    size = len(prepare.tokenise(tokenizer.processor, fewer[VAL_DOCS:]))
+    size = len(tokenise(tokenizer.processor, fewer[VAL_DOCS:]))
     prepare.prepare(documents(TEXTS), tokenizer, tmp_path, VAL_DOCS, shard_tokens=size)
     before = contents(tmp_path)
     with pytest.raises(prepare.DataError, match="fineweb_train_000001.bin: is of another data set"):
@@ -335,7 +345,9 @@ def test_shards_beyond_the_new_ones_are_refused(tokenizer, tmp_path):
 def test_unknown_shards_are_refused(docs, model, tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"precious")
     result = run("--docs", docs, "--sp", model, "--out", tmp_path, "--val-docs", VAL_DOCS)
-    assert_refused(result, "weights.bin", "--overwrite")
+    assert_refused(result, "weights.bin", "is no file of a data set")
+    result = run("--docs", docs, "--sp", model, "--out", tmp_path, "--val-docs", VAL_DOCS, "--overwrite")
+    assert_refused(result, "weights.bin", "is no file of a data set")
     assert contents(tmp_path) == {"weights.bin": b"precious"}
 
 
@@ -347,18 +359,31 @@ def test_other_tokenizer_is_not_replaced(docs, tmp_path):
 
 
 @pytest.mark.parametrize("interruption", [prepare.DataError("bad line"), KeyboardInterrupt()], ids=repr)
-def test_a_run_that_ends_early_leaves_nothing(tokenizer, tmp_path, interruption):
-    seen = []
+def test_a_run_that_ends_early_leaves_nothing_or_whole_shards(tokenizer, tmp_path, monkeypatch, interruption):
+    """No whole training shard: nothing is left. Else the shards stay, and the same job goes on after them."""
+    expected = prepare.prepare(documents(TEXTS), tokenizer, tmp_path / "whole", VAL_DOCS, shard_tokens=300)
+    publish, out = DataFolder.publish, tmp_path / "out"
+    for fatal in ("fineweb_train_000000.bin", "fineweb_train_000003.bin"):
 
-    def broken():
-        yield from documents(TEXTS * 10)
-        seen.extend(path.name for path in tmp_path.iterdir())
-        raise interruption
+        def broken(self, name, data, fatal=fatal):
+            if name == fatal:
+                raise interruption
+            publish(self, name, data)
 
-    with pytest.raises(type(interruption)):
-        prepare.prepare(broken(), tokenizer, tmp_path, VAL_DOCS, shard_tokens=100)
-    assert "fineweb_train_000000.bin" in seen
-    assert contents(tmp_path) == {}
+        monkeypatch.setattr(reading, "BLOCK_BYTES", 100)
+        monkeypatch.setattr(DataFolder, "publish", broken)
+        with pytest.raises(type(interruption)):
+            prepare.prepare(documents(TEXTS), tokenizer, out, VAL_DOCS, shard_tokens=300)
+        if fatal == "fineweb_train_000000.bin":
+            assert not out.exists()
+    assert len(list(out.glob("fineweb_train_*.bin"))) == 3 and (out / ".unfinished.json").exists()
+    with pytest.raises(prepare.DataError, match="unfinished data set with --shard-tokens 300, not 301"):
+        prepare.prepare(documents(TEXTS), tokenizer, out, VAL_DOCS, shard_tokens=301)
+    with pytest.raises(prepare.DataError, match="unfinished data set of other documents"):
+        prepare.prepare(documents(TEXTS[::-1]), tokenizer, out, VAL_DOCS, shard_tokens=300)
+    monkeypatch.setattr(DataFolder, "publish", publish)
+    assert prepare.prepare(documents(TEXTS), tokenizer, out, VAL_DOCS, shard_tokens=300) == expected
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 # ---- Errors ------------------------------------------------------------------------------------------------
@@ -426,14 +451,14 @@ def test_no_training_document_left(model, tmp_path):
     assert_refused(result, "nothing to train on")
     result = run("--docs", docs, "--train-tokenizer", VOCAB, "--out", tmp_path / "out", "--val-docs", 1)
     assert_refused(result, f"--train-tokenizer {VOCAB}", "no training text")
-    assert contents(tmp_path / "out") == {}
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_validation_document_left(model, tmp_path):
     docs = write_jsonl(tmp_path / "d.jsonl", ["", "", "For training"])
     result = run("--docs", docs, "--sp", model, "--out", tmp_path / "out", "--val-docs", 2)
     assert_refused(result, "--val-docs 2", "empty")
-    assert contents(tmp_path / "out") == {}
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_files(docs, model, tmp_path):
@@ -452,7 +477,7 @@ def train_plain(path: Path, texts: list[str] = TEXTS, **settings) -> None:
     """Write a small SentencePiece model that differs from ours by `settings`."""
     base = {"vocab_size": 330, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
     base |= {
-        "user_defined_symbols": list(prepare.OPERATORS),
+        "user_defined_symbols": list(OPERATORS),
         "pad_id": 0,
         "bos_id": 1,
         "eos_id": 2,
@@ -468,7 +493,7 @@ def train_plain(path: Path, texts: list[str] = TEXTS, **settings) -> None:
     ("settings", "words"),
     [
         ({"user_defined_symbols": []}, ["not a CaseOps tokenizer", "U+E001 is not token 4"]),
-        ({"user_defined_symbols": list(prepare.OPERATORS[::-1])}, ["U+E001 is not token 4"]),
+        ({"user_defined_symbols": list(OPERATORS[::-1])}, ["U+E001 is not token 4"]),
         ({"bos_id": 2, "eos_id": 1}, ["its BOS is 2", "needs 1"]),
         (
             {"texts": ["abcdefgh" * 9], "vocab_size": 275, "add_dummy_prefix": False},
@@ -509,14 +534,14 @@ def test_token_with_too_many_bytes(tokenizer_dir, tmp_path):
         "--docs", docs, "--sp", tokenizer_dir / PUBLISHED, "--out", tmp_path / "out", "--val-docs", 3
     )
     assert_refused(result, f"{docs} line 3", "65536 bytes", "65535")
-    assert contents(tmp_path / "out") == {}
+    assert not (tmp_path / "out").exists()
 
 
 def test_text_that_a_trained_tokenizer_cannot_give_back(tmp_path):
     docs = write_jsonl(tmp_path / "d.jsonl", ["Good", "Bad \u2581 bar", *TEXTS])
     result = run("--docs", docs, "--train-tokenizer", VOCAB, "--out", tmp_path / "out", "--val-docs", 2)
     assert_refused(result, f"{docs} line 2", "U+2581")
-    assert contents(tmp_path / "out") == {}
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -535,7 +560,7 @@ def test_text_that_a_trained_tokenizer_cannot_give_back(tmp_path):
         (["--docs", "d", "--out", "o", "--train-tokenizer", "65537"], ["65537", "at most 65536"]),
         (["--docs", "d", "--out", "o", "--sp", "m", "--val-docs", "0"], ["--val-docs", "'0'", "at least 1"]),
         (["--demo", "--val-docs", "many"], ["--val-docs", "'many'", "whole number"]),
-        (["--demo", "--shards", "3"], ["unrecognized arguments", "--shards"]),
+        (["--demo", "--shards", "3"], ["--shards: only with --download"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -553,19 +578,19 @@ def test_demo_is_made_of_real_text_and_reproducible(tmp_path):
     assert first.stderr == b""
     second = run("--demo", "--out", tmp_path / "again", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
-    demo = tmp_path / "data/demo"
-    assert contents(demo) == contents(tmp_path / "again")
-    manifest = json.loads((demo / "manifest.json").read_text())
+    made = tmp_path / "data/demo"
+    assert contents(made) == contents(tmp_path / "again")
+    manifest = json.loads((made / "manifest.json").read_text())
     train, val = manifest["splits"]["train"], manifest["splits"]["val"]
     assert manifest["tokenizer"]["vocab_size"] == 1024
     assert manifest["tokenizer"]["lossless"] is True
     assert 1_500_000 < train["bytes"] < 4_000_000
-    assert val["documents"] == prepare.DEMO_VAL_DOCS
+    assert val["documents"] == demo.DEMO_VAL_DOCS
     assert val["uncharged_bytes"] == 0
     assert 80_000 < val["bytes"] < 160_000
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(demo / "tokenizer.model"))
-    text = lossless_caps.decode(processor.decode(read_stream(demo, "fineweb_val_0*.bin").tolist()))
-    assert text == "".join(document.text for document in prepare.demo_documents()[: prepare.DEMO_VAL_DOCS])
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(made / "tokenizer.model"))
+    text = lossless_caps.decode(processor.decode(read_stream(made, "fineweb_val_0*.bin").tolist()))
+    assert text == "".join(document.text for document in demo.demo_documents()[: demo.DEMO_VAL_DOCS])
 
 
 LIBRARY = {
@@ -598,9 +623,9 @@ def library(tmp_path) -> Path:
 
 
 def test_demo_documents_of_a_library(library, monkeypatch):
-    monkeypatch.setattr(prepare, "DEMO_MIN_CHARACTERS", 1)
-    monkeypatch.setattr(prepare, "DEMO_VAL_DOCS", 1)
-    found = {document.origin: document.text for document in prepare.demo_documents(library)}
+    monkeypatch.setattr(demo, "DEMO_MIN_CHARACTERS", 1)
+    monkeypatch.setattr(demo, "DEMO_VAL_DOCS", 1)
+    found = {document.origin: document.text for document in demo.demo_documents(library)}
     assert found == {
         "docstrings alpha": "alpha\n\nAbout Alpha.\n\nalpha.Box\n\nA box.\n\nalpha.Box.open\n\nOpen it.\n\n"
         "alpha.Box.open.inner\n\nDeep.",
@@ -612,4 +637,4 @@ def test_demo_documents_of_a_library(library, monkeypatch):
 
 def test_demo_without_sources(library):
     with pytest.raises(prepare.DataError, match="too little documentation"):
-        prepare.demo_documents(library)
+        demo.demo_documents(library)

@@ -519,3 +519,14 @@ def test_plain_text_counts_its_own_bytes(data, in_process, tmp_path):
     assert f"{plain} has no manifest.json" in output
     stages = read_result(tmp_path / "run")["stages"]
     assert stages["ttt"]["bytes"] == sum(len(text.encode()) for text in texts[:10])
+
+
+def test_unverified_data_are_named_in_the_result(data, in_process, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    (copy / "manifest.json").unlink()
+    settings = {"DATA_PATH": copy, "TOKENIZER_PATH": copy / "tokenizer.model", "ALLOW_UNVERIFIED_DATA": 1}
+    code, output = in_process(tmp_path, ARTIFACT_DIR="run", ITERATIONS=1, **settings)
+    assert code == 0
+    assert read_result(tmp_path / "run")["unverified_data"] == f"{copy}/manifest.json: missing"
+    assert "unverified data: " in output

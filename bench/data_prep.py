@@ -1,0 +1,243 @@
+"""Speed of data preparation, in MB of original text (UTF-8) per second, all in one run on the same documents.
+
+    python bench/data_prep.py --docs FILE [--megabytes 60] [--json]
+    python bench/data_prep.py --docs FILE --round-trips 1000000   # instead: decode(encode(s)) == s
+
+CaseOps and the encoders are timed by the CPU time of one process; the pipeline, and SentencePiece alone with
+as many threads, by wall clock in turns, so that other work falls on both. Each is the best of --repeats.
+`*_cpu_ratio` compares the processor time of the two (all processes), which company changes less.
+"""
+
+import argparse
+import json
+import lzma
+import random
+import resource
+import string
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import lossless_caps
+import prepare_caseops_data as prepare
+from dataprep.encoding import Encoder, make_tokenizer
+from dataprep.reading import Reader, parse_block
+
+CAPS = lossless_caps.TITLE, lossless_caps.ALLCAPS, lossless_caps.CAPNEXT, lossless_caps.ESC
+TOKENIZER = "../shared/tokenizer/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+VAL_DOCS = 1800
+
+
+def encode_by_character(text: str) -> str:
+    """CaseOps by the letter of its definition, one step of Python a character: what to compare with."""
+    title, all_caps, next_cap, escape = CAPS
+    out, word = [], []
+
+    def close() -> None:
+        letters = "".join(word)
+        if letters.islower():
+            out.append(letters)
+        elif len(letters) > 1 and letters.isupper():
+            out.append(all_caps + letters.lower())
+        else:
+            for place, letter in enumerate(letters):
+                if letter.isupper():
+                    out.append(next_cap if place else title)
+                out.append(letter.lower())
+        word.clear()
+
+    for character in text:
+        if "a" <= character <= "z" or "A" <= character <= "Z":
+            word.append(character)
+            continue
+        if word:
+            close()
+        if character in CAPS:
+            out.append(escape)
+        out.append(character)
+    if word:
+        close()
+    return "".join(out)
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Processor time of this process."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def wall_and_cpu(work: Callable[[], object]) -> tuple[float, float]:
+    """Time that passes, and processor time of this process and its children."""
+
+    def used() -> float:
+        usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+    start, before = time.perf_counter(), used()
+    work()
+    return time.perf_counter() - start, used() - before
+
+
+def rate(megabytes: float, seconds: Sequence[float]) -> float:
+    """MB per second, the best."""
+    return round(megabytes / min(seconds), 2)
+
+
+def read(path: str, megabytes: float) -> tuple[list[bytes], list[bytes]]:
+    """Lines, and the texts in them as UTF-8, until there are so many megabytes."""
+    lines, texts, size = [], [], 0
+    for block in Reader([path]):
+        lines += block.lines
+        texts += [document.utf8 for document in parse_block(block).documents]
+        size = sum(map(len, texts))
+        if size >= megabytes * 1e6:
+            break
+    return lines, texts
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """The table."""
+    lines, texts = read(options.docs, options.megabytes)
+    total = sum(map(len, texts)) / 1e6
+    some = texts[: len(texts) // 8]
+    part = sum(map(len, some)) / 1e6
+    strings = [text.decode() for text in some]
+    model = Path(options.sp).read_bytes()
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    encoder = Encoder(make_tokenizer(options.sp, model))
+    blocks = [texts[place : place + 256] for place in range(0, len(texts), 256)]
+    slow, fast, plain, words = [], [], [], []
+    encoded = [lossless_caps.encode_utf8(text) for text in some]
+    for _ in range(options.repeats):
+        slow.append(cpu_seconds(lambda: [encode_by_character(text) for text in strings]))
+        fast.append(cpu_seconds(lambda: [lossless_caps.encode_many(block) for block in blocks]))
+        plain.append(cpu_seconds(lambda: processor.encode(encoded, out_type="numpy", num_threads=1)))
+        words.append(cpu_seconds(lambda: [encoder.documents(block) for block in blocks]))
+    assert [encode_by_character(text) for text in strings] == [text.decode() for text in encoded]
+    table = {
+        "megabytes": round(total, 1),
+        "caseops_mb_s": rate(total, fast),
+        "per_character_mb_s": rate(part, slow),
+        "sentencepiece_mb_s": rate(part, plain),
+        "encoder_mb_s": rate(total, words),
+    }
+    table["caseops_speedup"] = round(table["caseops_mb_s"] / table["per_character_mb_s"], 1)
+    for workers in (1, 2):
+        table |= measure_pipeline(lines, texts, workers, options)
+    table["pipeline_mb_s"] = table["pipeline_2_workers_mb_s"]
+    table["tokenizer_only_mb_s"] = table["tokenizer_only_2_threads_mb_s"]
+    table["pipeline_ratio"] = table["pipeline_2_workers_ratio"]
+    return table
+
+
+def measure_pipeline(
+    lines: list[bytes], texts: list[bytes], workers: int, options: argparse.Namespace
+) -> dict:
+    """From the compressed file to shards on disk, and SentencePiece alone on encoded text, in turns."""
+    total = sum(map(len, texts)) / 1e6
+    model = Path(options.sp).read_bytes()
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    encoded = lossless_caps.encode_many(texts)
+    whole, alone = [], []
+    with tempfile.TemporaryDirectory() as place:
+        docs = Path(place) / "docs.jsonl.xz"
+        docs.write_bytes(lzma.compress(b"".join(lines), preset=1))
+        for number in range(options.repeats):
+            tokenizer = make_tokenizer(options.sp, model)
+            out = Path(place) / str(number)
+            arguments = (Reader([str(docs)]), tokenizer, out, min(VAL_DOCS, len(texts) // 30))
+            whole.append(
+                wall_and_cpu(lambda arguments=arguments: prepare.prepare(*arguments, workers=workers))
+            )
+            alone.append(
+                wall_and_cpu(lambda: processor.encode(encoded, out_type="numpy", num_threads=workers))
+            )
+    (pipeline, pipeline_cpu), (tokenizer, tokenizer_cpu) = (
+        map(min, zip(*times, strict=True)) for times in (whole, alone)
+    )
+    return {
+        f"pipeline_{workers}_workers_mb_s": round(total / pipeline, 2),
+        f"tokenizer_only_{workers}_threads_mb_s": round(total / tokenizer, 2),
+        f"pipeline_{workers}_workers_ratio": round(tokenizer / pipeline, 2),
+        f"pipeline_{workers}_workers_cpu_ratio": round(tokenizer_cpu / pipeline_cpu, 2),
+    }
+
+
+ALPHABETS = (
+    string.ascii_letters,
+    "aAbBzZ" + "".join(CAPS),
+    string.printable + "".join(CAPS),
+    "aZ " + "".join(map(chr, range(0x300, 0x330))) + "\u00e9\u00c9\u0130\u0131\ufb01\u212a\ufeff\u200b\0",
+)
+
+
+def random_text(generator: random.Random) -> str:
+    """Case mixes, operators, combining marks, or any characters but surrogates."""
+    length = generator.randrange(40)
+    kind = generator.randrange(len(ALPHABETS) + 1)
+    if kind < len(ALPHABETS):
+        return "".join(generator.choices(ALPHABETS[kind], k=length))
+    places = (generator.randrange(0x10F800) for _ in range(length))
+    return "".join(chr(place + 0x800 * (place >= 0xD800)) for place in places)
+
+
+def round_trips(count: int, seed: int = 0) -> int:
+    """Encode and decode so many random texts, in batches and one by one; returns how many fail."""
+    generator, wrong, batch = random.Random(seed), 0, 1000
+    for start in range(0, count, batch):
+        texts = [random_text(generator) for _ in range(min(batch, count - start))]
+        many = lossless_caps.encode_many([text.encode() for text in texts])
+        for text, encoded in zip(texts, many, strict=True):
+            same = lossless_caps.decode(encoded.decode()) == text
+            wrong += not (same and encoded.decode() == encode_by_character(text))
+        wrong += lossless_caps.encode(texts[0]).encode() != many[0]
+    return wrong
+
+
+def document_round_trips(path: str) -> tuple[int, int]:
+    """Every document of a file through encode and decode: how many, and how many fail."""
+    seen = wrong = 0
+    for block in Reader([path]):
+        documents = parse_block(block).documents
+        many = lossless_caps.encode_many([document.utf8 for document in documents])
+        seen += len(documents)
+        for document, encoded in zip(documents, many, strict=True):
+            wrong += lossless_caps.decode(encoded.decode()).encode() != document.utf8
+    return seen, wrong
+
+
+def main() -> int:
+    """Print the table, or the result of the round trips; 1 if one of them fails."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--docs", required=True, metavar="FILE", help="documents")
+    parser.add_argument("--sp", default=TOKENIZER, metavar="MODEL", help="CaseOps tokenizer")
+    parser.add_argument("--megabytes", type=float, default=60, help="how much of the file (default: 60)")
+    parser.add_argument("--repeats", type=int, default=3, help="of which the best counts (default: 3)")
+    parser.add_argument("--round-trips", type=int, metavar="N", help="check N random texts and all documents")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    options = parser.parse_args()
+    if options.round_trips is not None:
+        wrong = round_trips(options.round_trips)
+        documents, lost = document_round_trips(options.docs)
+        table = {"round_trips": options.round_trips, "wrong": wrong}
+        table |= {"documents": documents, "documents_wrong": lost}
+    else:
+        table = measure(options)
+    if options.json:
+        print(json.dumps(table))
+    else:
+        print("\n".join(f"{name:34} {value}" for name, value in table.items()))
+    return int(bool(table.get("wrong") or table.get("documents_wrong")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

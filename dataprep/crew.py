@@ -1,0 +1,191 @@
+"""Work on blocks of documents, in one process or several: the same results in the same order."""
+
+import os
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from dataprep.encoding import Encoder, Tokenizer, make_tokenizer, tokenise_validation
+from dataprep.leaks import NearIndex
+from dataprep.reading import Block, Document, parse_block
+from dataprep.shards import FIRST_OPERATOR_ID, OPERATOR_COUNT, DataError
+
+BYTES_IN_FLIGHT = 64 << 20  # of input that waits or is worked on, but for one block that is larger
+EXAMPLES = 20  # near duplicates and bad documents named in the manifest
+Tag = TypeVar("Tag")
+
+
+class HeldOut(NamedTuple):
+    """What training documents are compared with: texts, texts without white space, sampled windows."""
+
+    digests: set[bytes]
+    keys: set[bytes]
+    near: NearIndex
+    drop_near: bool
+
+
+class Result(NamedTuple):
+    """What becomes of a block: tokens (uint16, BOS before each document) and what there is to count."""
+
+    tokens: np.ndarray
+    token_bytes: np.ndarray
+    """Original bytes of each token, of validation documents only."""
+    lengths: np.ndarray
+    """Tokens of each document."""
+    counts: Counter
+    bad: list[str]
+    notes: list[str]
+    near: list[str]
+    """Where near duplicates are."""
+    digests: list[bytes]
+    keys: list[bytes]
+
+
+class Worker:
+    """Pure functions of a block; what they need is made once for each process."""
+
+    def __init__(self, tokenizer: Tokenizer, held_out: HeldOut | None) -> None:
+        self._encoder, self._held_out = Encoder(tokenizer), held_out
+
+    def __call__(self, block: Block) -> Result:
+        """Result of a block: of training where there is something held out, else of validation.
+
+        Raises:
+            DataError: as `tokenise_validation`.
+        """
+        documents, bad, notes = parse_block(block)
+        filled = [document for document in documents if document.utf8]
+        notes += [f"{d.origin}: empty document left out" for d in documents if not d.utf8]
+        counts = Counter(empty_documents=len(documents) - len(filled), bad_documents=len(bad))
+        result = self._validation(filled) if self._held_out is None else self._training(filled)
+        operator = result.tokens - np.uint16(FIRST_OPERATOR_ID) < OPERATOR_COUNT
+        counts.update(
+            result.counts,
+            documents=len(result.lengths),
+            tokens=len(result.tokens),
+            operator_tokens=int(np.count_nonzero(operator)),
+        )
+        return result._replace(counts=counts, bad=bad, notes=notes)
+
+    def _validation(self, documents: list[Document]) -> Result:
+        tokens, token_bytes, counts = [], [], Counter()
+        for document in documents:
+            own, carried, round_trip = tokenise_validation(self._encoder, document)
+            tokens.append(own)
+            token_bytes.append(carried)
+            charged = int(carried.sum(dtype=np.int64))
+            counts.update(
+                bytes=charged, uncharged_bytes=document.size - charged, round_trip_documents=round_trip
+            )
+        digests = [document.digest for document in documents]
+        keys = [document.key for document in documents]
+        return Result(
+            _joined(tokens), _joined(token_bytes), _lengths(tokens), counts, [], [], [], digests, keys
+        )
+
+    def _training(self, documents: list[Document]) -> Result:
+        kept, counts = [], Counter()
+        for document in documents:
+            if document.key not in self._held_out.keys:
+                kept.append(document)
+            elif document.digest in self._held_out.digests:
+                counts["dropped_duplicates"] += 1
+            else:
+                counts["dropped_space_duplicates"] += 1
+        parts = self._encoder.documents([document.utf8 for document in kept])
+        tokens = [np.frombuffer(part, np.uint16) for part in parts]
+        near = self._held_out.near.near(_joined(tokens))
+        origins = [kept[number].origin for number in near]
+        counts["near_duplicates"] = len(near)
+        if self._held_out.drop_near:
+            for number in reversed(near):
+                del kept[number], tokens[number]
+            counts["dropped_near_duplicates"] = len(near)
+        counts["bytes"] = sum(document.size for document in kept)
+        nothing = np.empty(0, np.uint16)
+        return Result(_joined(tokens), nothing, _lengths(tokens), counts, [], [], origins, [], [])
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty(0, np.uint16), *parts])
+
+
+def _lengths(parts: list[np.ndarray]) -> np.ndarray:
+    return np.array([len(part) for part in parts], np.int64)
+
+
+class Crew:
+    """`workers` processes that apply a `Worker` to blocks; one worker is this process itself."""
+
+    def __init__(self, tokenizer: Tokenizer, held_out: HeldOut | None, workers: int) -> None:
+        self._workers, self._pool, self._worker = workers, None, None
+        if workers == 1:
+            self._worker = Worker(tokenizer, held_out)
+        else:
+            arguments = (tokenizer._replace(processor=None), held_out, os.getpid())
+            self._pool = ProcessPoolExecutor(workers, initializer=_enter, initargs=arguments)
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, blocks: Iterable[tuple[Tag, Block]]) -> Iterator[tuple[Tag, Result]]:
+        """Result of each block with its tag, in order; reads ahead no further than the processes need.
+
+        Raises:
+            DataError: as `Worker`, or a process was killed.
+        """
+        if self._worker:
+            yield from ((tag, self._worker(block)) for tag, block in blocks)
+            return
+        waiting: deque[tuple[Tag, int, Future[Result]]] = deque()
+        in_flight = 0
+        try:
+            for tag, block in blocks:
+                size = block.size
+                while waiting and (len(waiting) > 2 * self._workers or in_flight + size > BYTES_IN_FLIGHT):
+                    done, own, future = waiting.popleft()
+                    in_flight -= own
+                    yield done, future.result()
+                waiting.append((tag, size, self._pool.submit(_work, block)))
+                in_flight += size
+                del block
+            while waiting:
+                done, _, future = waiting.popleft()
+                yield done, future.result()
+        except BrokenProcessPool:
+            raise DataError("a worker process was killed (out of memory? try fewer --workers)") from None
+
+
+class _Process:
+    """The worker of this process, where it is one of a crew."""
+
+    worker: Worker | None = None
+
+
+def _enter(tokenizer: Tokenizer, held_out: HeldOut | None, parent: int) -> None:
+    """First thing in a process: Ctrl-C is the parent's to handle, without a parent there is nothing to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    own = make_tokenizer(tokenizer.file_name, tokenizer.model, tokenizer.lossless)
+    _Process.worker = Worker(own, held_out)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _work(block: Block) -> Result:
+    return _Process.worker(block)

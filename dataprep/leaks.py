@@ -1,0 +1,103 @@
+"""Leak guard: training documents that are, or nearly are, validation documents.
+
+Exact, and equal but for white space: by hash of the text (`Document.digest`, `Document.key`); dropped and
+counted.
+
+Nearly equal, counted and dropped on request: by hashed windows of WINDOW tokens. One window in SAMPLE is
+looked at, chosen by its hash, so the same windows in every document. A training document is near a
+validation document if at least NEAR_SHARE of the sampled windows of either of the two occur in the other
+(for the training document: in validation as a whole), and at least NEAR_WINDOWS do. Documents too short to
+have so many (some 80 tokens) are never near; where words changed, the windows that hold them do not match.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dataprep.shards import BOS_ID, read_shard, shard_paths
+
+WINDOW, SAMPLE = 16, 16
+NEAR_SHARE, NEAR_WINDOWS = 0.5, 4
+_SLICE = 1 << 20  # tokens hashed at once
+_FACTOR = 0x9E3779B97F4A7C15  # of the polynomial in the tokens' random values
+_VALUES = np.random.Generator(np.random.PCG64(1729)).integers(1, 1 << 63, size=65_536, dtype=np.uint64)
+
+
+def token_values(tokens: np.ndarray) -> np.ndarray:
+    """A fixed random value for each token, (T,) uint64: what hashes of token sequences are made of."""
+    return _VALUES[tokens]
+
+
+class Windows(NamedTuple):
+    """Sampled windows: their hashes (n,) uint64, and the number of the document of each (n,), from 0."""
+
+    hashes: np.ndarray
+    documents: np.ndarray
+
+
+def sampled_windows(tokens: np.ndarray) -> Windows:
+    """Sampled windows of documents, (T,) uint16 with BOS before each."""
+    text = tokens != BOS_ID
+    documents = np.cumsum(tokens == BOS_ID, dtype=np.int32)[text] - 1
+    tokens = tokens[text]
+    found = [Windows(np.empty(0, np.uint64), np.empty(0, np.int32))]
+    for start in range(0, len(tokens) - WINDOW + 1, _SLICE):
+        end = start + _SLICE + WINDOW - 1
+        hashes = _window_hashes(tokens[start:end])
+        first, last = documents[start : start + len(hashes)], documents[start + WINDOW - 1 : end]
+        chosen = ((hashes >> np.uint64(32)) % SAMPLE == 0) & (first == last)
+        found.append(Windows(hashes[chosen], first[chosen]))
+    return Windows(*map(np.concatenate, zip(*found, strict=True)))
+
+
+def _window_hashes(tokens: np.ndarray) -> np.ndarray:
+    """Hash of each window of WINDOW tokens, (T - WINDOW + 1,) uint64, by doubling their width."""
+    hashes, factor, width = token_values(tokens), _FACTOR, 1
+    while width < WINDOW:
+        hashes = hashes[:-width] * factor + hashes[width:]
+        factor, width = factor * factor & 0xFFFFFFFFFFFFFFFF, 2 * width
+    return hashes
+
+
+class NearIndex:
+    """Sampled windows of the validation documents, to find training documents near one of them."""
+
+    def __init__(self, windows: Windows) -> None:
+        order = np.lexsort((windows.documents, windows.hashes))
+        hashes, documents = windows.hashes[order], windows.documents[order]
+        new = np.diff(hashes, prepend=~hashes[:1]) != 0
+        new_pair = new | (np.diff(documents, prepend=-1) != 0)
+        self._totals = np.bincount(documents[new_pair], minlength=1)  # distinct windows of each document
+        self._hashes, self._owners = hashes[new], documents[new]  # the first document that has it
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "NearIndex":
+        """Index of the validation shards in a folder."""
+        tokens = np.concatenate([read_shard(path) for path in shard_paths(folder, "val")])
+        starts = np.flatnonzero(tokens == BOS_ID)
+        firsts = np.unique(np.searchsorted(starts, range(0, len(tokens), _SLICE)))
+        found = []
+        for first, past in zip(firsts, [*firsts[1:], len(starts)], strict=True):
+            end = starts[past] if past < len(starts) else len(tokens)
+            windows = sampled_windows(tokens[starts[first] if past > first else end : end])
+            found.append(Windows(windows.hashes, windows.documents + np.int32(first)))
+        return cls(Windows(*map(np.concatenate, zip(*found, strict=True))))
+
+    def near(self, tokens: np.ndarray) -> list[int]:
+        """Numbers, from 0, of the documents in `tokens` that are near a validation document."""
+        windows = sampled_windows(tokens)
+        place = np.searchsorted(self._hashes, windows.hashes)
+        place[place == len(self._hashes)] = 0
+        hit = self._hashes[place] == windows.hashes if len(self._hashes) else np.zeros(len(place), bool)
+        suspects = np.unique(windows.documents[hit])
+        return [int(n) for n in suspects if self._is_near(place, hit, windows.documents == n)]
+
+    def _is_near(self, place: np.ndarray, hit: np.ndarray, own: np.ndarray) -> bool:
+        found = np.unique(place[own & hit])
+        if len(found) < NEAR_WINDOWS:
+            return False
+        share = np.count_nonzero(own & hit) / np.count_nonzero(own)
+        owners = np.bincount(self._owners[found])
+        best = (owners / np.maximum(self._totals[: len(owners)], 1)).max()
+        return bool(max(share, best) >= NEAR_SHARE)

@@ -1,0 +1,240 @@
+"""Documents from files, JSONL (plain, .xz, .gz, .zst, standard input) and Parquet, in blocks."""
+
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import zstandard
+
+from dataprep.shards import DataError
+
+BLOCK_BYTES = 1 << 20  # a block is about this much input, or one longer line
+_BOM = b"\xef\xbb\xbf"
+_SPACE = bytes([9, 10, 11, 12, 13, 28, 29, 30, 31, 32])  # what str.split() takes for white space in ASCII
+
+
+class Document(NamedTuple):
+    """A text as UTF-8, and where it came from (file and line)."""
+
+    utf8: bytes
+    origin: str
+
+    @property
+    def text(self) -> str:
+        """The text as a string."""
+        return self.utf8.decode("utf-8")
+
+    @property
+    def size(self) -> int:
+        """UTF-8 bytes."""
+        return len(self.utf8)
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the text."""
+        return hashlib.sha256(self.utf8).digest()
+
+    @property
+    def key(self) -> bytes:
+        """16 bytes that are the same for texts that differ in white space only."""
+        bare = self.utf8.translate(None, _SPACE)
+        if not bare.isascii():
+            bare = "".join(bare.decode("utf-8").split()).encode("utf-8")
+        return hashlib.sha256(bare).digest()[:16]
+
+
+def make_document(text: str, origin: str) -> Document:
+    """Document of `text`. Raises DataError for lone surrogates, which have no UTF-8 form."""
+    try:
+        return Document(text.encode("utf-8"), origin)
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise DataError(f"{origin}: lone surrogate U+{code:04X} at character {error.start}") from error
+
+
+class Block(NamedTuple):
+    """Consecutive lines of one file (blank ones too), or documents that were never in a file."""
+
+    name: str
+    first_line: int
+    lines: Sequence[bytes | Document]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the lines."""
+        return sum(len(line) if isinstance(line, bytes) else line.size for line in self.lines)
+
+    @property
+    def documents(self) -> int:
+        """How many, good or bad: lines that are not blank."""
+        return sum(not (isinstance(line, bytes) and line.isspace()) for line in self.lines)
+
+    def update(self, digest: "hashlib._Hash") -> None:
+        """Add the block to a running hash of the input."""
+        for line in self.lines:
+            digest.update(line if isinstance(line, bytes) else line.utf8 + b"\n")
+
+    def split(self, documents: int) -> tuple["Block", "Block"]:
+        """The first `documents` documents, and the rest."""
+        number = 0
+        for line in self.lines:
+            if not documents:
+                break
+            documents -= not (isinstance(line, bytes) and line.isspace())
+            number += 1
+        rest = self._replace(first_line=self.first_line + number, lines=self.lines[number:])
+        return self._replace(lines=self.lines[:number]), rest
+
+
+class Parsed(NamedTuple):
+    """What is in a block: good documents in order, a message for each bad line, remarks."""
+
+    documents: list[Document]
+    bad: list[str]
+    notes: list[str]
+
+
+def parse_block(block: Block) -> Parsed:
+    """Documents of a block; a line that is none gives a message with file, line and reason."""
+    parsed = Parsed([], [], [])
+    for number, line in enumerate(block.lines, block.first_line):
+        if isinstance(line, Document):
+            parsed.documents.append(line)
+        elif not line.isspace():
+            origin = f"{block.name} line {number}"
+            if line.startswith(_BOM):
+                parsed.notes.append(f"{origin}: byte order mark removed")
+                line = line[len(_BOM) :]
+            try:
+                parsed.documents.append(parse_line(line, origin))
+            except DataError as error:
+                parsed.bad.append(str(error))
+    return parsed
+
+
+def parse_line(line: bytes, origin: str) -> Document:
+    """The document of a JSON line. DataError if there is none."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{origin}: not UTF-8 (byte 0x{line[error.start]:02x} at {error.start})") from error
+    except (ValueError, RecursionError) as error:
+        nul = line.find(b"\0")
+        reason = f"NUL byte at {nul}" if nul >= 0 else error
+        raise DataError(f"{origin}: not JSON: {reason}") from error
+    text = record.get("text") if isinstance(record, dict) else record
+    if not isinstance(text, str):
+        found = "no text" if text is None else f"the text is of type {type(text).__name__}"
+        raise DataError(f'{origin}: {found}; a document is {{"text": "..."}} or a bare string')
+    return make_document(text, origin)
+
+
+class Reader:
+    """Blocks of one or several files in order; where it is, in compressed bytes, for a progress bar.
+
+    Block borders depend on the content alone, so every run over the same files makes the same blocks.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = list(paths)
+        self.total = sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
+        self._before, self._file = 0, None
+
+    @property
+    def position(self) -> int:
+        """Compressed bytes read so far."""
+        return self._before + (self._file.tell() if self._file and self._file.seekable() else 0)
+
+    def __iter__(self) -> Iterator[Block]:
+        """The blocks.
+
+        Raises:
+            DataError: a file cannot be read to its end; names it and the last line.
+        """
+        self._before = 0
+        for path in self.paths:
+            yield from self._blocks(path)
+
+    def _blocks(self, path: str) -> Iterator[Block]:
+        name = "standard input" if path == "-" else path
+        lines, size, first, number = [], 0, 1, 0
+        try:
+            for number, line in enumerate(self._lines(path), 1):
+                lines.append(line)
+                size += len(line)
+                if size >= BLOCK_BYTES:
+                    yield Block(name, first, lines)
+                    lines, size, first = [], 0, number + 1
+        except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
+            where = f"{name} after line {number}" if number else name
+            raise DataError(
+                f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}"
+            ) from error
+        if lines:
+            yield Block(name, first, lines)
+
+    def _lines(self, path: str) -> Iterator[bytes]:
+        if path == "-":
+            yield from sys.stdin.buffer
+            return
+        with open(path, "rb") as self._file:
+            yield from _OPENERS.get(Path(path).suffix, iter)(self._file)
+        self._before, self._file = self._before + os.path.getsize(path), None
+
+
+def _zst_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines of a .zst file. zstandard's own reader takes a file that is cut short for a complete one."""
+    frame, rest = None, []
+    while chunk := file.read(1 << 17):
+        while chunk:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            *lines, last = frame.decompress(chunk).split(b"\n")
+            if lines:
+                yield b"".join([*rest, lines[0], b"\n"])
+                yield from (line + b"\n" for line in lines[1:])
+                rest = []
+            rest.append(last)
+            chunk, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame:
+        raise EOFError("the compressed file ends inside a frame")
+    if line := b"".join(rest):
+        yield line
+
+
+def _parquet_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Rows of a Parquet file's column `text`, as JSON lines."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise OSError(0, "Parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        if "text" not in table.schema_arrow.names:
+            raise OSError(0, f"no column 'text' among {', '.join(table.schema_arrow.names)}")
+        for batch in table.iter_batches(batch_size=256, columns=["text"]):
+            yield from (json.dumps(text).encode() + b"\n" for text in batch.column(0).to_pylist())
+    except pyarrow.ArrowException as error:
+        raise OSError(0, str(error).splitlines()[0]) from error
+
+
+_OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".zst": _zst_lines, ".parquet": _parquet_lines}
+
+
+def document_blocks(documents: Iterable[Document]) -> Iterator[Block]:
+    """Blocks of documents that are in memory already."""
+    lines, size = [], 0
+    for document in documents:
+        lines.append(document)
+        size += document.size
+        if size >= BLOCK_BYTES:
+            yield Block("", 0, lines)
+            lines, size = [], 0
+    if lines:
+        yield Block("", 0, lines)
