@@ -3,23 +3,24 @@
     python bench/synthetic.py --out DIR [--tokens N] [--vocab 8192]
 
 Documents are as long as FineWeb's and each token prefers a few followers, so that losses fall. Only speed
-means anything on it: set DATA_PATH=DIR and TOKENIZER_PATH=DIR/tokenizer.model.
+means anything on it: set DATA_PATH=DIR, TOKENIZER_PATH=DIR/tokenizer.model and ALLOW_UNVERIFIED_DATA=1.
 """
 
 import argparse
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
 
-HEADER = 256
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataprep.shards import shard_bytes  # noqa: E402
 
 
 def write_shard(path: Path, values: np.ndarray) -> None:
-    """256 little-endian int32 of header, then uint16 values."""
-    header = np.zeros(HEADER, "<i4")
-    header[:3] = 20240520, 1, len(values)
-    path.write_bytes(header.tobytes() + values.astype("<u2").tobytes())
+    """A shard of uint16 values."""
+    path.write_bytes(shard_bytes(values))
 
 
 def make_tokens(count: int, vocab: int, rng: np.random.Generator) -> np.ndarray:
