@@ -4356,14 +4356,16 @@ class Ledger:
         sys.addaudithook(self._notice)  # stays as long as the process, so it is switched off by `write`
 
     def _notice(self, event: str, arguments: tuple) -> None:
-        """Python's audit hook: files opened and connections made, with the stage."""
+        """Python's audit hook: files opened, connections made and processes started, with the stage."""
         if not self._open:
             return
         if event == "open" and isinstance(arguments[0], (str, bytes)):
             written = arguments[2] & (os.O_WRONLY | os.O_RDWR)
             kind, name = "write" if written else "read", os.path.abspath(os.fsdecode(arguments[0]))
         elif event in ("socket.connect", "socket.getaddrinfo", "urllib.Request"):
-            kind, name = "network", f"{event} {arguments[1:] if event == 'socket.connect' else arguments}"
+            kind, name = "network", f"{event} {arguments[1 if event == 'socket.connect' else 0]}"
+        elif event == "subprocess.Popen":
+            kind, name = "process", os.fsdecode(arguments[0])
         else:
             return
         elapsed = time.perf_counter() - self._start
@@ -4406,7 +4408,8 @@ class Ledger:
     def _head(self, accesses: Iterable[tuple[str, str, str, float]]) -> dict[str, object]:
         run, folder = self._run, self._run.cfg.data_folder
         validation = shard_paths(folder, "val") + shard_paths(folder, "val_bytes")
-        libraries = tuple({sys.prefix, sys.base_prefix, "/proc/", "/sys/", "/dev/", "/usr/", "/etc/"})
+        folders = (os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(torch.__file__)))
+        libraries = (*(f"{folder}/" for folder in folders), "/proc/", "/sys/", "/dev/")
         return {
             "kind": "run",
             "run": run.log.run_id,
