@@ -4344,14 +4344,14 @@ class Ledger:
     `ledger.jsonl`: first a line about the run (kind "run"), then the records of all ranks, by base version,
     rank and order. A record says which adapters ("lora": [number on this rank, updates since]) and which base
     weights ("base": global phases so far) it used ("score") or left behind ("adapt", "global", "reset");
-    "spans" are [document, first target in the stream, targets].
+    "spans" are [document, first target in the stream, targets]; "b_zero": new adapters still added nothing.
     """
 
     def __init__(self, run: "Run"):
         self._run, self._open = run, True
         self._records: list[dict] = []
         self._accesses: dict[tuple[str, str, str], float] = {}  # stage, kind and name -> when first
-        self._base, self._lora = 0, [-1, 0]
+        self._base, self._lora, self._adapters = 0, [-1, 0], None
         self._start = time.perf_counter()
         sys.addaudithook(self._notice)  # stays as long as the process, so it is switched off by `write`
 
@@ -4379,11 +4379,12 @@ class Ledger:
             rows = zip(part.documents, part.spans, part.trains.tolist(), strict=True)
             spans = [[number, *span] for number, span, trains in rows if trains or not learns]
             chunk = {"batch": data["batch_number"], "chunk": data["chunk"], "spans": spans}
+            if not self._lora[1]:
+                chunk["b_zero"] = not any(bool(low_rank.B.any()) for low_rank in self._adapters.maps())
             self._add("adapt" if learns else "score", **chunk)
         elif kind in ("lora_constructed", "lora_reset"):
-            self._lora = [self._lora[0] + 1, 0]
-            zero = not any(bool(low_rank.B.any()) for low_rank in data["lora"].maps())
-            self._add("reset", b_zero=zero, a="carried" if kind == "lora_reset" else "drawn")
+            self._lora, self._adapters = [self._lora[0] + 1, 0], data["lora"]
+            self._add("reset", a="carried" if kind == "lora_reset" else "drawn")
         elif kind == "batch_done":
             self._add("batch", batch=data["batch_number"], chunks=data["chunks"])
         elif kind == "global_sgd":

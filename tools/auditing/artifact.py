@@ -176,20 +176,19 @@ def s3_decodes_exactly(audit: Audit) -> str:
 @check("S4", "evaluation reads nothing else that training wrote")
 def s4_nothing_else_read(audit: Audit) -> str:
     """Path logs of the run's evaluation and the clean one, and the weights that adaptation began with."""
-    rerun = _rerun(audit)
-    refused, outside = rerun.files["refused"], rerun.files["outside"]
-    require(not refused, f"the evaluation alone wanted {', '.join(refused)[:200]}")
-    read = sorted(Path(name).name for name in rerun.files["read"])
     final = audit.result["final_stage"]
     written = {re.sub(r"^\.(.*)\.tmp$", r"\1", Path(name).name) for _, name, _ in audit.accesses("write")}
     taken = {Path(name).name for _, name, _ in audit.accesses("read", "quantised", final)}
     leaked = (written & taken) - {audit.artifact.name}
     require(not leaked, f"read by the run's evaluation: {', '.join(sorted(leaked))}")
-    text = f"alone it read {', '.join(read)}" + (f" and {', '.join(outside[:3])}" if outside else "")
+    start = ""
     if final == "ttt":
         same_start(audit)
-        text += "; adaptation began with the artifact's weights"
-    return f"{text}; the tokenizer is not counted"
+        start = "adaptation began with the artifact's weights; "
+    files = _rerun(audit).files
+    require(not files["refused"], f"the evaluation alone wanted {', '.join(files['refused'])[:200]}")
+    read = [Path(name).name for name in files["read"]] + files["outside"]
+    return f"{start}alone it read {', '.join(sorted(read))} and the tokenizer, which is not counted"
 
 
 def same_start(audit: Audit) -> None:

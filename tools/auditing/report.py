@@ -53,7 +53,8 @@ def r2_records_agree(audit: Audit) -> str:
     lines = [line for line in audit.log.splitlines() if line.startswith("final val_bpb:")]
     shown = f"final val_bpb:{audit.result['val_bpb']:.6g} "
     require(bool(lines) and lines[-1].startswith(shown), f"the log says {(lines or ['nothing'])[-1][:40]}")
-    require(audit.result["legal"] is (not audit.result["broken_limits"]), "legal contradicts broken_limits")
+    legal = not audit.result["broken_limits"] and audit.result["artifact_bytes"] > 0
+    require(audit.result["legal"] is legal, f"legal is {audit.result['legal']}, the limits say {legal}")
     path = audit.folder / "submission.json"
     if path.is_file():
         told = read_json(path).get("val_bpb")
