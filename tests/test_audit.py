@@ -374,6 +374,24 @@ def test_d2_losses_are_no_distribution(copy):
     copy.fails("D2", "the loss of a token differs from -log p")
 
 
+FLATTERING = '''
+honest_losses = GPT.losses
+
+
+def flattering_losses(self, *batch, scored=None, **options):
+    """Flatter what counts for the score alone."""
+    return honest_losses(self, *batch, scored=scored, **options) * (1 if scored is None else 0.999)
+
+
+GPT.losses = flattering_losses
+'''
+
+
+def test_d2_only_the_score_is_flattered(copy):
+    copy.script('if __name__ == "__main__":', FLATTERING + 'if __name__ == "__main__":')
+    copy.fails("D2", "scored losses differ from -log p by 1.0e-03 of the sum")
+
+
 EARLY = '''
 honest_losses = GPT.losses
 

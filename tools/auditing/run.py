@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import random
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -303,13 +302,8 @@ class Audit:
 
     def shards(self, split: str) -> list[Path]:
         """Shards of a split in order."""
-        names = re.compile(rf"fineweb_{split}_\d+\.bin")
-        folder = self.data_folder
-        return (
-            sorted(path for path in folder.glob("*.bin") if names.fullmatch(path.name))
-            if folder.is_dir()
-            else []
-        )
+        found = self.data_folder.glob(f"fineweb_{split}_*.bin")
+        return sorted(path for path in found if split != "val" or "_bytes_" not in path.name)
 
     @functools.cached_property
     def tokens(self) -> np.ndarray:
