@@ -152,12 +152,12 @@ def short(checksum: str) -> str:
 
 
 def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises AuditError where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise AuditError(
-            f"{path}: cannot be read as JSON ({getattr(error, 'strerror', None) or error})"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise AuditError(f"{path}: cannot be read as JSON ({reason})") from None
     if not isinstance(value, dict):
         raise AuditError(f"{path}: not a JSON object")
     return value
