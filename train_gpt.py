@@ -4386,7 +4386,7 @@ class Ledger:
             self._lora, self._adapters = [self._lora[0] + 1, 0], data["lora"]
             self._add("reset", a="carried" if kind == "lora_reset" else "drawn")
         elif kind == "batch_done":
-            self._add("batch", batch=data["batch_number"], chunks=data["chunks"])
+            self._add("batch", batch=data["batch_number"], chunks=data["chunks"], diverged=data["diverged"])
         elif kind == "global_sgd":
             self._base += 1
             tokens, steps = data["tokens"], len(data["grad_norms"])

@@ -101,6 +101,8 @@ def _rerun(audit: Audit) -> Rerun:
         (here / path.name).write_bytes(path.read_bytes())
     settings = audit.cfg.as_env() | {
         "TTT_EVAL_ONLY": True,
+        "TTT_ENABLED": audit.adapted,
+        "SLIDING_WINDOW_ENABLED": False,
         "QUANTIZE_ONLY": False,
         "PREQUANT_ONLY": False,
         "QUANTIZED_MODEL_PATH": audit.artifact.name,
@@ -182,7 +184,7 @@ def s4_nothing_else_read(audit: Audit) -> str:
     leaked = (written & taken) - {audit.artifact.name}
     require(not leaked, f"read by the run's evaluation: {', '.join(sorted(leaked))}")
     start = ""
-    if final == "ttt":
+    if audit.adapted:
         same_start(audit)
         start = "adaptation began with the artifact's weights; "
     files = _rerun(audit).files

@@ -30,7 +30,7 @@ def d1_causal(audit: Audit) -> str:
     tokens = toy_stream(audit)
     lora = None
     same = 0
-    if audit.result["final_stage"] == "ttt":
+    if audit.adapted:
         base = base_replay(audit)
         lora = base.loras[-1]
         entries = base.entries
@@ -93,7 +93,7 @@ def d2_distribution(audit: Audit) -> str:
     proper = seen.worst_sum < 1e-5 and seen.smallest > 0
     require(proper, f"sum off by {seen.worst_sum:.1e}, smallest {seen.smallest:.1e}")
     require(seen.worst_swap < bound, f"the loss of a token differs from -log p by {seen.worst_swap:.1e} nats")
-    cached = getattr(replay.cfg, "ttt_cache_window", 0)  # a cached window is another function after chunk 0
+    cached = replay.cfg.ttt_cache_window  # a cached window is another function after chunk 0
     pairs = [
         (entry.loss_sum, expected)
         for entry, expected in zip(replay.entries, seen.expected, strict=True)
@@ -236,7 +236,7 @@ def d5_warm_up_tokens(audit: Audit) -> str:
     found = len(_grams(done.ids) & known)
     require(not found, f"{found} runs of {GRAM} warm-up tokens occur in the data")
     require(done.before == done.after, "weights or optimisers differ after the warm-up")
-    if audit.result["final_stage"] == "ttt":
+    if audit.adapted:
         same_start(audit)
     return f"{len(done.ids):,} tokens seen, no {GRAM} in a row from the data; weights before = after"
 
@@ -283,6 +283,8 @@ def d7_fresh_start(audit: Audit) -> str:
     require(declared or not (carried or kept), "A is carried over, which TTT_WARM_START_A=0 denies")
     _neighbours(audit)
     note = f"A carried {len(carried)} times, declared by TTT_WARM_START_A=1" if declared else "A drawn anew"
+    diverged = sum(record["diverged"] for record in audit.records("batch"))
+    note += f"; {diverged} documents diverged and went on without" if diverged else ""
     return f"{batches} batches start with B = 0, no optimiser state outlives one; {note}"
 
 
@@ -334,7 +336,7 @@ def d8_documents_apart(audit: Audit) -> str:
     moved = int(apart.sum())
     require(not moved, f"{moved} losses of other documents in the row change")
     text = f"{len(apart)} losses of the row's other documents bit-identical"
-    if audit.result["final_stage"] == "ttt":
+    if audit.adapted:
         text += f"; adapters of {_neighbours(audit)} other documents too (global state frozen)"
     return text
 

@@ -30,7 +30,8 @@ class Replay:
     def __init__(
         self, audit: Audit, tokens: Tensor, noise: float = 0.02, visit: Callable | None = None, **changes
     ):
-        self.audit, self.model, self.lora, self._visit = audit, audit.model(noise), None, visit
+        self.audit, self.model, self._visit = audit, audit.model(noise), visit
+        self.lora = self._active = None  # adapters, and which of their rows counted for the chunk just scored
         self.entries: list[Entry] = []
         self.trained: list[tuple[int, list[tuple[int, int, int]]]] = []  # entries scored before, spans
         self.starts: list[tuple[str, bool, str]] = []  # A drawn or carried, B zero, hash of A
@@ -44,7 +45,7 @@ class Replay:
 
     def _event(self, kind: str, **data: object) -> None:
         if kind in ("lora_constructed", "lora_reset"):
-            self.lora, self._origin, self._fresh = data["lora"], kind, True
+            self.lora, self._origin, self._fresh, self._active = data["lora"], kind, True, None
         elif kind == "scored":
             self._scored(data)
         elif kind == "trained":
@@ -71,7 +72,10 @@ class Replay:
         state = digest(self.lora.state_dict(), self.model.state_dict())
         self.entries.append(Entry(data["batch_number"], data["chunk"], spans, state, math.nan))
         if self._visit:
+            after, self.lora.active = self.lora.active, self._active  # the guard has already judged the chunk
             self._visit(self, self.entries[-1])
+            self.lora.active = after
+        self._active = self.lora.active
 
 
 def _small_settings(audit: Audit):
@@ -80,6 +84,8 @@ def _small_settings(audit: Audit):
     window = cfg.ttt_chunk_size
     return dataclasses.replace(
         cfg,
+        ttt_cache_window=min(cfg.ttt_cache_window, 2 * window),
+        eval_stride=1,
         val_doc_fraction=1.0,
         ttt_batch_size=2,
         ttt_eval_seq_len=min(cfg.ttt_eval_seq_len, 2 * window),
@@ -114,9 +120,9 @@ def flip(audit: Audit, tokens: Tensor, *places: int) -> Tensor:
 
 def adapts(audit: Audit) -> None:
     """Raise NotChecked unless the score is that of the adaptation which the ledger records."""
-    final = audit.result["final_stage"]
-    if final != "ttt":
-        raise NotChecked(f"the score is that of stage {final}, not of ScoreFirstTTT")
+    if not audit.adapted:
+        stage = "SGD on the stream (TTT_SGD=1)" if audit.result["final_stage"] == "ttt" else "no adaptation"
+        raise NotChecked(f"the score is that of {stage}; the ledger records adapters only")
 
 
 @functools.cache

@@ -26,7 +26,7 @@ def r1_arithmetic(audit: Audit) -> str:
     stage = audit.result["stages"][final]
     nats, targets, size = stage["val_loss"] * stage["targets"], stage["targets"], stage["bytes"]
     source = "result.json's mean"
-    if final == "ttt":
+    if audit.adapted:
         chunks = [chunk for record in audit.records("batch") for chunk in record["chunks"]]
         nats, targets = math.fsum(chunk[0] for chunk in chunks), sum(chunk[2] for chunk in chunks)
         spans = [span for record in audit.records("score") for span in record["spans"]]

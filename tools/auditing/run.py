@@ -272,6 +272,11 @@ class Audit:
         """The run trained its model itself."""
         return "steps" in self.result
 
+    @property
+    def adapted(self) -> bool:
+        """The score is that of the adaptation which the ledger records, `ScoreFirstTTT`."""
+        return self.result["final_stage"] == "ttt" and not getattr(self.cfg, "ttt_sgd", False)
+
     def accesses(self, kind: str, *stages: str) -> list[tuple[str, str, float]]:
         """(stage, name, first time) of what the run read, wrote, started or connected to."""
         rows = [row for row in self.head["accesses"] if row[1] == kind and (not stages or row[0] in stages)]
