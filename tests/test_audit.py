@@ -146,6 +146,14 @@ def test_run_without_a_ledger_is_not_called_legal(copy):
         assert copy.verdict(name) == ("NOT CHECKED", "the run wrote no ledger.jsonl (AUDIT=1)")
 
 
+def test_other_evaluators_are_not_vouched_for(copy):
+    """SGD on the stream and sliding windows: what a check does not know it does not pass."""
+    copy.result(lambda result: result["settings"].update(TTT_SGD=True))
+    for name in ("S2", "D1", "D2", "D3", "D4", "D7", "D8", "D9"):
+        status, evidence = copy.verdict(name)
+        assert status == "NOT CHECKED" and "SGD on the stream" in evidence, (name, evidence)
+
+
 def test_fail_is_exit_code_1_and_in_audit_json(copy, capsys):
     copy.result(lambda result: result.update(val_bpb=1.0))
     arguments = [str(copy.run), "--data", str(copy.data), "--only", "R1,R2,R3"]

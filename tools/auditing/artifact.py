@@ -101,8 +101,8 @@ def _rerun(audit: Audit) -> Rerun:
         (here / path.name).write_bytes(path.read_bytes())
     settings = audit.cfg.as_env() | {
         "TTT_EVAL_ONLY": True,
-        "TTT_ENABLED": audit.adapted,
-        "SLIDING_WINDOW_ENABLED": False,
+        "TTT_ENABLED": audit.cfg.ttt_enabled and (audit.adapted or audit.full),
+        "SLIDING_WINDOW_ENABLED": audit.cfg.sliding_window_enabled and audit.full,
         "QUANTIZE_ONLY": False,
         "PREQUANT_ONLY": False,
         "QUANTIZED_MODEL_PATH": audit.artifact.name,
@@ -134,6 +134,8 @@ def _sample_fraction(audit: Audit) -> float:
 @check("S2", "script + artifact + validation files suffice")
 def s2_alone(audit: Audit) -> str:
     """The score of the artifact in a folder of its own, against the run's and against the logged script's."""
+    if not audit.full:
+        audit.not_for("sgd", "sliding")
     rerun = _rerun(audit)
     ran = rerun.code in (0, 3) and "quantised" in rerun.result.get("stages", {})
     require(ran, f"exit code {rerun.code}: {rerun.error}")
@@ -141,19 +143,20 @@ def s2_alone(audit: Audit) -> str:
     before, again = (r["stages"]["quantised"]["val_bpb"] for r in (audit.result, rerun.result))
     require(near(before, again), f"quantised val_bpb {again:.8f} alone, {before:.8f} in the run")
     figure = f"quantised val_bpb {again:.6f} as in the run"
-    if "ttt" not in rerun.result["stages"]:
-        return figure
-    adapted = rerun.result["stages"]["ttt"]["val_bpb"]
+    final = audit.result["final_stage"]
+    if final in ("quantised", "prequant"):
+        return f"{figure}; training data and run folder refused"
+    adapted = rerun.result["stages"][final]["val_bpb"]
     if audit.full:
-        expected, what = audit.result["stages"]["ttt"]["val_bpb"], "as in the run"
+        expected, what = audit.result["stages"][final]["val_bpb"], "as in the run"
     else:
         cfg = dataclasses.replace(audit.artifact_model.cfg, val_doc_fraction=_sample_fraction(audit))
         val = audit.script.load_validation(audit.cfg)
         options = {"looping": audit.looping, "ranks": audit.ranks}
         expected = audit.script.score_first_ttt(audit.model(), val, cfg, **options).val_bpb
         what = f"on {min(3, len(audit.documents))} documents as the logged script"
-    require(near(adapted, expected), f"adapted val_bpb {adapted:.8f} alone, {expected:.8f} {what}")
-    return f"{figure}, adapted {adapted:.6f} {what}; training data and run folder refused"
+    require(near(adapted, expected), f"{final} val_bpb {adapted:.8f} alone, {expected:.8f} {what}")
+    return f"{figure}, {final} {adapted:.6f} {what}; training data and run folder refused"
 
 
 @check("S3", "weights survive storage bit for bit")

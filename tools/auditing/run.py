@@ -275,7 +275,16 @@ class Audit:
     @property
     def adapted(self) -> bool:
         """The score is that of the adaptation which the ledger records, `ScoreFirstTTT`."""
-        return self.result["final_stage"] == "ttt" and not getattr(self.cfg, "ttt_sgd", False)
+        return self.result["final_stage"] == "ttt" and not self.cfg.ttt_sgd
+
+    def not_for(self, *evaluators: str) -> None:
+        """Raise NotChecked where the score is that of an evaluator that the check does not know."""
+        final = self.result["final_stage"]
+        if final == "ttt" and self.cfg.ttt_sgd:
+            final = "sgd"
+        if final in evaluators:
+            names = {"sgd": "SGD on the stream (TTT_SGD=1)", "sliding": "sliding windows"}
+            raise NotChecked(f"the score is that of {names[final]}, which this check does not know")
 
     def accesses(self, kind: str, *stages: str) -> list[tuple[str, str, float]]:
         """(stage, name, first time) of what the run read, wrote, started or connected to."""
