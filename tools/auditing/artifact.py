@@ -22,7 +22,11 @@ SIZE_LIMIT = 16_000_000
 def _packings(audit: Audit) -> Iterator[bytes]:
     """The script as it is counted, minified and not."""
     env = audit.result["settings"]
-    off = [name for name, value in env.items() if not value]
+    sections = {
+        name for names in re.findall(rb"(?m)^# \[if ([\w ]+)\]$", audit.source) for name in names.split()
+    }
+    off = {name for name, value in env.items() if not value}
+    off |= {name.decode() for name in sections} - env.keys() - {env["COMPRESSOR"].upper()}
     yield audit.script.pack_code(audit.source, env["COMPRESSOR"], off)[0]
     hidden = sys.modules.get("python_minifier")
     sys.modules["python_minifier"] = None  # what a machine without it makes
@@ -111,6 +115,7 @@ def _rerun(audit: Audit) -> Rerun:
         "ARTIFACT_DIR": "out",
         "RUN_ID": "alone",
         "VAL_DOC_FRACTION": _sample_fraction(audit),
+        "COMPILE_BACKEND": audit.result["settings"]["COMPILE_BACKEND"],
     }
     environment = {k: str(int(v) if isinstance(v, bool) else v) for k, v in settings.items()}
     kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TMPDIR")

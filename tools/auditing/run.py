@@ -183,12 +183,13 @@ class Audit:
         self._temporary = tempfile.TemporaryDirectory(prefix="audit-")
         self.work = Path(self._temporary.name)
         self.script = self._import_script()
-        here = {"data_path": str(self.data_folder), "audit": False}
+        here = {"data_path": str(self.data_folder), "audit": False, "compile_backend": "off"}
         if not torch.cuda.is_available():
-            here["device"] = "auto"
+            here |= {"device": "auto", "attention_backend": "auto", "triton_kernels": False}
         self.cfg = dataclasses.replace(self._run_settings(), **here)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.ranks = self.script.Ranks.from_env(self.cfg, {})
+        self.cfg = self.script.choose_backends(self.cfg, self.ranks)
         if self.ranks.device.type == "cuda":  # bits are compared
             torch.use_deterministic_algorithms(True, warn_only=True)
 
