@@ -115,6 +115,7 @@ def _rerun(audit: Audit) -> Rerun:
         "ARTIFACT_DIR": "out",
         "RUN_ID": "alone",
         "VAL_DOC_FRACTION": _sample_fraction(audit),
+        "ALLOW_UNVERIFIED_DATA": True,  # the manifest stays behind
         "COMPILE_BACKEND": audit.result["settings"]["COMPILE_BACKEND"],
     }
     environment = {k: str(int(v) if isinstance(v, bool) else v) for k, v in settings.items()}

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 import lossless_caps
-import prepare_caseops_data as prepare
 from auditing.run import BOS, Audit, NotChecked, check, read_values, require, sha256
+from dataprep.encoding import Encoder, make_tokenizer, tokenise_validation
+from dataprep.reading import Reader, parse_block
 
 CONTEST_DOCUMENTS = 50_000
 PREFIX_TOKENS = 64  # what counts as the same opening of a document
@@ -47,6 +48,7 @@ def a1_validation_is_whole(audit: Audit) -> str:
     whole = f"{targets:,} targets and {total:,} bytes"
     require(scored == (targets, total), f"scored {scored[0]:,} and {scored[1]:,} of {whole}")
     note = "" if documents == CONTEST_DOCUMENTS else "; NOT the contest's 50,000 documents"
+    note += "; UNVERIFIED by the run itself" if "unverified_data" in audit.result else ""
     return f"{documents:,} documents, {targets:,} targets, {total:,} bytes, all scored{note}"
 
 
@@ -113,11 +115,12 @@ def a3_bytes(audit: Audit) -> str:
 def _recount(audit: Audit) -> str:
     """Tokens and bytes of the validation documents made anew from the original texts."""
     path = audit.script.tokenizer_file(audit.cfg)
-    tokenizer = prepare.make_tokenizer(str(path), path.read_bytes())
+    encoder = Encoder(make_tokenizer(str(path), path.read_bytes()))
+    documents = (document for block in Reader([audit.docs]) for document in parse_block(block).documents)
     place = charged = original = 0
-    for document in itertools.islice(prepare.read_documents(audit.docs), audit.manifest.get("val_docs")):
-        if document.text and place < len(audit.tokens):
-            tokens, counts, _ = prepare.tokenise_validation(tokenizer, document)
+    for document in itertools.islice(documents, audit.manifest.get("val_docs")):
+        if document.size and place < len(audit.tokens):
+            tokens, counts, _ = tokenise_validation(encoder, document)
             span = slice(place, place + len(tokens))
             same = np.array_equal(audit.tokens[span], tokens)
             require(same, f"{document.origin}: has other tokens than the shards from token {place:,} on")
