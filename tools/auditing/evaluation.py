@@ -33,6 +33,8 @@ def d1_causal(audit: Audit) -> str:
     same = 0
     if audit.adapted:
         base = base_replay(audit)
+        trained = base.global_steps or not base.cfg.phased_ttt_prefix_docs
+        require(bool(trained), "no global phase ran in the replay: the test says nothing")
         lora = base.loras[-1]
         entries = base.entries
         for number in sorted({1, len(entries) // 2, len(entries) - 1}):

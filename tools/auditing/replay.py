@@ -35,13 +35,13 @@ class Replay:
         self.entries: list[Entry] = []
         self.trained: list[tuple[int, list[tuple[int, int, int]]]] = []  # entries scored before, spans
         self.starts: list[tuple[str, bool, str]] = []  # A drawn or carried, B zero, hash of A
-        self.global_phases = 0
+        self.global_steps = 0
         self.loras: list[object] = []  # adapters of each batch when it is done
         sidecar = (tokens != BOS).long()
         self.val = audit.script.ValidationSet.from_sidecar(tokens, sidecar)
         self.cfg = dataclasses.replace(_small_settings(audit), **changes)
         options = {"looping": audit.looping, "ranks": audit.ranks, "on_event": self._event}
-        self.meter = audit.script.score_first_ttt(self.model, self.val, self.cfg, **options)
+        audit.script.score_first_ttt(self.model, self.val, self.cfg, **options)
 
     def _event(self, kind: str, **data: object) -> None:
         if kind in ("lora_constructed", "lora_reset"):
@@ -60,7 +60,7 @@ class Replay:
                     self.entries[i] = entry._replace(loss_sum=next(sums))
             self.loras.append(copy.deepcopy(data["lora"]))
         elif kind == "global_sgd":
-            self.global_phases += 1
+            self.global_steps += len(data["grad_norms"])
 
     def _scored(self, data: Mapping[str, object]) -> None:
         part = data["part"]

@@ -70,20 +70,15 @@ def require(holds: bool, evidence: str) -> None:
 
 
 class Opened:
-    """Python's audit hook, used by us: files opened and connections made while `watch` is entered."""
+    """Python's audit hook, used by us: files opened while `watch` is entered."""
 
     def __init__(self) -> None:
         self.files: list[str] | None = None
-        self.network: list[str] = []
         sys.addaudithook(self._notice)
 
     def _notice(self, event: str, arguments: tuple) -> None:
-        if self.files is None:
-            return
-        if event == "open" and isinstance(arguments[0], (str, bytes)):
+        if self.files is not None and event == "open" and isinstance(arguments[0], (str, bytes)):
             self.files.append(os.path.abspath(os.fsdecode(arguments[0])))
-        elif event in ("socket.connect", "socket.getaddrinfo", "urllib.Request"):
-            self.network.append(f"{event} {arguments[-1]}")
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[list[str]]:
