@@ -4,13 +4,17 @@ BIN := .venv/bin
 RUN := .venv/run.installed
 DEV := .venv/dev.installed
 
-.PHONY: help demo data test lint format readme bench clean
+.PHONY: help demo audit data test lint format readme bench clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: $(RUN) data/demo/manifest.json  ## the whole system on demo data: train, quantise, reload, score (3 minutes, CPU)
+demo: $(RUN) data/demo/manifest.json  ## the whole system on demo data: train, quantise, reload, score, audit (4 minutes, CPU)
 	PRESET=demo $(BIN)/python train_gpt.py
+	$(BIN)/python tools/audit.py "$$(ls -td runs/*/ | head -n 1)"
+
+audit: $(RUN)  ## judge a finished run: make audit RUN_DIR=runs/NAME
+	$(BIN)/python tools/audit.py "$(RUN_DIR)"
 
 data: data/demo/manifest.json  ## the demo data set alone
 

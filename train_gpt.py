@@ -250,6 +250,7 @@ class Config:
     val_doc_fraction: Annotated[float, Range(0, 1, above=True)] = 1.0  # below 1: a sample, never a full score
     sliding_window_enabled: bool = False  # score by sliding windows too (PR #1493)
     eval_stride: Count = 64  # targets that a sliding window scores
+    audit: bool = False  # write ledger.jsonl, what `tools/audit.py` judges the run by
     ttt_enabled: bool = True  # phased score-first LoRA test-time training
     ttt_sgd: bool = False  # train all weights by SGD on chunks of the stream instead (PR #549, #1493)
     ttt_lr: Amount = 0.005  # its rate, a cosine over the chunks
@@ -504,6 +505,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "phased_ttt_num_phases": 2,
         "global_ttt_chunk_tokens": 2048,
         "global_ttt_batch_seqs": 8,
+        "audit": True,
     },
 }
 
@@ -4332,6 +4334,115 @@ def score_first_sgd(
 # [end]
 
 
+# -- the ledger of an audited run
+
+
+# [if AUDIT]
+class Ledger:
+    """What a run read and scored and learnt, in order: the evidence that `tools/audit.py` judges.
+
+    `ledger.jsonl`: first a line about the run (kind "run"), then the records of all ranks, by base version,
+    rank and order. A record says which adapters ("lora": [number on this rank, updates since]) and which base
+    weights ("base": global phases so far) it used ("score") or left behind ("adapt", "global", "reset");
+    "spans" are [document, first target in the stream, targets]; "b_zero": new adapters still added nothing.
+    """
+
+    def __init__(self, run: "Run"):
+        self._run, self._open = run, True
+        self._records: list[dict] = []
+        self._accesses: dict[tuple[str, str, str], float] = {}  # stage, kind and name -> when first
+        self._base, self._lora, self._adapters = 0, [-1, 0], None
+        self._start = time.perf_counter()
+        sys.addaudithook(self._notice)  # stays as long as the process, so it is switched off by `write`
+
+    def _notice(self, event: str, arguments: tuple) -> None:
+        """Python's audit hook: files opened, connections made and processes started, with the stage."""
+        if not self._open:
+            return
+        if event == "open" and isinstance(arguments[0], (str, bytes)):
+            written = arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            kind, name = "write" if written else "read", os.path.abspath(os.fsdecode(arguments[0]))
+        elif event in ("socket.connect", "socket.getaddrinfo", "urllib.Request"):
+            kind, name = "network", f"{event} {arguments[1 if event == 'socket.connect' else 0]}"
+        elif event == "subprocess.Popen":
+            kind, name = "process", os.fsdecode(arguments[0])
+        else:
+            return
+        elapsed = time.perf_counter() - self._start
+        self._accesses.setdefault((self._run.watch.current, kind, name), elapsed)
+
+    def record(self, kind: str, data: Mapping[str, object]) -> None:
+        """Take an event of `ScoreFirstTTT`."""
+        if kind in ("scored", "trained"):
+            part, learns = data["part"], kind == "trained"
+            self._lora[1] += learns
+            rows = zip(part.documents, part.spans, part.trains.tolist(), strict=True)
+            spans = [[number, *span] for number, span, trains in rows if trains or not learns]
+            chunk = {"batch": data["batch_number"], "chunk": data["chunk"], "spans": spans}
+            if not self._lora[1]:
+                chunk["b_zero"] = not any(bool(low_rank.B.any()) for low_rank in self._adapters.maps())
+            self._add("adapt" if learns else "score", **chunk)
+        elif kind in ("lora_constructed", "lora_reset"):
+            self._lora, self._adapters = [self._lora[0] + 1, 0], data["lora"]
+            self._add("reset", a="carried" if kind == "lora_reset" else "drawn")
+        elif kind == "batch_done":
+            self._add("batch", batch=data["batch_number"], chunks=data["chunks"], diverged=data["diverged"])
+        elif kind == "global_sgd":
+            self._base += 1
+            tokens, steps = data["tokens"], len(data["grad_norms"])
+            digest = hashlib.sha256(tokens.cpu().numpy().astype("<u2")).hexdigest()
+            self._add("global", tokens=len(tokens), tokens_sha256=digest, steps=steps)
+        elif kind == "start":
+            self._add("start", boundaries=data["boundaries"], model_sha256=self._model_digest())
+
+    def _add(self, kind: str, **values: object) -> None:
+        rank, seconds = self._run.ranks.rank, round(time.perf_counter() - self._start, 6)
+        head = {"rank": rank, "order": len(self._records), "kind": kind, "seconds": seconds}
+        self._records.append(head | {"base": self._base, "lora": list(self._lora)} | values)
+
+    def _model_digest(self) -> str:
+        digest = hashlib.sha256()
+        for name, tensor in self._run.model.state_dict().items():
+            digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _head(self, accesses: Iterable[tuple[str, str, str, float]]) -> dict[str, object]:
+        run, folder = self._run, self._run.cfg.data_folder
+        validation = shard_paths(folder, "val") + shard_paths(folder, "val_bytes")
+        folders = (os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(torch.__file__)))
+        libraries = (*(f"{folder}/" for folder in folders), "/proc/", "/sys/", "/dev/")
+        return {
+            "kind": "run",
+            "run": run.log.run_id,
+            "settings": run.cfg.as_env(),
+            "environment": run.result["environment"] | {"numpy": np.__version__},
+            "data_folder": str(folder.resolve()),
+            "val_sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in validation},
+            "seconds": run.watch.seconds,
+            "accesses": sorted(entry for entry in accesses if not entry[2].startswith(libraries)),
+        }
+
+    @staticmethod
+    def _position(record: Mapping[str, object]) -> tuple[int, bool, int, int]:
+        """Place in the file: a global phase comes after all that used the base version that it ends."""
+        last = record["kind"] == "global"
+        return record["base"] - last, last, record["rank"], record["order"]
+
+    def write(self) -> None:
+        """Merge the ranks' records and write the file; rank 0 does."""
+        self._open = False
+        run = self._run
+        parts = run.ranks.gather(([[*key, when] for key, when in self._accesses.items()], self._records))
+        if run.ranks.is_main:
+            records = sorted((record for part in parts for record in part[1]), key=self._position)
+            lines = [self._head(access for part in parts for access in part[0]), *records]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            write_whole(run.log.folder / "ledger.jsonl", text.encode())
+
+
+# [end]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # 14. Main: the stages of a run
 # ---------------------------------------------------------------------------------------------------------
@@ -4345,7 +4456,8 @@ class Run:
 
     def __init__(self, cfg: Config, ranks: Ranks, source: bytes):
         self.cfg = cfg = choose_backends(cfg, ranks)
-        self.ranks, self.source = ranks, source
+        self.ranks, self.source, self.watch = ranks, source, Stopwatch(ranks)
+        self.ledger = Ledger(self) if cfg.audit else None
         self.looping = cfg.num_loops > 0  # a trained model is evaluated with its loops
         codec_module(cfg.compressor)  # missing: said before training, not after it
         self.artifact = self._input("quantized_model_path") if cfg.ttt_eval_only else None
@@ -4355,7 +4467,7 @@ class Run:
         self.manifest = check_data(cfg, ["train"] if self.trains or cfg.quantize_only else [])
         self.val = load_validation(cfg)  # read to be checked; no model sees it before its evaluation
         self.model = self._first_model()
-        self.log, self.watch = RunLog(cfg, ranks), Stopwatch(ranks)
+        self.log = RunLog(cfg, ranks)
         self.stages: dict[str, dict[str, float]] = {}
         self.result: dict[str, object] = {}
         self._log_head()
@@ -4608,6 +4720,8 @@ class Run:
 
         def on_event(kind: str, **data: object) -> None:
             nonlocal done
+            if self.ledger:
+                self.ledger.record(kind, data)
             if kind == "batch_done":
                 done += len(data["batch"].documents)
                 progress.update(done, running_loss=data["loss_sum"] / data["token_count"])
@@ -4639,6 +4753,8 @@ class Run:
         result = {"run": self.log.run_id, "final_stage": final, **summary, **self.result, **extra}
         if self.ranks.is_main:
             write_whole(self.log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+        if self.ledger:
+            self.ledger.write()
         for reason in broken:
             self.log.event("limit", text=reason)
         self.log.event("final", **summary)

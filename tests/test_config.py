@@ -141,7 +141,7 @@ OURS |= {"attention_backend", "triton_kernels", "compile_backend"}
 OURS |= {"sliding_window_enabled", "eval_stride", "ttt_sgd", "ttt_lr", "ttt_epochs", "ttt_momentum"}
 OURS |= {"ttt_chunk_tokens", "ttt_cache_window", "ttt_guard", "ttt_q_lora", "ttt_v_lora"}
 OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "clip_global", "fit_bytes"}
-OURS |= {"allow_unverified_data"}
+OURS |= {"allow_unverified_data", "audit"}
 
 # What else a setting's other value needs, so that the whole makes sense.
 COMPANIONS = {

@@ -1,0 +1,573 @@
+"""The audit: an honest run passes every check; each check catches the rule that is broken on purpose.
+
+One tiny run is made; each test breaks a copy of its files, script or data, and wants FAIL and the reason.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_smoke import SCRIPT, command, make_data, write_shard
+from test_two_ranks import ONE_NODE, launch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import audit  # noqa: E402
+
+import lossless_caps  # noqa: E402
+
+ARTIFACT = "final_model.int6.ptz"
+FIRST_PIECE = 264  # after control pieces, operators and bytes
+SETTINGS = {"AUDIT": 1, "TTT_BATCH_SIZE": 3}  # 14 documents: two full batches after the last phase
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory) -> Path:
+    """Folder with a data set and an audited run on it."""
+    work = tmp_path_factory.mktemp("audit")
+    make_data(work / "data")
+    process = command(SCRIPT, work, DATA_PATH="data", ARTIFACT_DIR="run", RUN_ID="tiny", **SETTINGS)
+    assert process.returncode == 0, process.stderr
+    return work
+
+
+class Copy:
+    """A copy of the honest run and its data, to be broken."""
+
+    def __init__(self, honest: Path, folder: Path):
+        self.run, self.data = folder / "run", folder / "data"
+        shutil.copytree(honest / "run", self.run, ignore=shutil.ignore_patterns("audit.json"))
+        shutil.copytree(honest / "data", self.data)
+        self.original = honest / "run"
+
+    def source(self) -> str:
+        """The script in the log."""
+        log = (self.run / "logs" / "tiny.txt").read_text(encoding="utf-8")
+        return log.partition("=" * 80 + "\n")[2].partition("\n" + "=" * 80)[0]
+
+    def script(self, old: str, new: str) -> str:
+        """Change the script that ran, as if it had been that all along."""
+        before = self.source()
+        assert old in before, f"the script has no {old!r} any more: mend this test"
+        after = before.replace(old, new)
+        log = self.run / "logs" / "tiny.txt"
+        log.write_text(log.read_text(encoding="utf-8").replace(before, after), encoding="utf-8")
+        digest = hashlib.sha256(after.encode()).hexdigest()
+        self.result(lambda result: result["environment"].update(source_sha256=digest))
+        return after
+
+    def counted(self, old: str, new: str) -> None:
+        """Change the counted script as well."""
+        (self.run / "train_gpt.packed.py").write_text(self.script(old, new), encoding="utf-8")
+
+    def result(self, change) -> None:
+        self.json(self.run / "result.json", change)
+
+    @staticmethod
+    def json(path: Path, change) -> None:
+        """Change a JSON file in place."""
+        value = json.loads(path.read_text())
+        change(value)
+        path.write_text(json.dumps(value))
+
+    def ledger(self, change) -> None:
+        """Change head and records of the ledger; records that appear or go are numbered anew."""
+        path = self.run / "ledger.jsonl"
+        head, *records = [json.loads(line) for line in path.read_text().splitlines()]
+        change(head, records)
+        for order, record in enumerate(records):
+            record["order"] = order
+        path.write_text("".join(json.dumps(line) + "\n" for line in [head, *records]))
+
+    def shard(self, name: str, change) -> None:
+        """Replace the tokens of a shard, and what the manifest says about the file."""
+        path = self.data / name
+        tokens = change(np.fromfile(path, "<u2")[512:])
+        write_shard(path, tokens)
+        entry = {"tokens": len(tokens), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        self.json(self.data / "manifest.json", lambda manifest: manifest["files"].update({name: entry}))
+
+    def verdict(self, name: str, **options) -> audit.Verdict:
+        """What one check says about the copy."""
+        judged = audit.Audit(self.run, data=self.data, **options)
+        try:
+            return audit.judge(judged, [name])[name]
+        finally:
+            judged.close()
+
+    def fails(self, name: str, reason: str, **options) -> None:
+        """The check must say FAIL, and why."""
+        status, evidence = self.verdict(name, **options)
+        assert status == "FAIL" and re.search(reason, evidence), f"{name} {status}: {evidence}"
+        assert "could not be carried out" not in evidence
+
+
+@pytest.fixture
+def copy(honest, tmp_path) -> Copy:
+    return Copy(honest, tmp_path)
+
+
+def records_of(records: list[dict], *kinds: str) -> list[dict]:
+    return [record for record in records if record["kind"] in kinds]
+
+
+# -- the honest run
+
+
+def test_honest_run_passes_every_check(honest, capsys):
+    assert audit.main([str(honest / "run")]) == 0
+    table = capsys.readouterr().out
+    saved = json.loads((honest / "run" / "audit.json").read_text())
+    assert list(saved["checks"]) == list(audit.ORDER) and len(audit.ORDER) == 26
+    assert {entry["status"] for entry in saved["checks"].values()} == {"PASS"}
+    assert saved["counts"] == {"PASS": 26} and saved["repository_script_is_the_same"] is True
+    for name, entry in saved["checks"].items():
+        assert re.search(
+            rf"^{name}  PASS +{re.escape(entry['rule'])} +{re.escape(entry['evidence'])}$", table, re.M
+        )
+    columns = {line.index("PASS") for line in table.splitlines()[:26]}
+    assert len(columns) == 1, "not aligned"
+
+
+def test_every_check_is_broken_in_this_file():
+    broken = set(re.findall(r"copy\.fails\(\s*\"([A-Z]\d)\"", Path(__file__).read_text()))
+    assert broken == set(audit.ORDER)
+
+
+def test_run_without_a_ledger_is_not_called_legal(copy):
+    (copy.run / "ledger.jsonl").unlink()
+    for name in ("D3", "D4", "D7", "D9", "T4"):
+        assert copy.verdict(name) == ("NOT CHECKED", "the run wrote no ledger.jsonl (AUDIT=1)")
+
+
+def test_other_evaluators_are_not_vouched_for(copy):
+    """SGD on the stream and sliding windows: what a check does not know it does not pass."""
+    copy.result(lambda result: result["settings"].update(TTT_SGD=True))
+    for name in ("S2", "D1", "D2", "D3", "D4", "D7", "D8", "D9"):
+        status, evidence = copy.verdict(name)
+        assert status == "NOT CHECKED" and "SGD on the stream" in evidence, (name, evidence)
+
+
+def test_fail_is_exit_code_1_and_in_audit_json(copy, capsys):
+    copy.result(lambda result: result.update(val_bpb=1.0))
+    arguments = [str(copy.run), "--data", str(copy.data), "--only", "R1,R2,R3"]
+    assert audit.main(arguments) == 1
+    assert "1 PASS, 2 FAIL, 0 NOT CHECKED" in capsys.readouterr().out
+    assert not (copy.run / "audit.json").exists(), "--only writes nothing"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: no such folder"),
+        (["{data}"], "result.json: cannot be read as JSON (No such file or directory)"),
+        (["{run}", "--only", "D3,X9"], "--only X9: must be among A1, A2, "),
+        (["{run}", "--docs", "none.jsonl"], "--docs none.jsonl: no such file"),
+        (["{run}", "--data", "none"], "--data none: no such folder"),
+        (["{run}", "--wrong"], "unrecognized arguments: --wrong"),
+        ([], "the following arguments are required: RUN_DIR"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(honest, capsys, arguments, message):
+    places = {"data": honest / "data", "run": honest / "run"}
+    assert audit.main([argument.format(**places) for argument in arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and message in shown.err
+
+
+def test_ledgers_of_two_ranks_are_one(honest):
+    artifact = honest / "run" / ARTIFACT
+    settings = SETTINGS | {"TTT_EVAL_ONLY": 1, "QUANTIZED_MODEL_PATH": artifact, "RUN_ID": "two"}
+    process = launch(honest, "two", *ONE_NODE, **settings)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    judged = audit.Audit(honest / "two")
+    verdicts = audit.judge(judged, ["S1", "T1", "D3", "D4", "D6", "D7", "D9", "R1"])
+    judged.close()
+    assert verdicts.pop("T1") == ("NOT CHECKED", "this run did not train")
+    assert {verdict.status for verdict in verdicts.values()} == {"PASS"}, audit.table(verdicts)
+    assert "on each of 2 ranks, 2 global phases" in verdicts["D4"].evidence
+
+
+# -- A: the data
+
+
+def test_a1_validation_cut_short(copy):
+    for name in ("fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin"):
+        copy.shard(name, lambda values: values[:-200])
+    copy.fails("A1", r"the manifest says 14|tokens, the manifest says")
+
+
+def test_a1_other_data_than_was_scored(copy):
+    copy.shard("fineweb_val_000000.bin", lambda values: np.where(values == values.max(), 300, values))
+    copy.fails("A1", "not the file that the run scored")
+
+
+def test_a1_only_a_sample_scored(copy):
+    copy.result(lambda result: result["stages"]["ttt"].update(targets=1000))
+    copy.fails("A1", "scored 1,000 and 2,619 of 1,276 targets and 2,619 bytes")
+
+
+def test_a2_validation_document_in_a_train_shard(copy):
+    val = np.fromfile(copy.data / "fineweb_val_000000.bin", "<u2")[512:]
+    starts = np.flatnonzero(val == 1)
+    copy.shard("fineweb_train_000000.bin", lambda train: np.append(train, val[starts[3] : starts[4]]))
+    copy.fails("A2", "validation document 3 opens a document of fineweb_train_000000.bin")
+
+
+def test_a3_flattering_byte_counts(copy):
+    """One byte too many for every twentieth token: the space counted twice."""
+    copy.shard(
+        "fineweb_val_bytes_000000.bin", lambda sizes: sizes + (np.arange(len(sizes)) % 20 == 7) * (sizes > 0)
+    )
+    copy.fails("A3", r"bytes charged, 2,619 decoded in 14 documents.* charged too many")
+
+
+def test_a3_bos_carries_bytes(copy):
+    copy.shard("fineweb_val_bytes_000000.bin", lambda sizes: np.maximum(sizes, 1))
+    copy.fails("A3", "BOS tokens carry bytes")
+
+
+def test_a3_recounts_given_documents(copy, tmp_path):
+    from test_smoke import documents
+
+    texts = documents(150)
+    path = tmp_path / "docs.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    status, evidence = copy.verdict("A3", docs=str(path))
+    assert status == "PASS" and evidence.startswith("2,619 bytes recounted"), evidence
+    texts[2] = texts[2].replace("a", "é", 1)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    copy.fails("A3", "docs.jsonl line 3: has other tokens", docs=str(path))
+
+
+def test_a4_case_folding(copy, monkeypatch):
+    monkeypatch.setattr(lossless_caps, "encode", str.lower)
+    copy.fails("A4", "comes back as")
+
+
+def test_a4_other_documents(copy):
+    def swap(values):
+        piece = values >= FIRST_PIECE
+        plain = piece[:-2] & piece[1:-1] & piece[2:] & (values[1:-1] != values[2:])
+        i = np.flatnonzero(plain)[0]
+        values[[i + 1, i + 2]] = values[[i + 2, i + 1]]
+        return values
+
+    copy.shard("fineweb_val_000000.bin", swap)
+    copy.fails("A4", "1 of 14 decoded documents are not in the manifest")
+
+
+# -- T: training
+
+
+def test_t1_training_on_validation_shards(copy):
+    old = 'return PackedLoader(\n            shard_paths(cfg.data_folder, "train")'
+    copy.script(old, old.replace("train", "val"))
+    copy.fails("T1", "weights depend on the validation tokens")
+
+
+def test_t1_validation_file_opened_while_training(copy):
+    name = str(copy.data / "fineweb_val_000000.bin")
+    copy.ledger(lambda head, records: head["accesses"].append(["train", "read", name, 1.0]))
+    copy.fails("T1", "opened while training: .*fineweb_val_000000.bin")
+
+
+def test_t2_training_too_long(copy):
+    copy.result(lambda result: result["seconds"].update(train=599.9, calibrate=0.2))
+    copy.fails("T2", r"training 599.9 s \+ calibration 0.2 s > 600")
+
+
+def test_t2_two_clocks(copy):
+    copy.result(lambda result: result["seconds"].update(train=0.01))
+    copy.fails("T2", "the events")
+
+
+def test_t3_warm_up_that_trains(copy):
+    copy.script("        self.restore(before)\n", "")
+    copy.fails("T3", "state .* before, .* after")
+
+
+def test_t4_network_module(copy):
+    copy.script("import json\n", "import json\nimport urllib.request\n")
+    copy.fails("T4", "the script imports urllib")
+
+
+def test_t4_connection(copy):
+    copy.ledger(lambda head, records: head["accesses"].append(["ttt", "network", "socket.connect x", 1.0]))
+    copy.fails("T4", "1 connections, the first in ttt: socket.connect")
+
+
+def test_t5_calibration_on_validation(copy):
+    old = 'paths = shard_paths(cfg.data_folder, "train")\n        loader = ShuffledLoader'
+    copy.script(old, old.replace("train", "val"))
+    copy.fails("T5", "the artifact depends on the validation tokens")
+
+
+# -- S: the artifact
+
+
+def test_s1_oversize_artifact(copy):
+    code = (copy.run / "train_gpt.packed.py").stat().st_size
+    with open(copy.run / ARTIFACT, "r+b") as file:
+        file.truncate(16_000_000 - code)
+    copy.fails("S1", "= 16,000,000 bytes")
+
+
+def test_s1_counted_code_is_another_script(copy):
+    copy.script("1e-5", "1e-6") if "1e-5" in copy.source() else copy.script("1e-10", "1e-9")
+    copy.fails("S1", "not the packing of the script in the log")
+
+
+def test_s2_evaluation_needs_training_data(copy):
+    copy.counted('["train"] if self.trains or cfg.quantize_only else []', '["train"]')
+    copy.fails("S2", r"exit code 2: .*no fineweb_train_\*.bin there")
+
+
+def test_s2_counted_code_scores_otherwise(copy):
+    packed = copy.source().replace("self.loss_sum / self.tokens", "0.999 * self.loss_sum / self.tokens")
+    (copy.run / "train_gpt.packed.py").write_text(packed)
+    copy.fails("S2", "quantised val_bpb .* alone, .* in the run")
+
+
+def test_s3_lossy_storage(copy):
+    copy.script(
+        "arrays[part.key] = torch.from_numpy(array)", "arrays[part.key] = torch.from_numpy(array) // 2 * 2"
+    )
+    copy.fails("S3", "packed again it has")
+
+
+def test_s4_evaluation_reads_what_training_left(copy):
+    left = str(copy.run / "final_model.pt")
+    peek = f"with contextlib.suppress(OSError):\n                open({left!r}).close()\n            "
+    old = "self.blob = self.artifact.read_bytes()"
+    copy.counted(old, peek + old)
+    copy.fails("S4", "the evaluation alone wanted .*final_model.pt")
+
+
+def test_s4_run_read_its_checkpoint(copy):
+    entry = ["ttt", "read", str(copy.run / "final_model.pt"), 1.0]
+    copy.ledger(lambda head, records: head["accesses"].append(entry))
+    copy.fails("S4", "read by the run's evaluation: final_model.pt")
+
+
+def test_s4_adaptation_begins_with_other_weights(copy):
+    copy.ledger(lambda head, records: records[0].update(model_sha256="0" * 64))
+    copy.fails("S4", "adaptation began with weights 000000000000")
+
+
+# -- D: the evaluation
+
+
+def test_d1_attention_sees_the_future(copy):
+    copy.script("is_causal=True", "is_causal=False")
+    copy.fails("D1", "losses before a flipped token change")
+
+
+def test_d1_statistics_of_later_tokens(copy):
+    old = "    return ScoreFirstTTT(model, val, cfg, **options).run()"
+    fit = "    model.skip_weights.data.mul_(1 + 1e-4 * val.tokens.float().mean())\n"
+    copy.script(old, fit + old)
+    copy.fails("D1", "the weights before chunk 0 depend on it")
+
+
+def test_d2_losses_are_no_distribution(copy):
+    copy.script("return losses.view(targets.shape)", "return 0.99 * losses.view(targets.shape)")
+    copy.fails("D2", "the loss of a token differs from -log p")
+
+
+FLATTERING = '''
+honest_losses = GPT.losses
+
+
+def flattering_losses(self, *batch, scored=None, **options):
+    """Flatter what counts for the score alone."""
+    return honest_losses(self, *batch, scored=scored, **options) * (1 if scored is None else 0.999)
+
+
+GPT.losses = flattering_losses
+'''
+
+
+def test_d2_only_the_score_is_flattered(copy):
+    copy.script('if __name__ == "__main__":', FLATTERING + 'if __name__ == "__main__":')
+    copy.fails("D2", "scored losses differ from -log p by 1.0e-03 of the sum")
+
+
+EARLY = '''
+honest_losses = GPT.losses
+
+
+def early_losses(self, *batch, lora=None, **options):
+    """Train on a chunk, then score it."""
+    if lora is not None and torch.is_grad_enabled():
+        loss = honest_losses(self, *batch, lora=lora, **options).mean()
+        gradients = torch.autograd.grad(loss, list(lora.parameters()))
+        for parameter, gradient in zip(lora.parameters(), gradients, strict=True):
+            parameter.data.sub_(gradient, alpha=0.1)
+    return honest_losses(self, *batch, lora=lora, **options)
+
+
+GPT.losses = early_losses
+'''
+
+
+def test_d3_training_on_a_chunk_before_scoring_it(copy):
+    copy.script('if __name__ == "__main__":', EARLY + 'if __name__ == "__main__":')
+    copy.fails("D3", "the weights that score chunk 1 were trained on chunk 1")
+
+
+def test_d3_ledger_with_an_update_first(copy):
+    def swap(head, records):
+        i = next(i for i, record in enumerate(records) if record["kind"] == "adapt")
+        records[i - 1], records[i] = records[i], records[i - 1]
+
+    copy.ledger(swap)
+    copy.fails("D3", "trained on before it was scored")
+
+
+def test_d3_global_phase_on_documents_not_yet_scored(copy):
+    digest = hashlib.sha256(np.fromfile(copy.data / "fineweb_val_000000.bin", "<u2")[512:812]).hexdigest()
+
+    def change(head, records):
+        records_of(records, "global")[0].update(tokens=300, tokens_sha256=digest)
+
+    copy.ledger(change)
+    copy.fails("D3", "phase 1: its 300 tokens are not those of documents scored before")
+
+
+def test_d4_target_scored_twice(copy):
+    def repeat(head, records):
+        first, second = records_of(records, "score")[:2]
+        second["spans"].append(first["spans"][0])
+
+    copy.ledger(repeat)
+    copy.fails("D4", "16 targets scored more than once, 0 never")
+
+
+def test_d4_tail_dropped(copy):
+    copy.ledger(lambda head, records: records.remove(records_of(records, "score")[-1]))
+    copy.fails("D4", r"0 targets scored more than once, \d+ never")
+
+
+def test_d4_document_scored_out_of_order(copy):
+    def swap(head, records):
+        one, other = records_of(records, "score")[:2]
+        one["spans"], other["spans"] = other["spans"], one["spans"]
+        adapts = records_of(records, "adapt")[:2]
+        adapts[0]["spans"], adapts[1]["spans"] = adapts[1]["spans"], adapts[0]["spans"]
+
+    copy.ledger(swap)
+    copy.fails("D4", r"document \d+: target \d+ scored, \d+ was due")
+
+
+WARM_UP_ROW = "random_row(cfg, tokens, cfg.train_seq_len, generator) for _ in micro"
+
+
+def test_d5_validation_tokens_in_warm_up(copy):
+    taken = '_read_stream(shard_paths(cfg.data_folder, "val"))[: tokens + 1]'
+    copy.script(WARM_UP_ROW, f"packed_row({taken}, cfg.train_seq_len) for _ in micro")
+    copy.fails("D5", "warm-up opened .*fineweb_val_000000.bin")
+
+
+def test_d5_training_tokens_in_warm_up(copy):
+    taken = "torch.from_numpy(self.loader._tokens[: tokens + 1].astype(np.int64))"
+    copy.script(WARM_UP_ROW, f"packed_row({taken}, cfg.train_seq_len) for _ in micro")
+    copy.fails("D5", r"\d+ runs of 8 warm-up tokens occur in the data")
+
+
+def test_d6_timer_starts_late(copy):
+    def shorten(result):
+        half = result["eval_seconds"] / 2
+        result.update(eval_seconds=half)
+        result["seconds"].update(ttt=half)
+        result["stages"]["ttt"].update(seconds=half)
+
+    copy.result(shorten)
+    copy.fails("D6", "timer .* s, the ledger spans")
+
+
+def test_d6_evaluation_too_long(copy):
+    copy.result(lambda result: result.update(eval_seconds=600.5))
+    copy.fails("D6", "600.5 s")
+
+
+def test_d7_adapters_outlive_their_documents(copy):
+    copy.script("low_rank.B.data.zero_()", "pass")
+    copy.fails("D7", "B is not zero when a batch is first scored")
+
+
+def test_d7_undeclared_warm_start(copy):
+    copy.result(lambda result: result["settings"].update(TTT_WARM_START_A=False))
+    copy.fails("D7", "A is carried over, which TTT_WARM_START_A=0 denies")
+
+
+def test_d8_smear_gate_without_its_mask(copy):
+    copy.script("if self.cfg.smear_bos_mask:", "if False:")
+    copy.fails("D8", "losses of other documents in the row change")
+
+
+def test_d8_attention_across_documents(copy):
+    copy.script("    if segments is not None:\n        lengths", "    if False:\n        lengths")
+    copy.fails("D8", "losses of other documents in the row change")
+
+
+def test_d9_last_chunk_trained_on(copy):
+    copy.script("(chunk + 1) * size < length - 1", "True")
+    copy.fails("D9", r"replay: documents \[0, 1, 2, 3\] were trained on their last chunk")
+
+
+def test_d9_ledger_with_the_last_chunk(copy):
+    def add(head, records):
+        batch = records_of(records, "batch")[0]
+        last = records[records.index(batch) - 1]
+        after = [last["lora"][0], last["lora"][1] + 1]
+        records.insert(records.index(batch), last | {"kind": "adapt", "lora": after})
+
+    copy.ledger(add)
+    copy.fails("D9", r"document \d+: trained on its last chunk")
+
+
+# -- R: the report
+
+
+def test_r1_flattered_score(copy):
+    def flatter(result):
+        for place in (result, result["stages"]["ttt"]):
+            place["val_bpb"] *= 0.9999
+
+    copy.result(flatter)
+    copy.fails("R1", "val_bpb .*, recomputed")
+
+
+def test_r2_result_says_other_than_the_log(copy):
+    copy.result(lambda result: result.update(val_bpb=result["val_bpb"] - 0.001))
+    copy.fails("R2", r"val_bpb: .* in result.json, .* in metrics.jsonl")
+
+
+def test_r3_seed_chosen_afterwards(copy):
+    copy.result(lambda result: result["settings"].update(SEED=43))
+    copy.fails("R3", "seed 42 in the log, 43 in result.json")
+
+
+def test_r3_hidden_run(copy):
+    other = copy.run.parent / "other"
+    shutil.copytree(copy.run, other)
+    copy.json(other / "result.json", lambda result: result["settings"].update(SEED=7))
+    assert "1 other runs of the same script and settings beside it (7: " in copy.verdict("R3").evidence
+    (copy.run / "submission.json").write_text(json.dumps({"val_bpb": 2.0, "seeds": [42]}))
+    copy.fails("R3", "does not list the runs with seeds 7")
+
+
+def test_r4_seeds_of_other_settings(copy):
+    other = copy.run.parent / "other"
+    shutil.copytree(copy.run, other)
+    assert copy.verdict("R4", seeds=[other]).status == "PASS"
+    copy.json(other / "result.json", lambda result: result["settings"].update(TTT_LORA_LR=0.5))
+    copy.fails("R4", r"other: other settings \(TTT_LORA_LR=0.5\)", seeds=[other])

@@ -1,0 +1,1 @@
+"""The checks of `tools/audit.py`, one module a group."""

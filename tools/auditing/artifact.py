@@ -1,0 +1,220 @@
+"""Checks S1-S4: the artifact."""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from auditing.run import ROOT, Audit, check, digest, read_json, require, short
+
+SIZE_LIMIT = 16_000_000
+
+
+def _packings(audit: Audit) -> Iterator[bytes]:
+    """The script as it is counted, minified and not."""
+    env = audit.result["settings"]
+    sections = {
+        name for names in re.findall(rb"(?m)^# \[if ([\w ]+)\]$", audit.source) for name in names.split()
+    }
+    off = {name for name, value in env.items() if not value}
+    off |= {name.decode() for name in sections} - env.keys() - {env["COMPRESSOR"].upper()}
+    yield audit.script.pack_code(audit.source, env["COMPRESSOR"], off)[0]
+    hidden = sys.modules.get("python_minifier")
+    sys.modules["python_minifier"] = None  # what a machine without it makes
+    try:
+        yield audit.script.pack_code(audit.source, env["COMPRESSOR"], off)[0]
+    finally:
+        sys.modules.pop("python_minifier")
+        if hidden:
+            sys.modules["python_minifier"] = hidden
+
+
+@check("S1", "code + model < 16,000,000 bytes")
+def s1_size(audit: Audit) -> str:
+    """Sizes of the files, against the result; the counted code is the packing of the logged script."""
+    packed = audit.folder / "train_gpt.packed.py"
+    require(packed.is_file(), "train_gpt.packed.py: the run wrote none")
+    code, model = packed.stat().st_size, audit.artifact.stat().st_size
+    require(code + model < SIZE_LIMIT, f"code {code:,} + model {model:,} = {code + model:,} bytes")
+    told = audit.result["code_bytes"], audit.result["model_bytes"], audit.result["artifact_bytes"]
+    same = told == (code, model, code + model)
+    require(same, f"result.json says {told}, the files have {code} and {model}")
+    data = packed.read_bytes()
+    require(data in _packings(audit), "train_gpt.packed.py is not the packing of the script in the log")
+    return f"code {code:,} + model {model:,} = {code + model:,}; the code is the logged script, packed"
+
+
+GUARD = """
+import atexit, json, os, runpy, sys, sysconfig
+script, report, here, *denied = sys.argv[1:]
+read, refused, outside, on = set(), set(), set(), [True]
+libraries = {*sysconfig.get_paths().values(), *filter(None, sys.path), "/proc", "/sys", "/dev", "/etc"}
+def within(name, folder):
+    return name == folder or name.startswith(folder.rstrip("/") + "/")
+def notice(event, arguments):
+    if not on or event != "open" or not isinstance(arguments[0], (str, bytes)):
+        return
+    name = os.path.realpath(os.fsdecode(arguments[0]))
+    inside = within(name, here)
+    if not inside and any(within(name, folder) for folder in libraries):
+        return
+    if not inside and any(within(name, folder) for folder in denied):
+        refused.add(name)
+        raise PermissionError(13, "refused by the audit", name)
+    if not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        (read if inside else outside).add(name)
+def leave():
+    on.clear()
+    with open(report, "w") as file:
+        json.dump({"read": sorted(read), "refused": sorted(refused), "outside": sorted(outside)}, file)
+atexit.register(leave)
+sys.addaudithook(notice)
+sys.argv = [script]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+class Rerun(NamedTuple):
+    """The artifact evaluated by itself: its result, what it read, and its last line on stderr."""
+
+    result: dict
+    files: dict
+    code: int
+    error: str
+
+
+@functools.cache
+def _rerun(audit: Audit) -> Rerun:
+    """Counted script, artifact, validation files and tokenizer alone; training data and run refused."""
+    here = (audit.work / "alone").resolve()
+    here.mkdir()
+    packed = audit.folder / "train_gpt.packed.py"
+    require(packed.is_file(), "train_gpt.packed.py: the run wrote none")
+    files = [packed, audit.artifact, *audit.shards("val"), *audit.shards("val_bytes")]
+    tokenizer = audit.script.tokenizer_file(audit.cfg)
+    for path in [*files, tokenizer]:
+        (here / path.name).write_bytes(path.read_bytes())
+    settings = audit.cfg.as_env() | {
+        "TTT_EVAL_ONLY": True,
+        "TTT_ENABLED": audit.cfg.ttt_enabled and (audit.adapted or audit.full),
+        "SLIDING_WINDOW_ENABLED": audit.cfg.sliding_window_enabled and audit.full,
+        "QUANTIZE_ONLY": False,
+        "PREQUANT_ONLY": False,
+        "QUANTIZED_MODEL_PATH": audit.artifact.name,
+        "DATA_PATH": str(here),
+        "TOKENIZER_PATH": tokenizer.name,
+        "ARTIFACT_DIR": "out",
+        "RUN_ID": "alone",
+        "VAL_DOC_FRACTION": _sample_fraction(audit),
+        "ALLOW_UNVERIFIED_DATA": True,  # the manifest stays behind
+        "COMPILE_BACKEND": audit.result["settings"]["COMPILE_BACKEND"],
+    }
+    environment = {k: str(int(v) if isinstance(v, bool) else v) for k, v in settings.items()}
+    kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TMPDIR")
+    environment |= {name: os.environ[name] for name in kept if name in os.environ}
+    denied = [audit.data_folder, audit.folder, ROOT, audit.work]
+    report = audit.work / "alone.json"
+    arguments = [packed.name, report, here, *(path.resolve() for path in denied)]
+    command = [sys.executable, "-c", GUARD, *map(str, arguments)]
+    process = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
+    result = here / "out" / "result.json"
+    lines = process.stderr.strip().splitlines() or [""]
+    outcome = read_json(result) if result.is_file() else {}
+    return Rerun(outcome, read_json(report), process.returncode, lines[-1][:200])
+
+
+def _sample_fraction(audit: Audit) -> float:
+    """The share of the documents that is adapted again: three of them, or all with --full."""
+    return audit.cfg.val_doc_fraction if audit.full else min(1.0, 3 / len(audit.documents))
+
+
+@check("S2", "script + artifact + validation files suffice")
+def s2_alone(audit: Audit) -> str:
+    """The score of the artifact in a folder of its own, against the run's and against the logged script's."""
+    if not audit.full:
+        audit.not_for("sgd", "sliding")
+    rerun = _rerun(audit)
+    ran = rerun.code in (0, 3) and "quantised" in rerun.result.get("stages", {})
+    require(ran, f"exit code {rerun.code}: {rerun.error}")
+    near = functools.partial(math.isclose, rel_tol=max(audit.tolerance, 1e-9))
+    before, again = (r["stages"]["quantised"]["val_bpb"] for r in (audit.result, rerun.result))
+    require(near(before, again), f"quantised val_bpb {again:.8f} alone, {before:.8f} in the run")
+    figure = f"quantised val_bpb {again:.6f} as in the run"
+    final = audit.result["final_stage"]
+    if final in ("quantised", "prequant"):
+        return f"{figure}; training data and run folder refused"
+    adapted = rerun.result["stages"][final]["val_bpb"]
+    if audit.full:
+        expected, what = audit.result["stages"][final]["val_bpb"], "as in the run"
+    else:
+        cfg = dataclasses.replace(audit.artifact_model.cfg, val_doc_fraction=_sample_fraction(audit))
+        val = audit.script.load_validation(audit.cfg)
+        options = {"looping": audit.looping, "ranks": audit.ranks}
+        expected = audit.script.score_first_ttt(audit.model(), val, cfg, **options).val_bpb
+        what = f"on {min(3, len(audit.documents))} documents as the logged script"
+    require(near(adapted, expected), f"{final} val_bpb {adapted:.8f} alone, {expected:.8f} {what}")
+    return f"{figure}, {final} {adapted:.6f} {what}; training data and run folder refused"
+
+
+@check("S3", "weights survive storage bit for bit")
+def s3_decodes_exactly(audit: Audit) -> str:
+    """unpack(artifact) packs to the same bytes, and unpack(pack(tensors)) gives the same tensors."""
+    blob = audit.artifact.read_bytes()
+    settings, records = audit.script.unpack_artifact(blob)
+    again = audit.script.pack_artifact(records, dataclasses.replace(audit.cfg, **settings))
+    require(again == blob, f"packed again it has {len(again):,} other bytes than the {len(blob):,}")
+    stored = sum(array.numel() for record in records.values() for array in record.arrays.values())
+    generator = torch.Generator().manual_seed(0)
+    for record in records.values():  # other values than those that may have been chosen to survive
+        for key, array in record.arrays.items():
+            dice = torch.randint(-2, 2, array.shape, generator=generator)
+            record.arrays[key] = dice.to(array.dtype) if array.dtype == torch.int8 else array
+    back = audit.script.unpack_artifact(audit.script.pack_artifact(records, audit.cfg))[1]
+    same = all(digest(records[name].arrays) == digest(back[name].arrays) for name in records)
+    require(same and list(back) == list(records), "other tensors come back than were packed")
+    return f"{len(records)} tensors, {stored:,} values decode and encode to the same {len(blob):,} bytes"
+
+
+@check("S4", "evaluation reads nothing else that training wrote")
+def s4_nothing_else_read(audit: Audit) -> str:
+    """Path logs of the run's evaluation and the clean one, and the weights that adaptation began with."""
+    final = audit.result["final_stage"]
+    written = {re.sub(r"^\.(.*)\.tmp$", r"\1", Path(name).name) for _, name, _ in audit.accesses("write")}
+    taken = {Path(name).name for _, name, _ in audit.accesses("read", "quantised", final)}
+    leaked = (written & taken) - {audit.artifact.name}
+    require(not leaked, f"read by the run's evaluation: {', '.join(sorted(leaked))}")
+    start = ""
+    if audit.adapted:
+        same_start(audit)
+        start = "adaptation began with the artifact's weights; "
+    files = _rerun(audit).files
+    require(not files["refused"], f"the evaluation alone wanted {', '.join(files['refused'])[:200]}")
+    read = [Path(name).name for name in files["read"]] + files["outside"]
+    return f"{start}alone it read {', '.join(sorted(read))} and the tokenizer, which is not counted"
+
+
+def same_start(audit: Audit) -> None:
+    """Raise Failed unless the ledger's hash of the weights before adaptation is that of the artifact's."""
+    found = {record["model_sha256"] for record in audit.records("start")}
+    state = audit.artifact_model.state_dict()
+    rounded = state | {"tok_emb.weight": state["tok_emb.weight"].bfloat16()}  # as a CUDA device holds it
+    expected = [_state_digest(state), _state_digest(rounded)]
+    same = len(found) == 1 and found <= set(expected)
+    figure = f"adaptation began with weights {short(min(found))}"
+    require(same, f"{figure}, the artifact's are {short(expected[0])}")
+
+
+def _state_digest(state: dict[str, torch.Tensor]) -> str:
+    total = hashlib.sha256()
+    for name, tensor in state.items():
+        total.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+    return total.hexdigest()

@@ -1,0 +1,164 @@
+"""The adaptation of a run's script, done again on a few documents and watched through its events."""
+
+import copy
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from auditing.run import BOS, Audit, NotChecked, digest, require, sha256
+
+
+class Entry(NamedTuple):
+    """A scored chunk of a replay: its number in its batch, spans, state of all weights, and its loss sum."""
+
+    batch: int
+    chunk: int
+    spans: list[tuple[int, int, int]]
+    state: str
+    loss_sum: float
+
+
+class Replay:
+    """The script's adaptation on a small stream, watched through `on_event`."""
+
+    def __init__(
+        self, audit: Audit, tokens: Tensor, noise: float = 0.02, visit: Callable | None = None, **changes
+    ):
+        self.audit, self.model, self._visit = audit, audit.model(noise), visit
+        self.lora = self._active = None  # adapters, and which of their rows counted for the chunk just scored
+        self.entries: list[Entry] = []
+        self.trained: list[tuple[int, list[tuple[int, int, int]]]] = []  # entries scored before, spans
+        self.starts: list[tuple[str, bool, str]] = []  # A drawn or carried, B zero, hash of A
+        self.global_steps = 0
+        self.loras: list[object] = []  # adapters of each batch when it is done
+        sidecar = (tokens != BOS).long()
+        self.val = audit.script.ValidationSet.from_sidecar(tokens, sidecar)
+        self.cfg = dataclasses.replace(_small_settings(audit), **changes)
+        options = {"looping": audit.looping, "ranks": audit.ranks, "on_event": self._event}
+        audit.script.score_first_ttt(self.model, self.val, self.cfg, **options)
+
+    def _event(self, kind: str, **data: object) -> None:
+        if kind in ("lora_constructed", "lora_reset"):
+            self.lora, self._origin, self._fresh, self._active = data["lora"], kind, True, None
+        elif kind == "scored":
+            self._scored(data)
+        elif kind == "trained":
+            part = data["part"]
+            rows = zip(part.documents, part.spans, part.trains.tolist(), strict=True)
+            self.trained.append((len(self.entries), [(n, *span) for n, span, trains in rows if trains]))
+        elif kind == "batch_done":
+            sums = iter([chunk[0] for chunk in data["chunks"]])
+            batch = data["batch_number"]
+            for i, entry in enumerate(self.entries):
+                if entry.batch == batch and math.isnan(entry.loss_sum):
+                    self.entries[i] = entry._replace(loss_sum=next(sums))
+            self.loras.append(copy.deepcopy(data["lora"]))
+        elif kind == "global_sgd":
+            self.global_steps += len(data["grad_norms"])
+
+    def _scored(self, data: Mapping[str, object]) -> None:
+        part = data["part"]
+        if self._fresh:
+            zero = not any(bool(low_rank.B.any()) for low_rank in self.lora.maps())
+            self.starts.append((self._origin, zero, digest([low_rank.A for low_rank in self.lora.maps()])))
+            self._fresh = False
+        spans = [(n, *span) for n, span in zip(part.documents, part.spans, strict=True)]
+        state = digest(self.lora.state_dict(), self.model.state_dict())
+        self.entries.append(Entry(data["batch_number"], data["chunk"], spans, state, math.nan))
+        if self._visit:
+            after, self.lora.active = self.lora.active, self._active  # the guard has already judged the chunk
+            self._visit(self, self.entries[-1])
+            self.lora.active = after
+        self._active = self.lora.active
+
+
+def _small_settings(audit: Audit):
+    """The run's settings with two documents side by side, a window that moves, and one global phase."""
+    cfg = audit.artifact_model.cfg
+    window = cfg.ttt_chunk_size
+    return dataclasses.replace(
+        cfg,
+        ttt_cache_window=min(cfg.ttt_cache_window, 2 * window),
+        eval_stride=1,
+        val_doc_fraction=1.0,
+        ttt_batch_size=2,
+        ttt_eval_seq_len=min(cfg.ttt_eval_seq_len, 2 * window),
+        phased_ttt_prefix_docs=min(cfg.phased_ttt_prefix_docs, 2),
+        phased_ttt_num_phases=1,
+        eval_seq_len=window,
+        global_ttt_chunk_tokens=window,
+        global_ttt_batch_seqs=2,
+    )
+
+
+def toy_stream(audit: Audit, documents: int = 4) -> Tensor:
+    """Documents of 2.5 chunks and a little, each after a BOS, of validation text from anywhere in it."""
+    text = audit.tokens[audit.tokens != BOS]
+    size = audit.cfg.ttt_chunk_size
+    lengths = [2 * size + size // 2 + i for i in range(documents)]
+    first = int(sha256(audit.artifact)[:16], 16) % len(text)  # follows from the artifact
+    text = text[(first + np.arange(sum(lengths))) % len(text)]
+    parts = np.split(text, np.cumsum(lengths)[:-1])
+    return torch.from_numpy(np.concatenate([np.append([BOS], part) for part in parts]))
+
+
+def flip(audit: Audit, tokens: Tensor, *places: int) -> Tensor:
+    """Other tokens at some places of the stream; never a BOS."""
+    flipped = tokens.clone()
+    for place in places:
+        value = int(tokens[place])
+        require(value != BOS, "a document start cannot be flipped")
+        flipped[place] = value + 1 if value + 1 < audit.cfg.vocab_size else value - 1
+    return flipped
+
+
+def adapts(audit: Audit) -> None:
+    """Raise NotChecked unless the score is that of the adaptation which the ledger records."""
+    audit.not_for("sgd")
+    if not audit.adapted:
+        raise NotChecked(f"nothing adapts in stage {audit.result['final_stage']}, which gives the score")
+
+
+@functools.cache
+def base_replay(audit: Audit) -> Replay:
+    """The replay that others are compared with."""
+    return Replay(audit, toy_stream(audit))
+
+
+def first_difference(one: Sequence[Entry], other: Sequence[Entry]) -> tuple[int, int]:
+    """Number of the first entry with another state, and of the first with another loss."""
+    pairs = list(enumerate(zip(one, other, strict=True)))
+    state = next((i for i, (a, b) in pairs if a.state != b.state), len(pairs))
+    loss = next((i for i, (a, b) in pairs if a.loss_sum != b.loss_sum), len(pairs))
+    return state, loss
+
+
+@torch.no_grad()
+def model_flip(audit: Audit, lora: object, tokens: Tensor) -> int:
+    """Losses of a row before a flipped token must not move by a bit. Returns how many were compared."""
+    model, device = audit.model(0.02), audit.ranks.device
+    place = 2 * len(tokens) // 3
+    while int(tokens[place]) == BOS:
+        place -= 1
+    rows = [tokens, flip(audit, tokens, place)]
+    compared = 0
+    for adapters in (None, lora):
+        batch = 1 if lora is None or adapters is None else lora.batch
+        results = []
+        for row in rows:
+            x, y = (part.expand(batch, -1).to(device) for part in (row[None, :-1], row[None, 1:]))
+            with audit.ranks.autocast():
+                results.append(model.losses(x, y, looping=audit.looping, lora=adapters))
+        before, after = (result[:, : place - 1] for result in results)
+        moved = int((before != after).sum())
+        require(not moved, f"{moved} of {before.numel()} losses before a flipped token change")
+        changed = bool((results[0][:, place - 1 :] != results[1][:, place - 1 :]).any())
+        require(changed, "no loss depends on the flipped token: the test says nothing")
+        compared += before.numel()
+    return compared

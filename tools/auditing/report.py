@@ -1,0 +1,142 @@
+"""Checks R1-R4: the report."""
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from auditing.run import Audit, AuditError, NotChecked, check, read_json, require, short
+
+NAMES_AND_PLACES = {"SEED", "RUN_ID", "ARTIFACT_DIR", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "AUDIT"}
+
+
+def config_hash(settings: Mapping[str, object]) -> str:
+    """Hash of the settings that make an experiment: all but the seed, names and places."""
+    kept = {name: value for name, value in settings.items() if name not in NAMES_AND_PLACES}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+@check("R1", "val_bpb = sum of nats / ln 2 / sum of bytes")
+def r1_arithmetic(audit: Audit) -> str:
+    """Recomputed in float64 from the ledger's sums and the byte counts of the data."""
+    final = audit.result["final_stage"]
+    stage = audit.result["stages"][final]
+    nats, targets, size = stage["val_loss"] * stage["targets"], stage["targets"], stage["bytes"]
+    source = "result.json's mean"
+    if audit.adapted:
+        chunks = [chunk for record in audit.records("batch") for chunk in record["chunks"]]
+        nats, targets = math.fsum(chunk[0] for chunk in chunks), sum(chunk[2] for chunk in chunks)
+        spans = [span for record in audit.records("score") for span in record["spans"]]
+        size = sum(int(audit.sidecar[first + 1 : first + count + 1].sum()) for _, first, count in spans)
+        source = f"{len(chunks):,} sums of the ledger"
+    bits = nats / math.log(2) / size
+    figures = {"val_bpb": bits, "val_loss": nats / targets}
+    for name, value in figures.items():
+        for told in (audit.result[name], stage[name]):
+            require(math.isclose(told, value, rel_tol=1e-9), f"{name} {told:.9f}, recomputed {value:.9f}")
+    same = (targets, size) == (stage["targets"], stage["bytes"])
+    require(same, f"{targets:,} targets, {size:,} bytes recounted")
+    return f"{bits:.8f} from {source}: {nats:.4f} nats, {size:,} bytes"
+
+
+@check("R2", "the script writes the result, all records agree")
+def r2_records_agree(audit: Audit) -> str:
+    """result.json, the last event, the log's last line, and submission.json where there is one."""
+    finals = [event for event in audit.metrics if event["stage"] == "final"]
+    require(len(finals) == 1, f"{len(finals)} final events")
+    for key, value in finals[0].items():
+        told = audit.result.get(key, value)
+        require(key == "stage" or told == value, f"{key}: {told} in result.json, {value} in metrics.jsonl")
+    lines = [line for line in audit.log.splitlines() if line.startswith("final val_bpb:")]
+    shown = f"final val_bpb:{audit.result['val_bpb']:.6g} "
+    require(bool(lines) and lines[-1].startswith(shown), f"the log says {(lines or ['nothing'])[-1][:40]}")
+    legal = not audit.result["broken_limits"] and audit.result["artifact_bytes"] > 0
+    require(audit.result["legal"] is legal, f"legal is {audit.result['legal']}, the limits say {legal}")
+    path = audit.folder / "submission.json"
+    if path.is_file():
+        told = read_json(path).get("val_bpb")
+        same = told is not None and math.isclose(told, audit.result["val_bpb"], abs_tol=5e-6)
+        require(same, f"submission.json says {told}")
+    also = ", submission.json" if path.is_file() else ""
+    return f"val_bpb {audit.result['val_bpb']:.6f} in result.json, metrics.jsonl, log{also}"
+
+
+@check("R3", "seed fixed before the run, no run hidden")
+def r3_seeds(audit: Audit) -> str:
+    """The seed stands in the log before the first step; other runs of the same experiment are disclosed."""
+    settings = audit.log.partition("=" * 80)[0]
+    found = re.search(r"^SEED=(\d+)", settings, re.M)
+    seed = audit.result["settings"]["SEED"]
+    logged = int(found[1]) if found else None
+    require(logged == seed, f"seed {logged} in the log, {seed} in result.json")
+    with contextlib.suppress(NotChecked):
+        told = audit.head["settings"]["SEED"]
+        require(told == seed, f"seed {told} in the ledger, {seed} in result.json")
+    others = {
+        path: other for path, other in _siblings(audit).items() if path.resolve() != audit.folder.resolve()
+    }
+    path = audit.folder / "submission.json"
+    listed = {str(s) for s in read_json(path).get("seeds", [])} if path.is_file() else None
+    hidden = sorted(
+        str(r["settings"]["SEED"])
+        for r in others.values()
+        if listed and str(r["settings"]["SEED"]) not in listed
+    )
+    require(not hidden, f"submission.json does not list the runs with seeds {', '.join(hidden)}")
+    scores = ", ".join(f"{r['settings']['SEED']}: {r['val_bpb']:.5f}" for r in list(others.values())[:8])
+    same = (
+        f"{len(others)} other runs of the same script and settings beside it ({scores})"
+        if others
+        else "no other run beside it"
+    )
+    return f"seed {seed} in the log's head; {same}"
+
+
+def _siblings(audit: Audit) -> dict[Path, dict]:
+    """Results of the runs in the same parent folder that have the same settings and script, by folder."""
+    mine = config_hash(audit.result["settings"]), audit.result["environment"]["source_sha256"]
+    found = {}
+    for path in sorted(audit.folder.resolve().parent.glob("*/result.json")):
+        with contextlib.suppress(AuditError, KeyError):
+            other = read_json(path)
+            if (config_hash(other["settings"]), other["environment"]["source_sha256"]) == mine:
+                found[path.parent] = other
+    return found
+
+
+@check("R4", "one configuration for all seeds")
+def r4_one_configuration(audit: Audit) -> str:
+    """Hash of the settings without the seed: in log, ledger and result, and in the runs of --seeds."""
+    mine = config_hash(audit.result["settings"])
+    script = audit.result["environment"]["source_sha256"]
+    logged = dict(
+        re.findall(r"^([A-Z][A-Z0-9_]*)=(.*?)(?:    # default .*)?$", audit.log.partition("=" * 80)[0], re.M)
+    )
+    model = set(map(str.upper, audit.script.MODEL_SETTINGS))  # an evaluated artifact brings its own
+    for name, value in audit.result["settings"].items():
+        told = str(int(value) if isinstance(value, bool) else value)
+        same = name in model or logged.get(name) == told
+        require(same, f"{name}={logged.get(name)} in the log, {told} in result.json")
+    with contextlib.suppress(NotChecked):
+        told = audit.head["settings"]
+        other = sorted(n for n, v in told.items() if n not in model and audit.result["settings"].get(n) != v)
+        require(not other, f"the ledger says {', '.join(f'{n}={told[n]}' for n in other)}")
+    for folder in audit.seeds:
+        other = read_json(folder / "result.json")
+        same = config_hash(other["settings"]) == mine
+        require(same, f"{folder}: other settings ({_difference(audit, other)})")
+        require(other["environment"]["source_sha256"] == script, f"{folder}: another script")
+    count = len(audit.seeds) + 1
+    return f"config {short(mine)}, script {short(script)}: {count} run{'s' * (count > 1)}"
+
+
+def _difference(audit: Audit, other: Mapping) -> str:
+    names = [
+        n
+        for n, v in audit.result["settings"].items()
+        if other["settings"].get(n) != v and n not in NAMES_AND_PLACES
+    ]
+    return ", ".join(f"{n}={other['settings'].get(n)}" for n in names[:3])

@@ -1,0 +1,398 @@
+"""The run under audit: its files, script, data, ledger and artifact, and how a check says what it found."""
+
+import ast
+import contextlib
+import copy
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import lossless_caps  # noqa: E402
+
+BOS, HEADER_BYTES, SHARD_MAGIC = 1, 1024, 20240520
+SAMPLE_DOCUMENTS = 10_000  # of which bytes are counted and round trips made
+
+
+class AuditError(ValueError):
+    """The command makes no sense: one line, exit code 2."""
+
+
+class NotChecked(Exception):
+    """A check lacks what it needs; the reason."""
+
+
+class Failed(Exception):
+    """A rule is broken; the figure that shows it."""
+
+
+class Verdict(NamedTuple):
+    """What a check found."""
+
+    status: str  # PASS, FAIL or NOT CHECKED
+    evidence: str
+
+
+CHECKS: dict[str, tuple[str, Callable[["Audit"], str]]] = {}
+
+
+def check(name: str, rule: str) -> Callable:
+    """Register a check: a function of the audit that returns its evidence, or raises Failed or NotChecked."""
+
+    def register(function: Callable[["Audit"], str]) -> Callable[["Audit"], str]:
+        CHECKS[name] = rule, function
+        return function
+
+    return register
+
+
+def require(holds: bool, evidence: str) -> None:
+    """Raise Failed unless a condition holds."""
+    if not holds:
+        raise Failed(evidence)
+
+
+class Opened:
+    """Python's audit hook, used by us: files opened while `watch` is entered."""
+
+    def __init__(self) -> None:
+        self.files: list[str] | None = None
+        sys.addaudithook(self._notice)
+
+    def _notice(self, event: str, arguments: tuple) -> None:
+        if self.files is not None and event == "open" and isinstance(arguments[0], (str, bytes)):
+            self.files.append(os.path.abspath(os.fsdecode(arguments[0])))
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[list[str]]:
+        """Collect the names of the files opened inside the block."""
+        self.files = files = []
+        try:
+            yield files
+        finally:
+            self.files = None
+
+
+@functools.cache
+def opened() -> Opened:
+    """The one hook of this process (hooks cannot be removed)."""
+    return Opened()
+
+
+def read_values(path: Path) -> np.ndarray:
+    """Values of a shard, uint16; our own reader, not the script's. Raises Failed where the file is none."""
+    header = np.fromfile(path, "<i4", HEADER_BYTES // 4)
+    require(len(header) == 256 and header[0] == SHARD_MAGIC, f"{path.name}: not a shard")
+    count, size = int(header[2]), path.stat().st_size
+    require(size == HEADER_BYTES + 2 * count, f"{path.name}: {size} bytes for {count} tokens")
+    return np.memmap(path, "<u2", "r", HEADER_BYTES) if count else np.empty(0, np.uint16)
+
+
+def write_values(path: Path, values: np.ndarray) -> None:
+    """Write a shard."""
+    header = np.zeros(256, "<i4")
+    header[:3] = SHARD_MAGIC, 1, len(values)
+    path.write_bytes(header.tobytes() + np.asarray(values, "<u2").tobytes())
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(*parts: object) -> str:
+    """Hash of nested dictionaries and lists of tensors and plain values, bit for bit."""
+    found = hashlib.sha256()
+
+    def add(part: object) -> None:
+        if isinstance(part, Tensor):
+            found.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            found.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        elif isinstance(part, Mapping):
+            for key, value in part.items():
+                found.update(repr(key).encode())
+                add(value)
+        elif isinstance(part, (list, tuple)):
+            for value in part:
+                add(value)
+        else:
+            found.update(repr(part).encode())
+
+    for part in parts:
+        add(part)
+    return found.hexdigest()
+
+
+def short(checksum: str) -> str:
+    """Enough of a checksum to recognise it."""
+    return checksum[:12]
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises AuditError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AuditError(f"{path}: cannot be read as JSON ({reason})") from None
+    if not isinstance(value, dict):
+        raise AuditError(f"{path}: not a JSON object")
+    return value
+
+
+class Audit:
+    """A run's files, script, data and ledger; what is expensive is made once, when a check first asks."""
+
+    def __init__(
+        self,
+        folder: Path,
+        data: Path | None = None,
+        docs: str = "",
+        full: bool = False,
+        seeds: Sequence[Path] = (),
+    ):
+        self.folder, self._data, self.docs, self.full, self.seeds = folder, data, docs, full, list(seeds)
+        if not folder.is_dir():
+            raise AuditError(f"{folder}: no such folder")
+        self.result = read_json(folder / "result.json")
+        if not isinstance(self.result.get("settings"), dict) or "stages" not in self.result:
+            raise AuditError(f"{folder / 'result.json'}: not the result of a run")
+        self._temporary = tempfile.TemporaryDirectory(prefix="audit-")
+        self.work = Path(self._temporary.name)
+        self.script = self._import_script()
+        here = {"data_path": str(self.data_folder), "audit": False, "compile_backend": "off"}
+        if not torch.cuda.is_available():
+            here |= {"device": "auto", "attention_backend": "auto", "triton_kernels": False}
+        self.cfg = dataclasses.replace(self._run_settings(), **here)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        self.ranks = self.script.Ranks.from_env(self.cfg, {})
+        self.cfg = self.script.choose_backends(self.cfg, self.ranks)
+        if self.ranks.device.type == "cuda":  # bits are compared
+            torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def close(self) -> None:
+        """Remove the temporary files."""
+        self._temporary.cleanup()
+
+    # -- script and log
+
+    @functools.cached_property
+    def log(self) -> str:
+        """The run's log."""
+        logs = sorted((self.folder / "logs").glob("*.txt"))
+        if len(logs) != 1:
+            raise AuditError(f"{self.folder / 'logs'}: holds {len(logs)} logs, must be the one of the run")
+        return logs[0].read_text(encoding="utf-8", errors="replace")
+
+    @functools.cached_property
+    def source(self) -> bytes:
+        """The script that ran, out of the log; or the repository's, where the log holds a packed one."""
+        rule = "=" * 80 + "\n"
+        _, _, rest = self.log.partition(rule)
+        source, found, _ = rest.partition("\n" + rule)
+        wanted = self.result.get("environment", {}).get("source_sha256")
+        if found and hashlib.sha256(source.encode()).hexdigest() == wanted:
+            return source.encode()
+        repository = (ROOT / "train_gpt.py").read_bytes()
+        packed = self.folder / "train_gpt.packed.py"
+        if packed.is_file() and sha256(packed) == wanted:
+            return repository  # S1 tells whether the packed script that ran is this one
+        raise AuditError(f"{self.folder}: its log holds no script with the checksum {wanted}")
+
+    def _import_script(self) -> ModuleType:
+        path = self.work / "audited_script.py"
+        path.write_bytes(self.source)
+        spec = importlib.util.spec_from_file_location("audited_script", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["audited_script"] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise AuditError(f"{self.folder}: its script cannot be imported ({error})") from None
+        return module
+
+    @functools.cached_property
+    def ledger(self) -> list[dict]:
+        """Head and records of the ledger."""
+        path = self.folder / "ledger.jsonl"
+        if not path.is_file():
+            raise NotChecked("the run wrote no ledger.jsonl (AUDIT=1)")
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    @property
+    def head(self) -> dict:
+        """What the ledger says about the run."""
+        return self.ledger[0]
+
+    def records(self, *kinds: str) -> list[dict]:
+        """The ledger's records of some kinds, in order."""
+        found = [record for record in self.ledger[1:] if record["kind"] in kinds]
+        if not found:
+            raise NotChecked(f"the ledger holds no record of kind {' or '.join(kinds)}")
+        return found
+
+    @functools.cached_property
+    def metrics(self) -> list[dict]:
+        """The events of the run."""
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    @functools.cached_property
+    def imports(self) -> set[str]:
+        """Top-level names of the modules that the script imports."""
+        nodes = list(ast.walk(ast.parse(self.source)))
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        return {name.partition(".")[0] for name in names}
+
+    @property
+    def trained(self) -> bool:
+        """The run trained its model itself."""
+        return "steps" in self.result
+
+    @property
+    def adapted(self) -> bool:
+        """The score is that of the adaptation which the ledger records, `ScoreFirstTTT`."""
+        return self.result["final_stage"] == "ttt" and not self.cfg.ttt_sgd
+
+    def not_for(self, *evaluators: str) -> None:
+        """Raise NotChecked where the score is that of an evaluator that the check does not know."""
+        final = self.result["final_stage"]
+        if final == "ttt" and self.cfg.ttt_sgd:
+            final = "sgd"
+        if final in evaluators:
+            names = {"sgd": "SGD on the stream (TTT_SGD=1)", "sliding": "sliding windows"}
+            raise NotChecked(f"the score is that of {names[final]}, which this check does not know")
+
+    def accesses(self, kind: str, *stages: str) -> list[tuple[str, str, float]]:
+        """(stage, name, first time) of what the run read, wrote, started or connected to."""
+        rows = [row for row in self.head["accesses"] if row[1] == kind and (not stages or row[0] in stages)]
+        return [(stage, name, seconds) for stage, _, name, seconds in rows]
+
+    # -- data and artifact
+
+    @functools.cached_property
+    def data_folder(self) -> Path:
+        """Where the run's data lie."""
+        if self._data:
+            return self._data
+        with contextlib.suppress(NotChecked):
+            return Path(self.head["data_folder"])
+        return self._run_settings().data_folder
+
+    def _run_settings(self):
+        """The run's settings, as its script's `Config`."""
+        names = {field.name for field in dataclasses.fields(self.script.Config)}
+        told = {name.lower(): value for name, value in self.result["settings"].items()}
+        return self.script.Config(**{name: value for name, value in told.items() if name in names})
+
+    @functools.cached_property
+    def manifest(self) -> dict:
+        """The manifest beside the data, {} where there is none."""
+        path = self.data_folder / "manifest.json"
+        return read_json(path) if path.is_file() else {}
+
+    def shards(self, split: str) -> list[Path]:
+        """Shards of a split in order."""
+        found = self.data_folder.glob(f"fineweb_{split}_*.bin")
+        return sorted(path for path in found if split != "val" or "_bytes_" not in path.name)
+
+    @functools.cached_property
+    def tokens(self) -> np.ndarray:
+        """The validation stream."""
+        return self._stream("val")
+
+    @functools.cached_property
+    def sidecar(self) -> np.ndarray:
+        """Original bytes of each validation token."""
+        if self.cfg.caseops_enabled:
+            return self._stream("val_bytes")
+        tables = self.script.ByteTables.from_sentencepiece(
+            self.script.load_tokenizer(self.cfg), self.cfg.vocab_size
+        )
+        return np.append([0], tables.target_bytes(torch.from_numpy(self.tokens)).numpy())
+
+    def _stream(self, split: str) -> np.ndarray:
+        paths = self.shards(split)
+        if not paths:
+            raise NotChecked(f"{self.data_folder}: no fineweb_{split}_*.bin there (--data)")
+        return np.concatenate([read_values(path) for path in paths]).astype(np.int64)
+
+    @functools.cached_property
+    def documents(self) -> list[tuple[int, int]]:
+        """(start, tokens) of each validation document, its BOS included, the next one's not."""
+        starts = np.flatnonzero(self.tokens == BOS)
+        return [(int(a), int(b - a)) for a, b in itertools.pairwise([*starts, len(self.tokens)])]
+
+    @functools.cached_property
+    def texts(self) -> list[tuple[str, int]]:
+        """(original text, bytes charged) of validation documents, decoded from their tokens: a sample."""
+        processor = self.script.load_tokenizer(self.cfg)
+        chosen = self.documents
+        if len(chosen) > SAMPLE_DOCUMENTS:
+            chosen = sorted(random.Random(0).sample(chosen, SAMPLE_DOCUMENTS))
+        decode = lossless_caps.decode if self.cfg.caseops_enabled else str
+        texts = []
+        for start, length in chosen:
+            text = processor.decode(self.tokens[start + 1 : start + length].tolist())
+            try:
+                texts.append((decode(text), int(self.sidecar[start + 1 : start + length].sum())))
+            except lossless_caps.LosslessCapsError as error:
+                raise Failed(f"the document at token {start:,} cannot be decoded: {error}") from None
+        return texts
+
+    @functools.cached_property
+    def artifact(self) -> Path:
+        """The model half of the artifact."""
+        path = self.folder / Path(self.cfg.quantized_model_path).name
+        given = Path(self.cfg.quantized_model_path)
+        found = next((p for p in (path, given) if p.is_file()), None)
+        if found is None:
+            raise NotChecked(f"{path.name}: the run made no artifact")
+        return found
+
+    @functools.cached_property
+    def artifact_model(self):
+        """The artifact's model; not to be changed."""
+        settings, records = self.script.unpack_artifact(self.artifact.read_bytes())
+        model = self.script.GPT(dataclasses.replace(self.cfg, **settings))
+        model.load_state_dict(self.script.dequantize_state(records, model.cfg.num_layers))
+        return self.ranks.place(model)
+
+    def model(self, noise: float = 0.0):
+        """A new copy of the artifact's model; noise opens gates and adapters that training left closed."""
+        model = copy.deepcopy(self.artifact_model)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters() if noise else ():
+                parameter.add_(noise * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+        return model
+
+    @property
+    def looping(self) -> bool:
+        """The artifact's model is evaluated with its loops."""
+        return self.artifact_model.cfg.num_loops > 0
+
+    @property
+    def tolerance(self) -> float:
+        """Relative difference that rounding explains: float32 on a CPU, bfloat16 products on CUDA."""
+        on_gpu = self.ranks.device.type == "cuda" or "NVIDIA" in self.result["environment"]["device"]
+        return 5e-3 if on_gpu else 1e-5

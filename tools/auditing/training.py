@@ -1,0 +1,194 @@
+"""Checks T1-T5: training."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from auditing.run import (
+    BOS,
+    Audit,
+    NotChecked,
+    check,
+    digest,
+    opened,
+    read_values,
+    require,
+    short,
+    write_values,
+)
+
+SECONDS_LIMIT = 600.0
+NETWORK_MODULES = {"socket", "urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "huggingface_hub"}
+DOWNLOADERS = {"curl", "wget", "git-lfs", "aria2c", "rsync", "scp", "ssh"}
+
+
+def _small_data(audit: Audit, name: str, scramble: bool) -> Path:
+    """A data set of a few documents: the start of the first train shard, validation true or scrambled."""
+    folder = audit.work / name
+    folder.mkdir(exist_ok=True)
+    train = audit.shards("train")
+    if not train:
+        raise NotChecked(f"{audit.data_folder}: no training shards here")
+    write_values(folder / "fineweb_train_000000.bin", read_values(train[0])[:300_000])
+    tokens = audit.tokens[: 2 * audit.cfg.train_seq_len + 2000].copy()
+    if scramble:
+        text = tokens != BOS
+        tokens[text] = np.random.default_rng(0).integers(BOS + 1, audit.cfg.vocab_size, text.sum())
+    write_values(folder / "fineweb_val_000000.bin", tokens)
+    write_values(folder / "fineweb_val_bytes_000000.bin", audit.sidecar[: len(tokens)])
+    return folder
+
+
+def _small_run(audit: Audit, data: Path):
+    """A run of the script's with the run's settings, few steps and small batches, in a folder of its own."""
+    cfg = audit.cfg
+    changes = {
+        "data_path": str(data),
+        "tokenizer_path": str(audit.script.tokenizer_file(cfg).resolve()),
+        "artifact_dir": str(data / "run"),
+        "train_batch_tokens": cfg.grad_accum_steps * cfg.train_seq_len,
+        "iterations": 2,
+        "warmup_steps": min(cfg.warmup_steps, 1),
+        "max_wallclock_seconds": 0.0,
+        "val_loss_every": min(cfg.val_loss_every, 1),
+        "gptq_calibration_batches": 1,
+        "prequant_only": False,
+        "quantize_only": False,
+        "ttt_eval_only": False,
+        "allow_unverified_data": True,  # these few documents have no manifest
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        return audit.script.Run(dataclasses.replace(cfg, **changes), audit.ranks, audit.source)
+
+
+@functools.cache
+def _canary(audit: Audit, scramble: bool) -> tuple[str, str]:
+    """Hashes of weights and artifact after training and quantising with true or scrambled validation."""
+    if not audit.trained:
+        raise NotChecked("this run did not train")
+    run = _small_run(audit, _small_data(audit, f"canary-{scramble}", scramble))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.closing(run.log):
+        run.train()
+        weights = digest(run.model.state_dict())
+        run.quantise()
+    return weights, hashlib.sha256(run.blob).hexdigest()
+
+
+def is_validation(name: str) -> bool:
+    """The name is that of a file of the validation split."""
+    return Path(name).name.startswith("fineweb_val_")
+
+
+@check("T1", "no validation data in training")
+def t1_no_validation_in_training(audit: Audit) -> str:
+    """The run's path log, and: scrambled validation data must give the same weights, bit for bit."""
+    honest, scrambled = _canary(audit, False)[0], _canary(audit, True)[0]
+    require(honest == scrambled, "weights depend on the validation tokens: scrambled ones give others")
+    proof = f"weights {short(honest)} with true and scrambled validation data"
+    files = [name for _, name, _ in audit.accesses("read", "train") if is_validation(name)]
+    require(not files, f"opened while training: {', '.join(files)}")
+    early = {name for stage, name, _ in audit.accesses("read") if is_validation(name)}
+    curves = f", VAL_LOSS_EVERY={audit.cfg.val_loss_every}" if audit.cfg.val_loss_every else ""
+    note = f"{len(early)} read at the start to be checked{curves}"
+    return f"{proof}; no validation file opened while training ({note})"
+
+
+@check("T2", "training and calibration within 600 s")
+def t2_training_seconds(audit: Audit) -> str:
+    """The stopwatch's seconds in result, ledger and events."""
+    if not audit.trained:
+        raise NotChecked("this run did not train")
+    seconds = audit.result["seconds"]
+    training, calibration = seconds["train"], seconds.get("calibrate", 0.0)
+    total = training + calibration
+    require(total <= SECONDS_LIMIT, f"training {training:.1f} s + calibration {calibration:.1f} s > 600")
+    told = {event["train_seconds"] for event in audit.metrics if event["stage"] == "saved"}
+    steps = [event["train_seconds"] for event in audit.metrics if event["stage"] == "train"]
+    summary = audit.result["train_seconds"]
+    agree = told == {training} and summary == training and max(steps, default=0.0) <= training
+    require(agree, f"result.json says {training} and {summary} s, the events {sorted(told)} s")
+    with contextlib.suppress(NotChecked):
+        for stage, value in audit.head["seconds"].items():
+            told = seconds.get(stage)
+            require(told == value, f"{stage}: {told} s in result.json, {value} s in the ledger")
+    return f"training {training:.1f} s + calibration {calibration:.2f} s = {total:.1f} s of 600"
+
+
+def _cuda_state() -> list[Tensor]:
+    return [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+
+
+class WarmUp(NamedTuple):
+    """What a warm-up did: state before and after, ids that the model saw, data files opened."""
+
+    before: str
+    after: str
+    ids: np.ndarray
+    files: list[str]
+
+
+@functools.cache
+def warm_up(audit: Audit) -> WarmUp:
+    """Warm up a fresh trainer on a small data set and look at everything that it could have changed."""
+    if not audit.trained:
+        raise NotChecked("this run did not train")
+    run = _small_run(audit, _small_data(audit, "warm-up", scramble=False))
+    with contextlib.closing(run.log):
+        trainer = audit.script.Trainer(run.cfg, run.model, run.loader, run.ranks)
+        seen: list[Tensor] = []
+        hook = run.model.tok_emb.register_forward_pre_hook(lambda _, ids: seen.append(ids[0].cpu()))
+
+        def state() -> str:
+            parts = [trainer.model, trainer.muon, trainer.adamw]
+            dice = [torch.get_rng_state(), random.getstate(), np.random.get_state(), *_cuda_state()]
+            switches = trainer.loader.state(), trainer.looping, trainer.model.training
+            return digest([part.state_dict() for part in parts], trainer.ema.averages, switches, dice)
+
+        before = state()
+        with opened().watch() as files:
+            trainer.warm_up(1)
+        hook.remove()
+        data = [name for name in files if name.endswith(".bin")]
+        ids = torch.cat([part.flatten() for part in seen]).numpy() if seen else np.empty(0, np.int64)
+        return WarmUp(before, state(), ids, data)
+
+
+@check("T3", "warm-up leaves no trace")
+def t3_warm_up_restores(audit: Audit) -> str:
+    """Model, both optimisers, EMA, loader and random generators have the same hash before and after."""
+    done = warm_up(audit)
+    require(done.before == done.after, f"state {short(done.before)} before, {short(done.after)} after")
+    return f"model, optimisers, EMA, loader, random state: {short(done.before)} before and after"
+
+
+@check("T4", "no network")
+def t4_no_network(audit: Audit) -> str:
+    """Imports of the script, and the connections that Python's audit hook saw during the run."""
+    imported = sorted(audit.imports & NETWORK_MODULES)
+    require(not imported, f"the script imports {', '.join(imported)}")
+    connections = [f"{stage}: {name}" for stage, name, _ in audit.accesses("network")]
+    require(not connections, f"{len(connections)} connections, the first in {(connections or [''])[0]}")
+    children = sorted({Path(name).name for _, name, _ in audit.accesses("process")})
+    require(not DOWNLOADERS & set(children), f"started {', '.join(children)}")
+    ranks = audit.head["environment"]["ranks"]
+    note = "" if ranks == 1 else f" ({ranks} ranks talk through torch.distributed: not seen by the hook)"
+    return f"no network module, 0 connections, child processes: {', '.join(children) or 'none'}{note}"
+
+
+@check("T5", "calibration on training data only")
+def t5_calibration(audit: Audit) -> str:
+    """Files opened by the calibration, and: scrambled validation data must give the same artifact."""
+    honest, scrambled = _canary(audit, False)[1], _canary(audit, True)[1]
+    require(honest == scrambled, "the artifact depends on the validation tokens")
+    files = [Path(name).name for _, name, _ in audit.accesses("read", "calibrate", "quantise", "compress")]
+    require(not any(map(is_validation, files)), f"opened while quantising: {', '.join(sorted(set(files)))}")
+    return f"artifact {short(honest)} with true and scrambled validation data; no validation file opened"
