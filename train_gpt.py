@@ -65,6 +65,7 @@ from torch import Tensor, nn
 
 BOS = 1  # first token of every document, fixed by the tokenizer
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+LEFT_OUT = ()  # settings whose sections a packed script is without
 SIZE_LIMIT = 16_000_000  # decimal bytes, code plus model
 TRAIN_LIMIT = EVAL_LIMIT = 600.0  # seconds
 CONTEST_MICRO_BATCHES = 8  # a step is eight micro-batches, shared by the ranks
@@ -3724,7 +3725,8 @@ WRAPPER = b'#coding:l1\nimport %s as c\nexec(c.decompress("""%s""".encode("l1"))
 def pack_code(source: bytes, codec: str = "brotli", off: Container[str] = ()) -> tuple[bytes, bool]:
     """The script as it is counted: minified, compressed, in a wrapper that runs; a packed one stays itself.
 
-    What stands between lines `# [if A or B]` and `# [end]` is left out when those settings are `off`.
+    What stands between lines `# [if A or B]` and `# [end]` is left out when those settings are `off`; the
+    packed script then refuses them.
 
     The compressed bytes stand in a Latin-1 string literal (a fifth smaller than base85); only what a literal
     cannot hold is escaped. Returns the wrapper and whether the source was minified: without `python-minifier`
@@ -3733,10 +3735,17 @@ def pack_code(source: bytes, codec: str = "brotli", off: Container[str] = ()) ->
     if source.startswith(WRAPPER.partition(b"%s")[0]):
         return source, True
 
+    left_out = set()
+
     def wanted(section: re.Match) -> bytes:
-        return section[2] if set(section[1].decode().split(" or ")) - set(off) else b""
+        names = set(section[1].decode().split(" or "))
+        if names - set(off):
+            return section[2]
+        left_out.update(names)
+        return b""
 
     source = re.sub(rb"(?ms)^# \[if ([\w ]+)\]\n(.*?)^# \[end\]\n", wanted, source)
+    source = source.replace(b"LEFT_OUT = ()", f"LEFT_OUT = {sorted(left_out)}".encode(), 1)
     try:
         import python_minifier
     except ImportError:
@@ -4456,6 +4465,9 @@ class Run:
 
     def __init__(self, cfg: Config, ranks: Ranks, source: bytes):
         self.cfg = cfg = choose_backends(cfg, ranks)
+        for name in LEFT_OUT:
+            if getattr(cfg, name.lower(), name == cfg.compressor.upper()):
+                raise ConfigError(f"{name}: this packed script is without it; run the whole train_gpt.py")
         self.ranks, self.source, self.watch = ranks, source, Stopwatch(ranks)
         self.ledger = Ledger(self) if cfg.audit else None
         self.looping = cfg.num_loops > 0  # a trained model is evaluated with its loops
@@ -4489,7 +4501,11 @@ class Run:
         """The model that the run starts with: fresh, of a checkpoint, or of an artifact."""
         if self.artifact:
             self.blob = self.artifact.read_bytes()
-            return self._model_of_artifact(self.artifact)
+            model = self._model_of_artifact(self.artifact)
+            if self.blob.startswith(ARTIFACT_MAGIC):  # its codec is the one that the counted code needs
+                codec = CODECS[PREFIX.unpack_from(self.blob)[2]]
+                self.cfg = dataclasses.replace(self.cfg, compressor=codec)
+            return model
         if self.checkpoint:
             return self._model_of_checkpoint(self.checkpoint)
         self.loader = self._new_loader()

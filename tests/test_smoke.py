@@ -343,10 +343,10 @@ def test_fitted_artifact_of_levels_gives_the_score_alone(finished, eval_data, in
     process = command(
         tmp_path / "train_gpt.packed.py",
         tmp_path,
-        **settings,
         DATA_PATH=eval_data,
         ARTIFACT_DIR="packed",
         TTT_EVAL_ONLY=1,
+        TTT_ENABLED=0,
     )
     assert process.returncode == 0, process.stderr.splitlines()[-1]
     assert read_result(tmp_path / "packed")["val_bpb"] == first["val_bpb"]
@@ -367,6 +367,18 @@ def test_published_artifact_gives_the_score(tg, finished, eval_data, in_process)
     )
     again = read_result(eval_data.parent / "published")
     assert again["val_bpb"] == read_result(folder)["stages"]["quantised"]["val_bpb"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({"SLIDING_WINDOW_ENABLED": 1}, "SLIDING_WINDOW_ENABLED"), ({"COMPRESSOR": "ans"}, "ANS")],
+)
+def test_packed_script_says_what_it_is_without(finished, eval_data, tmp_path, settings, name):
+    packed = shutil.copy(finished[1][0] / "train_gpt.packed.py", tmp_path)
+    process = command(Path(packed), tmp_path, DATA_PATH=eval_data, ARTIFACT_DIR="refused", **settings)
+    message = f"train_gpt.py: error: {name}: this packed script is without it; run the whole train_gpt.py"
+    assert (process.returncode, process.stderr.strip()) == (2, message)
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("flag", ["--help", "--show"])
