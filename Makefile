@@ -21,7 +21,7 @@ data: data/demo/manifest.json  ## the demo data set alone
 data/demo/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dataprep/*.py) | $(RUN)
 	$(BIN)/python prepare_caseops_data.py --demo --overwrite
 
-test: $(DEV)  ## all tests (CPU, under 3 minutes on 2 cores)
+test: $(DEV)  ## all tests (CPU, under 5 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -n 2 --durations 5
 
 lint: $(DEV)  ## style, formatting, spelling, README up to date
