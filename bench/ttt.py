@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from oracle_ttt import plain_ttt  # noqa: E402
+from oracle_ttt import contest_lengths, plain_ttt  # noqa: E402
 
 import train_gpt as tg  # noqa: E402
 
@@ -189,15 +188,6 @@ def quality(models: list[Path], windows: list[int]) -> dict[str, float]:
 # From FIELD C3, for the published steps on an H100: the first batch, 2,024 steps of 64 rows of 2,048 tokens,
 # took about 200 s; the last 48,000 documents, 1,460 steps and 71 M window tokens a rank, about 95 s.
 HOPPER = (0.043, 4.3e-7)  # seconds of a step, and of a token of its windows
-
-
-def contest_lengths() -> list[int]:
-    """50,000 document lengths with the contest's quantiles (FIELD section E); sixteen above 30,339 tokens."""
-    shares = [0, 0.5, 0.9, 0.99, 1 - 16 / 50_000, 1]
-    logs = np.log([20, 567, 1873, 6600, 30_339, 97_114])
-    lengths = np.exp(np.interp((np.arange(50_000) + 1) / 50_000, shares, logs)).astype(int).tolist()
-    random.Random(0).shuffle(lengths)
-    return lengths
 
 
 def step_seconds() -> tuple[float, float]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from oracle_ttt import contest_lengths
 from test_smoke import VOCAB, environment, write_shard
 
 WORLDS = (2, 4)  # compared with one rank
@@ -392,15 +393,6 @@ def test_share_out_at_the_edges(tg):
     assert tg.share_out([2.0, 1.0], 1) == [0, 0]
     assert sorted(tg.share_out([1.0] * 8, 8)) == list(range(8))
     assert tg.share_out([0.0, 7.0], 2) in ([0, 1], [1, 0])
-
-
-def contest_lengths() -> list[int]:
-    """50,000 document lengths with the contest's quantiles (FIELD section E); sixteen above 30,339 tokens."""
-    shares = [0, 0.5, 0.9, 0.99, 1 - 16 / 50_000, 1]
-    logs = np.log([20, 567, 1873, 6600, 30_339, 97_114])
-    lengths = np.exp(np.interp((np.arange(50_000) + 1) / 50_000, shares, logs)).astype(int).tolist()
-    random.Random(0).shuffle(lengths)
-    return lengths
 
 
 def windows_cost(lengths, cfg) -> float:
