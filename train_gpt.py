@@ -1633,7 +1633,10 @@ def _operator(schema: str, allocate: Callable, fill: Callable) -> Callable:
         return results
 
     name, bracket, rest = schema.partition("(")
-    operator = torch.library.custom_op(f"pg::{name}", run, mutates_args=(), schema=bracket + rest)
+    # A name of its own where the script is loaded twice: else the second takes the operator from the first.
+    spaces = (f"pg{n}" for n in itertools.count())
+    space = next(space for space in spaces if not hasattr(getattr(torch.ops, space), name))
+    operator = torch.library.custom_op(f"{space}::{name}", run, mutates_args=(), schema=bracket + rest)
     operator.register_fake(allocate)
     return operator
 

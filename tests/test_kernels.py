@@ -3,7 +3,9 @@
 The interpreter truncates to bfloat16 instead of rounding, and its products of bfloat16 are wrong.
 """
 
+import importlib.util
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -277,3 +279,21 @@ def test_one_product_for_queries_keys_and_values(tg, monkeypatch):
             one = tg.project_together(x, weights, adapt)
         for ours, theirs in zip(one, three, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+def test_script_loaded_twice_leaves_the_operators_of_the_first(tg):
+    """An operator registered anew under the same name would free the old one's, which is still called."""
+    names = [tg._mlp._qualname, tg._mlp_grad._qualname]
+    spec = importlib.util.spec_from_file_location("train_gpt_again", tg.__file__)
+    again = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = again
+    try:
+        spec.loader.exec_module(again)
+    finally:
+        del sys.modules[spec.name]
+    assert not set(names) & {again._mlp._qualname, again._mlp_grad._qualname}
+    x, up, down = torch.randn(4, 8), torch.randn(16, 8), torch.randn(8, 16)
+    for script in (tg, again, tg):
+        torch.testing.assert_close(
+            script.fused_mlp(x, up, down), script.leaky_relu_squared(x @ up.T) @ down.T
+        )
