@@ -295,6 +295,5 @@ def test_script_loaded_twice_leaves_the_operators_of_the_first(tg):
     generator = torch.Generator().manual_seed(0)
     x, up, down = (torch.randn(*shape, generator=generator) for shape in ((4, 8), (16, 8), (8, 16)))
     for script in (tg, again, tg):
-        torch.testing.assert_close(
-            script.fused_mlp(x, up, down), script.leaky_relu_squared(x @ up.T) @ down.T
-        )
+        expected = script.leaky_relu_squared(x @ up.T) @ down.T
+        torch.testing.assert_close(script.fused_mlp(x, up, down), expected, rtol=1e-4, atol=1e-4)
