@@ -4285,6 +4285,7 @@ def evaluate_sliding(
     *,
     looping: bool,
     ranks: Ranks = CPU,
+    on_event: Callable[..., None] | None = None,
 ) -> BpbMeter:
     """Score the targets from `first` to `end`: this rank's sums. Rows are plain: no document segments."""
     meter, rows = BpbMeter(), max(1, cfg.val_batch_tokens // CONTEST_MICRO_BATCHES // cfg.eval_seq_len)
@@ -4300,8 +4301,21 @@ def evaluate_sliding(
             with torch.no_grad(), ranks.autocast():
                 x, y, scored = (part.to(ranks.device) for part in (x, y, scored))
                 losses = model.losses(x, y, looping=looping, scored=scored).cpu()
+            if on_event:
+                on_event("slid", windows=batch, losses=losses)
             for row, span in zip(losses, spans, strict=True):
                 meter.add(row, val.target_bytes[span.stop - len(row) : span.stop])
+    return meter
+
+
+def evaluate_windows(
+    model: GPT, val: ValidationSet, cfg: Config, *, on_event: Callable[..., None], **options: object
+) -> BpbMeter:
+    """Sliding windows over the whole stream; returns the sums of all ranks. Nothing is trained."""
+    on_event("start", boundaries=[])
+    meter = evaluate_sliding(model, val, cfg, 0, val.num_targets, on_event=on_event, **options)
+    on_event("end")
+    meter.sum_over(options["ranks"])
     return meter
 
 
@@ -4318,6 +4332,8 @@ def score_first_sgd(
 
     The rate is a cosine over the chunks. The model is changed in place.
     """
+    on_event = on_event or (lambda kind, **data: None)
+    on_event("start", boundaries=[])
     meter, size = BpbMeter(), cfg.ttt_chunk_tokens
     sgd = dataclasses.replace(
         cfg,
@@ -4328,19 +4344,36 @@ def score_first_sgd(
         global_ttt_respect_doc_boundaries=False,
     )
     optimizer, num_chunks = global_optimizer(model, sgd), -(-val.num_targets // size)
+    options = {"looping": looping, "ranks": ranks}
     for chunk in range(num_chunks):
         first, end = chunk * size, min((chunk + 1) * size, val.num_targets)
-        part = evaluate_sliding(model, val, cfg, first, end, looping=looping, ranks=ranks)
+        part = evaluate_sliding(model, val, cfg, first, end, on_event=on_event, **options)
         meter.add_sums(part.loss_sum, part.bytes, part.tokens)
-        if on_event:
-            on_event("scored_span", chunk=chunk, first=first, end=end)
+        on_event("scored_span", chunk=chunk, first=first, end=end)
         if chunk < num_chunks - 1:
             rate, row = global_sgd_lr(chunk, num_chunks, sgd), val.tokens[first : end + 1]
-            global_sgd_chunk(model, row, sgd, optimizer, rate, looping=looping, ranks=ranks)
-            if on_event:
-                on_event("trained_span", chunk=chunk, first=first, end=end)
+            norms = global_sgd_chunk(model, row, sgd, optimizer, rate, **options)
+            on_event("trained_span", chunk=chunk, first=first, tokens=row, steps=len(norms))
     meter.sum_over(ranks)
     return meter
+
+
+def evaluate_stream(run: "Run", stage: str, evaluate: Callable[..., BpbMeter]) -> None:
+    """A stage of a run that evaluates the stream as one: by sliding windows alone, or with SGD between."""
+    progress, done = run.log.progress(stage, run.val.num_targets / run.ranks.world_size), 0
+
+    def on_event(kind: str, **data: object) -> None:
+        nonlocal done
+        if run.ledger:
+            run.ledger.record(kind, data)
+        if kind == "slid":
+            done += data["losses"].numel()
+            progress.update(done)
+
+    with run.watch.stage(stage):
+        options = {"looping": run.looping, "ranks": run.ranks, "on_event": on_event}
+        meter = evaluate(run.model, run.val, run.cfg, **options)
+    run.record(stage, meter, run.val.documents)
 
 
 # [end]
@@ -4355,8 +4388,9 @@ class Ledger:
 
     `ledger.jsonl`: first a line about the run (kind "run"), then the records of all ranks, by base version,
     rank and order. A record says which adapters ("lora": [number on this rank, updates since]) and which base
-    weights ("base": global phases so far) it used ("score") or left behind ("adapt", "global", "reset");
-    "spans" are [document, first target in the stream, targets]; "b_zero": new adapters still added nothing.
+    weights ("base": global phases or trained chunks so far) it used ("score", "slide") or left behind
+    ("adapt", "global", "sgd", "reset"); "spans" are [document, first target in the stream, targets], those of
+    windows on the stream [first target, targets]; "b_zero": new adapters still added nothing.
     """
 
     def __init__(self, run: "Run"):
@@ -4384,7 +4418,7 @@ class Ledger:
         self._accesses.setdefault((self._run.watch.current, kind, name), elapsed)
 
     def record(self, kind: str, data: Mapping[str, object]) -> None:
-        """Take an event of `ScoreFirstTTT`."""
+        """Take an event of an evaluator."""
         if kind in ("scored", "trained"):
             part, learns = data["part"], kind == "trained"
             self._lora[1] += learns
@@ -4402,15 +4436,27 @@ class Ledger:
         elif kind == "global_sgd":
             self._base += 1
             tokens, steps = data["tokens"], len(data["grad_norms"])
-            digest = hashlib.sha256(tokens.cpu().numpy().astype("<u2")).hexdigest()
-            self._add("global", tokens=len(tokens), tokens_sha256=digest, steps=steps)
-        elif kind == "start":
-            self._add("start", boundaries=data["boundaries"], model_sha256=self._model_digest())
+            self._add("global", tokens=len(tokens), tokens_sha256=self._token_digest(tokens), steps=steps)
+        elif kind == "slid":
+            windows, loss_sum = data["windows"], float(data["losses"].double().sum())
+            spans = [[window.start + window.offset, window.targets] for window in windows]
+            self._add("slide", spans=spans, loss_sum=loss_sum)
+        elif kind == "trained_span":
+            self._base += 1
+            tokens, facts = data["tokens"], {"first": data["first"], "steps": data["steps"]}
+            self._add("sgd", tokens=len(tokens), tokens_sha256=self._token_digest(tokens), **facts)
+        elif kind in ("start", "end"):
+            self._add(kind, **data, model_sha256=self._model_digest())
 
     def _add(self, kind: str, **values: object) -> None:
         rank, seconds = self._run.ranks.rank, round(time.perf_counter() - self._start, 6)
-        head = {"rank": rank, "order": len(self._records), "kind": kind, "seconds": seconds}
+        place = {"rank": rank, "order": len(self._records), "stage": self._run.watch.current}
+        head = place | {"kind": kind, "seconds": seconds}
         self._records.append(head | {"base": self._base, "lora": list(self._lora)} | values)
+
+    @staticmethod
+    def _token_digest(tokens: Tensor) -> str:
+        return hashlib.sha256(tokens.cpu().numpy().astype("<u2")).hexdigest()
 
     def _model_digest(self) -> str:
         digest = hashlib.sha256()
@@ -4436,8 +4482,8 @@ class Ledger:
 
     @staticmethod
     def _position(record: Mapping[str, object]) -> tuple[int, bool, int, int]:
-        """Place in the file: a global phase comes after all that used the base version that it ends."""
-        last = record["kind"] == "global"
+        """Place in the file: training of the base weights comes after all that used the version it ends."""
+        last = record["kind"] in ("global", "sgd")
         return record["base"] - last, last, record["rank"], record["order"]
 
     def write(self) -> None:
@@ -4618,9 +4664,9 @@ class Run:
             score = model_score(self.model, looping=looping, ranks=self.ranks)
             limits = row_tokens, self.cfg.eval_seq_len
             meter = evaluate_standard(score, self.val, *limits, progress.update, self.ranks)
-        self._record(stage, meter, self.val.documents)
+        self.record(stage, meter, self.val.documents)
 
-    def _record(self, stage: str, meter: BpbMeter, documents: Sequence[tuple[int, int]]) -> None:
+    def record(self, stage: str, meter: BpbMeter, documents: Sequence[tuple[int, int]]) -> None:
         """Keep and log a score; a target scored twice or not at all is a fault of the evaluator."""
         targets = sum(length - 1 for _, length in documents)
         byte_sum = sum(int(self.val.target_bytes[start : start + n - 1].sum()) for start, n in documents)
@@ -4710,27 +4756,6 @@ class Run:
         self.result |= sizes
         self.log.event("size", **sizes, limit=SIZE_LIMIT)
 
-    def slide(self) -> None:
-        """Evaluation by sliding windows."""
-        with self.watch.stage("sliding"):
-            ends, options = (0, self.val.num_targets), {"looping": self.looping, "ranks": self.ranks}
-            meter = evaluate_sliding(self.model, self.val, self.cfg, *ends, **options)
-            meter.sum_over(self.ranks)
-        self._record("sliding", meter, self.val.documents)
-
-    def adapt_by_sgd(self) -> None:
-        """Score-first test-time training by SGD."""
-        progress = self.log.progress("ttt", self.val.num_targets)
-
-        def on_event(kind: str, **data: object) -> None:
-            if kind == "scored_span":
-                progress.update(data["end"])
-
-        with self.watch.stage("ttt"):
-            options = {"looping": self.looping, "ranks": self.ranks, "on_event": on_event}
-            meter = score_first_sgd(self.model, self.val, self.cfg, **options)
-        self._record("ttt", meter, self.val.documents)
-
     def adapt(self) -> None:
         """Phased score-first LoRA test-time training: the contest score."""
         cfg = self.model.cfg
@@ -4751,7 +4776,7 @@ class Run:
         with self.watch.stage("ttt"):
             options = {"looping": self.looping, "ranks": self.ranks, "on_event": on_event}
             meter = score_first_ttt(self.model, self.val, cfg, **options)
-        self._record("ttt", meter, documents)
+        self.record("ttt", meter, documents)
 
     def finish(self) -> int:
         """Write result.json and the final line; exit code 3 when a limit of the contest is exceeded."""
@@ -4805,9 +4830,11 @@ class Run:
         self.looping = self.model.cfg.num_loops > 0
         self.evaluate("quantised")
         if self.cfg.sliding_window_enabled:
-            self.slide()
-        if self.cfg.ttt_enabled:
-            (self.adapt_by_sgd if self.cfg.ttt_sgd else self.adapt)()
+            evaluate_stream(self, "sliding", evaluate_windows)
+        if self.cfg.ttt_sgd and self.cfg.ttt_enabled:
+            evaluate_stream(self, "ttt", score_first_sgd)
+        elif self.cfg.ttt_enabled:
+            self.adapt()
         return self.finish()
 
 

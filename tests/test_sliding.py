@@ -78,7 +78,7 @@ def test_sgd_scores_a_chunk_before_it_trains_on_it(tg):
         on_event=lambda kind, **data: events.append((kind, data)),
     )
     assert meter.tokens == val.num_targets and meter.bytes == float(val.target_bytes.sum())
-    kinds = [(kind, data["chunk"]) for kind, data in events]
+    kinds = [(kind, data["chunk"]) for kind, data in events if kind.endswith("_span")]
     chunks = -(-val.num_targets // 64)
     expected = [(kind, chunk) for chunk in range(chunks) for kind in ("scored_span", "trained_span")]
     assert kinds == expected[:-1]  # nothing is trained after the last chunk

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from auditing.run import ROOT, Audit, check, digest, read_json, require, short
+from auditing.run import ROOT, Audit, check, digest, read_json, require, short, write_values
 
 SIZE_LIMIT = 16_000_000
 
@@ -93,20 +93,22 @@ class Rerun(NamedTuple):
 
 
 @functools.cache
-def _rerun(audit: Audit) -> Rerun:
-    """Counted script, artifact, validation files and tokenizer alone; training data and run refused."""
-    here = (audit.work / "alone").resolve()
+def _rerun(audit: Audit, part: bool = False) -> Rerun:
+    """Counted script, artifact, validation files and tokenizer alone; training data and run refused.
+
+    `part`: only the start of the validation stream is there, and the windows that slide over it are few.
+    """
+    here = (audit.work / ("part" if part else "alone")).resolve()
     here.mkdir()
     packed = audit.folder / "train_gpt.packed.py"
     require(packed.is_file(), "train_gpt.packed.py: the run wrote none")
-    files = [packed, audit.artifact, *audit.shards("val"), *audit.shards("val_bytes")]
     tokenizer = audit.script.tokenizer_file(audit.cfg)
-    for path in [*files, tokenizer]:
+    if part:
+        _write_start_of_stream(audit, here)
+    for path in [packed, audit.artifact, tokenizer, *([] if part else _validation_files(audit))]:
         (here / path.name).write_bytes(path.read_bytes())
-    settings = audit.cfg.as_env() | {
+    settings = _settings_alone(audit, part) | {
         "TTT_EVAL_ONLY": True,
-        "TTT_ENABLED": audit.cfg.ttt_enabled and (audit.adapted or audit.full),
-        "SLIDING_WINDOW_ENABLED": audit.cfg.sliding_window_enabled and audit.full,
         "QUANTIZE_ONLY": False,
         "PREQUANT_ONLY": False,
         "QUANTIZED_MODEL_PATH": audit.artifact.name,
@@ -114,7 +116,6 @@ def _rerun(audit: Audit) -> Rerun:
         "TOKENIZER_PATH": tokenizer.name,
         "ARTIFACT_DIR": "out",
         "RUN_ID": "alone",
-        "VAL_DOC_FRACTION": _sample_fraction(audit),
         "ALLOW_UNVERIFIED_DATA": True,  # the manifest stays behind
         "COMPILE_BACKEND": audit.result["settings"]["COMPILE_BACKEND"],
     }
@@ -122,7 +123,7 @@ def _rerun(audit: Audit) -> Rerun:
     kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TMPDIR")
     environment |= {name: os.environ[name] for name in kept if name in os.environ}
     denied = [audit.data_folder, audit.folder, ROOT, audit.work]
-    report = audit.work / "alone.json"
+    report = here.with_suffix(".json")
     arguments = [packed.name, report, here, *(path.resolve() for path in denied)]
     command = [sys.executable, "-c", GUARD, *map(str, arguments)]
     process = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
@@ -130,6 +131,34 @@ def _rerun(audit: Audit) -> Rerun:
     lines = process.stderr.strip().splitlines() or [""]
     outcome = read_json(result) if result.is_file() else {}
     return Rerun(outcome, read_json(report), process.returncode, lines[-1][:200])
+
+
+def _validation_files(audit: Audit) -> list[Path]:
+    return [*audit.shards("val"), *audit.shards("val_bytes")]
+
+
+def _settings_alone(audit: Audit, part: bool) -> dict[str, object]:
+    """The run's settings; what would take long is left out, or done on a few documents or windows."""
+    cfg, final = audit.cfg, audit.full or part
+    few = _few_windows(audit) if part else {}
+    return dataclasses.replace(cfg, **few).as_env() | {
+        "TTT_ENABLED": cfg.ttt_enabled and (audit.adapted or final),
+        "SLIDING_WINDOW_ENABLED": cfg.sliding_window_enabled and final,
+        "VAL_DOC_FRACTION": _sample_fraction(audit),
+    }
+
+
+def _few_windows(audit: Audit) -> dict[str, int]:
+    """Settings with which five windows of the stream show all that slides, learns and is scored."""
+    window = audit.cfg.eval_seq_len
+    return {"eval_stride": max(audit.cfg.eval_stride, window // 2), "ttt_chunk_tokens": 2 * window}
+
+
+def _write_start_of_stream(audit: Audit, folder: Path) -> None:
+    count = 5 * audit.cfg.eval_seq_len + 1
+    write_values(folder / "fineweb_val_000000.bin", audit.tokens[:count])
+    if audit.cfg.caseops_enabled:
+        write_values(folder / "fineweb_val_bytes_000000.bin", audit.sidecar[:count])
 
 
 def _sample_fraction(audit: Audit) -> float:
@@ -140,11 +169,7 @@ def _sample_fraction(audit: Audit) -> float:
 @check("S2", "script + artifact + validation files suffice")
 def s2_alone(audit: Audit) -> str:
     """The score of the artifact in a folder of its own, against the run's and against the logged script's."""
-    if not audit.full:
-        audit.not_for("sgd", "sliding")
-    rerun = _rerun(audit)
-    ran = rerun.code in (0, 3) and "quantised" in rerun.result.get("stages", {})
-    require(ran, f"exit code {rerun.code}: {rerun.error}")
+    rerun = _ran(_rerun(audit))
     near = functools.partial(math.isclose, rel_tol=max(audit.tolerance, 1e-9))
     before, again = (r["stages"]["quantised"]["val_bpb"] for r in (audit.result, rerun.result))
     require(near(before, again), f"quantised val_bpb {again:.8f} alone, {before:.8f} in the run")
@@ -152,17 +177,37 @@ def s2_alone(audit: Audit) -> str:
     final = audit.result["final_stage"]
     if final in ("quantised", "prequant"):
         return f"{figure}; training data and run folder refused"
-    adapted = rerun.result["stages"][final]["val_bpb"]
+    expected, again, what = _scores(audit, rerun)
+    require(near(again, expected), f"{final} val_bpb {again:.8f} alone, {expected:.8f} {what}")
+    return f"{figure}, {final} {again:.6f} {what}; training data and run folder refused"
+
+
+def _ran(rerun: Rerun) -> Rerun:
+    ran = rerun.code in (0, 3) and "quantised" in rerun.result.get("stages", {})
+    require(ran, f"exit code {rerun.code}: {rerun.error}")
+    return rerun
+
+
+def _scores(audit: Audit, rerun: Rerun) -> tuple[float, float, str]:
+    """The final score that is expected, the one found alone, and what they are scores of."""
+    final, script = audit.result["final_stage"], audit.script
+    options = {"looping": audit.looping, "ranks": audit.ranks}
     if audit.full:
         expected, what = audit.result["stages"][final]["val_bpb"], "as in the run"
+    elif audit.streams:
+        rerun, here = _ran(_rerun(audit, part=True)), audit.work / "part"
+        changes = _few_windows(audit) | {"data_path": str(here)}
+        cfg = dataclasses.replace(audit.artifact_model.cfg, **changes)
+        evaluate = script.score_first_sgd if audit.evaluator == "sgd" else script.evaluate_windows
+        options["on_event"] = lambda kind, **data: None
+        expected = evaluate(audit.model(), script.load_validation(cfg), cfg, **options).val_bpb
+        what = f"on {5 * cfg.eval_seq_len:,} targets as the logged script"
     else:
         cfg = dataclasses.replace(audit.artifact_model.cfg, val_doc_fraction=_sample_fraction(audit))
-        val = audit.script.load_validation(audit.cfg)
-        options = {"looping": audit.looping, "ranks": audit.ranks}
-        expected = audit.script.score_first_ttt(audit.model(), val, cfg, **options).val_bpb
+        val = script.load_validation(audit.cfg)
+        expected = script.score_first_ttt(audit.model(), val, cfg, **options).val_bpb
         what = f"on {min(3, len(audit.documents))} documents as the logged script"
-    require(near(adapted, expected), f"{final} val_bpb {adapted:.8f} alone, {expected:.8f} {what}")
-    return f"{figure}, {final} {adapted:.6f} {what}; training data and run folder refused"
+    return expected, rerun.result["stages"][final]["val_bpb"], what
 
 
 @check("S3", "weights survive storage bit for bit")
@@ -193,12 +238,14 @@ def s4_nothing_else_read(audit: Audit) -> str:
     leaked = (written & taken) - {audit.artifact.name}
     require(not leaked, f"read by the run's evaluation: {', '.join(sorted(leaked))}")
     start = ""
-    if audit.adapted:
+    if audit.evaluator != "standard":
         same_start(audit)
-        start = "adaptation began with the artifact's weights; "
-    files = _rerun(audit).files
-    require(not files["refused"], f"the evaluation alone wanted {', '.join(files['refused'])[:200]}")
-    read = [Path(name).name for name in files["read"]] + files["outside"]
+        start = "evaluation began with the artifact's weights; "
+    reruns = [_rerun(audit), *([_rerun(audit, part=True)] if audit.streams and not audit.full else [])]
+    refused = sorted({name for rerun in reruns for name in rerun.files["refused"]})
+    require(not refused, f"the evaluation alone wanted {', '.join(refused)[:200]}")
+    read = {Path(name).name for rerun in reruns for name in rerun.files["read"]}
+    read |= {name for rerun in reruns for name in rerun.files["outside"]}
     return f"{start}alone it read {', '.join(sorted(read))} and the tokenizer, which is not counted"
 
 
@@ -209,7 +256,7 @@ def same_start(audit: Audit) -> None:
     rounded = state | {"tok_emb.weight": state["tok_emb.weight"].bfloat16()}  # as a CUDA device holds it
     expected = [_state_digest(state), _state_digest(rounded)]
     same = len(found) == 1 and found <= set(expected)
-    figure = f"adaptation began with weights {short(min(found))}"
+    figure = f"evaluation began with weights {short(min(found))}"
     require(same, f"{figure}, the artifact's are {short(expected[0])}")
 
 

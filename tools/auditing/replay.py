@@ -120,7 +120,6 @@ def flip(audit: Audit, tokens: Tensor, *places: int) -> Tensor:
 
 def adapts(audit: Audit) -> None:
     """Raise NotChecked unless the score is that of the adaptation which the ledger records."""
-    audit.not_for("sgd")
     if not audit.adapted:
         raise NotChecked(f"nothing adapts in stage {audit.result['final_stage']}, which gives the score")
 
@@ -162,3 +161,51 @@ def model_flip(audit: Audit, lora: object, tokens: Tensor) -> int:
         require(changed, "no loss depends on the flipped token: the test says nothing")
         compared += before.numel()
     return compared
+
+
+class Distributions:
+    """Full distributions at scored targets, in the state that they were scored with."""
+
+    def __init__(self, audit: Audit):
+        self.audit, self.expected = audit, []
+        self.positions, self.worst_sum, self.smallest, self.worst_swap = 0, 0.0, 1.0, 0.0
+        self._generator = torch.Generator().manual_seed(0)
+
+    def visit(self, replay: Replay, entry: Entry) -> None:
+        """Called when a chunk of a single document has been scored."""
+        (_, first, count) = entry.spans[0]
+        tokens = replay.val.tokens
+        start = int((tokens[: first + 1] == BOS).nonzero()[-1])
+        begin = max(start, first + count - replay.cfg.ttt_eval_seq_len)
+        self.expected.append(self.look(replay.model, tokens[begin : first + count + 1], count, replay.lora))
+
+    @torch.no_grad()
+    def look(self, model: object, row: Tensor, count: int, lora: object = None) -> float:
+        """Take the distributions at the last `count` targets of a row; returns their sum of -log p."""
+        device, options = self.audit.ranks.device, {"looping": self.audit.looping, "lora": lora}
+        x, y = row[None, :-1].long().to(device), row[None, 1:].long().to(device)
+        with self.audit.ranks.autocast():
+            p = model.logits(model.hidden(x, **options), lora).double().softmax(-1)[0, -count:]
+            swapped = torch.randint(2, p.size(-1), y.shape, generator=self._generator).to(device)
+            losses = [model.losses(x, targets, **options) for targets in (y, swapped)]
+        self.positions += count
+        self.worst_sum = max(self.worst_sum, float((p.sum(-1) - 1).abs().max()))
+        self.smallest = min(self.smallest, float(p.min()))
+        for targets, loss in zip((y, swapped), losses, strict=True):
+            realised = p.gather(-1, targets[0, -count:, None])[:, 0]
+            distance = (-loss[0, -count:].double() - realised.log()).abs().max()
+            self.worst_swap = max(self.worst_swap, float(distance))
+        return -float(p.gather(-1, y[0, -count:, None]).log().sum())
+
+    def verdict(self, pairs: Sequence[tuple[float, float]], which: str) -> str:
+        """The evidence; Failed where something is no distribution. `pairs` are scored and expected sums."""
+        bound = 10 * self.audit.tolerance
+        proper = self.worst_sum < 1e-5 and self.smallest > 0
+        require(proper, f"sum off by {self.worst_sum:.1e}, smallest {self.smallest:.1e}")
+        swap = self.worst_swap
+        require(swap < bound, f"the loss of a token differs from -log p by {swap:.1e} nats")
+        worst = max(abs(scored - expected) / expected for scored, expected in pairs)
+        require(worst < bound, f"scored losses differ from -log p by {worst:.1e} of the sum")
+        figure = f"|sum - 1| < {max(self.worst_sum, 1e-16):.0e}, p > {self.smallest:.0e}"
+        within = f"swapped tokens and scored {which} within {max(worst, swap):.0e}"
+        return f"{self.positions} positions: {figure}; {within}"

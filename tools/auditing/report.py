@@ -26,12 +26,9 @@ def r1_arithmetic(audit: Audit) -> str:
     stage = audit.result["stages"][final]
     nats, targets, size = stage["val_loss"] * stage["targets"], stage["targets"], stage["bytes"]
     source = "result.json's mean"
-    if audit.adapted:
-        chunks = [chunk for record in audit.records("batch") for chunk in record["chunks"]]
-        nats, targets = math.fsum(chunk[0] for chunk in chunks), sum(chunk[2] for chunk in chunks)
-        spans = [span for record in audit.records("score") for span in record["spans"]]
-        size = sum(int(audit.sidecar[first + 1 : first + count + 1].sum()) for _, first, count in spans)
-        source = f"{len(chunks):,} sums of the ledger"
+    if audit.evaluator != "standard":
+        nats, targets, size, sums = _ledger_sums(audit)
+        source = f"{sums:,} sums of the ledger"
     bits = nats / math.log(2) / size
     figures = {"val_bpb": bits, "val_loss": nats / targets}
     for name, value in figures.items():
@@ -40,6 +37,19 @@ def r1_arithmetic(audit: Audit) -> str:
     same = (targets, size) == (stage["targets"], stage["bytes"])
     require(same, f"{targets:,} targets, {size:,} bytes recounted")
     return f"{bits:.8f} from {source}: {nats:.4f} nats, {size:,} bytes"
+
+
+def _ledger_sums(audit: Audit) -> tuple[float, int, int, int]:
+    """Nats, targets, bytes (of the data, not of the ledger) and the number of sums in the ledger."""
+    scored = audit.records("score" if audit.adapted else "slide")
+    spans = [span[-2:] for record in scored for span in record["spans"]]
+    if audit.adapted:
+        chunks = [chunk for record in audit.records("batch") for chunk in record["chunks"]]
+        sums, targets = [chunk[0] for chunk in chunks], sum(chunk[2] for chunk in chunks)
+    else:
+        sums, targets = [record["loss_sum"] for record in scored], sum(count for _, count in spans)
+    size = sum(int(audit.sidecar[first + 1 : first + count + 1].sum()) for first, count in spans)
+    return math.fsum(sums), targets, size, len(sums)
 
 
 @check("R2", "the script writes the result, all records agree")

@@ -243,8 +243,10 @@ class Audit:
         return self.ledger[0]
 
     def records(self, *kinds: str) -> list[dict]:
-        """The ledger's records of some kinds, in order."""
-        found = [record for record in self.ledger[1:] if record["kind"] in kinds]
+        """The ledger's records of some kinds, in order: those of the stage that gives the score."""
+        final = self.result["final_stage"]
+        every = [record for record in self.ledger[1:] if record["kind"] in kinds]
+        found = [record for record in every if record.get("stage", final) == final]
         if not found:
             raise NotChecked(f"the ledger holds no record of kind {' or '.join(kinds)}")
         return found
@@ -269,18 +271,22 @@ class Audit:
         return "steps" in self.result
 
     @property
-    def adapted(self) -> bool:
-        """The score is that of the adaptation which the ledger records, `ScoreFirstTTT`."""
-        return self.result["final_stage"] == "ttt" and not self.cfg.ttt_sgd
-
-    def not_for(self, *evaluators: str) -> None:
-        """Raise NotChecked where the score is that of an evaluator that the check does not know."""
+    def evaluator(self) -> str:
+        """What gives the score: lora (`ScoreFirstTTT`), sgd or sliding (on the stream), or standard."""
         final = self.result["final_stage"]
-        if final == "ttt" and self.cfg.ttt_sgd:
-            final = "sgd"
-        if final in evaluators:
-            names = {"sgd": "SGD on the stream (TTT_SGD=1)", "sliding": "sliding windows"}
-            raise NotChecked(f"the score is that of {names[final]}, which this check does not know")
+        if final == "ttt":
+            return "sgd" if self.cfg.ttt_sgd else "lora"
+        return "sliding" if final == "sliding" else "standard"
+
+    @property
+    def adapted(self) -> bool:
+        """The score is that of `ScoreFirstTTT`."""
+        return self.evaluator == "lora"
+
+    @property
+    def streams(self) -> bool:
+        """The score is that of windows which slide over the stream, with or without SGD between chunks."""
+        return self.evaluator in ("sgd", "sliding")
 
     def accesses(self, kind: str, *stages: str) -> list[tuple[str, str, float]]:
         """(stage, name, first time) of what the run read, wrote, started or connected to."""
