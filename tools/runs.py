@@ -173,9 +173,11 @@ def read_result(path: Path | str) -> RunRecord:
     if log.is_file():
         logged = read_log(log)
         events = events or logged.events
-        if f"{logged.val_bpb:.6g}" != f"{result['val_bpb']:.6g}" or logged.seed != result["settings"]["SEED"]:
-            told = f"seed {logged.seed}, val_bpb {logged.val_bpb:.6g}"
-            raise ReadError(f"{path}: disagrees with its log {log} ({told})")
+        final = next(event for event in reversed(logged.events) if event["stage"] == "final")
+        for key, value in [("SEED", logged.seed), *final.items()]:
+            told = result["settings"].get("SEED") if key == "SEED" else result.get(key, value)
+            if _shown(told) != _shown(value):
+                raise ReadError(f"{path}: says {key} {told}, its log {log} {value}")
     return RunRecord(
         path=path.parent if in_folder else path,
         form="run",
@@ -184,6 +186,11 @@ def read_result(path: Path | str) -> RunRecord:
         missing=_missing(result.get("environment", {}), audit.is_file()),
         **_fields(result),
     )
+
+
+def _shown(value: Value) -> str:
+    """A value as a log shows it."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _fields(result: Mapping) -> dict[str, object]:
