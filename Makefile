@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := .venv/run.installed
 DEV := .venv/dev.installed
 
-.PHONY: help demo audit data test lint format readme bench clean
+.PHONY: help demo audit submission data test lint format readme bench clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -15,6 +15,9 @@ demo: $(RUN) data/demo/manifest.json  ## the whole system on demo data: train, q
 
 audit: $(RUN)  ## judge a finished run: make audit RUN_DIR=runs/NAME
 	$(BIN)/python tools/audit.py "$(RUN_DIR)"
+
+submission: $(DEV) data/demo/manifest.json  ## three demo seeds, audited, into logs/, submission.json, README (15 minutes)
+	$(BIN)/python tools/reproduce.py --preset demo --seeds 42,314,1234 --audit --submission -- $(BIN)/python train_gpt.py
 
 data: data/demo/manifest.json  ## the demo data set alone
 
@@ -29,6 +32,7 @@ lint: $(DEV)  ## style, formatting, spelling, README up to date
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/python tools/readme_settings.py --check
+	$(BIN)/python tools/reproduce.py --check
 
 format: $(DEV)  ## reformat the code
 	$(BIN)/ruff check --fix .

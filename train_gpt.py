@@ -139,6 +139,8 @@ class Config:
     cpu_threads: Annotated[int, Range(0, 1024)] = 0  # threads on a CPU; 0: torch decides; 1: exact repeats
     run_id: str = ""  # name of the run; empty: preset, seed and start time
     artifact_dir: str = ""  # folder of the outputs; empty: runs/<RUN_ID>
+    wandb_project: str = ""  # send the log's numbers to this project of Weights & Biases (wandb)
+    tensorboard_dir: str = ""  # write them for TensorBoard below this folder (tensorboard)
     prequant_only: bool = False  # stop after the full-precision evaluation (of MODEL_PATH, if it is there)
     quantize_only: bool = False  # no training: calibrate, quantise and evaluate MODEL_PATH
     ttt_eval_only: bool = False  # no training: evaluate the artifact QUANTIZED_MODEL_PATH
@@ -850,6 +852,11 @@ def _new_folder(wanted: Path, outputs: Sequence[str]) -> Path:
                 raise ConfigError(f"ARTIFACT_DIR={folder}: cannot write there ({error.strerror})") from None
 
 
+def run_name(cfg: Config) -> str:
+    """RUN_ID or, without one, a name of preset, seed and time."""
+    return cfg.run_id or f"{cfg.preset}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 class RunLog:
     """The run's folder and its log: events on the console, in logs/<RUN_ID>.txt and in metrics.jsonl.
 
@@ -858,7 +865,7 @@ class RunLog:
 
     def __init__(self, cfg: Config, ranks: Ranks = CPU):
         self.is_main = ranks.is_main
-        self.run_id = cfg.run_id or f"{cfg.preset}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.run_id = run_name(cfg)
         outputs = [Path(cfg.model_path).name, Path(cfg.quantized_model_path).name, *OUTPUTS]
         wanted = Path(cfg.artifact_dir or Path("runs") / self.run_id)
         self.folder = _new_folder(wanted, outputs) if self.is_main else Path(os.devnull)
@@ -887,6 +894,81 @@ class RunLog:
         """Close the files."""
         self._text.close()
         self._metrics.close()
+
+
+# [if WANDB_PROJECT or TENSORBOARD_DIR]
+def tracker_module(setting: str, value: str, module: str, package: str) -> object:
+    """A module that follows a run. Raises ConfigError where its package is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        reason = f"needs the Python package {package}: pip install {package}"
+        raise ConfigError(f"{setting}={value}: {reason}") from None
+
+
+class TrackedLog(RunLog):
+    """A log whose numbers can be watched from elsewhere: Weights & Biases, TensorBoard, or both.
+
+    A number of an event is `stage/key` at the event's step, or at the last one told; validations between
+    training steps are `validation/key`. Rank 0 sends. A tracker that fails once is given up, the run goes on.
+    """
+
+    def __init__(self, cfg: Config, ranks: Ranks = CPU):
+        cfg = dataclasses.replace(cfg, run_id=run_name(cfg))
+        self._step, self._trackers, self._closing = 0, [], contextlib.ExitStack()
+        for setting, start in (("WANDB_PROJECT", self._wandb), ("TENSORBOARD_DIR", self._tensorboard)):
+            if (value := getattr(cfg, setting.lower())) and ranks.is_main:
+                try:
+                    start(cfg)
+                except UserError:
+                    raise
+                except Exception as error:  # whatever a tracker raises: no account, no network, no folder
+                    raise ConfigError(f"{setting}={value}: does not start ({error})") from None
+        super().__init__(cfg, ranks)
+
+    def _wandb(self, cfg: Config) -> None:
+        wandb = tracker_module("WANDB_PROJECT", cfg.wandb_project, "wandb", "wandb")
+        run = wandb.init(project=cfg.wandb_project, name=cfg.run_id, config=cfg.as_env())
+        self._closing.callback(run.finish)
+        self._trackers.append(lambda numbers, step: run.log(numbers, step=step))
+
+    def _tensorboard(self, cfg: Config) -> None:
+        module = "torch.utils.tensorboard"
+        module = tracker_module("TENSORBOARD_DIR", cfg.tensorboard_dir, module, "tensorboard")
+        writer = module.SummaryWriter(str(Path(cfg.tensorboard_dir) / cfg.run_id), flush_secs=10)
+        self._closing.callback(writer.close)
+
+        def send(numbers: Mapping[str, float], step: int) -> None:
+            for name, number in numbers.items():
+                writer.add_scalar(name, number, step)
+
+        self._trackers.append(send)
+
+    def event(self, stage: str, **values: object) -> None:
+        """As `RunLog.event`, and its numbers to the trackers."""
+        super().event(stage, **values)
+        place = f"{stage}/{values['name']}" if "name" in values else stage
+        self._step = values.get("step", self._step)
+        if validation := re.fullmatch(r"step_(\d+)", stage):
+            place, self._step = "validation", int(validation[1])
+        numbers = {
+            f"{place}/{k}": v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"
+        }
+        for tracker in self._trackers[:]:
+            try:
+                tracker(numbers, self._step)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                super().event("notice", text=f"a tracker failed and is given up: {error}")
+
+    def close(self) -> None:
+        """Close the files, end the tracking."""
+        super().close()
+        with contextlib.suppress(Exception):
+            self._closing.close()
+
+
+# [end]
 
 
 class Progress:
@@ -4528,7 +4610,7 @@ class Run:
         self.manifest = check_data(cfg, ["train"] if self.trains or cfg.quantize_only else [])
         self.val = load_validation(cfg)  # read to be checked; no model sees it before its evaluation
         self.model = self._first_model()
-        self.log = RunLog(cfg, ranks)
+        self.log = (TrackedLog if cfg.wandb_project or cfg.tensorboard_dir else RunLog)(cfg, ranks)
         self.stages: dict[str, dict[str, float]] = {}
         self.result: dict[str, object] = {}
         self._log_head()
@@ -4585,6 +4667,7 @@ class Run:
     def _log_head(self) -> None:
         """What a reader needs to trust the log: settings, versions, commit, device, and the source itself."""
         commit = _command_output("git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD")
+        manifest = self.cfg.data_folder / "manifest.json"
         cuda = self.ranks.device.type == "cuda"
         hardware = _command_output("nvidia-smi" if cuda else "lscpu")
         cpu = re.search(r"Model name:\s*(.*)", hardware)
@@ -4600,6 +4683,7 @@ class Run:
             "compiler": self.ranks.compiler or "off",
             "commit": commit,
             "source_sha256": hashlib.sha256(self.source).hexdigest(),
+            "data_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else "",
         }
         self.log.event(
             "start", run=self.log.run_id, folder=str(self.log.folder), **self.result["environment"]

@@ -141,7 +141,7 @@ OURS |= {"attention_backend", "triton_kernels", "compile_backend"}
 OURS |= {"sliding_window_enabled", "eval_stride", "ttt_sgd", "ttt_lr", "ttt_epochs", "ttt_momentum"}
 OURS |= {"ttt_chunk_tokens", "ttt_cache_window", "ttt_guard", "ttt_q_lora", "ttt_v_lora"}
 OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "clip_global", "fit_bytes"}
-OURS |= {"allow_unverified_data", "audit"}
+OURS |= {"allow_unverified_data", "audit", "wandb_project", "tensorboard_dir"}
 
 # What else a setting's other value needs, so that the whole makes sense.
 COMPANIONS = {
@@ -552,7 +552,7 @@ UNRELATED = re.findall(
     MKL_NUM_THREADS RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_NAME
     MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID TORCHELASTIC_MAX_RESTARTS TORCHINDUCTOR_CACHE_DIR
     TORCH_HOME TORCH_DISTRIBUTED_DEBUG TRITON_CACHE_DIR HF_HOME HF_TOKEN TOKENIZERS_PARALLELISM
-    WANDB_MODE WANDB_PROJECT SLURM_JOB_ID SLURM_NTASKS SLURM_PROCID CI GITHUB_RUN_ID GITHUB_ACTIONS
+    WANDB_MODE WANDB_ENTITY SLURM_JOB_ID SLURM_NTASKS SLURM_PROCID CI GITHUB_RUN_ID GITHUB_ACTIONS
     KUBERNETES_SERVICE_HOST DEBIAN_FRONTEND LESSOPEN COLORTERM NODE_OPTIONS JAVA_HOME GOPATH MODEL_NAME
     MODEL MODELS DATA DATASET DATASETS_DIR DATA_ROOT OUTPUT_DIR LOG_DIR BATCH_SIZE LR EPOCHS DEBUG _ PS1
     A

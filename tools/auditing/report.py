@@ -1,22 +1,14 @@
 """Checks R1-R4: the report."""
 
 import contextlib
-import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from runs import NAMES_AND_PLACES, config_hash
+
 from auditing.run import Audit, AuditError, NotChecked, check, read_json, require, short
-
-NAMES_AND_PLACES = {"SEED", "RUN_ID", "ARTIFACT_DIR", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "AUDIT"}
-
-
-def config_hash(settings: Mapping[str, object]) -> str:
-    """Hash of the settings that make an experiment: all but the seed, names and places."""
-    kept = {name: value for name, value in settings.items() if name not in NAMES_AND_PLACES}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 @check("R1", "val_bpb = sum of nats / ln 2 / sum of bytes")

@@ -1,0 +1,212 @@
+"""Seeds, statistics, submission: a result that a reviewer believes at a glance.
+
+    python tools/reproduce.py --preset pr1851 --seeds 42,314,1234 --base pr1855 --audit -- \\
+        torchrun --standalone --nproc_per_node=8 train_gpt.py   # run what is missing, tell what it shows
+    python tools/reproduce.py --from-logs runs/a runs/b logs/c.txt  # tell: of run folders, results, logs
+    python tools/reproduce.py --check                # do submission.json and README agree with logs/ ?
+
+Prints a Markdown table of the seeds, mean and sample standard deviation, and a one-sided Welch test against a
+base: lower by chance? Both in bits per byte and in nats per token, with the contest's rule of 0.005 nats.
+Runs whose settings, script, data or evaluator differ are refused, and the difference is named. The published
+logs of the contest (PR #1493 to #1868) are read too; what they do not tell is said.
+
+    --seeds S,S     seeds to run, a folder each: OUT/seedS; finished ones are not run again
+    --preset NAME   PRESET of the runs; other settings come from the environment, as always
+    --out DIR       their folder; default runs/PRESET-SCRIPT, with the script's checksum
+    --audit         judge each run with tools/audit.py
+    --base B ...    a published system (%(bases)s), or runs and logs as for --from-logs
+    --mixed         compute although the runs differ; never for a submission
+    --submission    copy logs to logs/, write submission.json and the README's results from them
+    --name, --author, --github-id   what submission.json says there
+    --json          a last line of JSON: mean, std, seeds, welch, runs, missing, notes
+
+Exit code 0, 1 (a run failed, or --check found a disagreement), 2 (a mistake, one line) or 130 (Ctrl-C).
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from reproducing import claim, seeds, submission
+from reproducing.bases import BASES, Base, base_of
+from runs import ReadError, RunRecord, read
+
+
+class UsageError(ValueError):
+    """The command makes no sense: one line, exit code 2."""
+
+
+MISTAKES = (UsageError, ReadError, claim.ClaimError, seeds.SeedError, submission.SubmissionError)
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Command line; `command` is what stands behind `--`."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> None:
+            raise UsageError(message)
+
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    text = __doc__.replace("%(bases)s", ", ".join(BASES))
+    parser = Parser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from-logs", metavar="FILE", nargs="+", default=[])
+    parser.add_argument("--seeds", metavar="S,S", default="")
+    parser.add_argument("--preset", default="")
+    parser.add_argument("--out", metavar="DIR", type=Path)
+    parser.add_argument("--base", metavar="B", nargs="+", default=[])
+    for flag in ("--audit", "--mixed", "--submission", "--json", "--check"):
+        parser.add_argument(flag, action="store_true")
+    for name in ("--name", "--author", "--github-id"):
+        parser.add_argument(name, default="")
+    options = parser.parse_args(arguments[:split])
+    options.command = list(arguments[split + 1 :])
+    options.seeds = [_seed(text) for text in options.seeds.split(",") if text]
+    _check_options(options)
+    return options
+
+
+def _seed(text: str) -> int:
+    if not text.strip().isdigit():
+        raise UsageError(f"--seeds {text}: must be whole numbers, like 42,314,1234")
+    return int(text)
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    if options.check:
+        return
+    if bool(options.from_logs) == bool(options.seeds):
+        raise UsageError("give --from-logs FILE ..., or --seeds 42,314,1234 and a command behind --")
+    if options.seeds and not options.command:
+        raise UsageError("--seeds: needs the command behind --, like: -- python train_gpt.py")
+    if options.from_logs:
+        for name in ("preset", "out", "audit"):
+            if getattr(options, name):
+                raise UsageError(f"--{name}: is for runs, not for --from-logs")
+    if len(set(options.seeds)) < len(options.seeds):
+        raise UsageError(f"--seeds {','.join(map(str, options.seeds))}: each seed once")
+    if options.mixed and options.submission:
+        raise UsageError("--mixed: never for a submission")
+    if options.submission and options.base and options.base[0] not in BASES:
+        raise UsageError(f"--base {options.base[0]}: for a submission one of {', '.join(BASES)}")
+
+
+def find_base(names: Sequence[str]) -> Base | None:
+    """A published base by its name, or the one that given runs and logs make."""
+    if not names:
+        return None
+    if len(names) == 1 and names[0] in BASES:
+        return BASES[names[0]]
+    for name in names:
+        if not Path(name).exists():
+            raise UsageError(f"--base {name}: no file, and none of {', '.join(BASES)}")
+    records = [read(name) for name in names]
+    claim.check_alike(records)
+    return base_of(records)
+
+
+def summary_of(records: Sequence[RunRecord], notes: list[str], comparison: dict | None) -> dict:
+    """What --json prints."""
+    bpb = claim.mean_and_std([record.val_bpb for record in records])
+    loss = claim.mean_and_std([record.val_loss for record in records])
+    keys = ("path", "form", "seed", "steps", "val_bpb", "val_loss", "artifact_bytes", "code_bytes")
+    keys += ("train_seconds", "calibrate_seconds", "eval_seconds", "legal", "broken_limits", "missing")
+    keys += ("script_sha256", "data_sha256", "settings_sha256")
+    runs = [{key: getattr(record, key) for key in keys} for record in records]
+    return {
+        "mean": bpb[0],
+        "std": bpb[1],
+        "mean_loss": loss[0],
+        "std_loss": loss[1],
+        "seeds": [record.seed for record in records],
+        "welch": comparison,
+        "runs": runs,
+        "missing": missing_of(records),
+        "notes": notes,
+    }
+
+
+def missing_of(records: Sequence[RunRecord]) -> list[str]:
+    """What some of the sources do not tell."""
+    return list(dict.fromkeys(name for record in records for name in record.missing))
+
+
+def report(records: Sequence[RunRecord], notes: Sequence[str], comparison: dict | None, title: str) -> str:
+    """Table and sentences, Markdown."""
+    lines = [claim.table(records), "", claim.headline(records)]
+    if comparison:
+        lines.append(claim.sentence(comparison, title))
+    audits = [
+        f"seed {r.seed} {', '.join(f'{n} {status}' for status, n in r.audit['counts'].items())}"
+        for r in records
+        if r.audit
+    ]
+    lines += [f"Audit: {'; '.join(audits)}."] * bool(audits)
+    missing = missing_of(records)
+    lines += [f"Not told by these files: {', '.join(missing)}."] * bool(missing)
+    return "\n".join([*lines, *(f"Note: {note}." for note in notes)])
+
+
+def submit(records: Sequence[RunRecord], options: argparse.Namespace, command: str) -> None:
+    """Publish the logs, then write submission.json and README from them."""
+    submission.check_submittable(records)
+    root = seeds.ROOT
+    published = submission.publish(records, root / "logs")
+    name = f"train_gpt.py, preset {records[0].settings['PRESET']}"
+    typed = {"name": options.name or name, "author": options.author, "github_id": options.github_id}
+    typed |= {"command": command, "base": "".join(options.base)}
+    told = submission.write(published, typed, root)
+    print(f"wrote submission.json ({told['track']}) and the README's results")
+
+
+def check() -> int:
+    """Compare submission.json and README with the logs that they name."""
+    found = submission.disagreements()
+    for line in found:
+        print(line, file=sys.stderr)
+    return int(bool(found))
+
+
+def carry_out(options: argparse.Namespace) -> int:
+    """Run or read, then tell; exit code."""
+    if options.check:
+        return check()
+    base = find_base(options.base)  # a mistake here should not cost the runs
+    command = shlex.join(options.command)
+    if options.seeds:
+        experiment = seeds.plan(options.command, os.environ, options.preset)
+        command = experiment.shown
+        folder = options.out or experiment.default_folder
+        records = seeds.run_missing(experiment, folder, options.seeds, options.audit)
+    else:
+        records = [read(name) for name in options.from_logs]
+    notes = claim.check_alike(records, options.mixed)
+    comparison = claim.compare(records, base) if base else None
+    print(report(records, notes, comparison, base.title if base else ""))
+    if options.submission:
+        submit(records, options, command)
+    if options.json:
+        print(json.dumps(summary_of(records, notes, comparison), default=str))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Exit code 0, 1 or 2."""
+    try:
+        return carry_out(parse_arguments(sys.argv[1:] if arguments is None else arguments))
+    except MISTAKES as error:
+        print(f"reproduce.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except seeds.RunFailed as error:
+        print(f"reproduce.py: {error}", file=sys.stderr)
+        return 2 if error.code == 2 else 1
+    except KeyboardInterrupt:
+        print("reproduce.py: interrupted; the same command goes on with what is missing", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
