@@ -80,6 +80,10 @@ class RunError(RuntimeError):
     """A run that cannot go on through no setting's fault: one line, exit code 1."""
 
 
+class Stopped(BaseException):
+    """SIGTERM or SIGINT, its number the argument: all is left behind whole, exit code 128 + number."""
+
+
 class ConfigError(UserError):
     """A setting with a wrong name, type, value or combination."""
 
@@ -611,6 +615,7 @@ class Ranks:
     def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1, local_rank: int = 0):
         self.device, self.rank, self.world_size, self.local_rank = device, rank, world_size, local_rank
         self._store, self._meetings, self.compiler = None, 0, ""
+        self.told, self.polls = 0, False  # signal to stop; whether a stage looks for it by itself
 
     @classmethod
     def from_env(cls, cfg: Config, environ: Mapping[str, str]) -> "Ranks":
@@ -2549,7 +2554,7 @@ class StepReport(NamedTuple):
     """What a training step did. Reading loss, norm or clock waits for this step, not for later ones."""
 
     step: int  # counted from 1
-    measured: Pending  # loss, gradient norm and rank 0's clock: means over the ranks
+    measured: Pending  # loss, gradient norm, rank 0's clock: means over the ranks; this rank's loss + norm
     lr_multiplier: float
     muon_momentum: float
     looping: bool
@@ -2567,10 +2572,12 @@ class StepReport(NamedTuple):
     @property
     def elapsed(self) -> float:
         """Rank 0's training time when the step began, seconds."""
-        if not torch.isfinite(self.measured.wait()).all():
+        finite = torch.isfinite(self.measured.wait())
+        if not finite.all():
             values = f"train_loss {self.train_loss}, grad_norm {self.grad_norm}"
+            where = "another rank's" if finite[3] else "this rank's"
             raise RunError(
-                f"step {self.step}: {values}: not finite, its gradient was not used, training stopped"
+                f"step {self.step}: {values}: not finite ({where}), its gradient was not used, stopped"
             )
         return float(self.measured.wait()[2])
 
@@ -2631,6 +2638,7 @@ class Trainer:
         clock = torch.full_like(loss, elapsed if self.ranks.is_main else 0.0)
         measured = torch.stack([loss, norm, clock])
         slices, scale = self._exchange_gradients(measured)
+        measured = torch.cat([measured, (loss + norm)[None]])
         finite = torch.isfinite(measured).all()
         for parameter in self._small:
             if parameter.grad is not None:
@@ -2973,25 +2981,41 @@ def scheme(name: str, tensor: Tensor, cfg: Config) -> Scheme:
 SMALLEST_HALF = 2.0**-24  # a scale below this would be 0 in float16 and divide by zero
 
 
+DAMPING = 0.01
+
+
 class HessianFactor(NamedTuple):
     """What GPTQ needs of a Hessian: columns by falling diagonal; in that order H^-1 = U^T U, U upper."""
 
     order: Tensor
     dead: Tensor  # columns whose inputs were always zero
     upper: Tensor
+    damping: float = DAMPING  # what was added to the diagonal, in means of it
 
 
 def factorise(hessian: Tensor) -> HessianFactor:
-    """Damp, sort and factorise a Hessian [columns, columns]: one Cholesky, one triangular inverse."""
+    """Damp, sort and factorise a Hessian [columns, columns]: one Cholesky, one triangular inverse.
+
+    One that is not positive definite is damped ten times more, until it is. Raises RunError at 10^7 times.
+    """
     h = hessian.float().clone()
     dead = h.diagonal() == 0
     h.diagonal()[dead] = 1
-    h.diagonal().add_(0.01 * h.diagonal().mean())
+    mean, damping = h.diagonal().mean(), DAMPING
+    h.diagonal().add_(damping * mean)
     order = torch.argsort(h.diagonal(), descending=True)
     h = h[order][:, order]
-    root = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)  # upper, H = root root^T, so that U = root^-1
+    while True:
+        root, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+        if not failed:
+            break
+        if damping > 1e4:
+            raise RunError(f"calibration: a Hessian cannot be factorised (mean of its diagonal {mean:g})")
+        h.diagonal().add_(9 * damping * mean)
+        damping *= 10
+    root = root.flip(0, 1)  # upper, H = root root^T, so that U = root^-1
     identity = torch.eye(len(h), device=h.device)
-    return HessianFactor(order, dead, torch.linalg.solve_triangular(root, identity, upper=True))
+    return HessianFactor(order, dead, torch.linalg.solve_triangular(root, identity, upper=True), damping)
 
 
 def gptq(
@@ -3019,7 +3043,7 @@ def gptq_sweep(
     Columns lie as rows, so that each step reads whole ones. The errors of a block reach its own columns as
     each is read, and those behind it as one matrix product.
     """
-    order, dead, upper = hessian if isinstance(hessian, HessianFactor) else factorise(hessian)
+    order, dead, upper, _ = hessian if isinstance(hessian, HessianFactor) else factorise(hessian)
     q_max = 2 ** (bits - 1) - 1
     scale = scale.clamp_min(SMALLEST_HALF).half()
     step = scale.float()
@@ -3152,6 +3176,8 @@ def quantize_tensor(
         levels, scale, error = gptq_sweep(tensor, hessian, how.bits, scale, column_scale=columns)
         arrays = {"q": levels, "scale": scale} | ({} if columns is None else {"columns": columns.half()})
         report = {"bits": how.bits, "clip_sigmas": how.clip_sigmas, "weighted_error": error}
+        if isinstance(hessian, HessianFactor) and hessian.damping > DAMPING:
+            report["damping"] = hessian.damping
         report["seconds"] = time.perf_counter() - started
     return QuantizedTensor(how.kind, how.bits, tuple(tensor.shape), arrays, report)
 
@@ -3277,7 +3303,7 @@ def fit_clips(
     A uniform error of step s in column j of row i costs g_i^2 s^2 / 12 U_jj^2 (GPTQ's own identity).
     """
     losses = {}
-    for name, (order, _, upper) in factors.items():
+    for name, (order, _, upper, _) in factors.items():
         columns = column_scales(factors[name], FIT_MANTISSA)
         inputs = hessians[name].diagonal().sum().clamp_min(1e-30)
         rows = (gradients[name] / inputs * (flat[name].float() / columns).var(1)).mean()
@@ -4930,7 +4956,7 @@ def _command_output(*command: str) -> str:
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Command line. Exit code 0, 1 (the run failed), 2 (a mistake of the user's) or 3 (a limit exceeded)."""
+    """Command line. Exit code 0, 1 (failed), 2 (a user's mistake), 3 (a limit exceeded), 128 + signal."""
     source = Path(__file__).read_bytes()
     try:
         unknown = set(arguments) - {"--help", "-h", "--show", "--json"}
@@ -4955,29 +4981,50 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         return 2
 
 
+@contextlib.contextmanager
+def _signals(ranks: Ranks):
+    """SIGTERM (torchrun's, when another rank has failed) and SIGINT raise Stopped; a second one ends all.
+
+    A stage that sets `ranks.polls` looks at `ranks.told` instead and raises it where it likes.
+    """
+
+    def handle(number: int, _: object) -> None:
+        if ranks.told:
+            os._exit(128 + number)
+        ranks.told = number
+        if not ranks.polls:
+            raise Stopped(number)
+
+    handlers = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def _run(cfg: Config, ranks: Ranks, source: bytes) -> int:
     """Execute a run; what ends it early is said with rank and stage. Exit code as `main`."""
-    run = Run(cfg, ranks, source)
-    name = f"train_gpt.py: rank {ranks.rank} of {ranks.world_size}"
-
-    def leave(*_: object) -> None:
-        print(f"{name}, stage {run.watch.current}: told to stop (SIGTERM)", file=sys.stderr, flush=True)
-        os._exit(143)
-
-    if ranks.world_size > 1:
-        signal.signal(signal.SIGTERM, leave)  # torchrun's, when another rank has failed
+    run, name = None, f"train_gpt.py: rank {ranks.rank} of {ranks.world_size}"
     try:
-        with contextlib.closing(run.log):
-            code = run.execute()
-        ranks.close()
-        return code
+        with _signals(ranks):
+            run = Run(cfg, ranks, source)
+            with contextlib.closing(run.log):
+                code = run.execute()
+            ranks.close()
+            return code
     except UserError:
         raise
-    except (RunError, OSError, RuntimeError) as error:
-        if not isinstance(error, (RunError, OSError)):
+    except (RunError, OSError, RuntimeError, Stopped) as error:
+        text, code = error, 1
+        if isinstance(error, Stopped):
+            number = error.args[0]
+            text, code = f"told to stop ({signal.Signals(number).name})", 128 + number
+        elif not isinstance(error, (RunError, OSError)):
             traceback.print_exc()
-        print(f"{name}, stage {run.watch.current}: {error}", file=sys.stderr, flush=True)
-        return 1
+        stage = run.watch.current if run else "start"
+        print(f"{name}, stage {stage}: {text}", file=sys.stderr, flush=True)
+        return code
 
 
 if __name__ == "__main__":

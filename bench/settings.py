@@ -1,0 +1,203 @@
+"""Every setting at, around and far beyond its bounds: refused before the start by name, or a run that works.
+
+    python bench/settings.py [--names SEED,TTT_LR] [--json]
+
+Each value is given to a whole run of the script on a tiny model (train, quantise, adapt), in a process of its
+own with little memory and time. Ends with exit code 1 where a value gives anything but: exit code 2 and one
+line that names the setting before any model is made; or a finished run (exit code 0, or 3 for a limit of the
+contest); or, for settings that only make a run longer, a run that is still under way when its time is up.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import prepare_caseops_data as prepare
+import train_gpt as tg
+
+VOCAB = 320
+TINY = {
+    "DEVICE": "cpu",
+    "CPU_THREADS": "1",
+    "DATA_PATH": "data",
+    "VOCAB_SIZE": str(VOCAB),
+    "TRAIN_SEQ_LEN": "32",
+    "TRAIN_BATCH_TOKENS": "128",
+    "GRAD_ACCUM_STEPS": "2",
+    "NUM_LAYERS": "3",
+    "MODEL_DIM": "16",
+    "NUM_HEADS": "2",
+    "NUM_KV_HEADS": "1",
+    "MLP_MULT": "2",
+    "ROPE_DIMS": "4",
+    "NUM_LOOPS": "1",
+    "LOOP_START": "1",
+    "LOOP_END": "1",
+    "PARALLEL_START_LAYER": "2",
+    "GATE_WINDOW": "4",
+    "ITERATIONS": "2",
+    "WARMUP_STEPS": "0",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "EMA_DECAY": "0.5",
+    "FLOAT16_MAX_ELEMENTS": "128",
+    "GPTQ_CALIBRATION_BATCHES": "1",
+    "LQER_ASYM_GROUP": "16",
+    "VAL_BATCH_TOKENS": "1024",
+    "EVAL_SEQ_LEN": "32",
+    "TTT_BATCH_SIZE": "2",
+    "TTT_CHUNK_SIZE": "16",
+    "TTT_EVAL_SEQ_LEN": "32",
+    "TTT_LORA_RANK": "2",
+    "TTT_LORA_ALPHA": "4",
+    "PHASED_TTT_PREFIX_DOCS": "2",
+    "PHASED_TTT_NUM_PHASES": "1",
+    "GLOBAL_TTT_CHUNK_TOKENS": "64",
+    "GLOBAL_TTT_BATCH_SEQS": "2",
+}
+COMPANIONS = {  # what gives a setting something to do
+    "ATTN_OUT_GATE_ENABLED": {"SPARSE_ATTN_GATE_ENABLED": "0"},
+    "ATTN_OUT_GATE_SRC": {"SPARSE_ATTN_GATE_ENABLED": "0", "ATTN_OUT_GATE_ENABLED": "1"},
+    "EMBED_LR": {"TIE_EMBEDDINGS": "0"},
+    "EVAL_STRIDE": {"SLIDING_WINDOW_ENABLED": "1"},
+    "GATED_ATTN_ENABLED": {"SPARSE_ATTN_GATE_ENABLED": "0"},
+    "GATED_ATTN_INIT_STD": {"SPARSE_ATTN_GATE_ENABLED": "0", "GATED_ATTN_ENABLED": "1"},
+    "GPTQ_RESERVE_SECONDS": {"MAX_WALLCLOCK_SECONDS": "1000000", "ITERATIONS": "1"},
+    "GLOBAL_TTT_WARMUP_START_LR": {"GLOBAL_TTT_WARMUP_CHUNKS": "2"},
+    "ITERATIONS": {"MAX_WALLCLOCK_SECONDS": "0.7"},
+    "LQER_FACTOR_BITS": {"LQER_ASYM_ENABLED": "0"},
+    "MAX_WALLCLOCK_SECONDS": {"GPTQ_RESERVE_SECONDS": "0"},
+    **dict.fromkeys(
+        ["TTT_LR", "TTT_EPOCHS", "TTT_MOMENTUM", "TTT_CHUNK_TOKENS"],
+        {"TTT_SGD": "1", "TTT_CHUNK_TOKENS": "128"},
+    ),
+}
+LONG = {"WARMUP_STEPS", "TTT_EPOCHS", "TTT_GRAD_STEPS", "GLOBAL_TTT_EPOCHS", "GPTQ_CALIBRATION_BATCHES"}
+LONG |= {"NUM_LOOPS", "NUM_LAYERS"}
+NOT_NUMBERS = ["", " ", "x", "nan", "inf", "-inf", "1e999", "0x10", "1,5", "None", "9" * 5000]
+SECONDS, GROWTH = 20, 2 << 30  # most that a run may take; address space on top of this process's
+
+
+def values(field: dataclasses.Field) -> list[str]:
+    """Texts worth trying for a setting: its default, bounds and their neighbours, wrong types, extremes."""
+    kind, choices = tg._base_type(field.type), get_args(field.type)
+    if kind is bool:
+        return ["0", "1", "true", "FALSE", "2", "-1", *NOT_NUMBERS]
+    if kind is str:
+        texts = [*map(str, choices), "", " ", "x", "nan", "x" * 300, "a/b", "..", "/", "é", "-", "a\nb"]
+        return [*tg.PRESETS, *texts] if field.name == "preset" else texts
+    low, high = choices[1].low, choices[1].high
+    tried = [field.default, 0, 1, 2, 3, 7, -1, 100, 10**4, 10**6, 2**31 - 1, 2**31, 10**12, 2**63, 10**30]
+    if kind is int:
+        ends = [end + step for end in (low, high) if math.isfinite(end) for step in (-2, -1, 0, 1, 2)]
+        return [*dict.fromkeys(str(int(v)) for v in [*tried, *ends]), "1.5", *NOT_NUMBERS]
+    tried += [0.5, 1.5, 1e-3, 1e-30, 5e-324, 1e30, 1e39, 1.7e308, -1e-9, -1e30]
+    for end in (low, high):
+        if math.isfinite(end):
+            tried += [end, math.nextafter(end, -math.inf), math.nextafter(end, math.inf)]
+            tried += [end - 1e-6 * max(1, abs(end)), end + 1e-6 * max(1, abs(end))]
+    return [*dict.fromkeys(repr(float(v)) for v in tried), *NOT_NUMBERS]
+
+
+def make_data(folder: Path) -> None:
+    """A CaseOps data set of a few short documents."""
+    words = "the model reads a token and NASA scores it before Paris learns from what it has seen".split()
+    texts = [" ".join(words[i % 7 :: 1 + i % 3] * (1 + i % 4)).capitalize() + "." for i in range(60)]
+    tokenizer = prepare.make_tokenizer("tokenizer.model", prepare.train_tokenizer(texts, VOCAB), True)
+    named = [prepare.make_document(f"{text} {i}", f"document {i}") for i, text in enumerate(texts)]
+    prepare.prepare(named, tokenizer, folder, 4)
+
+
+def _child(environ: dict[str, str], folder: Path, output: Path) -> None:
+    """The run, in a forked process; never returns."""
+    os.chdir(folder)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + GROWTH
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    tg.pack_code = lambda *_: (b"packed", True)  # seconds, and the same each time
+    code = 99
+    with contextlib.suppress(BaseException):
+        try:
+            code = tg.main([], environ)
+        except BaseException as error:
+            print(f"uncaught {type(error).__name__}: {error}", flush=True)
+    os._exit(code)
+
+
+def attempt(name: str, text: str, folder: Path) -> tuple[str, str]:
+    """Run with one setting. Returns how it ended ("refused", "works", "long" or "WRONG") and its output."""
+    environ = TINY | COMPANIONS.get(name, {}) | {"ARTIFACT_DIR": tempfile.mkdtemp(dir=folder), name: text}
+    output = folder / "output.txt"
+    child = os.fork()
+    if child == 0:
+        _child(environ, folder, output)
+    deadline, status = time.monotonic() + SECONDS, None
+    while status is None:
+        done, found = os.waitpid(child, os.WNOHANG)
+        status = found if done else None
+        if status is None and time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            break
+        time.sleep(0.005)
+    said = output.read_text(errors="replace")
+    lines = said.splitlines()
+    errors = [line for line in lines if line.startswith("train_gpt.py: error: ")]
+    code = -1 if status is None else os.waitstatus_to_exitcode(status)
+    if code == 2 and len(errors) == 1 and name in errors[0] and not any("model " in x[:6] for x in lines):
+        return "refused", said
+    if code in (0, 3) and lines[-1].startswith("final "):
+        return "works", said
+    if status is None and name in LONG and any(line.startswith("model ") for line in lines):
+        return "long", said
+    return "WRONG", f"exit code {code}\n{said}"
+
+
+def try_all(names: list[str] | None = None) -> Iterator[tuple[str, str, str, str]]:
+    """(setting, text, end, output) of every value of every setting."""
+    torch.set_num_threads(1)
+    fields = {field.name.upper(): field for field in dataclasses.fields(tg.Config)}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        make_data(folder / "data")
+        for name in names or fields:
+            for text in values(fields[name]):
+                yield name, text, *attempt(name, text, folder)
+
+
+def main() -> int:
+    """Try all and print what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--names", help="settings to try, by commas; all without")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    ends, wrong = Counter(), []
+    for name, text, end, said in try_all(arguments.names and arguments.names.split(",")):
+        ends[end] += 1
+        if end == "WRONG":
+            wrong.append([name, text[:40], said[-600:]])
+            print(f"{name}={text[:40]!r}: {said[-600:]}\n", file=sys.stderr, flush=True)
+    report = {"values": sum(ends.values()), **ends, "wrong": len(wrong)}
+    print(json.dumps(report) if arguments.json else " ".join(f"{k}:{v}" for k, v in report.items()))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
