@@ -115,8 +115,8 @@ def values(field: dataclasses.Field) -> list[str]:
 
 def make_data(folder: Path) -> None:
     """A CaseOps data set of a few short documents."""
-    words = "the model reads a token and NASA scores it before Paris learns from what it has seen".split()
-    texts = [" ".join(words[i % 7 :: 1 + i % 3] * (1 + i % 4)).capitalize() + "." for i in range(60)]
+    words = "the model reads a token and NASA scores it before Paris learns from what it has seen"
+    texts = [" ".join(words.split()[i % 7 :: 1 + i % 3] * (1 + i % 4)).capitalize() + "." for i in range(60)]
     tokenizer = prepare.make_tokenizer("tokenizer.model", prepare.train_tokenizer(texts, VOCAB), True)
     named = [prepare.make_document(f"{text} {i}", f"document {i}") for i, text in enumerate(texts)]
     prepare.prepare(named, tokenizer, folder, 4)

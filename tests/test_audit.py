@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import audit  # noqa: E402
-
 import lossless_caps  # noqa: E402
 
 ARTIFACT = "final_model.int6.ptz"

@@ -6,9 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from runs import NAMES_AND_PLACES, config_hash
-
 from auditing.run import Audit, AuditError, NotChecked, check, read_json, require, short
+from runs import NAMES_AND_PLACES, config_hash
 
 
 @check("R1", "val_bpb = sum of nats / ln 2 / sum of bytes")

@@ -4,10 +4,10 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from runs import RunRecord
 from scipy import stats
 
 from reproducing.bases import Base
+from runs import RunRecord
 
 MARGIN = 0.005  # nats per token by which a record must beat the standing one, at p < RECORD_P
 RECORD_P = 0.01

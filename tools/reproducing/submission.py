@@ -8,11 +8,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from runs import RunRecord, read
-
 from reproducing import claim
 from reproducing.bases import BASES
 from reproducing.seeds import ROOT
+from runs import RunRecord, read
 
 sys.path.insert(0, str(ROOT))
 
