@@ -69,7 +69,10 @@ NO_EFFECT = {
     "etlb_clip": ("3.0", "as etlb_enabled"),
     "etlb_lr": ("0.05", "as etlb_enabled"),
     "etlb_steps": ("5", "as etlb_enabled"),
-    "ttt_hash_embed": ("True", "no part of PR #1493's evaluator in SPEC section 6"),
+    "ttt_hash_embed": (
+        "True",
+        "of another script, which seed 42 of PR #1493 alone ran; no description has it",
+    ),
     "ttt_hash_buckets": ("16384", "as ttt_hash_embed"),
     "ttt_optimizer": ("adam", "AdamW is the only one here"),
     "ttt_eval_batches": ("", "a way to score a part of the data; VAL_DOC_FRACTION here"),
