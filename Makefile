@@ -19,10 +19,13 @@ audit: $(RUN)  ## judge a finished run: make audit RUN_DIR=runs/NAME
 submission: $(DEV) data/demo/manifest.json  ## three demo seeds, audited, into logs/, submission.json, README (15 minutes)
 	$(BIN)/python tools/reproduce.py --preset demo --seeds 42,314,1234 --audit --submission -- $(BIN)/python train_gpt.py
 
-data: data/demo/manifest.json  ## the demo data set alone
+data: data/demo/manifest.json data/demo_plain/manifest.json  ## the demo data sets alone, CaseOps and plain
 
 data/demo/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dataprep/*.py) | $(RUN)
 	$(BIN)/python prepare_caseops_data.py --demo --overwrite
+
+data/demo_plain/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dataprep/*.py) | $(RUN)
+	$(BIN)/python prepare_caseops_data.py --demo --plain --overwrite
 
 test: $(DEV)  ## all tests (CPU, under 5 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -n 2 --durations 5
@@ -54,4 +57,4 @@ bench: $(RUN)  ## speed of a training step on this machine (a small model on a C
 	$(BIN)/python bench/train_step.py
 
 clean:  ## remove environment, demo data and caches; runs/ stays
-	rm -rf .venv data/demo .pytest_cache .ruff_cache .hypothesis tests/__pycache__ dataprep/__pycache__ __pycache__
+	rm -rf .venv data/demo data/demo_plain .pytest_cache .ruff_cache .hypothesis tests/__pycache__ dataprep/__pycache__ __pycache__

@@ -6,6 +6,8 @@
     python prepare_caseops_data.py --check DIR                # is a folder whole, right and free of leaks?
     python prepare_caseops_data.py --demo        # small real-text data set in data/demo, nothing to download
 
+With --plain: text as it is, for CASEOPS_ENABLED=0 (--demo --plain writes data/demo_plain).
+
 Documents: JSONL (plain, .xz, .gz, .zst, or - for standard input), one a line, {"text": ...} or a bare
 string, or the column `text` of Parquet files; blank lines are skipped. The first --val-docs documents are
 the validation split. Written to --out:
@@ -38,7 +40,7 @@ from tqdm import tqdm
 
 from dataprep.checking import check_folder, report_table, split_report
 from dataprep.crew import EXAMPLES, Crew, HeldOut, Result
-from dataprep.demo import DEMO_OUT, DEMO_VAL_DOCS, DEMO_VOCAB, demo_documents
+from dataprep.demo import DEMO_OUT, DEMO_PLAIN_OUT, DEMO_VAL_DOCS, DEMO_VOCAB, demo_documents
 from dataprep.download import download
 from dataprep.encoding import MAX_VOCAB, Tokenizer, make_tokenizer, tokenizer_texts, train_tokenizer
 from dataprep.leaks import NearIndex
@@ -46,6 +48,7 @@ from dataprep.reading import Block, Document, Reader, document_blocks, make_docu
 from dataprep.shards import (
     BYTES_SHARD,
     FORMAT,
+    NO_TRANSFORM,
     TRAIN_SHARD,
     TRANSFORM,
     UNFINISHED,
@@ -172,6 +175,7 @@ class Preparation:
                 "--val-docs": self._job.val_docs,
                 "--shard-tokens": self._job.shard_tokens,
                 "--drop-near-duplicates": self._job.drop_near,
+                "--plain": self._tokenizer.plain,
             }
         )
         self.resumed = "val" in self._state
@@ -311,7 +315,7 @@ class Preparation:
         written = [writer.tokens for split in (self._val, self._train) for writer in split.writers]
         return {
             "format": FORMAT,
-            "transform": TRANSFORM,
+            "transform": NO_TRANSFORM if self._tokenizer.plain else TRANSFORM,
             "tokenizer": {
                 "file": self._tokenizer.file_name,
                 "sha256": sha256[self._tokenizer.file_name],
@@ -426,6 +430,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", metavar="N", type=_count, help="processes (default: one a core); the result is the same")
     add("--max-bad", metavar="N", type=_count_or_none, help="broken documents to skip at most (default: 0)")
     add("--drop-near-duplicates", action="store_true", help="of validation documents, not only count them")
+    add("--plain", action="store_true", help="without CaseOps: text as it is, for CASEOPS_ENABLED=0")
     add("--overwrite", action="store_true", help="replace the data set that --out holds")
     add("--report", action="store_true", help="print a table of what the data is")
     add("--write-manifest", action="store_true", help="with --check: for a right folder that has none")
@@ -450,7 +455,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error("--shards: only with --download")
     if options.write_manifest and not options.check:
         parser.error("--write-manifest: only with --check")
-    barred = {"demo": MAKING[:1], "download": MAKING, "check": (*MAKING, "out", "overwrite")}
+    making = (*MAKING, "plain")
+    barred = {"demo": MAKING[:1], "download": making, "check": (*making, "out", "overwrite")}
     mode = next((name for name in barred if getattr(options, name)), "")
     for name in barred.get(mode, ()):
         if getattr(options, name):
@@ -458,7 +464,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if not mode:
         _check_making(parser, options)
     if options.demo:
-        options.out = options.out or DEMO_OUT
+        options.out = options.out or (DEMO_PLAIN_OUT if options.plain else DEMO_OUT)
         options.train_tokenizer = DEMO_VOCAB
     options.val_docs = options.val_docs or (DEMO_VAL_DOCS if options.demo else CANONICAL_VAL_DOCS)
     options.shard_tokens = options.shard_tokens or SHARD_TOKENS
@@ -486,7 +492,7 @@ def _check_making(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 
 def make_data(options: argparse.Namespace) -> dict:
     """Prepare the data set that the options describe; returns its manifest. Raises DataError."""
-    demo = demo_documents() if options.demo else None
+    demo, plain = demo_documents() if options.demo else None, options.plain
 
     def documents() -> Reader | list[Document]:
         return Reader(options.docs) if demo is None else demo
@@ -495,11 +501,10 @@ def make_data(options: argparse.Namespace) -> dict:
         source = documents()
         blocks = source if isinstance(source, Reader) else document_blocks(source)
         texts = training_texts(blocks, options.val_docs, options.max_bad)
-        tokenizer = make_tokenizer(
-            "tokenizer.model", train_tokenizer(texts, options.train_tokenizer), lossless=True
-        )
+        model = train_tokenizer(texts, options.train_tokenizer, plain)
+        tokenizer = make_tokenizer("tokenizer.model", model, lossless=True, plain=plain)
     else:
-        tokenizer = make_tokenizer(options.sp, Path(options.sp).read_bytes())
+        tokenizer = make_tokenizer(options.sp, Path(options.sp).read_bytes(), plain=plain)
     return prepare(
         documents(),
         tokenizer,

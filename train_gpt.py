@@ -8,6 +8,7 @@ been scored.
     torchrun --standalone --nproc_per_node=8 train_gpt.py        # the record run: nothing set = PR #1851
     python train_gpt.py                                          # the same on one GPU
     PRESET=demo python train_gpt.py                              # minutes on a laptop's CPU (see `make demo`)
+    PRESET=pr1667 SCALE=demo python train_gpt.py                 # another published system at that size
     python train_gpt.py --help | --show [--json]                 # every setting | the resolved ones
 
 Sections: 1 constants and errors, 2 configuration, 3 runtime, 4 data, 5 attention, 6 kernels, 7 model,
@@ -166,6 +167,7 @@ class Config:
     train_seq_len: Count = 2048  # tokens; longer documents are cut into segments of this length
     train_batch_tokens: Count = 786_432  # tokens of one optimiser step, all ranks together
     grad_accum_steps: Count = 8  # micro-batches of a step, shared by the ranks; more ranks than that take one
+    plain_windows: bool = False  # no documents: windows, in random order when training (PR #1493)
 
     # Model
     num_layers: Count = 11  # physical layers
@@ -425,8 +427,10 @@ class Config:
             ConfigError: a wrong type, choice, range or combination, or a name that is almost one of ours.
         """
         fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
+        if len(PRESETS) > 1:
+            environ = translate(environ)
         _refuse_unknown_names(environ, list(fields))
-        preset = environ.get("PRESET", cls.preset)
+        preset = environ.get("PRESET", next(iter(PRESETS)))
         values = {"preset": preset, **PRESETS.get(preset, {})}
         for name, field in fields.items():
             if name in environ:
@@ -442,15 +446,41 @@ MODEL_SETTINGS = (
 )
 
 # A preset is a row of differences from the defaults; explicit variables win over it. The authority for a
-# published run is its log (SPEC section 8).
-PRESETS: dict[str, dict[str, object]] = {
-    "pr1851": {},
+# published run is its log (SPEC section 8). A packed script has one row, all that its run differed in.
+PRESETS: dict[str, dict[str, object]] = {"pr1851": {}}
+
+# [if PRESETS]
+_WINDOWS = {  # PR #1493 and its descendants
+    "caseops_enabled": False,
+    "plain_windows": True,
+    "smear_gate_enabled": False,
+    "sparse_attn_gate_enabled": False,
+    "parallel_style": "single",
+    "parallel_start_layer": 7,
+    "qk_gain_init": 5.25,
+    "muon_coefficients": "quintic",
+    "muon_momentum": 0.99,
+    "matrix_lr": 0.022,
+    "warmdown_frac": 0.72,
+    "min_lr": 0.0,
+    "embed_bits": 8,
+    "embed_clip_sigmas": 20.0,
+    "attn_clip_sigmas": 12.85,
+    "mlp_clip_sigmas": 12.85,
+    "lqer_enabled": False,
+    "gptq_calibration_batches": 64,
+    "gptq_reserve_seconds": 12.0,
+    "sliding_window_enabled": True,
+    "ttt_sgd": True,
+}
+PRESETS |= {
     "pr1868": {"gptq_reserve_seconds": 8.0},
     "pr1855": {
         "mlp_clip_sigmas": 11.5,
         "embed_clip_sigmas": 14.0,
         "warmdown_frac": 0.85,
         "beta2": 0.99,
+        "compressor": "ans",
         "ttt_beta2": 0.99,
         "ttt_weight_decay": 0.5,
         "ttt_lora_rank": 80,
@@ -474,47 +504,104 @@ PRESETS: dict[str, dict[str, object]] = {
         "ttt_lora_alpha": 96.0,
         "ttt_warm_start_a": False,
     },
-    "demo": {  # every component, small enough for two CPU cores
-        "cpu_threads": 1,
-        "data_path": "data/demo",
-        "vocab_size": 1024,
-        "train_seq_len": 256,
-        "train_batch_tokens": 4096,
-        "grad_accum_steps": 2,
-        "num_layers": 6,
-        "model_dim": 128,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "mlp_mult": 3.0,
-        "num_loops": 1,
-        "loop_start": 2,
-        "loop_end": 3,
-        "parallel_start_layer": 4,
-        "xsa_last_n": 6,
-        "iterations": 150,
-        "max_wallclock_seconds": 0.0,
-        "warmup_steps": 1,
-        "muon_momentum_warmup_steps": 50,
-        "train_log_every": 20,
-        "val_loss_every": 150,
-        "ema_decay": 0.95,
-        "float16_max_elements": 4096,
-        "gptq_calibration_batches": 4,
-        "val_batch_tokens": 32_768,
-        "eval_seq_len": 256,
-        "ttt_eval_seq_len": 256,
-        "ttt_batch_size": 16,
-        "ttt_lora_rank": 8,
-        "ttt_lora_alpha": 16.0,
-        "ttt_lora_lr": 1e-3,
-        "ttt_warm_start_a": False,  # the same score on any number of ranks
-        "phased_ttt_prefix_docs": 24,
-        "phased_ttt_num_phases": 2,
-        "global_ttt_chunk_tokens": 2048,
-        "global_ttt_batch_seqs": 8,
-        "audit": True,
-    },
+    "pr1858": _WINDOWS | {"ttt_epochs": 2},
+    "pr1493": _WINDOWS,
+    "pr1485": _WINDOWS | {"qk_gain_init": 5.0, "ttt_enabled": False, "ttt_sgd": False},
 }
+_DEMO = {  # every component, small enough for two CPU cores
+    "cpu_threads": 1,
+    "data_path": "data/demo",
+    "vocab_size": 1024,
+    "train_seq_len": 256,
+    "train_batch_tokens": 4096,
+    "grad_accum_steps": 2,
+    "num_layers": 6,
+    "model_dim": 128,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "mlp_mult": 3.0,
+    "num_loops": 1,
+    "loop_start": 2,
+    "loop_end": 3,
+    "parallel_start_layer": 4,
+    "xsa_last_n": 6,
+    "iterations": 150,
+    "max_wallclock_seconds": 0.0,
+    "warmup_steps": 1,
+    "muon_momentum_warmup_steps": 50,
+    "train_log_every": 20,
+    "val_loss_every": 150,
+    "ema_decay": 0.95,
+    "float16_max_elements": 4096,
+    "gptq_calibration_batches": 4,
+    "val_batch_tokens": 32_768,
+    "eval_seq_len": 256,
+    "ttt_eval_seq_len": 256,
+    "ttt_batch_size": 16,
+    "ttt_lora_rank": 8,
+    "ttt_lora_alpha": 16.0,
+    "ttt_lora_lr": 1e-3,
+    "ttt_warm_start_a": False,  # the same score on any number of ranks
+    "phased_ttt_prefix_docs": 24,
+    "phased_ttt_num_phases": 2,
+    "global_ttt_chunk_tokens": 2048,
+    "global_ttt_batch_seqs": 8,
+    "audit": True,
+}
+_DEMO_PLAIN = {"data_path": "data/demo_plain", "gptq_calibration_batches": 16}
+_DEMO_WINDOWS = _DEMO_PLAIN | {"ttt_chunk_tokens": 2048}
+_DEMO_SIZES = {  # where a system's own sizes are others than the record's, those of its demo are too
+    "pr1855": {"ttt_lora_rank": 7, "phased_ttt_prefix_docs": 30},
+    "pr1667": _DEMO_PLAIN | {"ttt_lora_alpha": 8.0, "phased_ttt_prefix_docs": 0},
+    **dict.fromkeys(("pr1858", "pr1493", "pr1485"), _DEMO_WINDOWS),
+}
+PRESETS |= {f"{name}-demo": row | _DEMO | _DEMO_SIZES.get(name, {}) for name, row in PRESETS.items()}
+PRESETS["demo"] = _DEMO
+
+ALIASES = {  # names in published commands and logs -> ours
+    "SMEAR_GATE": "SMEAR_GATE_ENABLED",
+    "SMEAR_GATE_WIDTH": "GATE_WINDOW",
+    "GATE_WIDTH": "GATE_WINDOW",
+    "GATE_ATTN_OUT": "ATTN_OUT_GATE_ENABLED",
+    "GATE_ATTN_SRC": "ATTN_OUT_GATE_SRC",
+    "PARALLEL_RESIDUAL_START": "PARALLEL_START_LAYER",
+    "FUSED_CE_ENABLED": "TRITON_KERNELS",
+}
+UNREAD = ("PHASED_TTT_ENABLED", "ROPE_TRAIN_SEQ_LEN")  # set in published commands, read by no script
+
+
+def translate(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment in our names: older ones of published commands, and SCALE as part of PRESET.
+
+    Rank 0 of a machine says on stderr what is taken for something else or for nothing.
+
+    Raises:
+        ConfigError: an older name beside the present one with another value, or a SCALE that is none.
+    """
+    given, notices = dict(environ), []
+    for old, name in ALIASES.items():
+        if old in given:
+            value = given.pop(old)
+            if given.setdefault(name, value) != value:
+                clash = f"another name of {name}, which is {given[name]!r}: must be the same or unset"
+                raise ConfigError(f"{old}={value!r}: {clash}")
+    if given.get("COMPRESSOR") == "pergroup":
+        given["COMPRESSOR"] = "ans"
+        notices.append("COMPRESSOR=pergroup: COMPRESSOR=ans, this script's entropy coder (no lrzip needed)")
+    notices += [f"{name}={given.pop(name)}: no published script reads it" for name in UNREAD if name in given]
+    scale = given.pop("SCALE", "full")
+    if scale not in ("full", "demo"):
+        raise ConfigError(f"SCALE={scale!r}: must be one of full, demo")
+    preset = given.get("PRESET", Config.preset)
+    if scale == "demo" and f"{preset}-demo" in PRESETS:
+        given["PRESET"] = f"{preset}-demo"
+    if environ.get("LOCAL_RANK", "0") == "0":
+        for notice in notices:
+            print(f"train_gpt.py: notice: {notice}", file=sys.stderr)
+    return given
+
+
+# [end]
 
 # Variables with these beginnings are ours, so an unknown one is a mistake.
 FAMILIES = re.compile("(TTT|GLOBAL_TTT|PHASED_TTT|GPTQ|LQER|MUON|SMEAR|SPARSE_ATTN|GATED_ATTN|ATTN_OUT|XSA)_")
@@ -1099,10 +1186,10 @@ def document_segments(
     return Segments(torch.from_numpy(cu_seqlens), int(lengths.max()), bound)
 
 
-def packed_row(tokens: Tensor, max_doc_len: int) -> tuple[Tensor, Tensor, Segments]:
-    """n+1 tokens -> inputs [1, n], targets [1, n] and the segments of the documents in the inputs."""
+def packed_row(tokens: Tensor, max_doc_len: int, plain: bool = False) -> tuple[Tensor, Tensor, Segments]:
+    """n+1 tokens -> inputs [1, n], targets [1, n] and the segments of the documents (`plain`: windows)."""
     row = tokens.long()
-    bos = (row[:-1] == BOS).nonzero().flatten().cpu()
+    bos = [] if plain else (row[:-1] == BOS).nonzero().flatten().cpu()
     return row[None, :-1], row[None, 1:], document_segments(bos, len(row) - 1, max_doc_len)
 
 
@@ -1223,6 +1310,44 @@ class ShuffledLoader:
         windows = np.stack([self._next_window() for _ in range(rows)]).astype(np.int64)
         tokens = torch.from_numpy(windows)
         return tokens[:, :-1], tokens[:, 1:]
+
+
+# [if PLAIN_WINDOWS]
+class WindowLoader:
+    """Training batches of plain windows in random order (PR #1493), one segment each.
+
+    All ranks draw the same windows and take micro-batches in turn, so their number does not matter.
+    """
+
+    def __init__(self, paths: Sequence[Path], cfg: Config, ranks: "Ranks"):
+        shared = ranks.world_size * cfg.micro_batches(ranks.world_size)
+        self._rows, rest = divmod(cfg.train_batch_tokens // shared, cfg.train_seq_len)
+        if rest:
+            windows = f"{shared} micro-batches of whole windows of TRAIN_SEQ_LEN={cfg.train_seq_len} tokens"
+            raise ConfigError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be {windows}")
+        self._new = lambda: ShuffledLoader(paths, 1, 0, cfg.train_seq_len, cfg.vocab_size)
+        self._rank, self._world_size, self._length = ranks.rank, ranks.world_size, cfg.train_seq_len
+        self.load_state((0, 0, 0))
+
+    def next(self) -> tuple[Tensor, Tensor, Segments]:
+        """The next micro-batch of this rank: inputs [1, n], targets [1, n], segments."""
+        self._windows.skip(self._rank * self._rows)
+        x, y = (part.reshape(1, -1) for part in self._windows.next(self._rows))
+        self._windows.skip((self._world_size - 1 - self._rank) * self._rows)
+        self._taken += self._world_size * self._rows
+        return x, y, document_segments([], x.numel(), self._length)
+
+    def state(self) -> tuple[int, int, int]:
+        """Position, in the form of `PackedLoader`'s: windows drawn so far, by all ranks."""
+        return 0, 0, self._taken
+
+    def load_state(self, state: tuple[int, int, int]) -> None:
+        """Go to a position: draw anew what lies before it."""
+        self._windows, self._taken = self._new(), state[2]
+        self._windows.skip(self._taken)
+
+
+# [end]
 
 
 class ByteTables(NamedTuple):
@@ -1409,8 +1534,9 @@ def check_data(cfg: Config, training_splits: Sequence[str] = ("train",)) -> dict
 
 
 def _how_to_get_data(cfg: Config) -> str:
-    if cfg.preset == "demo":
-        return "build it with: python prepare_caseops_data.py --demo"
+    if "demo" in cfg.preset:
+        plain = " --plain" * (not cfg.caseops_enabled)
+        return f"build it with: python prepare_caseops_data.py --demo{plain}"
     return "set DATA_PATH, or build it: python prepare_caseops_data.py --docs docs.jsonl --out DIR --sp MODEL"
 
 
@@ -2056,8 +2182,9 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(skips, dim))
         if cfg.skip_gates_enabled:
             self.skip_gates = nn.Parameter(torch.zeros(skips, dim))
-        self.parallel_post_lambdas = nn.Parameter(torch.ones(layers, 2, 2))
-        self.parallel_resid_lambdas = nn.Parameter(torch.full((layers, 2), 1.1))
+        if cfg.parallel_style == "lanes":
+            self.parallel_post_lambdas = nn.Parameter(torch.ones(layers, 2, 2))
+            self.parallel_resid_lambdas = nn.Parameter(torch.full((layers, 2), 1.1))
         self.tok_emb = nn.Embedding(cfg.vocab_size, dim)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(layers))
         if cfg.tie_embeddings:
@@ -2740,7 +2867,7 @@ class Trainer:
 def random_row(cfg: Config, tokens: int, max_doc_len: int, generator: torch.Generator) -> Batch:
     """A row of random tokens in the form of a batch."""
     row = torch.randint(BOS, cfg.vocab_size, (tokens + 1,), generator=generator)
-    return packed_row(row, max_doc_len)
+    return packed_row(row, max_doc_len, cfg.plain_windows)
 
 
 def fit_memory(cfg: Config, model: GPT, ranks: Ranks) -> Config:
@@ -3830,14 +3957,35 @@ def read_artifact(blob: bytes) -> tuple[dict[str, object], dict[str, QuantizedTe
     return unpack_artifact(blob) if blob.startswith(ARTIFACT_MAGIC[:3]) else ({}, read_published(blob))
 
 
+def packed_script(cfg: Config, source: bytes) -> tuple[bytes, bool]:
+    """The script as it is counted for a run; this one is the packed script itself."""
+    return source, True
+
+
+# [if PACKER]
 WRAPPER = b'#coding:l1\nimport %s as c\nexec(c.decompress("""%s""".encode("l1")))\n'
 
 
-def pack_code(source: bytes, codec: str = "brotli", off: Container[str] = ()) -> tuple[bytes, bool]:
+def packed_script(cfg: Config, source: bytes) -> tuple[bytes, bool]:  # noqa: F811
+    """The script as it is counted for a run, and was it minified? Nothing set, it has the run's settings.
+
+    All but where data and models lie, what the machine is, the seed, and which stages are wanted.
+    """
+    off = [name for name, value in cfg.as_env().items() if not value]
+    off += ["PRESETS", "PACKER", "PUBLISHED", *["ANS"] * (cfg.compressor != "ans")]
+    names = _NAMES[_NAMES.index("caseops_enabled") :]
+    row = {name: value for name, value in PRESETS[cfg.preset].items() if name not in names}
+    row |= {name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(Config, name)}
+    return pack_code(source, cfg.compressor, off, {cfg.preset: row})
+
+
+def pack_code(
+    source: bytes, codec: str = "brotli", off: Container[str] = (), presets: Mapping | None = None
+) -> tuple[bytes, bool]:
     """The script as it is counted: minified, compressed, in a wrapper that runs; a packed one stays itself.
 
     What stands between lines `# [if A or B]` and `# [end]` is left out when those settings are `off`; the
-    packed script then refuses them.
+    packed script then refuses them. `presets` are all that it has.
 
     The compressed bytes stand in a Latin-1 string literal (a fifth smaller than base85); only what a literal
     cannot hold is escaped. Returns the wrapper and whether the source was minified: without `python-minifier`
@@ -3857,6 +4005,8 @@ def pack_code(source: bytes, codec: str = "brotli", off: Container[str] = ()) ->
 
     source = re.sub(rb"(?ms)^# \[if ([\w ]+)\]\n(.*?)^# \[end\]\n", wanted, source)
     source = source.replace(b"LEFT_OUT = ()", f"LEFT_OUT = {sorted(left_out)}".encode(), 1)
+    if presets:
+        source = source.replace(b'= {"pr1851": {}}', f"= {presets}".encode(), 1)
     try:
         import python_minifier
     except ImportError:
@@ -3878,6 +4028,9 @@ def _positional_only(source: str) -> str:
             while node.args.args and node.args.args[0].arg not in named:
                 node.args.posonlyargs.append(node.args.args.pop(0))
     return ast.unparse(tree)
+
+
+# [end]
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -3965,15 +4118,16 @@ def evaluate_standard(
     max_doc_len: int,
     on_row: Callable[[int], None] | None = None,
     ranks: Ranks = CPU,
+    plain: bool = False,
 ) -> BpbMeter:
-    """Score every target once: rows of `row_tokens` targets, the last one shorter, documents as segments.
+    """Score every target once: rows of `row_tokens` targets, the last one shorter, segments as `packed_row`.
 
     Ranks take rows in turn; the result is the same on every one.
     """
     meter = BpbMeter()
     for start in range(ranks.rank * row_tokens, val.num_targets, ranks.world_size * row_tokens):
         end = min(start + row_tokens, val.num_targets)
-        x, y, segments = packed_row(val.tokens[start : end + 1], max_doc_len)
+        x, y, segments = packed_row(val.tokens[start : end + 1], max_doc_len, plain)
         meter.add(score(x, y, segments), val.target_bytes[start:end])
         if on_row:
             on_row(end)
@@ -4668,11 +4822,13 @@ class Run:
         self.loader = self._new_loader()
         return self.new_model(self.cfg)
 
-    def _new_loader(self) -> PackedLoader:
+    def _new_loader(self) -> "PackedLoader | WindowLoader":
         cfg, world = self.cfg, self.ranks.world_size
-        group = world * cfg.micro_batches(world)
+        group, paths = world * cfg.micro_batches(world), shard_paths(cfg.data_folder, "train")
+        if cfg.plain_windows:
+            return WindowLoader(paths, cfg, self.ranks)
         return PackedLoader(
-            shard_paths(cfg.data_folder, "train"),
+            paths,
             world,
             self.ranks.rank,
             cfg.train_batch_tokens // group,
@@ -4773,7 +4929,8 @@ class Run:
         with self.watch.stage(stage):
             score = model_score(self.model, looping=looping, ranks=self.ranks)
             limits = row_tokens, self.cfg.eval_seq_len
-            meter = evaluate_standard(score, self.val, *limits, progress.update, self.ranks)
+            plain = self.cfg.plain_windows
+            meter = evaluate_standard(score, self.val, *limits, progress.update, self.ranks, plain)
         self.record(stage, meter, self.val.documents)
 
     def record(self, stage: str, meter: BpbMeter, documents: Sequence[tuple[int, int]]) -> None:
@@ -4807,7 +4964,7 @@ class Run:
             flat = flatten_banks(self.model.state_dict(), cfg.num_layers)
             progress = self.log.progress("quantise", len(flat))
             if cfg.fit_bytes:
-                code = len(self._packed_code()[0]) if ranks.is_main else 0
+                code = len(packed_script(cfg, self.source)[0]) if ranks.is_main else 0
                 budget = cfg.fit_bytes - ranks.gather(code)[0]
                 records = fit_state(flat, hessians, gradients, cfg, budget, self.log, ranks)
             else:
@@ -4842,17 +4999,12 @@ class Run:
             raise ConfigError(f"VOCAB_SIZE={self.cfg.vocab_size}: {made}")
         return model
 
-    def _packed_code(self) -> tuple[bytes, bool]:
-        off = [name for name, value in self.cfg.as_env().items() if not value]
-        off += ["PUBLISHED", *["ANS"] * (self.cfg.compressor != "ans")]
-        return pack_code(self.source, self.cfg.compressor, off)
-
     def count_bytes(self) -> None:
         """The sizes that the contest counts; writes the packed script."""
         if not self.ranks.is_main:
             return
         model_bytes = len(self.blob)
-        packed, minified = self._packed_code()
+        packed, minified = packed_script(self.cfg, self.source)
         write_whole(self.log.folder / "train_gpt.packed.py", packed)
         if not minified:
             self.log.event(

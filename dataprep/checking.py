@@ -15,6 +15,7 @@ from dataprep.shards import (
     FIRST_OPERATOR_ID,
     FORMAT,
     MANIFEST,
+    NO_TRANSFORM,
     OPERATOR_COUNT,
     TRANSFORM,
     UNFINISHED,
@@ -25,6 +26,7 @@ from dataprep.shards import (
     shard_paths,
     write_whole,
 )
+from lossless_caps import TITLE
 
 PERCENTILES = (1, 10, 50, 90, 99)
 CHUNK_TOKENS = 1 << 21
@@ -144,7 +146,7 @@ class Checker:
             tokenizer |= {"file": path.name} if path.parent == self.folder else {}
         return {
             "format": FORMAT,
-            "transform": TRANSFORM,
+            "transform": NO_TRANSFORM if self._plain() else TRANSFORM,
             "origin": "scanned",
             "tokenizer": tokenizer,
             "val_docs": splits.get("val", {}).get("documents", 0),
@@ -157,6 +159,10 @@ class Checker:
                 for name, path in names.items()
             },
         }
+
+    def _plain(self) -> bool:
+        """The tokenizer knows no operators."""
+        return self._processor is not None and self._processor.encode(TITLE) != [FIRST_OPERATOR_ID]
 
     def _wrong(self, what: str, mend: str = "") -> None:
         again = f"{_PREPARE} --docs FILE --sp MODEL --out {self.folder} --overwrite"

@@ -177,7 +177,7 @@ def _enter(tokenizer: Tokenizer, held_out: HeldOut | None, parent: int) -> None:
     """First thing in a process: Ctrl-C is the parent's to handle, without a parent there is nothing to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    own = make_tokenizer(tokenizer.file_name, tokenizer.model, tokenizer.lossless)
+    own = make_tokenizer(tokenizer.file_name, tokenizer.model, tokenizer.lossless, tokenizer.plain)
     _Process.worker = Worker(own, held_out)
 
 

@@ -1,5 +1,6 @@
 """CaseOps text to tokens: SentencePiece models, a faster way to the same tokens, bytes of each token."""
 
+import functools
 import io
 import re
 from array import array
@@ -31,19 +32,21 @@ _SAFE_SPACE = re.compile(rb" (?<=[!-~] )(?=[!-~]|\xee\x80[\x81-\x84])")
 
 
 class Tokenizer(NamedTuple):
-    """A SentencePiece model fit for CaseOps data; `lossless`: one that loses anything is refused."""
+    """A SentencePiece model; `lossless`: one that loses anything is refused; `plain`: of text as it is."""
 
     file_name: str
     model: bytes
     processor: sentencepiece.SentencePieceProcessor
     lossless: bool
+    plain: bool = False
 
 
-def make_tokenizer(path: str, model: bytes, lossless: bool = False) -> Tokenizer:
-    """Tokenizer of a serialized SentencePiece model.
+def make_tokenizer(path: str, model: bytes, lossless: bool = False, plain: bool = False) -> Tokenizer:
+    """Tokenizer of a serialized SentencePiece model, for CaseOps text unless `plain`.
 
     Raises:
-        DataError: not such a model, or one without BOS 1, the operators at 4-7 and a piece for a bare space.
+        DataError: not such a model, or one without BOS 1, a piece for a bare space, and for CaseOps the
+            operators at 4-7.
     """
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
@@ -53,20 +56,22 @@ def make_tokenizer(path: str, model: bytes, lossless: bool = False) -> Tokenizer
         raise DataError(f"{path}: has {processor.get_piece_size()} pieces; shards hold at most {MAX_VOCAB}")
     if processor.bos_id() != BOS_ID:
         raise DataError(f"{path}: its BOS is {processor.bos_id()}; the data format needs {BOS_ID}")
-    for token, operator in enumerate(OPERATORS, FIRST_OPERATOR_ID):
+    for token, operator in enumerate(() if plain else OPERATORS, FIRST_OPERATOR_ID):
         if processor.encode(operator) != [token]:
             raise DataError(f"{path}: not a CaseOps tokenizer: U+{ord(operator):04X} is not token {token}")
     if processor.piece_to_id(SPACE_PIECE) == processor.unk_id():
         raise DataError(f"{path}: has no piece for a bare space (U+2581)")
-    return Tokenizer(path.replace("\\", "/").rpartition("/")[2], model, processor, lossless)
+    return Tokenizer(path.replace("\\", "/").rpartition("/")[2], model, processor, lossless, plain)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, plain: bool = False) -> bytes:
     """Serialized SentencePiece BPE model that gives back every text without U+2581 unchanged.
 
     Args:
         texts: original documents; CaseOps is applied here. The same texts give the same bytes.
         vocab_size: pieces, including 4 control pieces, the 4 operators and 256 bytes.
+        plain: no CaseOps, no operators. No piece then holds more than one space, its first character:
+            the byte tables of plain data count by that.
 
     Raises:
         DataError: `vocab_size` does not suit the texts.
@@ -74,7 +79,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(lossless_caps.encode(text) for text in texts),
+            sentence_iterator=(text if plain else lossless_caps.encode(text) for text in texts),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -82,13 +87,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             bos_id=BOS_ID,
             eos_id=2,
             unk_id=3,
-            user_defined_symbols=list(OPERATORS),
+            user_defined_symbols=[] if plain else list(OPERATORS),
             byte_fallback=True,
             split_digits=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
+            allow_whitespace_only_pieces=not plain,
             max_sentence_length=1 << 30,  # bytes; a "sentence" is a document, and longer ones are left out
             minloglevel=2,
         )
@@ -197,13 +202,15 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._processor = tokenizer.processor
-        self._words = _Words(tokenizer.processor) if splits_at_spaces(tokenizer.processor) else None
+        by_words = not tokenizer.plain and splits_at_spaces(tokenizer.processor)
+        self._words = _Words(tokenizer.processor) if by_words else None
         self._separator = None if joins_spaces(tokenizer.processor) else b" "
 
     def documents(self, texts: Sequence[bytes]) -> list[bytes]:
         """Tokens of each text (original, UTF-8), with BOS, as bytes of uint16."""
         bos = array("H", [BOS_ID]).tobytes()
-        return [bos + self.tokens(encoded) for encoded in lossless_caps.encode_many(texts)]
+        encoded = texts if self.tokenizer.plain else lossless_caps.encode_many(texts)
+        return [bos + self.tokens(text) for text in encoded]
 
     def tokens(self, encoded: bytes) -> bytes:
         """Tokens of one CaseOps text (UTF-8), as bytes of uint16."""
@@ -226,6 +233,26 @@ class Encoder:
             offsets = np.array(mapping["offsets"][skip:], np.int64).reshape(-1, 2)
             spans.append(offsets + (start - skip))
         return np.concatenate(tokens), np.concatenate(spans)
+
+    def plain_counts(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of the tokens of one plain document, as tables over the pieces count them.
+
+        A byte piece is 1; another its UTF-8 length, a leading space only behind a piece that is text.
+        """
+        base, space, control = self._piece_bytes
+        before = np.concatenate([[True], control[tokens[:-1]]])
+        return base[tokens] + (space[tokens] & ~before)
+
+    @functools.cached_property
+    def _piece_bytes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each piece: bytes without a leading space, has it one, is it no text."""
+        p, every = self._processor, range(self._processor.get_piece_size())
+        control = np.array([p.is_control(i) or p.is_unknown(i) or p.is_unused(i) for i in every])
+        pieces = [p.id_to_piece(i) for i in every]
+        space = np.array([piece.startswith(SPACE_PIECE) for piece in pieces]) & ~control
+        text = [piece.removeprefix(SPACE_PIECE).encode() for piece in pieces]
+        sizes = [1 if p.is_byte(i) else len(text[i]) for i in every]
+        return np.array(sizes) * ~control, space, control
 
     @staticmethod
     def _cuts(encoded: bytes) -> list[int]:
@@ -266,22 +293,29 @@ def tokenise(processor: sentencepiece.SentencePieceProcessor, texts: Sequence[st
 def tokenise_validation(encoder: Encoder, document: Document) -> tuple[np.ndarray, np.ndarray, bool]:
     """Tokens of one document, the original UTF-8 bytes of each (both (T,) uint16), and: do they decode to it?
 
-    White space that the tokenizer drops at the ends belongs to no token and is not counted.
+    White space that the tokenizer drops at the ends belongs to no token and is not counted. Plain text is
+    counted as the evaluation does, by the pieces: not a space at the start of a document.
 
     Raises:
         DataError: a token carries more bytes than uint16 can hold, or a lossless tokenizer loses something.
     """
-    encoded = lossless_caps.encode_utf8(document.utf8)
-    tokens, spans = encoder.spans(encoded)
-    counts = lossless_caps.span_byte_counts(encoded, spans)
+    if encoder.tokenizer.plain:
+        encoded = document.utf8
+        tokens, spans = encoder.spans(encoded)
+        counts = encoder.plain_counts(tokens)
+    else:
+        encoded = lossless_caps.encode_utf8(document.utf8)
+        tokens, spans = encoder.spans(encoded)
+        counts = lossless_caps.span_byte_counts(encoded, spans)
     if counts.max(initial=0) > MAX_TOKEN_BYTES:
         raise DataError(
             f"{document.origin}: one token carries {counts.max()} bytes (a run of white space?), "
             f"more than the {MAX_TOKEN_BYTES} that a shard can say"
         )
     tokenizer = encoder.tokenizer
+    whole = tokenizer.plain or counts.sum() == document.size
     round_trip = tokenizer.processor.decode(tokens.tolist()).encode("utf-8") == encoded
-    if tokenizer.lossless and not (round_trip and counts.sum() == document.size):
+    if tokenizer.lossless and not (round_trip and whole):
         held = SPACE_PIECE.encode() in encoded
         why = ": it holds U+2581, which SentencePiece takes for a space" if held else ""
         raise DataError(f"{document.origin}: the trained tokenizer does not give this text back{why}")

@@ -15,7 +15,7 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 BOS_ID, FIRST_OPERATOR_ID, OPERATOR_COUNT = 1, 4, 4
 MANIFEST, UNFINISHED = "manifest.json", ".unfinished.json"
 TRAIN_SHARD, VAL_SHARD, BYTES_SHARD = (f"fineweb_{split}_%06d.bin" for split in ("train", "val", "val_bytes"))
-FORMAT, TRANSFORM = "parameter-golf-data/1", "lossless_caps_caseops_v1"
+FORMAT, TRANSFORM, NO_TRANSFORM = "parameter-golf-data/1", "lossless_caps_caseops_v1", "none"
 SHARD_NAME = re.compile(r"fineweb_(train|val|val_bytes)_\d{6}\.bin")
 
 

@@ -302,6 +302,7 @@ def test_single_stream_parallel_layers(tg, silent):
     """Side by side, both branches read the same input; where one is silent, serial layers do the same."""
     model = tiny_model(tg, parallel_style="single")
     serial = tiny_model(tg, parallel_start_layer=0)
+    assert not serial.load_state_dict(model.state_dict(), strict=False).unexpected_keys
     ids, first = random_tokens(1, 16), TINY["parallel_start_layer"]
     inputs: dict[str, torch.Tensor] = {}
     with torch.no_grad():

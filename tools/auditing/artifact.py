@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,20 +22,29 @@ SIZE_LIMIT = 16_000_000
 def _packings(audit: Audit) -> Iterator[bytes]:
     """The script as it is counted, minified and not."""
     env = audit.result["settings"]
-    sections = {
-        name for names in re.findall(rb"(?m)^# \[if ([\w ]+)\]$", audit.source) for name in names.split()
-    }
-    off = {name for name, value in env.items() if not value}
-    off |= {name.decode() for name in sections} - env.keys() - {env["COMPRESSOR"].upper()}
-    yield audit.script.pack_code(audit.source, env["COMPRESSOR"], off)[0]
+    if hasattr(audit.script, "packed_script"):
+        cfg = audit.script.Config(**{name.lower(): value for name, value in env.items()})
+        pack = functools.partial(audit.script.packed_script, cfg, audit.source)
+    else:  # a run of before
+        pack = functools.partial(audit.script.pack_code, audit.source, env["COMPRESSOR"], _off(audit, env))
+    yield pack()[0]
     hidden = sys.modules.get("python_minifier")
     sys.modules["python_minifier"] = None  # what a machine without it makes
     try:
-        yield audit.script.pack_code(audit.source, env["COMPRESSOR"], off)[0]
+        yield pack()[0]
     finally:
         sys.modules.pop("python_minifier")
         if hidden:
             sys.modules["python_minifier"] = hidden
+
+
+def _off(audit: Audit, env: Mapping[str, object]) -> set[str]:
+    """Sections that packing left out."""
+    sections = {
+        name for names in re.findall(rb"(?m)^# \[if ([\w ]+)\]$", audit.source) for name in names.split()
+    }
+    off = {name for name, value in env.items() if not value}
+    return off | {name.decode() for name in sections} - env.keys() - {env["COMPRESSOR"].upper()}
 
 
 @check("S1", "code + model < 16,000,000 bytes")

@@ -1,0 +1,500 @@
+"""Presets: every published system by its name, by the settings its log prints, and by its own command."""
+
+import dataclasses
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_data import random_tokens, write_shard
+from test_smoke import SCRIPT, VAL_DOCS, VOCAB, command, documents, read_result
+
+import prepare_caseops_data as prepare
+from dataprep.encoding import Encoder, tokenise_validation
+
+LOGS = Path(__file__).resolve().parents[1] / "../shared/published_logs"
+
+# Which preset a published log is of. The first runs of PR #1868 kept back 0.5 s, as PR #1851 did.
+PRESET_OF = {
+    "pr1851": "pr1851",
+    "pr1868_seed": "pr1851",
+    "pr1868_rerun": "pr1868",
+    "pr1855": "pr1855",
+    "pr1667": "pr1667",
+    "pr1493": "pr1493",
+}
+OTHER_NAMES = {  # printed name -> our setting; those of commands are aliases in the script too
+    "smear_gate_width": "gate_window",
+    "gate_width": "gate_window",
+    "gate_attn_out": "attn_out_gate_enabled",
+    "gate_attn_src": "attn_out_gate_src",
+    "parallel_residual_start": "parallel_start_layer",
+    "fused_ce_enabled": "triton_kernels",
+    "embedding_dim": "model_dim",
+}
+OTHER_VALUES = {("compressor", "pergroup"): "ans"}  # their entropy coder -> ours
+OF_THE_RUN = [
+    "artifact_dir",
+    "data_dir",
+    "datasets_dir",
+    "distributed",
+    "is_main_process",
+    "local_rank",
+    "logfile",
+    "model_path",
+    "quantized_model_path",
+    "rank",
+    "run_id",
+    "seed",
+    "tokenizer_path",
+    "train_files",
+    "val_bytes_files",
+    "val_files",
+    "world_size",
+]
+# Printed, and without effect here: the value that was printed everywhere (None: any), and why.
+NO_EFFECT = {
+    "grad_accum_steps": ("1", "of each of 8 ranks; ours, 8, is of all ranks together"),
+    "val_loss_every": (None, "curves while training, off the clock"),
+    "rope_train_seq_len": ("2048", "no published script reads it"),
+    "head_lr": ("0.008", "of an untied head; here EMBED_LR"),
+    "muon_beta2": ("0.95", "of a variant of Muon with second moments; row normalisation has none"),
+    "gate_mlp_out": ("False", "a gate that no published run turned on"),
+    "etlb_enabled": ("False", "a bias of the logits that no published run turned on"),
+    "etlb_clip": ("3.0", "as etlb_enabled"),
+    "etlb_lr": ("0.05", "as etlb_enabled"),
+    "etlb_steps": ("5", "as etlb_enabled"),
+    "ttt_hash_embed": (
+        "True",
+        "of another script, which seed 42 of PR #1493 alone ran; no description has it",
+    ),
+    "ttt_hash_buckets": ("16384", "as ttt_hash_embed"),
+    "ttt_optimizer": ("adam", "AdamW is the only one here"),
+    "ttt_eval_batches": ("", "a way to score a part of the data; VAL_DOC_FRACTION here"),
+    "ttt_output_dir": ("", "where that script put its scores"),
+    "eval_only_path": ("", "QUANTIZED_MODEL_PATH here"),
+}
+
+
+def logs() -> list[Path]:
+    return sorted(LOGS.glob("*.log"))
+
+
+def printed_settings(path: Path) -> dict[str, str]:
+    """Name and text of everything under "Hyperparameters:"."""
+    block = re.search(r"^Hyperparameters:\n((?:  \w+:.*\n)+)", path.read_text(encoding="utf-8"), re.M)[1]
+    return dict(re.match(r"  (\w+): ?(.*)", line).groups() for line in block.splitlines())
+
+
+def says(value: object, text: str) -> bool:
+    """Whether a log would print a value so."""
+    return float(text) == value if type(value) is float else str(value) == text
+
+
+def test_all_published_logs_are_there():
+    if not LOGS.is_dir():
+        pytest.skip(f"{LOGS} is not there")
+    assert len(logs()) == 15
+    assert {next(name for name in PRESET_OF if path.name.startswith(name)) for path in logs()} == set(
+        PRESET_OF
+    )
+
+
+@pytest.mark.parametrize("path", logs(), ids=lambda path: path.stem)
+def test_preset_has_the_printed_settings(tg, path):
+    """Each printed setting is equal, mapped, or listed as without effect; nothing is left over."""
+    preset = next(PRESET_OF[name] for name in PRESET_OF if path.name.startswith(name))
+    cfg, printed = tg.Config.from_env({"PRESET": preset}), printed_settings(path)
+    assert len(printed) > 75
+    for name, text in printed.items():
+        if name in OF_THE_RUN:
+            continue
+        if name in NO_EFFECT:
+            assert NO_EFFECT[name][0] in (None, text), name
+            continue
+        text = OTHER_VALUES.get((name, text), text)
+        ours = getattr(cfg, OTHER_NAMES.get(name, name))
+        assert says(ours, text), f"{name}: {text} printed, {ours} in {preset}"
+
+
+@pytest.mark.parametrize("path", logs(), ids=lambda path: path.stem)
+def test_preset_has_the_printed_number_of_parameters(tg, path):
+    preset = next(PRESET_OF[name] for name in PRESET_OF if path.name.startswith(name))
+    with torch.device("meta"):
+        model = tg.GPT(tg.Config.from_env({"PRESET": preset}))
+    printed = re.search(r"^model_params:(\d+)$", path.read_text(encoding="utf-8"), re.M)[1]
+    assert sum(parameter.numel() for parameter in model.parameters()) == int(printed)
+
+
+def test_lists_hold_nothing_that_is_not_printed():
+    printed = set().union(*(printed_settings(path) for path in logs()))
+    if printed:
+        assert printed >= {*OTHER_NAMES, *OF_THE_RUN, *NO_EFFECT}
+
+
+PR1493 = {  # SPEC section 8, and what a log does not print
+    "caseops_enabled": False,
+    "plain_windows": True,
+    "parallel_style": "single",
+    "parallel_start_layer": 7,
+    "smear_gate_enabled": False,
+    "sparse_attn_gate_enabled": False,
+    "lqer_enabled": False,
+    "muon_coefficients": "quintic",
+    "muon_momentum": 0.99,
+    "matrix_lr": 0.022,
+    "warmdown_frac": 0.72,
+    "min_lr": 0.0,
+    "qk_gain_init": 5.25,
+    "embed_bits": 8,
+    "embed_clip_sigmas": 20.0,
+    "attn_clip_sigmas": 12.85,
+    "mlp_clip_sigmas": 12.85,
+    "gptq_calibration_batches": 64,
+    "gptq_reserve_seconds": 12.0,
+    "sliding_window_enabled": True,
+    "ttt_sgd": True,
+}
+SPEC_ROWS = {
+    "pr1868": {"gptq_reserve_seconds": 8.0},
+    "pr1855": {
+        "mlp_clip_sigmas": 11.5,
+        "embed_clip_sigmas": 14.0,
+        "warmdown_frac": 0.85,
+        "beta2": 0.99,
+        "ttt_beta2": 0.99,
+        "ttt_weight_decay": 0.5,
+        "ttt_lora_rank": 80,
+        "sparse_attn_gate_scale": 0.5,
+        "phased_ttt_prefix_docs": 2500,
+        "gated_attn_quant_gate": True,
+        "compressor": "ans",
+    },
+    "pr1667": {
+        "caseops_enabled": False,
+        "sparse_attn_gate_enabled": False,
+        "attn_out_gate_enabled": True,
+        "attn_out_gate_src": "proj",
+        "smear_bos_mask": False,
+        "qk_gain_init": 5.25,
+        "min_lr": 0.0,
+        "lqer_enabled": False,
+        "gptq_calibration_batches": 64,
+        "gptq_reserve_seconds": 13.0,
+        "muon_coefficients": "quintic",
+        "phased_ttt_prefix_docs": 0,
+        "ttt_weight_decay": 0.5,
+        "ttt_lora_alpha": 96.0,
+        "ttt_warm_start_a": False,
+    },
+    "pr1493": PR1493,
+    "pr1858": PR1493 | {"ttt_epochs": 2},
+    "pr1485": PR1493 | {"qk_gain_init": 5.0, "ttt_enabled": False, "ttt_sgd": False},
+}
+
+
+@pytest.mark.parametrize("preset", SPEC_ROWS)
+def test_presets_are_the_rows_of_the_specification(tg, preset):
+    expected = tg.Config(**{"preset": preset, **SPEC_ROWS[preset]})
+    assert tg.Config.from_env({"PRESET": preset}) == expected
+
+
+# -- published commands
+
+
+PR1855_LINE = """DATA_DIR=./data VOCAB_SIZE=8192
+DATA_PATH=./data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved
+TOKENIZER_PATH=./data/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model CASEOPS_ENABLED=1
+ITERATIONS=20000 MAX_WALLCLOCK_SECONDS=600 PHASED_TTT_ENABLED=1 PHASED_TTT_PREFIX_DOCS=2500
+PHASED_TTT_NUM_PHASES=3 EMBED_BITS=7 MATRIX_LR=0.026 MIN_LR=0.1 MLP_CLIP_SIGMAS=11.5 ATTN_CLIP_SIGMAS=13.0
+EMBED_CLIP_SIGMAS=14.0 GRAD_CLIP_NORM=0.3 TTT_CHUNK_SIZE=48 WARMUP_STEPS=20 MUON_BACKEND_STEPS=5
+GLOBAL_TTT_MOMENTUM=0.9 WARMDOWN_FRAC=0.85 BETA2=0.99 TTT_BETA2=0.99 TTT_WEIGHT_DECAY=0.5 TTT_LORA_RANK=80
+SPARSE_ATTN_GATE_SCALE=0.5 GPTQ_RESERVE_SECONDS=0.5 GPTQ_CALIBRATION_BATCHES=16 VAL_LOSS_EVERY=0
+GATED_ATTN_QUANT_GATE=1 SPARSE_ATTN_GATE_ENABLED=1 GATE_WINDOW=12 SMEAR_GATE_ENABLED=1 LQER_ENABLED=1
+LQER_ASYM_ENABLED=1 LQER_RANK=4 LQER_FACTOR_BITS=4 LQER_ASYM_GROUP=64 LQER_TOP_K=3 FUSED_CE_ENABLED=1
+COMPRESSOR=pergroup NCCL_NET=Socket SEED=42"""
+PR1868_LINE = """SEED=42 CASEOPS_ENABLED=1 EMBED_BITS=7 SMEAR_GATE_ENABLED=1 SPARSE_ATTN_GATE_ENABLED=1
+MIN_LR=0.1 EMBED_CLIP_SIGMAS=15.0 MLP_CLIP_SIGMAS=12.0 GPTQ_RESERVE_SECONDS=8.0 PHASED_TTT_NUM_PHASES=3"""
+PR1667_LINE = """SMEAR_GATE=1 SMEAR_GATE_WIDTH=12 GATE_ATTN_OUT=1 GATE_ATTN_SRC=proj GATE_WIDTH=12
+QK_GAIN_INIT=5.25 TTT_ENABLED=1"""
+PR1493_LINE = "SEED=42 QK_GAIN_INIT=5.25 TTT_ENABLED=1 TTT_LR=0.005 TTT_EPOCHS=3"
+PR1858_LINE = "SEED=42 TTT_CHUNK_SIZE=48"
+
+
+@pytest.mark.parametrize(
+    "line, preset, same_as",
+    [
+        (PR1868_LINE, "", "pr1868"),
+        (PR1855_LINE, "", "pr1855"),
+        (PR1855_LINE, "pr1855", "pr1855"),
+        (PR1667_LINE, "pr1667", "pr1667"),
+        (PR1493_LINE, "pr1858", "pr1493"),
+        (PR1493_LINE, "pr1493", "pr1493"),
+        (PR1858_LINE, "pr1858", "pr1858"),
+    ],
+)
+def test_published_command_is_the_preset(tg, line, preset, same_as):
+    environ = dict(word.split("=", 1) for word in shlex.split(line)) | ({"PRESET": preset} if preset else {})
+    cfg = tg.Config.from_env(environ)
+    places = ("preset", "data_dir", "data_path", "tokenizer_path")
+    kept = {name: getattr(cfg, name) for name in places}
+    assert cfg == dataclasses.replace(tg.Config.from_env({"PRESET": same_as}), **kept)
+
+
+def test_notices_of_the_long_command(tg, capsys):
+    """What is mapped, and what nobody read, is said once, on stderr, whatever the rank count."""
+    environ = dict(word.split("=", 1) for word in shlex.split(PR1855_LINE))
+    for rank, lines in ("0", 2), ("1", 0):
+        assert tg.main(["--show"], environ | {"LOCAL_RANK": rank}) == 0
+        captured = capsys.readouterr()
+        assert "\nCOMPRESSOR=ans    # default 'brotli'\n" in captured.out
+        assert len(captured.err.splitlines()) == lines
+        if lines:
+            assert "notice: COMPRESSOR=pergroup: COMPRESSOR=ans" in captured.err
+            assert "notice: PHASED_TTT_ENABLED=1: no published script reads it" in captured.err
+
+
+def test_every_alias_sets_its_setting(tg):
+    other = {"GATE_ATTN_SRC": "q", "GATE_ATTN_OUT": "1", "SMEAR_GATE": "0", "FUSED_CE_ENABLED": "0"}
+    for old, name in tg.ALIASES.items():
+        text = other.get(old, "9")
+        environ = {"SPARSE_ATTN_GATE_ENABLED": "0", old: text}
+        value = getattr(tg.Config.from_env(environ), name.lower())
+        assert str(int(value) if isinstance(value, bool) else value) == text
+        assert value != getattr(tg.Config(), name.lower())
+
+
+@pytest.mark.parametrize(
+    "environ, words",
+    [
+        ({"GATE_WIDTH": "12", "SMEAR_GATE_WIDTH": "8"}, ["GATE_WIDTH=", "GATE_WINDOW", "'8'", "the same"]),
+        ({"SMEAR_GATE": "1", "SMEAR_GATE_ENABLED": "0"}, ["SMEAR_GATE='1'", "SMEAR_GATE_ENABLED", "'0'"]),
+        ({"SCALE": "small"}, ["SCALE='small'", "full, demo"]),
+        ({"GATE_ATTN_OUT": "2"}, ["ATTN_OUT_GATE_ENABLED='2'", "0 or 1"]),
+        ({"COMPRESSOR": "lrzip"}, ["COMPRESSOR='lrzip'", "brotli, lzma, ans"]),
+        ({"PRESET": "pr1666", "SCALE": "demo"}, ["PRESET='pr1666'", "pr1667"]),
+    ],
+)
+def test_wrong_older_names_are_refused(tg, environ, words):
+    with pytest.raises(tg.ConfigError) as caught:
+        tg.Config.from_env(environ)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+# -- the demo's sizes
+
+
+SIZES = [
+    "data_path",
+    "vocab_size",
+    "train_seq_len",
+    "train_batch_tokens",
+    "grad_accum_steps",
+    "num_layers",
+    "model_dim",
+    "num_heads",
+    "num_kv_heads",
+    "mlp_mult",
+    "num_loops",
+    "loop_start",
+    "loop_end",
+    "parallel_start_layer",
+    "xsa_last_n",
+    "iterations",
+    "max_wallclock_seconds",
+    "warmup_steps",
+    "muon_momentum_warmup_steps",
+    "train_log_every",
+    "val_loss_every",
+    "ema_decay",
+    "float16_max_elements",
+    "gptq_calibration_batches",
+    "val_batch_tokens",
+    "eval_seq_len",
+    "ttt_eval_seq_len",
+    "ttt_batch_size",
+    "ttt_lora_rank",
+    "ttt_lora_alpha",
+    "ttt_lora_lr",
+    "ttt_warm_start_a",
+    "phased_ttt_prefix_docs",
+    "phased_ttt_num_phases",
+    "global_ttt_chunk_tokens",
+    "global_ttt_batch_seqs",
+    "ttt_chunk_tokens",
+    "cpu_threads",
+    "audit",
+    "preset",
+]
+
+
+@pytest.mark.parametrize("preset", ["pr1851", *SPEC_ROWS])
+def test_demo_scale_changes_sizes_only(tg, preset):
+    full, demo = (tg.Config.from_env({"PRESET": preset} | extra) for extra in ({}, {"SCALE": "demo"}))
+    assert demo.preset == f"{preset}-demo"
+    for field in dataclasses.fields(full):
+        if field.name not in SIZES:
+            assert getattr(full, field.name) == getattr(demo, field.name), field.name
+    assert Path(demo.data_path).name == ("demo" if demo.caseops_enabled else "demo_plain")
+    assert bool(full.phased_ttt_prefix_docs) == bool(demo.phased_ttt_prefix_docs)
+    scaled = [cfg.ttt_lora_alpha == cfg.ttt_lora_rank for cfg in (full, demo)]
+    assert scaled[0] == scaled[1]
+
+
+def test_demo_scale_of_the_record_is_the_demo(tg):
+    scaled, demo = (tg.Config.from_env(e) for e in ({"SCALE": "demo"}, {"PRESET": "demo"}))
+    assert dataclasses.replace(scaled, preset="demo") == demo
+    assert tg.Config.from_env({"PRESET": "demo", "SCALE": "demo"}) == demo
+    assert tg.Config.from_env({"SCALE": "full"}) == tg.Config()
+
+
+# -- plain windows
+
+
+@pytest.fixture
+def shards(tmp_path) -> list[Path]:
+    paths = [tmp_path / f"fineweb_train_{number:06d}.bin" for number in range(2)]
+    for number, path in enumerate(paths):
+        write_shard(path, random_tokens(number, 1500 + 300 * number))
+    return paths
+
+
+def window_settings(tg, **settings: int):
+    batch = {"train_seq_len": 32, "train_batch_tokens": 512, "grad_accum_steps": 4, "eval_seq_len": 32}
+    return tg.Config(**batch | {"plain_windows": True} | settings)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_window_loader_is_one_stream_for_any_number_of_ranks(tg, shards, world):
+    """The windows of the calibration's loader (golden vectors), in its order, each a segment."""
+    cfg = window_settings(tg)
+    oracle = tg.ShuffledLoader(shards, 1, 0, 32)
+    cpu = torch.device("cpu")
+    loaders = [tg.WindowLoader(shards, cfg, tg.Ranks(cpu, rank, world)) for rank in range(world)]
+    for _ in range(60 // world):  # more than the shards hold: they are drawn anew
+        for loader in loaders:
+            x, y, segments = loader.next()
+            inputs, targets = oracle.next(4)
+            assert x.tolist() == [inputs.flatten().tolist()] and y.tolist() == [targets.flatten().tolist()]
+            assert segments.cu_seqlens[:6].tolist() == [0, 32, 64, 96, 128, 128]
+            assert segments.max_seqlen == segments.bound == 32
+
+
+def test_window_loader_goes_back(tg, shards):
+    loader = tg.WindowLoader(shards, window_settings(tg), tg.CPU)
+    for _ in range(7):
+        loader.next()
+    state = loader.state()
+    following = [loader.next()[0].tolist() for _ in range(3)]
+    loader.load_state(state)
+    assert [loader.next()[0].tolist() for _ in range(3)] == following
+    fresh = tg.WindowLoader(shards, window_settings(tg), tg.CPU)
+    fresh.load_state(state)
+    assert fresh.next()[0].tolist() == following[0]
+
+
+def test_window_loader_takes_whole_windows(tg, shards):
+    with pytest.raises(tg.ConfigError, match=r"TRAIN_BATCH_TOKENS=516: .*4 micro-batches.*TRAIN_SEQ_LEN=32"):
+        tg.WindowLoader(shards, window_settings(tg, train_batch_tokens=516), tg.CPU)
+
+
+def test_plain_rows_do_not_know_documents(tg):
+    tokens = torch.tensor(random_tokens(0, 101))
+    x, y, segments = tg.packed_row(tokens, 32, plain=True)
+    assert (x.tolist(), y.tolist()) == ([tokens[:-1].tolist()], [tokens[1:].tolist()])
+    assert segments.cu_seqlens[:6].tolist() == [0, 32, 64, 96, 100, 100]
+    assert tg.packed_row(tokens, 32)[2].cu_seqlens.tolist() != segments.cu_seqlens.tolist()
+
+
+# -- plain data
+
+
+def test_plain_bytes_are_those_of_the_evaluation(tg, tokenizer_dir):
+    """Published plain tokenizer: what preparation charges each token is what `ByteTables` charges it."""
+    path = tokenizer_dir / "fineweb_8192_bpe.model"
+    tokenizer = prepare.make_tokenizer(path.name, path.read_bytes(), plain=True)
+    texts = [*documents(20), "  Two  spaces\n\tand Ünïcode \u2028 \U0001f600 ①", "x"]
+    tables = tg.ByteTables.from_sentencepiece(tokenizer.processor, 8192)
+    for text in texts:
+        document = prepare.make_document(text, "text")
+        tokens, counts, _ = tokenise_validation(Encoder(tokenizer), document)
+        assert tokens[0] == 1 and counts[0] == 0
+        assert counts[1:].tolist() == tables.target_bytes(torch.from_numpy(tokens.astype(int))).tolist()
+        assert counts.sum() > 0 and tokens[1:].tolist() == tokenizer.processor.encode(text)
+
+
+def test_plain_tokenizer_has_no_operators_and_single_spaces(tg):
+    """Indented text comes back, and a piece of several spaces, which the tables overcharge, is not made."""
+    texts = [text.replace(". ", ".\n        ") for text in documents(60)]
+    model = prepare.train_tokenizer(texts, VOCAB, plain=True)
+    tokenizer = prepare.make_tokenizer("t.model", model, lossless=True, plain=True)
+    pieces = [tokenizer.processor.id_to_piece(token) for token in range(VOCAB)]
+    assert not any("\u2581" in piece[1:] or "\ue001" in piece for piece in pieces)
+    for text in texts:
+        document = prepare.make_document(text, "text")
+        _, counts, round_trip = tokenise_validation(Encoder(tokenizer), document)
+        assert round_trip and counts.sum() == len(text.encode())
+    with pytest.raises(prepare.DataError, match="not a CaseOps tokenizer"):
+        prepare.make_tokenizer("t.model", model)
+
+
+@pytest.mark.parametrize("arguments", [["--plain", "--check", "data"], ["--plain", "--download"]])
+def test_plain_is_for_making_data(arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        prepare.parse_arguments(arguments)
+    assert left.value.code == 2 and "--plain: not allowed with" in capsys.readouterr().err
+
+
+# -- whole runs
+
+
+@pytest.fixture(scope="module")
+def plain_data(tmp_path_factory) -> Path:
+    """A plain data set with its own tokenizer."""
+    folder = tmp_path_factory.mktemp("plain") / "data"
+    texts = documents(150)
+    model = prepare.train_tokenizer(texts, VOCAB, plain=True)
+    tokenizer = prepare.make_tokenizer("tokenizer.model", model, lossless=True, plain=True)
+    named = [prepare.make_document(text, f"document {i}") for i, text in enumerate(texts)]
+    manifest = prepare.prepare(named, tokenizer, folder, VAL_DOCS)
+    assert manifest["transform"] == "none" and manifest["splits"]["val"]["uncharged_bytes"] == 0
+    return folder
+
+
+@pytest.mark.parametrize("preset", ["pr1667-demo", "pr1858-demo"])
+def test_plain_preset_from_end_to_end(preset, plain_data, tmp_path):
+    """A whole run; then its counted script with nothing set but where data and artifact are."""
+    settings = {"PRESET": preset, "TTT_CHUNK_TOKENS": 128, "DATA_PATH": plain_data, "EVAL_STRIDE": 16}
+    settings |= {"PHASED_TTT_PREFIX_DOCS": 0, "TTT_LORA_ALPHA": 2, "AUDIT": 0}
+    process = command(SCRIPT, tmp_path, ARTIFACT_DIR="run", **settings)
+    assert process.returncode == 0, process.stderr
+    result = read_result(tmp_path / "run")
+    assert result["final_stage"] == "ttt"
+    expected = {"untrained", "step_4", "prequant", "quantised", "ttt"}
+    assert set(result["stages"]) == expected | ({"sliding"} if preset == "pr1858-demo" else set())
+    sizes = {(stage["targets"], stage["bytes"]) for stage in result["stages"].values()}
+    assert len(sizes) == 1
+    shutil.copy(tmp_path / "run/train_gpt.packed.py", tmp_path)
+    environ = {"DATA_PATH": str(plain_data), "TTT_EVAL_ONLY": "1", "ARTIFACT_DIR": "again", "DEVICE": "cpu"}
+    environ["QUANTIZED_MODEL_PATH"] = "run/final_model.int6.ptz"
+    again = bare_command(tmp_path / "train_gpt.packed.py", tmp_path, environ)
+    assert again.returncode == 0, again.stderr.splitlines()[-1]
+    assert read_result(tmp_path / "again")["val_bpb"] == result["val_bpb"]
+
+
+def bare_command(script: Path, folder: Path, environ: dict[str, str]) -> subprocess.CompletedProcess:
+    """Run a script with nothing in the environment but what is given."""
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
+    return subprocess.run(
+        [sys.executable, str(script)],
+        cwd=folder,
+        env=inherited | {"OMP_NUM_THREADS": "1"} | environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
