@@ -268,6 +268,7 @@ class Config:
     ttt_chunk_tokens: Count = 32_768  # its chunks
     ttt_batch_size: Count = 64  # documents adapted side by side
     ttt_chunk_size: Count = 48  # targets scored before each adaptation step
+    ttt_chunk_by_length: str = ""  # smaller chunks up to lengths in targets: 256:8,2000:24 (PR #2014)
     ttt_eval_seq_len: Count = 2048  # longest window behind a chunk's end
     ttt_cache_window: Whole = 0  # compute this many tokens anew, cache the keys before; 0: all (exact)
     ttt_lora_rank: Count = 96  # rank of the adapters
@@ -318,6 +319,8 @@ class Config:
         self.micro_batches(world_size=1)  # what one rank cannot divide, more cannot either
         self._check_shapes()
         self._check_layers()
+        if not LEFT_OUT:
+            check_evaluators(self)
         self._check_exclusive("SPARSE_ATTN_GATE_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED")
         self._check_exclusive("PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY")
 
@@ -342,15 +345,6 @@ class Config:
         if self.ttt_chunk_size > self.ttt_eval_seq_len:
             limit = f"TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"
             raise ConfigError(f"TTT_CHUNK_SIZE={self.ttt_chunk_size}: must be at most {limit}")
-        if (
-            self.ttt_cache_window
-            and not self.ttt_chunk_size <= self.ttt_cache_window <= self.ttt_eval_seq_len
-        ):
-            limits = f"TTT_CHUNK_SIZE={self.ttt_chunk_size} to TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"
-            raise ConfigError(f"TTT_CACHE_WINDOW={self.ttt_cache_window}: must be 0 or {limits}")
-        if self.sliding_window_enabled + self.ttt_sgd and self.eval_stride > self.eval_seq_len:
-            limit = f"EVAL_SEQ_LEN={self.eval_seq_len}"
-            raise ConfigError(f"EVAL_STRIDE={self.eval_stride}: must be at most {limit}")
         if self.global_ttt_chunk_tokens < self.eval_seq_len:
             limit = f"EVAL_SEQ_LEN={self.eval_seq_len} (a chunk is whole windows)"
             raise ConfigError(
@@ -384,6 +378,10 @@ class Config:
     def mlp_dim(self) -> int:
         """Width F of the MLP."""
         return int(self.mlp_mult * self.model_dim)
+
+    def chunk_size(self, targets: int) -> int:
+        """Targets of a document of so many that are scored before each adaptation step."""
+        return chunk_by_length(self, targets) if self.ttt_chunk_by_length else self.ttt_chunk_size
 
     def micro_batches(self, world_size: int) -> int:
         """Micro-batches of a step on each rank; refuses a batch that does not divide."""
@@ -602,6 +600,22 @@ def translate(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 # [end]
+
+
+# [if WHOLE]
+def check_evaluators(cfg: Config) -> None:
+    """Settings of evaluators that a packed record lacks. Raises ConfigError; the whole script asks for it."""
+    if cfg.ttt_cache_window and not cfg.ttt_chunk_size <= cfg.ttt_cache_window <= cfg.ttt_eval_seq_len:
+        limits = f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size} to TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}"
+        raise ConfigError(f"TTT_CACHE_WINDOW={cfg.ttt_cache_window}: must be 0 or {limits}")
+    if cfg.sliding_window_enabled + cfg.ttt_sgd and cfg.eval_stride > cfg.eval_seq_len:
+        limit = f"EVAL_SEQ_LEN={cfg.eval_seq_len}"
+        raise ConfigError(f"EVAL_STRIDE={cfg.eval_stride}: must be at most {limit}")
+    cfg.chunk_size(0)
+
+
+# [end]
+
 
 # Variables with these beginnings are ours, so an unknown one is a mistake.
 FAMILIES = re.compile("(TTT|GLOBAL_TTT|PHASED_TTT|GPTQ|LQER|MUON|SMEAR|SPARSE_ATTN|GATED_ATTN|ATTN_OUT|XSA)_")
@@ -3972,7 +3986,7 @@ def packed_script(cfg: Config, source: bytes) -> tuple[bytes, bool]:  # noqa: F8
     All but where data and models lie, what the machine is, the seed, and which stages are wanted.
     """
     off = [name for name, value in cfg.as_env().items() if not value]
-    off += ["PRESETS", "PACKER", "PUBLISHED", *["ANS"] * (cfg.compressor != "ans")]
+    off += ["PRESETS", "PACKER", "PUBLISHED", "WHOLE", *["ANS"] * (cfg.compressor != "ans")]
     names = _NAMES[_NAMES.index("caseops_enabled") :]
     row = {name: value for name, value in PRESETS[cfg.preset].items() if name not in names}
     row |= {name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(Config, name)}
@@ -4167,12 +4181,36 @@ def select_documents(
     return [documents[i] for i in sorted(random.Random(seed).sample(range(len(documents)), count))]
 
 
-def ttt_batches(documents: Sequence[Document], batch_size: int, first: int = 0) -> list[TTTBatch]:
+def ttt_batches(documents: Sequence[Document], cfg: Config, first: int = 0) -> list[TTTBatch]:
     """Batches of documents of similar length, numbered by ascending length from `first`; longest first."""
-    by_length = sorted(documents, key=lambda document: document[1][1])
-    starts = enumerate(range(0, len(by_length), batch_size), first)
-    batches = [TTTBatch(index, by_length[start : start + batch_size]) for index, start in starts]
+    by_length, size = sorted(documents, key=lambda document: document[1][1]), cfg.ttt_batch_size
+    parts = chunk_groups(by_length, cfg) if cfg.ttt_chunk_by_length else [by_length]
+    batches = [part[start : start + size] for part in parts for start in range(0, len(part), size)]
+    batches = [TTTBatch(index, batch) for index, batch in enumerate(batches, first)]
     return sorted(batches, key=lambda batch: -batch.documents[-1][1][1])
+
+
+# [if TTT_CHUNK_BY_LENGTH]
+def chunk_by_length(cfg: Config, targets: int) -> int:
+    """The chunk size that TTT_CHUNK_BY_LENGTH has for a document (PR #2014, #2067). Raises ConfigError."""
+    text, longest, fits = cfg.ttt_chunk_by_length, cfg.ttt_chunk_size, False
+    with contextlib.suppress(ValueError):
+        pairs = [[int(number) for number in pair.split(":")] for pair in text.split(",")]
+        lengths, sizes = zip(*pairs, strict=True)
+        fits = all(list(part) == sorted({*part}) and part[0] > 0 for part in (lengths, (*sizes, longest)))
+    if not fits:
+        must = f"LENGTH:CHUNK,... such as 256:8,2000:24, both rising, chunks below TTT_CHUNK_SIZE={longest}"
+        raise ConfigError(f"TTT_CHUNK_BY_LENGTH={text!r}: must be {must}")
+    return next((size for limit, size in pairs if targets <= limit), longest)
+
+
+def chunk_groups(documents: Sequence[Document], cfg: Config) -> list[list[Document]]:
+    """Documents by ascending length, apart where their chunk size changes."""
+    groups = itertools.groupby(documents, lambda document: cfg.chunk_size(document[1][1] - 1))
+    return [list(group) for _, group in groups]
+
+
+# [end]
 
 
 def phase_boundaries(prefix_docs: int, num_phases: int, num_docs: int) -> list[int]:
@@ -4212,10 +4250,11 @@ def share_documents(batches: Sequence[TTTBatch], cfg: Config, world_size: int) -
         rank, length = loads.index(min(loads)), document[1][1]
         opens = len(shares[rank]) % cfg.ttt_batch_size == 0
         window = min(length, full)
-        loads[rank] += window * (length - window / 2) + opens * 4 * full * length
+        cost = window * (length - window / 2) + opens * 4 * full * length
+        loads[rank] += cost / cfg.chunk_size(length - 1)
         shares[rank].append(document)
     first = min((batch.index for batch in batches), default=0)
-    return [ttt_batches(sorted(share), cfg.ttt_batch_size, first) for share in shares]
+    return [ttt_batches(sorted(share), cfg, first) for share in shares]
 
 
 def split_at_boundaries(batches: Sequence[TTTBatch], boundaries: Sequence[int]) -> list[list[TTTBatch]]:
@@ -4291,7 +4330,7 @@ class ScoreFirstTTT:
         self._constructed = self.diverged = 0
         self.meter = BpbMeter()
         documents = select_documents(val.documents, cfg.val_doc_fraction, cfg.seed)
-        self.batches = ttt_batches(list(enumerate(documents)), cfg.ttt_batch_size)
+        self.batches = ttt_batches(list(enumerate(documents)), cfg)
         self.boundaries = phase_boundaries(
             cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, len(documents)
         )
@@ -4340,6 +4379,9 @@ class ScoreFirstTTT:
         cfg, optimizer = self.cfg, lora_optimizer(self.cfg, lora)
         cache = KeyValueCache() if cfg.ttt_cache_window else None
         longest, rows = batch.documents[-1][1][1], len(batch.documents)
+        if cfg.ttt_chunk_by_length:
+            size = cfg.chunk_size(longest - 1)
+            cfg = dataclasses.replace(cfg, ttt_chunk_size=size, ttt_chunk_by_length="")
         calm = torch.zeros(rows, device=self.ranks.device)  # summed mean losses of each document's chunks
         lora.active = torch.ones_like(calm, dtype=torch.bool)
         sums = []

@@ -33,6 +33,7 @@ from oracle_ttt import contest_lengths, plain_ttt  # noqa: E402
 import train_gpt as tg  # noqa: E402
 
 SHAPE = {"num_layers": 3, "num_loops": 1, "loop_start": 1, "loop_end": 1, "parallel_start_layer": 2}
+BY_LENGTH = ("256:8,2000:24", "2047:16", "256:8,512:16,1024:24")  # PR 2014, PR 2067, and one of ours
 SHAPE |= {"phased_ttt_prefix_docs": 0, "xsa_last_n": 3}  # 512-dim, 8192 pieces, fewer layers
 
 
@@ -159,6 +160,7 @@ def quality(models: list[Path], windows: list[int]) -> dict[str, float]:
     variants = {"exact": {}} | {f"window_{w}": {"ttt_cache_window": w} for w in windows}
     variants |= {"no_qv": {"ttt_q_lora": False, "ttt_v_lora": False}}
     variants |= {f"chunk_{n}": {"ttt_chunk_size": n} for n in (16, 24, 96)}
+    variants |= {f"chunk_by_length_{n}": {"ttt_chunk_by_length": text} for n, text in enumerate(BY_LENGTH)}
     scores, seconds = {name: [] for name in variants}, {name: [] for name in variants}
     for path in models:
         settings, records = tg.unpack_artifact(path.read_bytes())
@@ -247,7 +249,7 @@ def schedule(world: int = 8) -> dict[str, float]:
     """Our makespan over the published policy's: with our steps for both, and with its own (no row leaves)."""
     cfg, lengths = tg.Config(), contest_lengths()
     starts = np.cumsum([0, *lengths[:-1]]).tolist()
-    batches = tg.ttt_batches(list(enumerate(zip(starts, lengths, strict=True))), cfg.ttt_batch_size)
+    batches = tg.ttt_batches(list(enumerate(zip(starts, lengths, strict=True))), cfg)
     boundaries = tg.phase_boundaries(cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, len(lengths))
     parts = tg.split_at_boundaries(batches, boundaries)
     constant, slope = step_seconds()

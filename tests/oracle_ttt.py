@@ -51,7 +51,7 @@ def plain_ttt(tg, model, val, cfg, *, looping: bool, generator=None) -> dict[int
     """Loss sums (nats) by document number. The model is changed in place."""
     generator = generator or torch.Generator().manual_seed(cfg.seed)
     documents = tg.select_documents(val.documents, cfg.val_doc_fraction, cfg.seed)
-    batches = tg.ttt_batches(list(enumerate(documents)), cfg.ttt_batch_size)
+    batches = tg.ttt_batches(list(enumerate(documents)), cfg)
     boundaries = tg.phase_boundaries(cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, len(documents))
     slots, sums, scored = tg.lora_slots(cfg, looping), {}, []
 

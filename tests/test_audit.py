@@ -497,6 +497,13 @@ def test_d4_document_scored_out_of_order(copy):
     copy.fails("D4", r"document \d+: target \d+ scored, \d+ was due")
 
 
+def test_d4_chunks_are_those_declared(copy):
+    """A run that says it cut short documents smaller, and did not; its replay does."""
+    copy.result(lambda result: result["settings"].update(TTT_CHUNK_BY_LENGTH="64:8"))
+    copy.fails("D4", r"document \d+: 16 targets scored at once, 8 declared")
+    assert copy.verdict("D3").status == "PASS"
+
+
 WARM_UP_ROW = "random_row(cfg, tokens, cfg.train_seq_len, generator) for _ in micro"
 
 

@@ -139,7 +139,14 @@ RECORD |= {
 OURS = {"preset", "device", "cpu_threads", "run_id", "data_path", "tokenizer_path", "grad_accum_steps"}
 OURS |= {"attention_backend", "triton_kernels", "compile_backend"}
 OURS |= {"sliding_window_enabled", "eval_stride", "ttt_sgd", "ttt_lr", "ttt_epochs", "ttt_momentum"}
-OURS |= {"ttt_chunk_tokens", "ttt_cache_window", "ttt_guard", "ttt_q_lora", "ttt_v_lora"}
+OURS |= {
+    "ttt_chunk_tokens",
+    "ttt_chunk_by_length",
+    "ttt_cache_window",
+    "ttt_guard",
+    "ttt_q_lora",
+    "ttt_v_lora",
+}
 OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "clip_global", "fit_bytes"}
 OURS |= {"allow_unverified_data", "audit", "wandb_project", "tensorboard_dir", "plain_windows"}
 
@@ -151,6 +158,7 @@ COMPANIONS = {
     "NUM_KV_HEADS": {"NUM_HEADS": "8"},
 }
 OTHER_VALUES = {  # where twice the default is out of range or makes no sense
+    "TTT_CHUNK_BY_LENGTH": "256:8,2000:24",
     "FIT_BYTES": "16000000",
     "PRESET": "pr1855",
     "LOOP_START": "4",

@@ -208,7 +208,7 @@ def test_chunk_window(tg, golden_json):
 def test_ttt_batches(tg, golden_json):
     for case in golden_json("06_data/ttt_batches.json")["batching"]:
         documents = [tuple(document) for document in case["docs"]]
-        batches = tg.ttt_batches(list(enumerate(documents)), case["batch_size"])
+        batches = tg.ttt_batches(list(enumerate(documents)), tg.Config(ttt_batch_size=case["batch_size"]))
         batches = sorted(batches) if case["ascending"] else batches
         actual = [[b.index, [[number, list(document)] for number, document in b.documents]] for b in batches]
         assert actual == case["batches"]

@@ -411,7 +411,7 @@ def contest(tg):
     """Settings of the record and the batches of each phase for the contest's lengths."""
     cfg, lengths = tg.Config(), contest_lengths()
     documents = list(zip(itertools.accumulate([0, *lengths[:-1]]), lengths, strict=True))
-    batches = tg.ttt_batches(list(enumerate(documents)), cfg.ttt_batch_size)
+    batches = tg.ttt_batches(list(enumerate(documents)), cfg)
     boundaries = tg.phase_boundaries(cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, len(documents))
     return cfg, tg.split_at_boundaries(batches, boundaries)
 

@@ -40,6 +40,7 @@ SETTINGS = {
     "two_steps": {"ttt_grad_steps": 2},
     "rows_not_documents": {"global_ttt_respect_doc_boundaries": False},
     "cached": {"ttt_cache_window": 12},
+    "by_length": {"ttt_chunk_by_length": "20:2,40:4"},
     "some_adapters": {"ttt_q_lora": False, "ttt_v_lora": False},
 }
 
@@ -85,7 +86,7 @@ class Watch:
         self.chunk_losses: list[list[float]] = []
         self.sgd_tokens: list[torch.Tensor] = []
         self.last_chunks: set[tuple[int, int]] = set()
-        self.byte_sum = 0
+        self.byte_sum, self.chunk_sizes = 0, {TINY["ttt_chunk_size"]}
 
     def __call__(self, kind: str, **data) -> None:
         documents = tuple(number for number, _ in spans_of(kind, data))
@@ -95,7 +96,7 @@ class Watch:
                 self.scored[first : first + count] += 1
         elif kind == "trained":
             for _, (first, count) in spans_of(kind, data):
-                assert count == TINY["ttt_chunk_size"]
+                assert count in self.chunk_sizes
                 assert (self.scored[first : first + count] == 1).all(), "trained before it was scored"
                 self.trained.update(range(first, first + count))
         elif kind == "batch_done":
@@ -115,6 +116,7 @@ def run(tg, tokens: torch.Tensor, overrides: dict | None = None, seed: int = 7, 
     model = model or random_model(tg, config)
     val = validation(tg, tokens)
     watch = Watch(len(tokens) - 1)
+    watch.chunk_sizes = {config.chunk_size(targets) for targets in LENGTHS}
     generator = torch.Generator().manual_seed(seed)
     meter = tg.score_first_ttt(model, val, config, looping=True, generator=generator, on_event=watch)
     return watch, meter, model, val
@@ -180,7 +182,8 @@ def test_last_chunk_is_never_trained_on(tg, name):
     watch, _, _, val = run(tg, documents_stream(), SETTINGS[name])
     for start, length in val.documents:
         targets = length - 1
-        first_of_last = (targets - 1) // TINY["ttt_chunk_size"] * TINY["ttt_chunk_size"]
+        size = tg.Config(**TINY | SETTINGS[name]).chunk_size(targets)
+        first_of_last = (targets - 1) // size * size
         last = set(range(start + first_of_last, start + targets))
         assert not last & watch.trained
         assert set(range(start, start + first_of_last)) <= watch.trained
@@ -349,7 +352,7 @@ def test_phase_boundaries(tg, prefix_docs, num_phases):
 def test_batches_hold_every_document_once(tg):
     tokens = documents_stream()
     documents = tg.find_documents(tokens)
-    batches = tg.ttt_batches(list(enumerate(documents)), 5)
+    batches = tg.ttt_batches(list(enumerate(documents)), tg.Config(ttt_batch_size=5))
     numbers = [number for batch in batches for number, _ in batch.documents]
     assert sorted(numbers) == list(range(len(documents)))
     longest = [max(length for _, (_, length) in batch.documents) for batch in batches]
@@ -487,6 +490,53 @@ def test_losses_reach_back_as_far_as_the_window(tg, cache_window):
     unchanged = last_loss(None)
     assert [last_loss(place) == unchanged for place in (30, 39)] == [True, True]
     assert [last_loss(place) == unchanged for place in (40, 41, 60)] == [False] * 3
+
+
+# -- smaller chunks for short documents
+
+
+BY_LENGTH = {"ttt_chunk_by_length": "8:2,22:3", "phased_ttt_prefix_docs": 0, "ttt_warm_start_a": False}
+
+
+def test_chunks_by_length_are_those_of_a_run_with_that_size(tg):
+    """Document by document: up to 8 targets chunks of 2, up to 22 of 3, else TTT_CHUNK_SIZE."""
+    config = tg.Config(**TINY | BY_LENGTH)
+    model, val = random_model(tg, config), validation(tg, documents_stream())
+    actual = document_losses(tg, model, val, config)
+    expected = {}
+    for size, low, high in ((2, 0, 8), (3, 8, 22), (8, 22, 1000)):
+        alone = tg.Config(**TINY | BY_LENGTH | {"ttt_chunk_by_length": "", "ttt_chunk_size": size})
+        losses = document_losses(tg, model, val, alone)
+        for number, (_, length) in enumerate(val.documents):
+            if low < length - 1 <= high:
+                expected[number] = losses[number]
+    assert expected.keys() == actual.keys()
+    assert actual == pytest.approx(expected, rel=1e-5)
+    sizes = [config.chunk_size(targets) for targets in (1, 8, 9, 22, 23, 10**6)]
+    assert sizes == [2, 2, 3, 3, 8, 8]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_documents_of_a_batch_have_chunks_of_one_size(tg, world):
+    config = tg.Config(**TINY | BY_LENGTH)
+    documents = list(enumerate(tg.find_documents(documents_stream())))
+    batches = tg.ttt_batches(documents, config)
+    shares = tg.share_documents(batches, config, world)
+    assert world > 1 or shares == [batches]
+    for share in shares:
+        assert sorted(batch.index for batch in share) == list(range(len(share)))
+        for batch in share:
+            assert len({config.chunk_size(length - 1) for _, (_, length) in batch.documents}) == 1
+    given = [document for share in shares for batch in share for document in batch.documents]
+    assert sorted(given) == documents
+
+
+@pytest.mark.parametrize(
+    "text", ["8", "8:2,", "8:2,8:4", "8:4,16:2", "0:2", "8:0", "8:9", "8:2:1", "a:b", "9:2,8:3"]
+)
+def test_chunks_by_length_are_checked(tg, text):
+    with pytest.raises(tg.ConfigError, match=r"TTT_CHUNK_BY_LENGTH='.*': must be LENGTH:CHUNK,.* below"):
+        tg.Config(**TINY, ttt_chunk_by_length=text)
 
 
 # -- adapters that do harm

@@ -172,12 +172,22 @@ def d4_one_pass(audit: Audit) -> str:
     for record in audit.records("score"):
         for number, first, count in record["spans"]:
             owner = record["rank"], record["lora"][0], record["base"]
+            start, length = documents[number]
+            due = min(_chunk_size(audit, length - 1), start + length - 1 - first)
+            require(count == due, f"document {number}: {count} targets scored at once, {due} declared")
             end, whose = ends.get(number, (documents[number][0], owner))
             require(first == end, f"document {number}: target {first} scored, {end} was due")
             require(whose == owner, f"document {number}: scored by two sets of weights")
             ends[number] = first + count, owner
     order = f"one order on each of {ranks} ranks, {_explained_phases(audit)} global phases"
     return f"{len(counts):,} targets of {len(ends):,} documents once each, left to right; {order}{others}"
+
+
+def _chunk_size(audit: Audit, targets: int) -> int:
+    """The declared chunk size of a document, by our own reading of the settings."""
+    table = getattr(audit.cfg, "ttt_chunk_by_length", "")
+    pairs = [map(int, pair.split(":")) for pair in table.split(",") if pair]
+    return next((size for limit, size in pairs if targets <= limit), audit.cfg.ttt_chunk_size)
 
 
 def _grams(tokens: np.ndarray) -> set[bytes]:

@@ -82,6 +82,9 @@ def _small_settings(audit: Audit):
     """The run's settings with two documents side by side, a window that moves, and one global phase."""
     cfg = audit.artifact_model.cfg
     window = cfg.ttt_chunk_size
+    if getattr(cfg, "ttt_chunk_by_length", ""):  # some of the documents of `toy_stream` get half chunks
+        table = {"ttt_chunk_by_length": f"{2 * window + window // 2 + 2}:{window // 2}"}
+        cfg = dataclasses.replace(cfg, **table)
     return dataclasses.replace(
         cfg,
         ttt_cache_window=min(cfg.ttt_cache_window, 2 * window),
