@@ -81,10 +81,6 @@ class RunError(RuntimeError):
     """A run that cannot go on through no setting's fault: one line, exit code 1."""
 
 
-class Stopped(BaseException):
-    """SIGTERM or SIGINT, its number the argument: all is left behind whole, exit code 128 + number."""
-
-
 class ConfigError(UserError):
     """A setting with a wrong name, type, value or combination."""
 
@@ -121,13 +117,13 @@ class Range(NamedTuple):
         return lower if self.high == math.inf else f"{lower}, at most {self.high:g}"
 
 
-Whole = Annotated[int, Range(0)]
-Count = Annotated[int, Range(1)]
+Whole = Annotated[int, Range(0, 1e9)]
+Count = Annotated[int, Range(1, 1e9)]
 Loops = Annotated[int, Range(0, 100)]
 Bits = Annotated[int, Range(2, 8)]
-Real = Annotated[float, Range(-math.inf)]
-Amount = Annotated[float, Range(0)]
-Positive = Annotated[float, Range(0, above=True)]
+Real = Annotated[float, Range(-1e6, 1e6)]
+Amount = Annotated[float, Range(0, 1e6)]
+Positive = Annotated[float, Range(1e-30, 1e6)]
 Share = Annotated[float, Range(0, 1)]
 Beta = Annotated[float, Range(0, 0.999999)]
 Backend = Literal["auto", "fa3", "fa4", "torch_varlen", "flex", "plain"]
@@ -149,6 +145,7 @@ class Config:
     prequant_only: bool = False  # stop after the full-precision evaluation (of MODEL_PATH, if it is there)
     quantize_only: bool = False  # no training: calibrate, quantise and evaluate MODEL_PATH
     ttt_eval_only: bool = False  # no training: evaluate the artifact QUANTIZED_MODEL_PATH
+    preflight_only: bool = False  # stop after all checks, the warm-up and its measured speed
     model_path: str = "final_model.pt"  # full-precision weights, an input of the *_ONLY stages
     quantized_model_path: str = "final_model.int6.ptz"  # the artifact, the input of TTT_EVAL_ONLY
 
@@ -170,7 +167,7 @@ class Config:
     plain_windows: bool = False  # no documents: windows, in random order when training (PR #1493)
 
     # Model
-    num_layers: Count = 11  # physical layers
+    num_layers: Annotated[int, Range(1, 1000)] = 11  # physical layers
     model_dim: Count = 512  # width of the residual stream
     num_heads: Count = 8  # query heads
     num_kv_heads: Count = 4  # key/value heads (GQA)
@@ -304,11 +301,12 @@ class Config:
             _check_value(field.name.upper(), getattr(self, field.name), field.type)
         if self.preset not in PRESETS:
             raise ConfigError(f"PRESET={self.preset!r}: must be one of {', '.join(PRESETS)}")
-        if not re.fullmatch(r"(\w[\w.+-]*)?", self.run_id):
+        if not re.fullmatch(r"(\w[\w.+-]{0,99})?", self.run_id):
             raise ConfigError(f"RUN_ID={self.run_id!r}: must be a name of letters, digits and . _ + -")
-        for name in ("MODEL_PATH", "QUANTIZED_MODEL_PATH"):
-            if not Path(getattr(self, name.lower())).name:
-                raise ConfigError(f"{name}={getattr(self, name.lower())!r}: must name a file")
+        outputs = [Path(path).name for path in (self.model_path, self.quantized_model_path)]
+        for name, file in zip(("MODEL_PATH", "QUANTIZED_MODEL_PATH"), outputs, strict=True):
+            if file in ("", "..", "logs") or len(file) > 99 or [*outputs, *OUTPUTS].count(file) > 1:
+                raise ConfigError(f"{name}={getattr(self, name.lower())!r}: must name a file of its own")
         if 0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds:
             limit = f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}"
             raise ConfigError(f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g}: must be below {limit}")
@@ -392,7 +390,7 @@ class Config:
             )
         shared, tokens = max(total, world_size), self.train_batch_tokens
         if tokens % shared or tokens // shared < self.train_seq_len:
-            least = f"each at least TRAIN_SEQ_LEN={self.train_seq_len} tokens"
+            least = f"each at least TRAIN_SEQ_LEN={self.train_seq_len} tokens (GRAD_ACCUM_STEPS={total})"
             raise ConfigError(f"TRAIN_BATCH_TOKENS={tokens}: must be {shared} equal micro-batches, {least}")
         return shared // world_size
 
@@ -804,6 +802,10 @@ class Ranks:
                 self._store.set(f"alive/{self.rank}", str(beat))
                 if leaving.wait(2):
                     break
+
+    def say(self, text: str) -> None:
+        """A line on standard error that names the rank."""
+        print(f"train_gpt.py: rank {self.rank} of {self.world_size}, {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the process group."""
@@ -1476,8 +1478,6 @@ def load_tokenizer(cfg: Config) -> object:
     import sentencepiece
 
     path = tokenizer_file(cfg)
-    if not path.is_file():
-        raise DataError(f"TOKENIZER_PATH={path}: no such file")
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):
@@ -1535,8 +1535,9 @@ def check_data(cfg: Config, training_splits: Sequence[str] = ("train",)) -> dict
         )
     if totals["val"] < 2:
         raise DataError(f"{folder}/fineweb_val_*: {totals['val']} tokens, must be at least 2")
-    load_tokenizer(cfg)
     manifest = read_manifest(folder)
+    if not tokenizer_file(cfg).is_file():
+        raise DataError(f"TOKENIZER_PATH={tokenizer_file(cfg)}: no such file")
     try:
         _check_manifest(cfg, manifest, counts, totals)
     except DataError as error:
@@ -1544,6 +1545,7 @@ def check_data(cfg: Config, training_splits: Sequence[str] = ("train",)) -> dict
             check = f"python prepare_caseops_data.py --check {folder}"
             raise DataError(f"{error}; see {check}; ALLOW_UNVERIFIED_DATA=1 overrides") from None
         manifest["unverified"] = str(error)
+    load_tokenizer(cfg)  # only now: a damaged one may do anything to the library
     return manifest
 
 
@@ -3110,7 +3112,8 @@ def scheme(name: str, tensor: Tensor, cfg: Config) -> Scheme:
     gate = name.endswith(".attn_gate_w") and tensor.ndim == 2 and 32 <= tensor.numel() <= 8192
     if gate and cfg.gated_attn_quant_gate:
         return Scheme("int8_rows", 8)
-    if tensor.numel() <= cfg.float16_max_elements or tensor.ndim != 2:
+    members = "tok_emb.weight", "lm_head.weight", *sum(BANKS.values(), ())
+    if tensor.numel() <= cfg.float16_max_elements or not name.endswith(members):
         return Scheme("fp16")
     if "tok_emb" in name or "lm_head" in name:
         return Scheme("gptq", cfg.embed_bits, cfg.embed_clip_sigmas)
@@ -4047,9 +4050,16 @@ def _positional_only(source: str) -> str:
 # [end]
 
 
+# [if QUANTIZE_ONLY or PREQUANT_ONLY]
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """A full-precision checkpoint: a state dict, read without unpickling anything but tensors."""
+    """A full-precision checkpoint: a state dict, read without unpickling anything but tensors.
+
+    Checksums of the archive, which torch does not look at, are compared first.
+    """
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("checksum differs")
         with warnings.catch_warnings(action="ignore"):  # about pickle protocols: the error below says enough
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises half a dozen types for a damaged or foreign file
@@ -4062,6 +4072,20 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if broken:
         raise ArtifactError(f"MODEL_PATH={path}: {broken[0]} holds values that are not finite")
     return state
+
+
+def model_of_checkpoint(run: "Run", path: Path) -> GPT:
+    """The full-precision model of an earlier run."""
+    model = run.new_model(run.cfg)
+    try:
+        model.load_state_dict(load_weights(path))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(f"MODEL_PATH={path}: does not fit the model settings ({reason})") from None
+    return model
+
+
+# [end]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4816,11 +4840,13 @@ class Run:
     Everything that a mistake could spoil is looked at before the folder of the run is made.
     """
 
+    new_trainer = Trainer
+
     def __init__(self, cfg: Config, ranks: Ranks, source: bytes):
-        self.cfg = cfg = choose_backends(cfg, ranks)
         for name in LEFT_OUT:
             if getattr(cfg, name.lower(), name == cfg.compressor.upper()):
                 raise ConfigError(f"{name}: this packed script is without it; run the whole train_gpt.py")
+        self.cfg = cfg = choose_backends(cfg, ranks)
         self.ranks, self.source, self.watch = ranks, source, Stopwatch(ranks)
         self.ledger = Ledger(self) if cfg.audit else None
         self.looping = cfg.num_loops > 0  # a trained model is evaluated with its loops
@@ -4832,10 +4858,14 @@ class Run:
         self.manifest = check_data(cfg, ["train"] if self.trains or cfg.quantize_only else [])
         self.val = load_validation(cfg)  # read to be checked; no model sees it before its evaluation
         self.model = self._first_model()
-        self.log = (TrackedLog if cfg.wandb_project or cfg.tensorboard_dir else RunLog)(cfg, ranks)
+        self.log = self._open_log()
         self.stages: dict[str, dict[str, float]] = {}
         self.result: dict[str, object] = {}
         self._log_head()
+
+    def _open_log(self) -> RunLog:
+        cfg = self.cfg
+        return (TrackedLog if cfg.wandb_project or cfg.tensorboard_dir else RunLog)(cfg, self.ranks)
 
     def _exists(self, field: str) -> Path | None:
         """The file of a setting: as given, or in ARTIFACT_DIR; None where there is none."""
@@ -4860,7 +4890,7 @@ class Run:
                 self.cfg = dataclasses.replace(self.cfg, compressor=codec)
             return model
         if self.checkpoint:
-            return self._model_of_checkpoint(self.checkpoint)
+            return model_of_checkpoint(self, self.checkpoint)
         self.loader = self._new_loader()
         return self.new_model(self.cfg)
 
@@ -4933,13 +4963,7 @@ class Run:
 
     def train(self) -> None:
         """Train from scratch, save the EMA weights."""
-        model = self.model
-        parameters = sum(p.numel() for p in model.parameters())
-        slots = lora_slots(self.cfg, looping=True)
-        self.log.event("model", parameters=parameters, layers=self.cfg.num_layers, virtual_layers=slots)
-        if self.ranks.device.type == "cuda":
-            self._fit_memory()
-        trainer = Trainer(self.cfg, model, self.loader, self.ranks)
+        trainer, model = self._prepare_training(), self.model
 
         def validate(step: int) -> None:
             name = f"step_{step}" if step else "untrained"
@@ -4953,15 +4977,14 @@ class Run:
             write_whole(path, buffer.getvalue())
         self.log.event("saved", file=str(path), train_seconds=self.watch.seconds["train"])
 
-    def _model_of_checkpoint(self, path: Path) -> GPT:
-        """The full-precision model of an earlier run."""
-        model = self.new_model(self.cfg)
-        try:
-            model.load_state_dict(load_weights(path))
-        except (RuntimeError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ArtifactError(f"MODEL_PATH={path}: does not fit the model settings ({reason})") from None
-        return model
+    def _prepare_training(self) -> Trainer:
+        model = self.model
+        parameters = sum(p.numel() for p in model.parameters())
+        slots = lora_slots(self.cfg, looping=True)
+        self.log.event("model", parameters=parameters, layers=self.cfg.num_layers, virtual_layers=slots)
+        if self.ranks.device.type == "cuda":
+            self._fit_memory()
+        return self.new_trainer(self.cfg, model, self.loader, self.ranks)
 
     def evaluate(self, stage: str, looping: bool | None = None) -> None:
         """Standard evaluation."""
@@ -5006,7 +5029,7 @@ class Run:
             flat = flatten_banks(self.model.state_dict(), cfg.num_layers)
             progress = self.log.progress("quantise", len(flat))
             if cfg.fit_bytes:
-                code = len(packed_script(cfg, self.source)[0]) if ranks.is_main else 0
+                code = len(self._packed_code[0]) if ranks.is_main else 0
                 budget = cfg.fit_bytes - ranks.gather(code)[0]
                 records = fit_state(flat, hessians, gradients, cfg, budget, self.log, ranks)
             else:
@@ -5020,7 +5043,7 @@ class Run:
             if ranks.is_main:
                 write_whole(path, blob)
             ranks.meet("compress")
-            self.blob = ranks.gather(blob)[0]
+            self.blob, self.quantised = ranks.gather(blob)[0], (flat, hessians)
         kinds = [record.category for record in records.values()]
         counts = {kind.replace(" ", "_"): kinds.count(kind) for kind in sorted(set(kinds))}
         counts |= {f"{name}_seconds": seconds[name] for name in ("calibrate", "quantise", "compress")}
@@ -5041,12 +5064,16 @@ class Run:
             raise ConfigError(f"VOCAB_SIZE={self.cfg.vocab_size}: {made}")
         return model
 
+    @functools.cached_property
+    def _packed_code(self) -> tuple[bytes, bool]:
+        return packed_script(self.cfg, self.source)
+
     def count_bytes(self) -> None:
         """The sizes that the contest counts; writes the packed script."""
         if not self.ranks.is_main:
             return
         model_bytes = len(self.blob)
-        packed, minified = packed_script(self.cfg, self.source)
+        packed, minified = self._packed_code
         write_whole(self.log.folder / "train_gpt.packed.py", packed)
         if not minified:
             self.log.event(
@@ -5142,6 +5169,406 @@ class Run:
         return self.finish()
 
 
+# [if PREFLIGHT_ONLY]
+# -- guards: what watches over a run and is no part of its counted code
+
+
+class Stopped(BaseException):
+    """SIGTERM or SIGINT: everything is left whole; exit code 128 + number."""
+
+    stage = "start"
+
+    def __init__(self, number: int):
+        super().__init__(f"told to stop ({signal.Signals(number).name})")
+        self.code = 128 + number
+
+
+PEAK_FLOPS = {  # data sheets: dense bf16 FLOP/s with float32 sums; the first name that fits counts
+    r"H100 PCIe": 756e12,
+    r"H[12]00|GH200": 989e12,
+    r"B200|B100": 2250e12,
+    r"A100": 312e12,
+    r"RTX 4090": 165e12,
+    r"L40S": 362e12,
+    r"A10\b": 125e12,
+}
+PUBLISHED_SHARE = 0.26  # of the peak: the published run on eight H100s (96 ms a step, 143 ms looping)
+
+
+def peak_flops(ranks: Ranks) -> float:
+    """Peak FLOP/s of a rank's device by the data sheet; nan where it is not in the table."""
+    name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else ""
+    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(pattern, name)), math.nan)
+
+
+def flops_per_token(cfg: Config, looping: bool, context: float) -> float:
+    """Training FLOPs: 6 a weight that a token passes (head included), 12 D a token that it attends to."""
+    matrices = 2 * cfg.model_dim**2 + 2 * cfg.num_kv_heads * cfg.head_dim * cfg.model_dim
+    matrices += 2 * cfg.mlp_dim * cfg.model_dim
+    layers = lora_slots(cfg, looping)
+    linear = 6 * (layers * matrices + cfg.vocab_size * cfg.model_dim)
+    return linear + 12 * cfg.model_dim * context * layers
+
+
+def bank_parameters(cfg: Config) -> int:
+    """Weights of banks, embedding and head, all but a thousandth of the model, before it is built."""
+    layer = 2 * cfg.model_dim + 2 * cfg.num_kv_heads * cfg.head_dim + 2 * cfg.mlp_dim
+    heads = cfg.vocab_size * (2 - cfg.tie_embeddings)
+    return cfg.model_dim * (cfg.num_layers * layer + heads)
+
+
+def adapter_bytes(cfg: Config, documents: int) -> int:
+    """Memory of one batch of test-time training's adapters: factors, gradients and two moments, float32."""
+    roles = cfg.ttt_q_lora + cfg.ttt_mlp_lora + cfg.ttt_o_lora
+    widths = roles * 2 * cfg.model_dim
+    widths += (cfg.ttt_k_lora + cfg.ttt_v_lora) * (cfg.model_dim + cfg.num_kv_heads * cfg.head_dim)
+    widths = lora_slots(cfg, looping=True) * widths + cfg.model_dim + cfg.vocab_size
+    return 16 * widths * cfg.ttt_lora_rank * min(cfg.ttt_batch_size, documents)
+
+
+def free_memory(ranks: Ranks) -> int:
+    """Bytes free on the device; on a CPU by the kernel and the container's limit."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if os.path.exists("/proc/self/statm") else 0
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    free = [1 << 62, *[limit - pages * resource.getpagesize()] * (limit >= 0)]
+    with contextlib.suppress(OSError, TypeError, ValueError):
+        text = Path("/proc/meminfo").read_text()
+        free.append(1024 * int(re.search(r"MemAvailable:\s*(\d+)", text)[1]))
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free.append(limit - used)
+    return min(free)
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Preflight:
+    """What a run needs, compared with what is there, before time is spent; its speed, before the clock runs.
+
+    Every check raises ConfigError or DataError in one line, or adds to `facts`, the log line `preflight`.
+    """
+
+    def __init__(self, cfg: Config, ranks: Ranks):
+        self.cfg, self.ranks, self.facts = cfg, ranks, {}
+        self._hashing: threading.Thread | None = None
+        self._wrong: list[str] = []  # of this rank's training shards
+        if ranks.device.type == "cuda":
+            self._check_gpu()
+
+    def _check_gpu(self) -> None:
+        name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        self.facts |= {"gpu": name, "capability": "{}.{}".format(*capability)}
+        try:
+            x = torch.ones(64, 64, device=self.ranks.device, dtype=torch.bfloat16)
+            right = float((x @ x).sum()) == 64**3
+        except RuntimeError as error:
+            right, reason = False, str(error).split("\n")[0][:100]
+        else:
+            reason = "a product of ones is wrong"
+        if not right:
+            built = ", ".join(torch.cuda.get_arch_list())
+            raise ConfigError(f"DEVICE=cuda: {name} does not compute ({reason}); this torch is for {built}")
+
+    def check_disk(self, trains: bool, targets: int) -> None:
+        """Room for all outputs, and whether a file can be written where they go. Rank 0's business."""
+        cfg = self.cfg
+        if not self.ranks.is_main:
+            return
+        weights, ended = bank_parameters(cfg), not cfg.prequant_only
+        sizes = {"log": 1 << 20, cfg.model_path: 4 * weights * trains, "ledger": 6 * targets * cfg.audit}
+        sizes[cfg.quantized_model_path] = weights * ended * (not cfg.ttt_eval_only)
+        wanted = Path(cfg.artifact_dir or "runs").absolute()
+        try:
+            place = next(folder for folder in (wanted, *wanted.parents) if folder.exists())
+            with tempfile.TemporaryFile(dir=place):
+                room = os.statvfs(place)
+        except OSError as error:
+            raise ConfigError(f"ARTIFACT_DIR={wanted}: cannot write there ({error.strerror})") from None
+        need, free = sum(sizes.values()), room.f_bavail * room.f_frsize
+        if free < need:
+            parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.items() if size)
+            raise ConfigError(f"ARTIFACT_DIR={wanted}: {free / 1e6:.1f} MB are free, needed: {parts} MB")
+        self.facts |= {"disk_need_mb": need / 1e6, "disk_free_mb": free / 1e6}
+
+    def check_memory(self, cfg: Config, trains: bool, val: ValidationSet) -> None:
+        """The least that the stages take: what passes may still take more, what does not cannot fit."""
+        weights, ranks = bank_parameters(cfg), self.ranks
+        row = min(cfg.val_batch_tokens // CONTEST_MICRO_BATCHES, val.num_targets)
+        micro = cfg.train_batch_tokens // (ranks.world_size * cfg.micro_batches(ranks.world_size))
+        micro = 0 if ranks.device.type == "cuda" else micro  # where `fit_memory` finds what fits
+        named = "NUM_LAYERS MODEL_DIM MLP_MULT VOCAB_SIZE"
+        needs = {
+            f"{named} TRAIN_BATCH_TOKENS": (40 * weights + 12 * micro * cfg.vocab_size) * trains,
+            f"{named} VAL_BATCH_TOKENS": 4 * weights + 4 * row * cfg.vocab_size,
+        }
+        if cfg.ttt_enabled and not cfg.ttt_sgd:
+            adapters = adapter_bytes(cfg, len(val.documents))
+            needs[f"{named} TTT_LORA_RANK TTT_BATCH_SIZE"] = 4 * weights + adapters
+        free = free_memory(ranks) // (1 if ranks.device.type == "cuda" else ranks.world_size)
+        for names, need in needs.items():
+            if need > free:
+                text = " ".join(f"{name}={getattr(cfg, name.lower())}" for name in names.split())
+                raise ConfigError(f"{text}: take {need >> 20} MiB at least, {free >> 20} MiB are free")
+        self.facts |= {"memory_need_mb": max(needs.values()) / 1e6, "memory_free_mb": free / 1e6}
+
+    def check_hashes(self, manifest: dict, splits: Sequence[str], wait: bool) -> None:
+        """Compare files with the manifest's SHA-256: validation at once, training shards in the background.
+
+        Every rank reads the validation files and its share of the training shards. Raises DataError, or notes
+        it in the manifest where ALLOW_UNVERIFIED_DATA=1.
+        """
+        folder, files = self.cfg.data_folder, manifest.get("files", {})
+        hashes = {folder / name: entry.get("sha256") for name, entry in files.items()}
+        expected = {path: hashes[path] for path in hashes if isinstance(hashes[path], str)}
+        train, *evaluation = (
+            [path for path in shard_paths(folder, split) if path in expected]
+            for split in ("train", "val", "val_bytes")
+        )
+        train, val = train if splits else [], sum(evaluation, [])
+        self.facts |= {"files": len(hashes), "hashed": len(train) + len(val)}
+        mine = train[self.ranks.rank :: self.ranks.world_size]
+        self._hashing = threading.Thread(target=self._compare, args=[mine, expected], daemon=True)
+        self._compare(val, expected)
+        wrong, self._wrong = self._wrong, []
+        self._hashing.start()
+        if self.cfg.allow_unverified_data:
+            wrong = wrong + self.wrong_shards()
+            manifest |= {"unverified": wrong[0]} if wrong else {}
+        elif wrong:
+            raise DataError(wrong[0])
+        elif wait:
+            self.wait_for_hashes()
+
+    def _compare(self, paths: Sequence[Path], expected: Mapping[Path, str]) -> None:
+        """Collect what is wrong."""
+        for path in paths:
+            try:
+                if sha256_of(path) != expected[path]:
+                    manifest = path.with_name("manifest.json")
+                    self._wrong.append(f"{path}: its contents differ from the SHA-256 in {manifest}")
+            except OSError as error:
+                self._wrong.append(f"{path}: cannot be read ({error.strerror})")
+
+    def wrong_shards(self) -> list[str]:
+        """What is wrong with the training shards, the same on all ranks; waits until they have been read."""
+        if self._hashing is None:
+            return []
+        self._hashing.join()
+        self.ranks.meet("hashes")
+        return sum(self.ranks.gather(self._wrong), [])
+
+    def wait_for_hashes(self) -> None:
+        """Raise DataError on all ranks when a training shard is not what the manifest says."""
+        wrong = self.wrong_shards()
+        if wrong and not self.cfg.allow_unverified_data:
+            raise DataError(wrong[0])
+
+    def log_speed(self, pace: Sequence[float], log: RunLog, cfg: Config) -> None:
+        """Log what a step took in the warm-up and what follows; say where a known GPU is far too slow."""
+        if not pace or (self.ranks.compiler and cfg.warmup_steps < 2):  # the first step compiles
+            return
+        plain, looping = pace[0], pace[-1]
+        share = min(cfg.enable_looping_at, 1.0)
+        if cfg.max_wallclock_seconds:
+            seconds = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
+            steps = min(seconds * (share / plain + (1 - share) / looping), cfg.iterations)
+            predicted = {"predicted_steps": int(steps)}
+        else:
+            predicted = {"predicted_seconds": cfg.iterations * (share * plain + (1 - share) * looping)}
+        rate = flops_per_token(cfg, False, cfg.train_seq_len / 4) * cfg.train_batch_tokens / plain
+        reached = rate / (peak_flops(self.ranks) * self.ranks.world_size)
+        known = {} if math.isnan(reached) else {"mfu": reached}
+        log.event("speed", step_ms=1e3 * plain, looping_step_ms=1e3 * looping, **predicted, **known)
+        if reached < PUBLISHED_SHARE / 2:
+            text = f"a step reaches {reached:.1%} of the GPU's peak, the published run {PUBLISHED_SHARE:.0%}"
+            log.event("notice", text=f"{text}: another process on it, its clocks, ATTENTION_BACKEND?")
+
+
+FALLBACK = [(1.03, True), *((factor, False) for factor in (1.03, 1.1, 1.25, 1.5, 2.0))]  # clips, LQER
+
+
+def fall_back(
+    flat: Mapping[str, Tensor],
+    hessians: Mapping[str, Tensor],
+    cfg: Config,
+    budget: int,
+    blob: bytes,
+    log: RunLog,
+    ranks: Ranks = CPU,
+) -> tuple[bytes, dict[str, object]]:
+    """An artifact of at most `budget` bytes : coarser and coarser steps, then without correction.
+
+    `blob`, which is too large, comes back where nothing fits. Returns with it what to say of it.
+    """
+    log.event("fallback", bytes_left=budget - len(blob))
+    factors = {id(hessian): factorise(hessian) for hessian in hessians.values()}
+    shared = {name: factors[id(hessian)] for name, hessian in hessians.items()}
+    for factor, lqer in FALLBACK:
+        if lqer > cfg.lqer_enabled:
+            continue
+        clips = {name: factor * getattr(cfg, name) for name in _NAMES if name.endswith("_clip_sigmas")}
+        rung = dataclasses.replace(cfg, lqer_enabled=lqer, **clips)
+        records = quantize_state(flat, shared, rung, None, ranks)
+        ranks.meet("fall back")
+        smaller = ranks.gather(pack_artifact(records, rung) if ranks.is_main else b"")[0]
+        said = {"clip_factor": factor, "lqer": int(lqer)}
+        log.event("fallback", bytes_left=budget - len(smaller), **said)
+        if len(smaller) <= budget:
+            return smaller, {"fallback": said}
+    return blob, {}
+
+
+class GuardedTrainer(Trainer):
+    """Measures the warm-up: `pace`, seconds of a step at the last ten or half of them, by layer order."""
+
+    warmed: Callable[["GuardedTrainer"], None] | None = None  # called after the warm-up, off the clock
+
+    def warm_up(self, steps: int) -> None:
+        """As Trainer's."""
+        self.pace: list[float] = []
+        self._turn, self._steps, self._timed = 0, steps, min(10, (steps + 1) // 2)
+        super().warm_up(steps)
+        self._steps = 0
+        if self.warmed:
+            self.warmed(self)
+
+    _steps = 0  # of a warm-up under way
+
+    def step(self, *arguments: object, **options: object) -> StepReport:
+        """As Trainer's."""
+        if not self._steps:
+            return super().step(*arguments, **options)
+        if self._turn == self._steps - self._timed:
+            self.ranks.synchronize()
+            self._start = time.perf_counter()
+        report = super().step(*arguments, **options)
+        self._turn += 1
+        if self._turn == self._steps:
+            self.ranks.synchronize()
+            self.pace.append((time.perf_counter() - self._start) / self._timed)
+            self._turn = 0
+        return report
+
+
+class GuardedRun(Run):
+    """A run with all that watches over it and that the counted code of the same run does without.
+
+    Preflight before and speed after the warm-up, the contents of the files, the ladder of smaller artifacts,
+    signals. None of it changes what a run that passes computes.
+    """
+
+    new_trainer = GuardedTrainer
+
+    def __init__(self, cfg: Config, ranks: Ranks, source: bytes):
+        self.preflight = Preflight(cfg, ranks)
+        super().__init__(cfg, ranks, source)
+
+    def _first_model(self) -> GPT:
+        check, cfg = self.preflight, self.cfg
+        splits = ["train"] if self.trains or cfg.quantize_only else []
+        check.check_hashes(self.manifest, splits, wait=not self.trains)
+        check.check_disk(self.trains, self.val.num_targets)
+        if self.artifact:  # knows its own sizes
+            model = super()._first_model()
+            check.check_memory(model.cfg, False, self.val)
+            return model
+        check.check_memory(cfg, self.trains, self.val)
+        return super()._first_model()
+
+    def _open_log(self) -> RunLog:
+        if not self.cfg.preflight_only:
+            return super()._open_log()
+        self._scratch = tempfile.TemporaryDirectory()  # a rehearsal leaves nothing
+        return RunLog(dataclasses.replace(self.cfg, artifact_dir=self._scratch.name), self.ranks)
+
+    def _log_head(self) -> None:
+        super()._log_head()
+        self.log.event("preflight", **self.preflight.facts)
+
+    def _prepare_training(self) -> Trainer:
+        trainer = super()._prepare_training()
+        trainer.warmed = self._warmed
+        return trainer
+
+    def _warmed(self, trainer: GuardedTrainer) -> None:
+        self.preflight.wait_for_hashes()
+        self.preflight.log_speed(trainer.pace, self.log, trainer.cfg)
+
+    def quantise(self) -> Path:
+        """As Run's; an artifact over the limit is made again, smaller."""
+        path, cfg, ranks = super().quantise(), self.cfg, self.ranks
+        tensors, self.quantised = self.quantised, None
+        if cfg.fit_bytes or len(self.blob) <= SIZE_LIMIT - (1 << 16):  # more than any code
+            return path
+        code = len(self._packed_code[0]) if ranks.is_main else 0
+        budget = SIZE_LIMIT - ranks.gather(code)[0]
+        if len(self.blob) > budget:
+            with self.watch.stage("fallback"):
+                self.blob, rung = fall_back(*tensors, cfg, budget, self.blob, self.log, ranks)
+            self.result |= rung
+            if ranks.is_main:
+                write_whole(path, self.blob)
+        return path
+
+    def execute(self) -> int:
+        """As Run's, or the rehearsal alone."""
+        try:
+            if not self.cfg.preflight_only:
+                return super().execute()
+            with self.watch.stage("rehearsal"):
+                if self.trains:
+                    self._prepare_training().warm_up(self.cfg.warmup_steps)
+        except Stopped as stopped:
+            stopped.stage = self.watch.current
+            raise
+        self.log.event("passed", seconds=self.watch.seconds["rehearsal"])
+        return 0
+
+
+@contextlib.contextmanager
+def _signals(ranks: Ranks):
+    """SIGTERM (torchrun's, when another rank has failed) and SIGINT raise Stopped; a second one ends all.
+
+    A stage that sets `ranks.polls` looks at `ranks.told` instead and raises it where it likes.
+    """
+
+    def handle(number: int, _: object) -> None:
+        if ranks.told:
+            os._exit(128 + number)
+        ranks.told = number
+        if not ranks.polls:
+            raise Stopped(number)
+
+    handlers = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run_guarded(cfg: Config, ranks: Ranks, source: bytes) -> int:
+    """Execute a run under guard; exit code as `main`."""
+    try:
+        with _signals(ranks):
+            return _run(cfg, ranks, source, GuardedRun)
+    except Stopped as stopped:
+        ranks.say(f"stage {stopped.stage}: {stopped}")
+        return stopped.code
+
+
+# [end]
+
+
 def _command_output(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
@@ -5168,57 +5595,28 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
             if "--json" in arguments:
                 print(json.dumps({"preset": cfg.preset, "settings": cfg.as_env()}))
             return 0
-        return _run(cfg, Ranks.from_env(cfg, environ), source)
+        return (_run if LEFT_OUT else run_guarded)(cfg, Ranks.from_env(cfg, environ), source)
     except UserError as error:
         if environ.get("LOCAL_RANK", "0") == "0":  # the others of this machine have met the same mistake
             print(f"train_gpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
-@contextlib.contextmanager
-def _signals(ranks: Ranks):
-    """SIGTERM (torchrun's, when another rank has failed) and SIGINT raise Stopped; a second one ends all.
-
-    A stage that sets `ranks.polls` looks at `ranks.told` instead and raises it where it likes.
-    """
-
-    def handle(number: int, _: object) -> None:
-        if ranks.told:
-            os._exit(128 + number)
-        ranks.told = number
-        if not ranks.polls:
-            raise Stopped(number)
-
-    handlers = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def _run(cfg: Config, ranks: Ranks, source: bytes) -> int:
+def _run(cfg: Config, ranks: Ranks, source: bytes, kind: type[Run] = Run) -> int:
     """Execute a run; what ends it early is said with rank and stage. Exit code as `main`."""
-    run, name = None, f"train_gpt.py: rank {ranks.rank} of {ranks.world_size}"
+    run = kind(cfg, ranks, source)
     try:
-        with _signals(ranks):
-            run = Run(cfg, ranks, source)
-            with contextlib.closing(run.log):
-                code = run.execute()
-            ranks.close()
-            return code
+        with contextlib.closing(run.log):
+            code = run.execute()
+        ranks.close()
+        return code
     except UserError:
         raise
-    except (RunError, OSError, RuntimeError, Stopped) as error:
-        text, code = error, 1
-        if isinstance(error, Stopped):
-            number = error.args[0]
-            text, code = f"told to stop ({signal.Signals(number).name})", 128 + number
-        elif not isinstance(error, (RunError, OSError)):
+    except (RunError, OSError, RuntimeError) as error:
+        if not isinstance(error, (RunError, OSError)):
             traceback.print_exc()
-        stage = run.watch.current if run else "start"
-        print(f"{name}, stage {stage}: {text}", file=sys.stderr, flush=True)
-        return code
+        ranks.say(f"stage {run.watch.current}: {error}")
+        return 1
 
 
 if __name__ == "__main__":

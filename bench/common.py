@@ -18,16 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
 
-# Data sheets: dense bf16 FLOP/s with float32 sums, bytes/s of memory. The first name that fits counts.
-PEAKS = {
-    r"H200": (989e12, 4.8e12),
-    r"H100 PCIe": (756e12, 2.0e12),
-    r"H100|GH200": (989e12, 3.35e12),
-    r"B200|B100": (2250e12, 8.0e12),
-    r"A100": (312e12, 2.0e12),
-    r"RTX 4090": (165e12, 1.01e12),
-    r"L40S": (362e12, 0.86e12),
-    r"A10\b": (125e12, 0.6e12),
+BANDWIDTH = {  # data sheets: bytes/s of memory; the first name that fits counts
+    r"H200": 4.8e12,
+    r"H100 PCIe": 2.0e12,
+    r"H100|GH200": 3.35e12,
+    r"B200|B100": 8.0e12,
+    r"A100": 2.0e12,
+    r"RTX 4090": 1.01e12,
+    r"L40S": 0.86e12,
+    r"A10\b": 0.6e12,
 }
 SMALL = {  # sizes of a model that a CPU core runs in seconds
     "cpu_threads": 1,
@@ -92,7 +91,8 @@ def environment(ranks: tg.Ranks) -> dict[str, object]:
 def peaks(ranks: tg.Ranks) -> tuple[float, float]:
     """Peak FLOP/s and bytes/s by the data sheet; nan where the device is not in the table."""
     name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else ""
-    return next((peak for pattern, peak in PEAKS.items() if re.search(pattern, name)), (math.nan, math.nan))
+    bandwidth = next((rate for pattern, rate in BANDWIDTH.items() if re.search(pattern, name)), math.nan)
+    return tg.peak_flops(ranks), bandwidth
 
 
 def text_row(cfg: tg.Config, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, tg.Segments]:
@@ -110,15 +110,6 @@ def mean_context(segments: tg.Segments) -> float:
     """Mean number of tokens that a token attends to."""
     lengths = segments.cu_seqlens.diff().double()
     return float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
-
-
-def flops_per_token(cfg: tg.Config, looping: bool, context: float) -> float:
-    """Training FLOPs: 6 a weight that a token passes (head included), 12 D a token that it attends to."""
-    matrices = 2 * cfg.model_dim**2 + 2 * cfg.num_kv_heads * cfg.head_dim * cfg.model_dim
-    matrices += 2 * cfg.mlp_dim * cfg.model_dim
-    layers = tg.lora_slots(cfg, looping)
-    linear = 6 * (layers * matrices + cfg.vocab_size * cfg.model_dim)
-    return linear + 12 * cfg.model_dim * context * layers
 
 
 def measure(

@@ -87,9 +87,9 @@ COMPANIONS = {  # what gives a setting something to do
     ),
 }
 LONG = {"WARMUP_STEPS", "TTT_EPOCHS", "TTT_GRAD_STEPS", "GLOBAL_TTT_EPOCHS", "GPTQ_CALIBRATION_BATCHES"}
-LONG |= {"NUM_LOOPS", "NUM_LAYERS"}
+LONG |= {"NUM_LOOPS", "NUM_LAYERS", "MODEL_DIM", "MLP_MULT"}
 NOT_NUMBERS = ["", " ", "x", "nan", "inf", "-inf", "1e999", "0x10", "1,5", "None", "9" * 5000]
-SECONDS, GROWTH = 20, 2 << 30  # most that a run may take; address space on top of this process's
+SECONDS, GROWTH = 20, 1 << 30  # most that a run may take; address space on top of this process's
 
 
 def values(field: dataclasses.Field) -> list[str]:
@@ -115,8 +115,8 @@ def values(field: dataclasses.Field) -> list[str]:
 
 def make_data(folder: Path) -> None:
     """A CaseOps data set of a few short documents."""
-    words = "the model reads a token and NASA scores it before Paris learns from what it has seen"
-    texts = [" ".join(words.split()[i % 7 :: 1 + i % 3] * (1 + i % 4)).capitalize() + "." for i in range(60)]
+    words = ["the", "model", "reads", "a", "token", "and", "NASA", "scores", "it", "before", "Paris"]
+    texts = [" ".join(words[i % 7 :: 1 + i % 3] * (1 + i % 4)).capitalize() + "." for i in range(60)]
     tokenizer = prepare.make_tokenizer("tokenizer.model", prepare.train_tokenizer(texts, VOCAB), True)
     named = [prepare.make_document(f"{text} {i}", f"document {i}") for i, text in enumerate(texts)]
     prepare.prepare(named, tokenizer, folder, 4)
@@ -165,7 +165,9 @@ def attempt(name: str, text: str, folder: Path) -> tuple[str, str]:
         return "refused", said
     if code in (0, 3) and lines[-1].startswith("final "):
         return "works", said
-    if status is None and name in LONG and any(line.startswith("model ") for line in lines):
+    if code == 2 and len(errors) == 1 and name == "PRESET":  # names what in it does not fit
+        return "refused", said
+    if status is None and name in LONG and not errors:
         return "long", said
     return "WRONG", f"exit code {code}\n{said}"
 

@@ -15,7 +15,6 @@ from collections import defaultdict
 import torch
 from common import (
     environment,
-    flops_per_token,
     mean_context,
     measure,
     parser,
@@ -102,7 +101,7 @@ def main() -> None:
             lambda looping=looping: micro_batch(model, ranks, batch, looping), ranks, args.repeats
         )
         rate = tokens / timed["ms"] * 1e3
-        flops = flops_per_token(cfg, looping, context)
+        flops = tg.flops_per_token(cfg, looping, context)
         entry = {"part": "after looping" if looping else "before looping", **timed, "tokens_per_second": rate}
         entry |= {
             "tflop_per_second": flops * rate / 1e12,

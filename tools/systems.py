@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 from reproducing.bases import BASES
 from reproducing.seeds import ROOT, RunFailed, SeedError, plan, run_missing
-
 from runs import ReadError, RunRecord
 
 STEPS = 40  # of the demo's 150: seven systems, two at a time, take less than 20 minutes
