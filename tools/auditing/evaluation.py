@@ -19,7 +19,7 @@ from auditing.replay import (
     toy_stream,
 )
 from auditing.run import BOS, Audit, NotChecked, check, digest, read_values, require
-from auditing.training import SECONDS_LIMIT, is_validation, warm_up
+from auditing.training import SECONDS_LIMIT, is_validation, trained_unscored, warm_up
 
 GRAM = 8  # so many tokens in a row are the same text
 
@@ -136,6 +136,7 @@ def _replay_ledger(audit: Audit) -> tuple[np.ndarray, int]:
 @check("D3", "C3: scored before it is trained on")
 def d3_score_before_update(audit: Audit) -> str:
     """The ledger, replayed; and a replay: the weights that score a chunk do not depend on its tokens."""
+    trained_unscored(audit)
     adapts(audit)
     _, updates = _replay_ledger(audit)
     base, tokens = base_replay(audit), toy_stream(audit)
