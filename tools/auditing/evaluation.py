@@ -21,7 +21,7 @@ from auditing.replay import (
 )
 from auditing.run import BOS, Audit, NotChecked, check, digest, read_values, require
 from auditing.stream import once_each, one_order, others_once_each
-from auditing.training import SECONDS_LIMIT, is_validation, warm_up
+from auditing.training import SECONDS_LIMIT, is_validation, trained_unscored, warm_up
 
 GRAM = 8  # so many tokens in a row are the same text
 
@@ -99,6 +99,7 @@ def _replay_ledger(audit: Audit) -> tuple[np.ndarray, int]:
 @check("D3", "C3: scored before it is trained on")
 def d3_score_before_update(audit: Audit) -> str:
     """The ledger, replayed; and a replay: the weights that score a chunk do not depend on its tokens."""
+    trained_unscored(audit)
     if audit.streams:
         return stream.score_before_update(audit)
     adapts(audit)

@@ -88,9 +88,24 @@ def is_validation(name: str) -> bool:
     return Path(name).name.startswith("fineweb_val_")
 
 
+def trained_unscored(audit: Audit) -> None:
+    """Raise Failed where the ledger holds an update on targets that no stage had scored before."""
+    scored = np.zeros(len(audit.tokens), bool)
+    for record in audit.ledger[1:]:
+        for *number, first, count in record.get("spans", ()):
+            if record["kind"] != "adapt":
+                scored[first : first + count] = True
+                continue
+            where = f"document {number[0]}, targets {first}-{first + count - 1}"
+            known = scored[first : first + count].all()
+            require(bool(known), f"{where}: trained on before it was scored")
+
+
 @check("T1", "no validation data in training")
 def t1_no_validation_in_training(audit: Audit) -> str:
     """The run's path log, and: scrambled validation data must give the same weights, bit for bit."""
+    with contextlib.suppress(NotChecked):
+        trained_unscored(audit)  # not by the script itself
     honest, scrambled = _canary(audit, False)[0], _canary(audit, True)[0]
     require(honest == scrambled, "weights depend on the validation tokens: scrambled ones give others")
     proof = f"weights {short(honest)} with true and scrambled validation data"
