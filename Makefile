@@ -4,10 +4,10 @@ BIN := .venv/bin
 RUN := .venv/run.installed
 DEV := .venv/dev.installed
 
-.PHONY: help demo audit data test lint format readme bench clean
+.PHONY: help demo audit sweep-demo report data test lint format readme bench clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(RUN) data/demo/manifest.json  ## the whole system on demo data: train, quantise, reload, score, audit (4 minutes, CPU)
 	PRESET=demo $(BIN)/python train_gpt.py
@@ -15,6 +15,10 @@ demo: $(RUN) data/demo/manifest.json  ## the whole system on demo data: train, q
 
 audit: $(RUN)  ## judge a finished run: make audit RUN_DIR=runs/NAME
 	$(BIN)/python tools/audit.py "$(RUN_DIR)"
+
+sweep-demo: $(DEV) data/demo/manifest.json  ## a search over two settings in 8 short runs of the demo model (4 minutes, CPU)
+	PRESET=demo ITERATIONS=16 VAL_LOSS_EVERY=8 PREQUANT_ONLY=1 $(BIN)/python tools/sweep.py --study sweep-demo --prune \
+		--set MATRIX_LR=log:0.01:0.06 --set TIED_EMBED_LR=log:0.01:0.1 --trials 8 --seed 1 --json
 
 data: data/demo/manifest.json  ## the demo data set alone
 
