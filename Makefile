@@ -4,10 +4,10 @@ BIN := .venv/bin
 RUN := .venv/run.installed
 DEV := .venv/dev.installed
 
-.PHONY: help demo audit submission data test lint format readme bench clean
+.PHONY: help demo audit submission sweep-demo report data test lint format readme bench clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(RUN) data/demo/manifest.json  ## the whole system on demo data: train, quantise, reload, score, audit (4 minutes, CPU)
 	PRESET=demo $(BIN)/python train_gpt.py
@@ -18,6 +18,10 @@ audit: $(RUN)  ## judge a finished run: make audit RUN_DIR=runs/NAME
 
 submission: $(DEV) data/demo/manifest.json  ## three demo seeds, audited, into logs/, submission.json, README (15 minutes)
 	$(BIN)/python tools/reproduce.py --preset demo --seeds 42,314,1234 --audit --submission -- $(BIN)/python train_gpt.py
+
+sweep-demo: $(DEV) data/demo/manifest.json  ## a search over two settings in 8 short runs of the demo model (4 minutes, CPU)
+	PRESET=demo ITERATIONS=16 VAL_LOSS_EVERY=8 PREQUANT_ONLY=1 $(BIN)/python tools/sweep.py --study sweep-demo --prune \
+		--set MATRIX_LR=log:0.01:0.06 --set TIED_EMBED_LR=log:0.01:0.1 --trials 8 --seed 1 --json
 
 data: data/demo/manifest.json data/demo_plain/manifest.json  ## the demo data sets alone, CaseOps and plain
 

@@ -4154,21 +4154,22 @@ def evaluate_standard(
     val: ValidationSet,
     row_tokens: int,
     max_doc_len: int,
-    on_row: Callable[[int], None] | None = None,
+    on_row: Callable[[int, Tensor], None] | None = None,
     ranks: Ranks = CPU,
     plain: bool = False,
 ) -> BpbMeter:
     """Score every target once: rows of `row_tokens` targets, the last one shorter, segments as `packed_row`.
 
-    Ranks take rows in turn; the result is the same on every one.
+    Ranks take rows in turn; the result is the same on every one. `on_row` is told each row's end and losses.
     """
     meter = BpbMeter()
     for start in range(ranks.rank * row_tokens, val.num_targets, ranks.world_size * row_tokens):
         end = min(start + row_tokens, val.num_targets)
         x, y, segments = packed_row(val.tokens[start : end + 1], max_doc_len, plain)
-        meter.add(score(x, y, segments), val.target_bytes[start:end])
+        losses = score(x, y, segments)
+        meter.add(losses, val.target_bytes[start:end])
         if on_row:
-            on_row(end)
+            on_row(end, losses)
     meter.sum_over(ranks)
     return meter
 
@@ -4421,7 +4422,7 @@ class ScoreFirstTTT:
                 with torch.set_grad_enabled(learns):
                     losses = self._losses(part, lora, cache)
                 sums.append(self._sums(part, losses, calm, chunk, lora))
-                self._on_event("scored", batch_number=batch.index, chunk=chunk, part=part)
+                self._on_event("scored", batch_number=batch.index, chunk=chunk, part=part, losses=losses)
                 if learns:
                     self._on_event("trained", batch_number=batch.index, chunk=chunk, part=part)
                     self._adapt(part, lora, optimizer, losses, cache)
@@ -4719,6 +4720,8 @@ class Ledger:
     weights ("base": global phases or trained chunks so far) it used ("score", "slide") or left behind
     ("adapt", "global", "sgd", "reset"); "spans" are [document, first target in the stream, targets], those of
     windows on the stream [first target, targets]; "b_zero": new adapters still added nothing.
+
+    `documents.json`: start and tokens of every validation document, and its loss (nats, summed) in each stage.
     """
 
     def __init__(self, run: "Run"):
@@ -4726,6 +4729,8 @@ class Ledger:
         self._records: list[dict] = []
         self._accesses: dict[tuple[str, str, str], float] = {}  # stage, kind and name -> when first
         self._base, self._lora, self._adapters = 0, [-1, 0], None
+        self._losses: dict[str, np.ndarray] = {}  # stage -> loss of each document
+        self._scored: list[tuple[list[int], Tensor]] = []  # the batch's chunks: places and losses
         self._start = time.perf_counter()
         sys.addaudithook(self._notice)  # stays as long as the process, so it is switched off by `write`
 
@@ -4753,6 +4758,10 @@ class Ledger:
             rows = zip(part.documents, part.spans, part.trains.tolist(), strict=True)
             spans = [[number, *span] for number, span, trains in rows if trains or not learns]
             chunk = {"batch": data["batch_number"], "chunk": data["chunk"], "spans": spans}
+            if not learns:
+                losses = data["losses"].detach()
+                sums = (losses * part.valid.to(losses.device)).sum(1)
+                self._scored.append(([first for first, _ in part.spans], sums))
             if not self._lora[1]:
                 chunk["b_zero"] = not any(bool(low_rank.B.any()) for low_rank in self._adapters.maps())
             self._add("adapt" if learns else "score", **chunk)
@@ -4760,6 +4769,9 @@ class Ledger:
             self._lora, self._adapters = [self._lora[0] + 1, 0], data["lora"]
             self._add("reset", a="carried" if kind == "lora_reset" else "drawn")
         elif kind == "batch_done":
+            for places, losses in self._scored:
+                self.charge("ttt", places, losses)
+            self._scored.clear()
             self._add("batch", batch=data["batch_number"], chunks=data["chunks"], diverged=data["diverged"])
         elif kind == "global_sgd":
             self._base += 1
@@ -4775,6 +4787,13 @@ class Ledger:
             self._add("sgd", tokens=len(tokens), tokens_sha256=self._token_digest(tokens), **facts)
         elif kind in ("start", "end"):
             self._add(kind, **data, model_sha256=self._model_digest())
+
+    def charge(self, stage: str, places: Sequence[int], losses: Tensor) -> None:
+        """Add losses to the documents that hold these places of the stream."""
+        starts = [start for start, _ in self._run.val.documents]
+        owners = np.searchsorted(starts, places, "right") - 1
+        sums = np.bincount(owners, losses.double().cpu().flatten(), len(starts))
+        self._losses[stage] = self._losses.get(stage, 0.0) + sums
 
     def _add(self, kind: str, **values: object) -> None:
         rank, seconds = self._run.ranks.rank, round(time.perf_counter() - self._start, 6)
@@ -4818,8 +4837,13 @@ class Ledger:
         """Merge the ranks' records and write the file; rank 0 does."""
         self._open = False
         run = self._run
-        parts = run.ranks.gather(([[*key, when] for key, when in self._accesses.items()], self._records))
+        accesses = [[*key, when] for key, when in self._accesses.items()]
+        parts = run.ranks.gather((accesses, self._records, self._losses))
         if run.ranks.is_main:
+            losses = {stage: sum(part[2].get(stage, 0.0) for part in parts) for stage in self._losses}
+            documents = {stage: sums.round(4).tolist() for stage, sums in losses.items()}
+            documents = {"documents": run.val.documents, "losses": documents}
+            write_whole(run.log.folder / "documents.json", json.dumps(documents).encode())
             records = sorted((record for part in parts for record in part[1]), key=self._position)
             lines = [self._head(access for part in parts for access in part[0]), *records]
             text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -4991,11 +5015,17 @@ class Run:
         looping = self.looping if looping is None else looping
         row_tokens = self.cfg.val_batch_tokens // CONTEST_MICRO_BATCHES
         progress = self.log.progress(stage, self.val.num_targets)
+
+        def on_row(end: int, losses: Tensor) -> None:
+            progress.update(end)
+            if self.ledger:
+                self.ledger.charge(stage, range(end - losses.numel(), end), losses)
+
         with self.watch.stage(stage):
             score = model_score(self.model, looping=looping, ranks=self.ranks)
             limits = row_tokens, self.cfg.eval_seq_len
             plain = self.cfg.plain_windows
-            meter = evaluate_standard(score, self.val, *limits, progress.update, self.ranks, plain)
+            meter = evaluate_standard(score, self.val, *limits, on_row, self.ranks, plain)
         self.record(stage, meter, self.val.documents)
 
     def record(self, stage: str, meter: BpbMeter, documents: Sequence[tuple[int, int]]) -> None:
