@@ -4721,7 +4721,7 @@ class Ledger:
     ("adapt", "global", "sgd", "reset"); "spans" are [document, first target in the stream, targets], those of
     windows on the stream [first target, targets]; "b_zero": new adapters still added nothing.
 
-    `documents.json`: start and tokens of every validation document, and its loss (nats, summed) in each stage.
+    `documents.json`: start and tokens of each validation document, its loss (nats, summed) in each stage.
     """
 
     def __init__(self, run: "Run"):

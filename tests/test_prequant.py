@@ -1,4 +1,4 @@
-"""Pre-quantisation TTT (experiments/prequant_ttt.py): what it trains, and that it is never taken for legal."""
+"""Pre-quantisation TTT (experiments/prequant_ttt.py): what it trains, and that no tool takes it for legal."""
 
 import argparse
 import json
@@ -16,8 +16,9 @@ from test_smoke import environment, make_data
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "tools")]
 
-import audit  # noqa: E402
 import prequant_ttt as prequant  # noqa: E402
+
+import audit  # noqa: E402
 
 SCRIPT = ROOT / "experiments" / "prequant_ttt.py"
 

@@ -51,7 +51,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import runs  # noqa: E402
-
 import train_gpt as tg  # noqa: E402
 
 try:
