@@ -15,6 +15,7 @@ import pytest
 from scipy import integrate
 
 import tests.test_smoke as smoke
+from tests.test_tracking import scalars
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -245,6 +246,7 @@ def test_mixed_published_logs(published_logs, capsys):
         (["--seeds", "1,x", "--", "python"], "--seeds x: must be whole numbers"),
         (["--seeds", "1,1", "--", "python"], "each seed once"),
         (["--seeds", "1", "--", "python", "nowhere.py"], "-- python nowhere.py: names no Python script"),
+        (["--seeds", "1", "--", "A=1", "python", TOOL], "A=1 is no program"),
         (["--from-logs", DEMO, "--preset", "demo"], "--preset: is for runs"),
         (["--from-logs", DEMO, "--base", "pr9"], "--base pr9: no file, and none of pr1493, pr1667"),
         (["--from-logs", DEMO, "--base", "pr1855"], "base pr1855: scored 151,074,499 bytes"),
@@ -326,12 +328,16 @@ def test_the_scripts_own_words_about_a_wrong_setting(fake):
 
 
 def test_a_two_seed_claim_of_the_real_script(tmp_path):
-    """The real command, tiny and three steps long: both seeds run, then again without running."""
+    """The real command, tiny and three steps long: both seeds run, then again without running.
+
+    TensorBoard follows, and reads the numbers of the results.
+    """
     smoke.make_data(tmp_path / "data")
     shutil.copy(smoke.SCRIPT, tmp_path)
     (tmp_path / "without").mkdir()
     (tmp_path / "without" / "python_minifier.py").write_text("raise ImportError")  # counting code takes long
-    environ = smoke.environment(DATA_PATH="data", ITERATIONS=3, VAL_LOSS_EVERY=0, PYTHONPATH="without")
+    environ = smoke.environment(DATA_PATH="data", ITERATIONS=3, VAL_LOSS_EVERY=0, TENSORBOARD_DIR="board")
+    environ["PYTHONPATH"] = "without"
     command = [sys.executable, TOOL, "--seeds", "1,2", "--json", "--", sys.executable, "train_gpt.py"]
     first, again = (
         subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=200)
@@ -350,6 +356,9 @@ def test_a_two_seed_claim_of_the_real_script(tmp_path):
         )
         log = runs.read_log(next((tmp_path / run["path"] / "logs").glob("*.txt")))
         assert (log.seed, log.data_sha256) == (run["seed"], run["data_sha256"])
+        points = scalars(tmp_path / "board" / log.name)
+        assert points["final/val_bpb"] == [(3, pytest.approx(run["val_bpb"], rel=1e-6))]
+        assert [step for step, _ in points["train/train_loss"]] == [1, 2, 3]
 
 
 # -- submission and README
