@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_smoke as smoke
 from scipy import integrate
-
-import tests.test_smoke as smoke
-from tests.test_tracking import scalars
+from test_tracking import scalars
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
