@@ -16,7 +16,7 @@ demo: $(RUN) data/demo/manifest.json  ## the whole system on demo data: train, q
 audit: $(RUN)  ## judge a finished run: make audit RUN_DIR=runs/NAME
 	$(BIN)/python tools/audit.py "$(RUN_DIR)"
 
-submission: $(DEV) data/demo/manifest.json  ## three demo seeds, audited, into logs/, submission.json, README (15 minutes)
+submission: $(DEV) data/demo/manifest.json  ## three demo seeds, audited, into logs/, submission.json, README
 	$(BIN)/python tools/reproduce.py --preset demo --seeds 42,314,1234 --audit --submission -- $(BIN)/python train_gpt.py
 
 sweep-demo: $(DEV) data/demo/manifest.json  ## a search over two settings in 8 short runs of the demo model (4 minutes, CPU)

@@ -59,3 +59,9 @@ def tg():
     spec.loader.exec_module(module)
     module.torch.set_num_threads(1)  # the vectors were made on one thread; tests run beside each other
     return module
+
+
+@pytest.fixture(scope="session")
+def published_logs() -> Path:
+    """Folder of the published logs (PUBLISHED_LOGS, default ../shared/published_logs)."""
+    return _outside_folder("PUBLISHED_LOGS", "../shared/published_logs")

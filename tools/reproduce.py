@@ -20,7 +20,7 @@ logs of the contest (PR #1493 to #1868) are read too; what they do not tell is s
     --name, --author, --github-id   what submission.json says there
     --json          a last line of JSON: mean, std, seeds, welch, runs, missing, notes
 
-Exit code 0, 1 (a run failed, or --check found a disagreement), 2 (a mistake, one line) or 130 (Ctrl-C).
+Exit code 0, 1 (a run or its audit failed, or --check found something), 2 (a mistake, one line), 130 (Ctrl-C).
 """
 
 import argparse
@@ -40,7 +40,7 @@ class UsageError(ValueError):
     """The command makes no sense: one line, exit code 2."""
 
 
-MISTAKES = (UsageError, ReadError, claim.ClaimError, seeds.SeedError, submission.SubmissionError)
+MISTAKES = (UsageError, ReadError, claim.ClaimError, seeds.SeedError, submission.SubmissionError, OSError)
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -115,7 +115,9 @@ def summary_of(records: Sequence[RunRecord], notes: list[str], comparison: dict 
     keys = ("path", "form", "seed", "steps", "val_bpb", "val_loss", "artifact_bytes", "code_bytes")
     keys += ("train_seconds", "calibrate_seconds", "eval_seconds", "legal", "broken_limits", "missing")
     keys += ("script_sha256", "data_sha256", "settings_sha256")
-    runs = [{key: getattr(record, key) for key in keys} for record in records]
+    runs = [
+        {key: getattr(r, key) for key in keys} | {"audit": r.audit and r.audit["counts"]} for r in records
+    ]
     return {
         "mean": bpb[0],
         "std": bpb[1],
@@ -190,7 +192,7 @@ def carry_out(options: argparse.Namespace) -> int:
         submit(records, options, command)
     if options.json:
         print(json.dumps(summary_of(records, notes, comparison), default=str))
-    return 0
+    return int(options.audit and any("FAIL" in record.audit["counts"] for record in records))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

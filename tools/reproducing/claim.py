@@ -39,7 +39,9 @@ def check_alike(records: Sequence[RunRecord], mixed: bool = False) -> list[str]:
             twice = [str(r.path) for r in records if r.seed == record.seed]
             raise ClaimError(f"seed {record.seed} {len(twice)} times ({', '.join(twice)}): each seed once")
     for key in ("device", "ranks", "torch", "train_shards"):
-        values = {record.environment.get(key): record.seed for record in reversed(records)}
+        values: dict[object, int] = {}
+        for record in records:
+            values.setdefault(record.environment.get(key), record.seed)
         if len(values) > 1:
             told = ", ".join(f"{value or 'not told'} (seed {seed})" for value, seed in values.items())
             notes.append(f"{key} differs: {told}")

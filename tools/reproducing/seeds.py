@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,8 @@ def plan(command: Sequence[str], environ: Mapping[str, str], preset: str = "") -
     scripts = [Path(part) for part in command if part.endswith(".py") and Path(part).is_file()]
     if not scripts:
         raise SeedError(f"-- {' '.join(command)}: names no Python script that exists")
+    if not shutil.which(command[0]):
+        raise SeedError(f"-- {' '.join(command)}: {command[0]} is no program")
     managed = ("SEED", "RUN_ID", "ARTIFACT_DIR")
     environ = {name: value for name, value in environ.items() if name not in managed}
     if preset:

@@ -113,6 +113,8 @@ def submission(records: Sequence[RunRecord], typed: Mapping, folder: Path = ROOT
 
 def _seed_result(record: RunRecord, folder: Path) -> dict[str, object]:
     log = record.path.with_suffix(".txt")
+    if not log.is_file():
+        raise SubmissionError(f"{log}: missing, the log of {record.path.name}")
     return {
         "run": record.name,
         "val_bpb": record.val_bpb,

@@ -1,0 +1,149 @@
+"""The reader of runs and logs: published formats, our own, and every way in which a log can be incomplete."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import runs  # noqa: E402
+from reproducing.bases import BASES, FINEWEB_BYTES  # noqa: E402
+
+DEMO = ROOT / "logs" / "demo_seed42_cpu.txt"
+PR1868 = ["pr1851_seed42", "pr1868_seed314", "pr1868_seed1234"]  # a support record of PR #1851
+LOGS = {
+    "pr1493": ["pr1493_seed314", "pr1493_seed42", "pr1493_seed999"],
+    "pr1667": ["pr1667_seed0", "pr1667_seed1337", "pr1667_seed42"],
+    "pr1851": ["pr1851_seed42"],
+    "pr1868": PR1868,
+    "pr1868_rerun": [f"pr1868_rerun_seed{seed}" for seed in (42, 314, 1234)],
+    "pr1855": [f"pr1855_seed{seed}" for seed in (42, 0, 1234)],
+}
+# Steps, three scores, bytes and seconds of the evaluation as their descriptions print them.
+DESCRIBED = {
+    "pr1851_seed42": (4900, 1.06490, 1.07406, 1.06128, 15_952_086, 519.5),
+    "pr1868_seed314": (4960, 1.06468, 1.07359, 1.06087, 15_952_419, 525.6),
+    "pr1855_seed0": (4932, 1.06545, 1.07407, 1.06125, 15_900_947, 455.1),
+    "pr1855_seed1234": (4917, 1.06597, 1.07478, 1.06209, 15_907_550, 470.0),
+    "pr1667_seed42": (4843, 1.07227, 1.08262, 1.07221, 15_936_229, 228.8),
+    "pr1493_seed42": (4550, 1.08735, 1.09970, 1.08079, 15_991_930, 366.5),
+}
+
+
+@pytest.fixture
+def published(published_logs):
+    """Function: name of a published log -> what was read of it."""
+    return lambda name: runs.read(published_logs / f"{name}.log")
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_a_published_log_says_what_its_description_says(published, name):
+    record = published(name)
+    scores = [round(record.stages[stage]["val_bpb"], 5) for stage in ("prequant", "quantised", "ttt")]
+    told = (record.steps, *scores, record.artifact_bytes, round(record.eval_seconds, 1))
+    assert told == DESCRIBED[name]
+    assert record.seed == int(name.partition("_seed")[2]) and record.final_stage == "ttt"
+    assert record.form.startswith("pr") and {"script hash", "data hash", "hardware"} <= set(record.missing)
+    assert record.model_bytes + record.code_bytes == record.artifact_bytes
+
+
+def test_the_sliding_score_of_pr1493_is_kept_beside_the_final_one(published):
+    record = published("pr1493_seed42")
+    assert record.stages["sliding"]["val_bpb"] == 1.08286335 and record.val_bpb == 1.08079352
+
+
+def test_calibration_counts_as_training(published):
+    """The runs that keep 0.5 s for it exceed 600 s, those that keep 8 s do not (why PR #1868 ran again)."""
+    record = published("pr1851_seed42")
+    assert (record.train_seconds, record.calibrate_seconds) == (599.623, 3.5)
+    assert record.legal is False and "calibration took 603.1 s" in record.broken_limits[0]
+    assert published("pr1868_rerun_seed42").legal is True
+
+
+def test_settings_curves_and_versions_are_read(published):
+    record = published("pr1868_rerun_seed314")
+    assert record.settings["GPTQ_RESERVE_SECONDS"] == 8.0 and record.settings["TTT_ENABLED"] is True
+    assert record.environment["torch"] == "2.11.0+cu128" and "versions" not in record.missing
+    steps = [event["step"] for event in record.events if event["stage"] == "train"]
+    assert steps[:6] == [1, 2, 3, 4, 5, 500] and steps[-1] == 4500
+    assert [e["val_bpb"] for e in record.events if e["stage"].startswith("step_")] == [1.1108, 1.0750]
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_the_built_in_bases_are_the_logs(published, name):
+    records = [published(log) for log in LOGS[name]]
+    assert [(r.seed, r.val_loss, r.val_bpb) for r in records] == list(BASES[name].scores)
+    assert all(abs(r.text_bytes / FINEWEB_BYTES - 1) < 3e-5 for r in records)
+
+
+def test_the_first_50_000_documents_have_the_known_bytes(published):
+    assert all(abs(published(name).text_bytes - FINEWEB_BYTES) < 1 for name in PR1868)
+
+
+def cuts(size: int, count: int) -> list[int]:
+    """Places to cut a file: all of its last 160 characters, and some before."""
+    return sorted({*range(max(size - 160, 1), size), *random.Random(0).sample(range(1, size), count)})
+
+
+@pytest.mark.parametrize("name", ["pr1493_seed42", "pr1667_seed42", "pr1851_seed42", "demo"])
+def test_a_log_cut_off_anywhere_is_refused(published_logs, tmp_path, name):
+    """No beginning of a log passes for a whole one, and the one line of the error names the file."""
+    whole = DEMO if name == "demo" else published_logs / f"{name}.log"
+    text, path = whole.read_text(encoding="utf-8"), tmp_path / "cut.txt"
+    for size in cuts(len(text), 60):
+        path.write_text(text[:size], encoding="utf-8")
+        with pytest.raises(runs.ReadError) as error:
+            runs.read_log(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, wanted",
+    [
+        ("empty.txt", "", "empty"),
+        ("blank.log", "\n\n", "empty"),
+        ("other.txt", "step 1 loss 2\n", "neither a log of train_gpt.py nor a published one"),
+        ("bytes.log", "\0\1\2\xff", "neither a log"),
+        ("list.json", "[1]", "not a JSON object"),
+        ("half.json", '{"stages": {', "cut off"),
+        ("other.json", '{"stages": 3}', "not the result of a run"),
+    ],
+)
+def test_what_is_no_run_is_said(tmp_path, name, content, wanted):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(runs.ReadError, match=wanted):
+        runs.read(tmp_path / name)
+
+
+def test_missing_files_and_unfinished_runs(tmp_path):
+    with pytest.raises(runs.ReadError, match="nowhere.log: cannot be read"):
+        runs.read(tmp_path / "nowhere.log")
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "train", "step": 1}\n{"stage": "tr')
+    with pytest.raises(runs.Unfinished, match="has not ended"):
+        runs.read(tmp_path)
+    assert runs.read_events(tmp_path / "metrics.jsonl") == [{"stage": "train", "step": 1}]
+
+
+def test_our_log_alone_tells_the_same_as_its_result():
+    alone, both = runs.read_log(DEMO), runs.read(DEMO)
+    assert (alone.form, both.form) == ("log", "run") and both == runs.read(DEMO.with_suffix(".json"))
+    for name in ("seed", "final_stage", "artifact_bytes", "code_bytes", "model_bytes", "legal"):
+        assert getattr(alone, name) == getattr(both, name), name
+    assert alone.val_bpb == pytest.approx(both.val_bpb, rel=5e-6)
+    assert alone.compared_settings == both.compared_settings
+    assert alone.script_sha256 == both.script_sha256
+    assert {"steps", "digits beyond six"} <= set(alone.missing) and both.steps == both.result["steps"]
+    assert both.audit["counts"].keys() == {"PASS"}
+
+
+@pytest.mark.parametrize("key, value", [("val_bpb", 2.2), ("artifact_bytes", 1), ("legal", False)])
+def test_a_result_that_its_log_contradicts_is_refused(tmp_path, key, value):
+    result = json.loads(DEMO.with_suffix(".json").read_text())
+    (tmp_path / "demo.json").write_text(json.dumps(result | {key: value}))
+    (tmp_path / "demo.txt").write_bytes(DEMO.read_bytes())
+    with pytest.raises(runs.ReadError, match=f"says {key} {value}, its log .*demo.txt"):
+        runs.read(tmp_path / "demo.json")
