@@ -22,6 +22,7 @@ import train_gpt as tg  # noqa: E402
 
 try:
     from matplotlib.figure import Figure
+
     from reporting import figures, page
     from reporting.run import Missing, Run
 except ImportError as error:

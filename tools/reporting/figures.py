@@ -14,9 +14,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from runs import EVAL_LIMIT, SIZE_LIMIT, TRAIN_LIMIT
 
 from reporting.run import GROUPS, ROLES, Missing, Run
+from runs import EVAL_LIMIT, SIZE_LIMIT, TRAIN_LIMIT
 
 # CSS variable -> its colour on the light page and on the dark one.
 COLOURS = {

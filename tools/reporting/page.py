@@ -3,10 +3,9 @@
 import html
 from collections.abc import Mapping, Sequence
 
-from runs import SIZE_LIMIT
-
 from reporting.figures import COLOURS, octaves
 from reporting.run import GROUPS, Missing, Run
+from runs import SIZE_LIMIT
 
 CSS = """
 :root{color-scheme:light dark;--bg:#ffffff;--panel:#f6f8fa;--good:#1a7f37;--bad:#cf222e;LIGHT}
@@ -235,18 +234,16 @@ def settings_table(runs: Sequence[Run], defaults: Mapping[str, object]) -> str:
     changed = [name for name in others if told[name][0] != defaults.get(name, told[name][0])]
     head = ["setting", *(run.label for run in runs), "default"]
     parts = ""
-    for title, chosen, fold in (
-        ("in which the runs differ", differing, False),
-        ("not at default", changed, True),
-    ):
+    sets = ("settings in which the runs differ", differing), ("settings not at their default", changed)
+    for title, chosen in sets:
         if chosen:
             cells = ([_plain(value) for value in (*values[name], defaults.get(name))] for name in chosen)
-            rows = [
-                [Raw(f"<code>{name}</code>"), *row]
-                for name, row in zip(map(text, chosen), cells, strict=True)
-            ]
-            name, shown = f"{len(chosen)} settings {title}", table(head, rows, numbers=False)
-            inner = details(name, shown) if fold else f"<b>{name}</b>{shown}"
+            codes = (Raw(f"<code>{text(name)}</code>") for name in chosen)
+            rows = [[code, *row] for code, row in zip(codes, cells, strict=True)]
+            shown = table(head, rows, numbers=False)
+            inner = (
+                details(f"{len(chosen)} {title}", shown) if chosen is changed else f"<b>{title}</b>{shown}"
+            )
             parts += f'<div class="box full">{inner}</div>'
     return parts or absent("Settings", "none is known that is not at its default")
 

@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import runs  # noqa: E402
-
 import train_gpt as tg  # noqa: E402
 
 LONGEST_LABEL = 24
@@ -213,7 +212,8 @@ def _bits(array: np.ndarray) -> float:
     """Bits of an array: by the entropy of its values if they are levels, else as they are stored."""
     if array.dtype != np.int8:
         return 8.0 * array.nbytes
-    counts = np.unique(array, return_counts=True)[1]
+    counts = np.bincount(array.view(np.uint8).ravel())
+    counts = counts[counts > 0]
     return float(counts @ np.log2(counts.sum() / counts))
 
 
