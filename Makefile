@@ -23,6 +23,9 @@ sweep-demo: $(DEV) data/demo/manifest.json  ## a search over two settings in 8 s
 	PRESET=demo ITERATIONS=16 VAL_LOSS_EVERY=8 PREQUANT_ONLY=1 $(BIN)/python tools/sweep.py --study sweep-demo --prune \
 		--set MATRIX_LR=log:0.01:0.06 --set TIED_EMBED_LR=log:0.01:0.1 --trials 8 --seed 1 --json
 
+report: $(DEV)  ## a page about a run: RUN_DIR=runs/NAME, or several laid over each other; default: the latest run
+	$(BIN)/python tools/report.py $(or $(RUN_DIR),"$$(ls -td runs/*/ | head -n 1)")
+
 data: data/demo/manifest.json data/demo_plain/manifest.json  ## the demo data sets alone, CaseOps and plain
 
 data/demo/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dataprep/*.py) | $(RUN)

@@ -223,6 +223,10 @@ def test_ledgers_of_two_ranks_are_one(honest):
     assert verdicts.pop("T1") == ("NOT CHECKED", "this run did not train")
     assert {verdict.status for verdict in verdicts.values()} == {"PASS"}, audit.table(verdicts)
     assert "on each of 2 ranks, 2 global phases; once each in stage sliding too" in verdicts["D4"].evidence
+    losses = json.loads((honest / "two" / "documents.json").read_text())["losses"]
+    for stage in ("quantised", "ttt"):
+        score = judged.result["stages"][stage]
+        assert sum(losses[stage]) == pytest.approx(score["val_loss"] * score["targets"], abs=0.01)
 
 
 # -- A: the data

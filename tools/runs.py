@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -291,19 +291,13 @@ def _read_ours(path: Path, text: str) -> RunRecord:
     source, whole, rest = rest.partition(f"\n{RULE}\n")
     if not whole:
         raise _cut_off(path, text, "the end of the script's source")
-    settings = {}
-    for line in head.splitlines():
-        name, _, value = line.partition("    # default ")[0].partition("=")
-        settings[name] = parse_value(value)
+    settings = _our_settings(head)
     events = [event for line in rest.splitlines() if (event := _event(line))]
     final = next((event for event in reversed(events) if event["stage"] == "final"), None)
     if final is None or not isinstance(final.get("legal"), bool) or not text.endswith("\n"):
         raise _cut_off(path, text, "a whole line `final val_bpb:... legal:...`")
-    stages = {e["stage"]: e for e in events if {"val_loss", "val_bpb", "targets"} <= e.keys()}
-    environment = {}
-    for event in events:
-        if event["stage"] == "start":
-            environment = {k: v for k, v in event.items() if k not in ("stage", "run", "folder")}
+    stages = _scores(events)
+    environment = _start(events)
     environment.setdefault("source_sha256", hashlib.sha256(source.encode()).hexdigest())
     seconds = {name: stage["seconds"] for name, stage in stages.items()}
     seconds |= {"train": final["train_seconds"], "calibrate": final["calibrate_seconds"]}
@@ -325,6 +319,53 @@ def _read_ours(path: Path, text: str) -> RunRecord:
         missing=("steps", *_missing(environment, False), "digits beyond six"),
         events=events,
     )
+
+
+def read_unfinished(folder: Path | str) -> RunRecord:
+    """What there is of a run without result.json: one under way, or dead. It has no final stage."""
+    folder = Path(folder)
+    if not (folder / "metrics.jsonl").is_file():
+        raise ReadError(f"{folder}: holds no metrics.jsonl, not the folder of a run")
+    events = read_events(folder / "metrics.jsonl")
+    logs = sorted((folder / "logs").glob("*.txt"))
+    settings = _our_settings(_read_text(logs[0]).partition(f"{RULE}\n")[0]) if logs else {}
+    stages, environment = _scores(events), _start(events)
+    trained = [event for event in events if event["stage"] == "train"]
+    size = next((event for event in events if event["stage"] == "size"), {})
+    seconds = {name: stage["seconds"] for name, stage in stages.items()}
+    seconds |= {"train": trained[-1]["train_seconds"]} if trained else {}
+    return RunRecord(
+        path=folder,
+        form="run",
+        name=logs[0].stem if logs else folder.name,
+        seed=settings.get("SEED"),
+        steps=trained[-1]["step"] if trained else None,
+        final_stage="",
+        stages=stages,
+        seconds=seconds,
+        **{key: size.get(key) for key in ("artifact_bytes", "code_bytes", "model_bytes")},
+        settings=settings,
+        environment=environment,
+        broken_limits=(),
+        legal=None,
+        missing=("result.json", *_missing(environment, False)),
+        events=events,
+    )
+
+
+def _our_settings(head: str) -> dict[str, Value]:
+    lines = (line.partition("    # default ")[0].partition("=") for line in head.splitlines())
+    return {name: parse_value(value) for name, _, value in lines}
+
+
+def _scores(events: Iterable[dict]) -> dict[str, dict]:
+    return {e["stage"]: e for e in events if {"val_loss", "val_bpb", "targets"} <= e.keys()}
+
+
+def _start(events: Iterable[dict]) -> dict[str, Value]:
+    """The environment that the event of the start tells."""
+    starts = [event for event in events if event["stage"] == "start"]
+    return {k: v for k, v in starts[-1].items() if k not in ("stage", "run", "folder")} if starts else {}
 
 
 def _event(line: str) -> dict | None:

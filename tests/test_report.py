@@ -1,0 +1,242 @@
+"""The report: what it shows of a whole run, of a dead one, of several; that the page needs nothing else."""
+
+import json
+import math
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_smoke import SCRIPT, command, make_data
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import report  # noqa: E402
+from reporting import figures, page  # noqa: E402
+from reporting.run import Missing, Run  # noqa: E402
+
+SECTIONS = (
+    "Scores",
+    "Training",
+    "Seconds and bytes",
+    "Quantisation and test-time training",
+    "Settings",
+    "Audit",
+)
+VOID = {"meta", "br"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A folder with data and a whole run, audited by hand."""
+    work = tmp_path_factory.mktemp("report")
+    make_data(work / "data")
+    process = command(SCRIPT, work, DATA_PATH="data", ARTIFACT_DIR="run", AUDIT=1, VAL_LOSS_EVERY=3)
+    assert process.returncode == 0, process.stderr
+    check = {"rule": "no <script> in rules", "status": "PASS", "evidence": "a & b"}
+    audit = {"counts": {"PASS": 1}, "checks": {"A1": check}}
+    (work / "run" / "audit.json").write_text(json.dumps(audit))
+    return work
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy of the run to damage."""
+    return Path(shutil.copytree(finished / "run", tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def whole(finished) -> str:
+    """The page of the whole run."""
+    assert report.main([str(finished / "run"), "--out", str(finished / "out")]) == 0
+    return (finished / "out" / "report.html").read_text(encoding="utf-8")
+
+
+class Outline(HTMLParser):
+    """Tags that are open at the end, text by tag, and everything that a browser would fetch."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.texts, self.fetched = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in VOID:
+            self.open.append(tag)
+        values = dict(attributes)
+        links = [values.get(name, "#") for name in ("src", "href", "xlink:href", "data")]
+        self.fetched += [link for link in links if not link.startswith("#")]
+        if tag in ("script", "link", "iframe", "object", "img"):
+            self.fetched.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+
+def test_losses_of_documents_are_those_of_the_stages(finished, tg):
+    folder = finished / "run"
+    result = json.loads((folder / "result.json").read_text())
+    found = json.loads((folder / "documents.json").read_text())
+    for stage, score in result["stages"].items():
+        total = math.fsum(found["losses"][stage])
+        assert total == pytest.approx(
+            score["val_loss"] * score["targets"], abs=1e-4 * len(found["documents"])
+        )
+    settings = {name: str(value) for name, value in result["settings"].items()}
+    cfg = tg.Config.from_env(settings | {"DATA_PATH": str(finished / "data"), "DEVICE": "cpu"})
+    val = tg.load_validation(cfg)
+    assert [tuple(document) for document in found["documents"]] == list(val.documents)
+    stored, records = tg.read_artifact((folder / "final_model.int6.ptz").read_bytes())
+    model = tg.GPT(cfg)
+    model.load_state_dict(tg.dequantize_state(records, stored["num_layers"]))
+    losses, score = [], tg.model_score(model, looping=True)
+
+    def recorded(*row):
+        losses.append(score(*row).flatten())
+        return losses[-1]
+
+    tg.evaluate_standard(recorded, val, cfg.val_batch_tokens // 8, cfg.eval_seq_len)
+    every = torch.cat(losses).double()
+    for (start, length), loss in zip(found["documents"], found["losses"]["quantised"], strict=True):
+        assert float(every[start : start + length - 1].sum()) == pytest.approx(loss, abs=1e-2)
+
+
+def test_page_needs_nothing_else_and_is_well_formed(whole):
+    outline = Outline(whole)
+    assert outline.open == [] and outline.fetched == []
+    assert not re.search(r"https?:|url\((?!#)|@import", whole)
+    assert [text for tag, text in outline.texts if tag == "h2"] == list(SECTIONS)
+    assert "prefers-color-scheme:dark" in whole and "width=device-width" in whole
+
+
+def test_nothing_is_missing_from_the_page_of_a_whole_run(whole, finished):
+    assert "Missing:" not in whole
+    result = json.loads((finished / "run" / "result.json").read_text())
+    assert f"{result['val_bpb']:.5f}" in whole and f"{result['artifact_bytes']:,}" in whole
+    assert "no &lt;script&gt; in rules" in whole and "a &amp; b" in whole
+    names = {path.stem for path in (finished / "out").glob("*.png")}
+    curves = {
+        f"{key}_{against}" for key in ("train_loss", "lr_multiplier") for against in ("steps", "seconds")
+    }
+    assert names == curves | {"stages", "seconds", "bytes", "errors", "gain"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (finished / "out").glob("*.png"))
+    assert whole.count("<svg") == len(names) == whole.count("aria-label=")
+
+
+def test_pictures_have_the_colours_of_the_page(whole):
+    pictures = "".join(re.findall(r"(?s)<svg.*?</svg>", whole))
+    fixed = [light for light, _ in figures.COLOURS.values() if light in pictures]
+    assert fixed == [] and "var(--ink)" in pictures and "var(--c1)" in pictures
+    for name in set(re.findall(r"var\(--(\w+)\)", whole)):
+        assert whole.count(f"--{name}:") == 2, f"{name}: light and dark"
+
+
+@pytest.mark.parametrize("codec", ["brotli", "lzma", "ans"])
+def test_byte_groups_add_up_to_the_artifact(finished, tg, codec):
+    shown = Run(finished / "run")
+    cfg = tg.Config.from_env({n: str(v) for n, v in shown.record.settings.items()} | {"COMPRESSOR": codec})
+    shown.__dict__["blob"] = tg.pack_artifact(shown.tensors, cfg)
+    groups = shown.byte_groups
+    assert sum(groups.values()) == len(shown.blob) + shown.record.code_bytes
+    assert all(groups[name] > 0 for name in ("code", "embeddings", "attention", "MLP", "scales", "rest"))
+    mlp = sum(r.arrays["q"].numel() for n, r in shown.tensors.items() if ".mlp." in n and r.kind == "gptq")
+    attention = sum(
+        r.arrays["q"].numel() for n, r in shown.tensors.items() if ".attn." in n and r.kind == "gptq"
+    )
+    assert groups["MLP"] / groups["attention"] == pytest.approx(mlp / attention, rel=0.2)
+
+
+def test_errors_are_those_of_the_matrices(finished, tg):
+    shown = Run(finished / "run")
+    state = torch.load(finished / "run" / "final_model.pt", weights_only=True)
+    found = {(error.layer, error.role): error.error for error in shown.matrix_errors}
+    up = state["mlp_up_bank"][1].double()
+    lost = (shown.tensors["blocks.1.mlp.fc.weight"].dequantize().double() - up).norm() / up.norm()
+    assert found[1, "MLP up"] == pytest.approx(float(lost), rel=1e-5)
+    embedding = state["tok_emb.weight"].double()
+    lost = (shown.tensors["tok_emb.weight"].dequantize().double() - embedding).norm() / embedding.norm()
+    assert found[None, "tok_emb"] == pytest.approx(float(lost), rel=1e-5)
+    assert {layer for layer, _ in found} == {None, 0, 1, 2, 3}
+
+
+def test_gain_by_length(finished):
+    lengths, before, after = Run(finished / "run").gains
+    result = json.loads((finished / "run" / "result.json").read_text())
+    gained = result["stages"]["quantised"]["val_loss"] - result["stages"]["ttt"]["val_loss"]
+    assert np.average(before - after, weights=lengths) == pytest.approx(gained, abs=1e-5)
+    at, mean = figures.octaves(np.array([5, 7, 8, 100]), np.array([1.0, 2.0, 3.0, 4.0]))
+    assert at == pytest.approx([4 * 2**0.5, 8 * 2**0.5, 64 * 2**0.5])
+    assert mean == pytest.approx([(5 + 14) / 12, 3, 4])
+
+
+def test_a_dead_run_is_shown_as_far_as_it_got(run, tmp_path, capsys):
+    for name in ("result.json", "audit.json", "documents.json", "final_model.int6.ptz", "final_model.pt"):
+        (run / name).unlink()
+    events = (run / "metrics.jsonl").read_text()
+    cut = events.index('"looping"') + 3  # inside a line
+    (run / "metrics.jsonl").write_text(events[:cut])
+    assert report.main([str(run)]) == 0
+    text = (run / "report" / "report.html").read_text()
+    assert "not finished: under way or dead; last event" in text and "no file final_model.int6.ptz" in text
+    assert "no documents.json" in text and "no audit.json" in text and "<code>MODEL_DIM</code>" in text
+    assert (run / "report" / "train_loss_steps.png").exists() and not (run / "report" / "gain.png").exists()
+    (run / "metrics.jsonl").write_text("")
+    assert report.main([str(run)]) == 0
+    assert "nothing has been scored yet" in (run / "report" / "report.html").read_text()
+
+
+def test_a_damaged_artifact_is_said_and_the_rest_shown(run):
+    artifact = run / "final_model.int6.ptz"
+    artifact.write_bytes(artifact.read_bytes()[:-5])
+    (run / "documents.json").write_text('{"documents": [[0, 5]], "losses": {"quantised": [1.0]}}')
+    shown = Run(run)
+    with pytest.raises(Missing, match="truncated or corrupted"):
+        _ = shown.byte_groups
+    with pytest.raises(Missing, match="'ttt' is missing or damaged"):
+        _ = shown.gains
+    parts = "".join(report.Report([shown]).parts())
+    assert parts.count("Missing:") == 3 and "training loss against steps" in parts
+
+
+def test_several_runs_and_logs_on_one_page(run, finished, tmp_path):
+    other = Path(shutil.copytree(run, tmp_path / "a<b>&c"))
+    result = json.loads((other / "result.json").read_text())
+    result["settings"]["MATRIX_LR"] = 0.5
+    (other / "result.json").write_text(json.dumps(result))
+    log = next((finished / "run" / "logs").glob("*.txt"))
+    alone = tmp_path / "alone.txt"
+    shutil.copy(log, alone)
+    shown = [Run(path) for path in (run, other, alone)]
+    settings = page.settings_table(shown, report.tg.Config().as_env())
+    differing = settings.partition("not at their default")[0]
+    assert re.findall(r"<code>(\w+)</code>", differing) == ["MATRIX_LR"] and "<td>0.5</td>" in differing
+    text = page.overview(shown)
+    assert "a&lt;b&gt;&amp;c" in text and "<b>" not in text and "var(--c3)" in text
+    with figures.matplotlib.rc_context(figures.STYLE):
+        drawn = figures.curve(shown, "train_loss", "steps")
+    assert [line.get_label() for line in drawn.axes[0].get_lines()][::2] == ["run", "a<b>&c", "alone"]
+
+
+MISTAKES = {
+    "nowhere": "nowhere: ",
+    ".": "not the folder of a run",
+    "a b c d e f g h i": "9 runs: at most 8",
+    "--out x": "the following arguments are required: RUN_DIR",
+}
+
+
+@pytest.mark.parametrize("arguments, reason", MISTAKES.items())
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, arguments, reason):
+    monkeypatch.chdir(tmp_path)
+    assert report.main(arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("report.py: error: ") and error.count("\n") == 1 and reason in error
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,193 @@
+"""One page about one run or several laid over each other: curves, stages, seconds, bytes, errors, audit.
+
+    python tools/report.py RUN_DIR... [--out DIR]
+
+A run under way or dead is shown as far as it got; what a run lacks is said in its place. Logs, ours and the
+published ones, may stand among the folders. Written: report.html, which needs no other file and no network,
+and every picture as PNG, into DIR (default: `report` in the folder of a single run, else beside the first).
+
+Exit code 0, or 2 (a mistake in the command, one line).
+"""
+
+import argparse
+import datetime
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+import train_gpt as tg  # noqa: E402
+
+try:
+    from matplotlib.figure import Figure
+
+    from reporting import figures, page
+    from reporting.run import Missing, Run
+except ImportError as error:
+    sys.exit(f"report.py: error: {error.name} is not installed: pip install -r requirements-dev.txt")
+
+import runs as reader  # noqa: E402
+
+MOST_RUNS = 8  # as many as there are colours
+
+
+class ReportError(ValueError):
+    """The command makes no sense: one line, exit code 2."""
+
+
+class Report:
+    """Collects the parts of the page and the PNGs."""
+
+    def __init__(self, runs: Sequence[Run]):
+        self.runs = runs
+        self.pictures: dict[str, bytes] = {}
+
+    def figure(
+        self, name: str, what: str, draw: Callable[[], Figure], caption: str, extra: Callable[[], str] = str
+    ) -> str:
+        """A picture, or in its place what the runs lack."""
+        try:
+            svg, png = figures.drawn(draw)
+            shown = page.figure(svg, what, caption, extra())
+        except Missing as reason:
+            return page.absent(what, str(reason))
+        self.pictures[f"{name}.png"] = png
+        return shown
+
+    def each(self, name: str, what: str, draw: Callable, caption: str, extra: Callable) -> str:
+        """A picture of every run by itself."""
+        several = len(self.runs) > 1
+        return "".join(
+            self.figure(
+                f"{name}_{number}" if several else name,
+                f"{what} of {run.label}",
+                lambda run=run: draw(run),
+                caption,
+                lambda run=run: extra(run),
+            )
+            for number, run in enumerate(self.runs, 1)
+        )
+
+    def parts(self) -> list[str]:
+        """The page from top to bottom."""
+        runs, states = self.runs, []
+        for run in runs:
+            label = f"{run.label}: " if len(runs) > 1 else ""
+            states.append(f'<p class="soft">{page.text(label + run.state)}</p>')
+        title = ", ".join(run.label for run in runs)
+        return [
+            f"<h1>{page.text(title)}</h1>{''.join(states)}",
+            _section("Scores", page.overview(runs) + self._stages()),
+            _section("Training", self._curves()),
+            _section("Seconds and bytes", self._limits()),
+            _section("Quantisation and test-time training", self._errors() + self._gain()),
+            _section("Settings", page.settings_table(runs, tg.Config().as_env())),
+            _section("Audit", "".join(page.audit_table(run) for run in runs)),
+        ]
+
+    def _stages(self) -> str:
+        caption = (
+            "Bits per byte after training, what each later stage changed, and the score. Lower is better."
+        )
+        return self.each("stages", "val_bpb through the stages", figures.waterfall, caption, page.stage_rows)
+
+    def _curves(self) -> str:
+        shown = ""
+        for key, what in (("train_loss", "training loss"), ("lr_multiplier", "learning rate")):
+            checked = any(run.validations() for run in self.runs)
+            note = " The first steps lie above." if key == "train_loss" else ""
+            note += " Diamonds: validations while training." if checked and note else ""
+            for against in ("steps", "seconds"):
+                shown += self.figure(
+                    f"{key}_{against}",
+                    f"{what} against {against}",
+                    lambda key=key, against=against: figures.curve(self.runs, key, against),
+                    f"{what.capitalize()} against {against}.{note}",
+                )
+        return shown
+
+    def _limits(self) -> str:
+        bytes_of = (
+            "The artifact. Streams are measured; matrices of several kinds in one stream share it by the "
+            "entropy of their levels. Rest: control tensors, corrections, header."
+        )
+        return self.figure(
+            "seconds",
+            "seconds",
+            lambda: figures.clock(self.runs),
+            "What the contest's two clocks counted: training with calibration, and the final evaluation.",
+            lambda: page.seconds_rows(self.runs),
+        ) + self.figure(
+            "bytes", "bytes", lambda: figures.sizes(self.runs), bytes_of, lambda: page.byte_rows(self.runs)
+        )
+
+    def _errors(self) -> str:
+        caption = "Norm of what quantisation lost, in percent of the norm of the full-precision matrix."
+        return self.each("errors", "quantisation error per layer", figures.errors, caption, page.error_rows)
+
+    def _gain(self) -> str:
+        def means() -> str:
+            return "".join(page.gain_rows(run) for run in self.runs if _has_gains(run))
+
+        caption = (
+            "Loss of the quantised model less that while adapting. Points: documents; line: octaves' means."
+        )
+        return self.figure("gain", "gain by length", lambda: figures.gain(self.runs), caption, means)
+
+
+def _has_gains(run: Run) -> bool:
+    try:
+        return bool(len(run.gains))
+    except Missing:
+        return False
+
+
+def _section(title: str, content: str) -> str:
+    return f'<h2>{title}</h2><div class="grid">{content}</div>'
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Command line; adds the runs."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> None:
+            raise ReportError(message)
+
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", metavar="RUN_DIR", type=Path, nargs="+")
+    parser.add_argument("--out", metavar="DIR", type=Path)
+    options = parser.parse_args(arguments)
+    if len(options.paths) > MOST_RUNS:
+        raise ReportError(f"{len(options.paths)} runs: at most {MOST_RUNS} on one page")
+    first = options.paths[0]
+    alone = len(options.paths) == 1 and first.is_dir()
+    options.out = options.out or (first if alone else first.parent) / "report"
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page and the pictures. Exit codes as at the top."""
+    try:
+        options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        report = Report([Run(path) for path in options.paths])
+        title = ", ".join(run.label for run in report.runs)
+        parts = report.parts()
+        made = f"Made by tools/report.py, {datetime.datetime.now():%Y-%m-%d %H:%M}."
+        options.out.mkdir(parents=True, exist_ok=True)
+        for name, png in report.pictures.items():
+            tg.write_whole(options.out / name, png)
+        tg.write_whole(options.out / "report.html", page.page(title, parts, made).encode())
+    except (ReportError, reader.ReadError) as error:
+        print(f"report.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"report.py: error: {options.out}: cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
+    print(f"{options.out / 'report.html'} and {len(report.pictures)} pictures")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
