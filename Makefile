@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := .venv/run.installed
 DEV := .venv/dev.installed
 
-.PHONY: help demo audit submission sweep-demo report data test lint format readme bench clean
+.PHONY: help demo systems ablations audit submission sweep-demo report data test lint format readme bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,6 +22,12 @@ submission: $(DEV) data/demo/manifest.json  ## three demo seeds, audited, into l
 sweep-demo: $(DEV) data/demo/manifest.json  ## a search over two settings in 8 short runs of the demo model (4 minutes, CPU)
 	PRESET=demo ITERATIONS=16 VAL_LOSS_EVERY=8 PREQUANT_ONLY=1 $(BIN)/python tools/sweep.py --study sweep-demo --prune \
 		--set MATRIX_LR=log:0.01:0.06 --set TIED_EMBED_LR=log:0.01:0.1 --trials 8 --seed 1 --json
+
+systems: $(DEV) data/demo/manifest.json data/demo_plain/manifest.json  ## every published system at demo scale, audited (under 20 minutes)
+	$(BIN)/python tools/systems.py
+
+ablations: $(DEV) data/demo/manifest.json  ## the record without its parts, three seeds, at demo scale (40 minutes)
+	nice $(BIN)/python tools/ablations.py
 
 data: data/demo/manifest.json data/demo_plain/manifest.json  ## the demo data sets alone, CaseOps and plain
 

@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from reproducing.seeds import ROOT, RunFailed, SeedError, plan, run_missing
-
 from runs import ReadError, RunRecord
 
 STEPS, CHUNK = 60, 96
