@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := .venv/run.installed
 DEV := .venv/dev.installed
 
-.PHONY: help demo audit submission sweep-demo report data test lint format readme bench clean
+.PHONY: help demo systems ablations audit submission sweep-demo report systems ablations data test lint format readme bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,12 @@ sweep-demo: $(DEV) data/demo/manifest.json  ## a search over two settings in 8 s
 
 report: $(DEV)  ## a page about a run: RUN_DIR=runs/NAME, or several laid over each other; default: the latest run
 	$(BIN)/python tools/report.py $(or $(RUN_DIR),"$$(ls -td runs/*/ | head -n 1)")
+
+systems: $(DEV) data/demo/manifest.json data/demo_plain/manifest.json  ## every published system at demo scale, audited (under 20 minutes)
+	$(BIN)/python tools/systems.py
+
+ablations: $(DEV) data/demo/manifest.json  ## the record without its parts, three seeds, at demo scale (40 minutes)
+	nice $(BIN)/python tools/ablations.py
 
 data: data/demo/manifest.json data/demo_plain/manifest.json  ## the demo data sets alone, CaseOps and plain
 

@@ -71,7 +71,7 @@ NO_EFFECT = {
     "etlb_steps": ("5", "as etlb_enabled"),
     "ttt_hash_embed": (
         "True",
-        "of another script, which seed 42 of PR #1493 alone ran; no description has it",
+        "of another script, which PR #1493's seed 42 alone ran",
     ),
     "ttt_hash_buckets": ("16384", "as ttt_hash_embed"),
     "ttt_optimizer": ("adam", "AdamW is the only one here"),

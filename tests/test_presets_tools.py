@@ -1,0 +1,102 @@
+"""`make systems` and `make ablations`: what they say of the runs that they are given."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from test_presets import SPEC_ROWS  # noqa: E402
+
+import ablations  # noqa: E402
+import systems  # noqa: E402
+from runs import RunRecord  # noqa: E402
+
+
+def record(statuses: dict[str, str], **stages: float) -> RunRecord:
+    """A finished run with an audit and the scores of its stages."""
+    checks = [{"check": name, "status": status} for name, status in statuses.items()]
+    fields = dict.fromkeys(RunRecord.__dataclass_fields__)
+    scored = {name: {"val_bpb": bpb, "val_loss": 2 * bpb} for name, bpb in stages.items()}
+    given = {
+        "final_stage": list(stages)[-1],
+        "stages": scored,
+        "seconds": {"train": 1.0},
+        "audit": {"checks": checks},
+    }
+    return RunRecord(**fields | given | {"environment": {"source_sha256": "0"}, "settings": {}})
+
+
+def test_systems_are_the_presets(tg):
+    assert {system.preset for system in systems.SYSTEMS} == {"pr1851", *SPEC_ROWS}
+    assert [system.preset for system in systems.SYSTEMS if system.illegal] == ["pr1485"]
+
+
+@pytest.mark.parametrize(
+    "preset, statuses, expected",
+    [
+        ("pr1667", {"D3": "PASS", "D7": "NOT CHECKED"}, True),
+        ("pr1667", {"D3": "PASS", "A2": "FAIL"}, False),
+        ("pr1485", {"D3": "FAIL", "T1": "FAIL", "A2": "PASS"}, True),
+        ("pr1485", {"D3": "PASS", "T1": "FAIL"}, False),
+        ("pr1485", {"D3": "NOT CHECKED"}, False),
+        ("pr1851", {}, False),
+    ],
+)
+def test_systems_are_judged_by_the_audit(preset, statuses, expected):
+    """The illegal one must fail C3, no other may fail anything, and none goes without an audit."""
+    system = next(system for system in systems.SYSTEMS if system.preset == preset)
+    row = systems.row(system, record(statuses, quantised=2.5, ttt=2.25))
+    assert row["as_expected"] is expected
+    line = systems.table({"systems": [row]}).splitlines()[2]
+    assert "| 2.2500 |" in line and f"`{preset}`" in line
+    assert all(name in line for name, status in statuses.items() if status != "PASS")
+
+
+def test_published_scores_are_means():
+    assert systems.published("pr1855") == "1.06108 (3 seeds)"
+    assert systems.published("pr1851") == "1.06128 (1 seed)"
+    assert systems.published("pr1485") == "none that counts"
+
+
+def seed_scores(shift: float) -> dict[str, dict[str, float]]:
+    stages = {"prequant": 2.0, "quantised": 2.1, "ttt": 1.9 + shift}
+    found = {part.name: dict(stages) for part in ablations.PARTS}
+    found["no LQER"] = {"quantised": 2.2, "ttt": 2.0 + 3 * shift}
+    found["no global SGD phases"] = {"quantised": 2.1, "ttt": 1.95 + shift}
+    return found | {ablations.NO_TTT: {"prequant": 2.0, "quantised": 2.1}}
+
+
+def test_ablations_compare_within_a_seed():
+    result = {"steps": 60, "scores": {"1": seed_scores(0.0), "2": seed_scores(0.01), "3": seed_scores(0.02)}}
+    rows = {line.split(" | ")[0].strip("| "): line for line in ablations.table(result).splitlines()}
+    assert "| 2.0000 ± 0.0000 | 2.1000 ± 0.0000 | 1.9100 ± 0.0100 |" in rows["the whole system"]
+    assert "| the same | 2.2000 ± 0.0000 | 2.0300 ± 0.0300 | +0.1200 ± 0.0200 |" in rows["no LQER"]
+    assert "| +0.0500 ± 0.0000 |" in rows["no global SGD phases"]
+    assert "| 2.1000 ± 0.0000 | +0.1900 ± 0.0100 |" in rows["no TTT"]
+
+
+def test_ablations_take_parts_away(tg):
+    """Each part's settings differ from the whole's and make a system that can be built."""
+    whole = tg.Config.from_env({**ablations.SMALLER})
+    for part in ablations.PARTS[1:]:
+        cfg = tg.Config.from_env({**ablations.SMALLER, **part.settings})
+        changed = [
+            name for name in part.settings if getattr(cfg, name.lower()) != getattr(whole, name.lower())
+        ]
+        assert changed == list(part.settings), part.name
+    eighth = tg.Config.from_env({**ablations.SMALLER, **ablations.EIGHTH})
+    windows = [c.gptq_calibration_batches * c.train_batch_tokens // c.train_seq_len for c in (whole, eighth)]
+    assert windows[0] == 8 * windows[1]
+
+
+@pytest.mark.parametrize("tool", [systems, ablations])
+def test_readme_has_the_committed_table(tool):
+    if not tool.RESULT.is_file():
+        pytest.skip(f"{tool.RESULT.name}: not run yet")
+    result = json.loads(tool.RESULT.read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tool.BEGIN + tool.table(result) + tool.END in text
