@@ -225,7 +225,7 @@ WORDS = [
     b"",
     b"c",
     b" a",
-    b"abd",
+    b"abz",
 ]  # the first and a later one twice
 
 
