@@ -1234,7 +1234,7 @@ class PackedLoader:
         self._need = self._group * self._span
         largest = max((self._usable(read_shard(path)) for path in self._paths), default=0)
         if largest < self._need:
-            where = self._paths[0].parent if self._paths else "no shards"
+            where = self._paths[0].with_name("fineweb_train_*") if self._paths else "no shards"
             raise DataError(
                 f"{where}: a batch takes {self._need} consecutive tokens, the largest shard has {largest}"
             )
@@ -1454,7 +1454,7 @@ def load_validation(cfg: Config) -> ValidationSet:
     charged = read_manifest(folder).get("splits", {}).get("val", {}).get("bytes")
     if charged not in (None, int(val.target_bytes.sum())) and cfg.caseops_enabled:
         raise DataError(
-            f"{folder}: the sidecar charges {val.target_bytes.sum()} bytes, the manifest says {charged}"
+            f"{folder}/fineweb_val_bytes_*: {val.target_bytes.sum()} bytes, manifest.json says {charged}"
         )
     return val
 
@@ -1478,6 +1478,8 @@ def load_tokenizer(cfg: Config) -> object:
     import sentencepiece
 
     path = tokenizer_file(cfg)
+    if not path.is_file():
+        raise DataError(f"TOKENIZER_PATH={path}: no such file, see {cfg.data_folder / 'manifest.json'}")
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):
@@ -1531,13 +1533,11 @@ def check_data(cfg: Config, training_splits: Sequence[str] = ("train",)) -> dict
     if cfg.caseops_enabled and totals["val"] != totals["val_bytes"]:
         raise DataError(
             f"{folder}/fineweb_val_bytes_*: {totals['val_bytes']} entries, must be one a validation token "
-            f"({totals['val']})"
+            f"({totals['val']} in fineweb_val_*)"
         )
     if totals["val"] < 2:
         raise DataError(f"{folder}/fineweb_val_*: {totals['val']} tokens, must be at least 2")
     manifest = read_manifest(folder)
-    if not tokenizer_file(cfg).is_file():
-        raise DataError(f"TOKENIZER_PATH={tokenizer_file(cfg)}: no such file")
     try:
         _check_manifest(cfg, manifest, counts, totals)
     except DataError as error:
@@ -1579,6 +1579,8 @@ def _check_manifest(cfg: Config, manifest: dict, counts: dict[str, int], totals:
         raise DataError(
             f"{path}: says {splits['val']['tokens']} validation tokens, the shards hold {totals['val']}"
         )
+    if not tokenizer_file(cfg).is_file():
+        return
     digest = hashlib.sha256(tokenizer_file(cfg).read_bytes()).hexdigest()
     if manifest.get("tokenizer", {}).get("sha256", digest) != digest:
         raise DataError(
