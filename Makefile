@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := .venv/run.installed
 DEV := .venv/dev.installed
 
-.PHONY: help demo systems ablations audit submission sweep-demo report systems ablations data test lint format readme bench clean
+.PHONY: help demo audit submission sweep-demo report systems ablations data test lint format readme bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
