@@ -395,6 +395,11 @@ class Config:
         return shared // world_size
 
     @property
+    def plain_text(self) -> bool:
+        """Text as it is; its bytes are counted by tables of the tokenizer's pieces."""
+        return not self.caseops_enabled
+
+    @property
     def data_folder(self) -> Path:
         """Folder of the shards."""
         if self.data_path:
@@ -1366,6 +1371,7 @@ class WindowLoader:
 # [end]
 
 
+# [if PLAIN_TEXT]
 class ByteTables(NamedTuple):
     """Bytes of plain text per piece (no CaseOps): tensors [V]."""
 
@@ -1396,6 +1402,9 @@ class ByteTables(NamedTuple):
         return self.base_bytes[target] + (self.has_leading_space[target] & ~self.is_boundary[previous])
 
 
+# [end]
+
+
 def find_documents(tokens: Tensor) -> list[tuple[int, int]]:
     """(start, length) of each document; all but the last end with the next one's BOS as a target.
 
@@ -1424,7 +1433,7 @@ class ValidationSet(NamedTuple):
         return cls(tokens, sidecar[1:].long(), find_documents(tokens))
 
     @classmethod
-    def from_tables(cls, tokens: Tensor, tables: ByteTables) -> "ValidationSet":
+    def from_tables(cls, tokens: Tensor, tables: "ByteTables") -> "ValidationSet":
         """Bytes from the tokenizer's pieces (plain text)."""
         return cls(tokens, tables.target_bytes(tokens), find_documents(tokens))
 
@@ -3992,6 +4001,7 @@ def packed_script(cfg: Config, source: bytes) -> tuple[bytes, bool]:  # noqa: F8
     """
     off = [name for name, value in cfg.as_env().items() if not value]
     off += ["PRESETS", "PACKER", "PUBLISHED", "WHOLE", *["ANS"] * (cfg.compressor != "ans")]
+    off += ["PLAIN_TEXT"] * cfg.caseops_enabled
     names = _NAMES[_NAMES.index("caseops_enabled") :]
     row = {name: value for name, value in PRESETS[cfg.preset].items() if name not in names}
     row |= {name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(Config, name)}

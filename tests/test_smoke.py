@@ -371,7 +371,11 @@ def test_published_artifact_gives_the_score(tg, finished, eval_data, in_process)
 
 @pytest.mark.parametrize(
     ("settings", "name"),
-    [({"SLIDING_WINDOW_ENABLED": 1}, "SLIDING_WINDOW_ENABLED"), ({"COMPRESSOR": "ans"}, "ANS")],
+    [
+        ({"SLIDING_WINDOW_ENABLED": 1}, "SLIDING_WINDOW_ENABLED"),
+        ({"COMPRESSOR": "ans"}, "ANS"),
+        ({"CASEOPS_ENABLED": 0}, "PLAIN_TEXT"),
+    ],
 )
 def test_packed_script_says_what_it_is_without(finished, eval_data, tmp_path, settings, name):
     packed = shutil.copy(finished[1][0] / "train_gpt.packed.py", tmp_path)
