@@ -4879,10 +4879,10 @@ class Run:
     new_trainer = Trainer
 
     def __init__(self, cfg: Config, ranks: Ranks, source: bytes):
+        self.cfg = cfg = choose_backends(cfg, ranks)
         for name in LEFT_OUT:
             if getattr(cfg, name.lower(), name == cfg.compressor.upper()):
                 raise ConfigError(f"{name}: this packed script is without it; run the whole train_gpt.py")
-        self.cfg = cfg = choose_backends(cfg, ranks)
         self.ranks, self.source, self.watch = ranks, source, Stopwatch(ranks)
         self.ledger = Ledger(self) if cfg.audit else None
         self.looping = cfg.num_loops > 0  # a trained model is evaluated with its loops
