@@ -117,8 +117,8 @@ class Range(NamedTuple):
         return lower if self.high == math.inf else f"{lower}, at most {self.high:g}"
 
 
-Whole = Annotated[int, Range(0, 1e9)]
-Count = Annotated[int, Range(1, 1e9)]
+Whole = Annotated[int, Range(0, 10**9)]
+Count = Annotated[int, Range(1, 10**9)]
 Loops = Annotated[int, Range(0, 100)]
 Bits = Annotated[int, Range(2, 8)]
 Real = Annotated[float, Range(-1e6, 1e6)]
@@ -3114,8 +3114,8 @@ def scheme(name: str, tensor: Tensor, cfg: Config) -> Scheme:
     gate = name.endswith(".attn_gate_w") and tensor.ndim == 2 and 32 <= tensor.numel() <= 8192
     if gate and cfg.gated_attn_quant_gate:
         return Scheme("int8_rows", 8)
-    members = "tok_emb.weight", "lm_head.weight", *sum(BANKS.values(), ())
-    if tensor.numel() <= cfg.float16_max_elements or not name.endswith(members):
+    projection = tensor.ndim == 2 and name.endswith(".weight") and "gate" not in name
+    if tensor.numel() <= cfg.float16_max_elements or not projection:
         return Scheme("fp16")
     if "tok_emb" in name or "lm_head" in name:
         return Scheme("gptq", cfg.embed_bits, cfg.embed_clip_sigmas)
@@ -4869,10 +4869,10 @@ class Run:
     new_trainer = Trainer
 
     def __init__(self, cfg: Config, ranks: Ranks, source: bytes):
+        self.cfg = cfg = choose_backends(cfg, ranks)
         for name in LEFT_OUT:
             if getattr(cfg, name.lower(), name == cfg.compressor.upper()):
                 raise ConfigError(f"{name}: this packed script is without it; run the whole train_gpt.py")
-        self.cfg = cfg = choose_backends(cfg, ranks)
         self.ranks, self.source, self.watch = ranks, source, Stopwatch(ranks)
         self.ledger = Ledger(self) if cfg.audit else None
         self.looping = cfg.num_loops > 0  # a trained model is evaluated with its loops
@@ -5318,9 +5318,10 @@ class Preflight:
         weights, ended = bank_parameters(cfg), not cfg.prequant_only
         sizes = {"log": 1 << 20, cfg.model_path: 4 * weights * trains, "ledger": 6 * targets * cfg.audit}
         sizes[cfg.quantized_model_path] = weights * ended * (not cfg.ttt_eval_only)
-        wanted = Path(cfg.artifact_dir or "runs").absolute()
+        wanted = Path(cfg.artifact_dir or "runs")
         try:
-            place = next(folder for folder in (wanted, *wanted.parents) if folder.exists())
+            whole = wanted.absolute()
+            place = next(folder for folder in (whole, *whole.parents) if folder.exists())
             with tempfile.TemporaryFile(dir=place):
                 room = os.statvfs(place)
         except OSError as error:

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -89,7 +89,7 @@ COMPANIONS = {  # what gives a setting something to do
 LONG = {"WARMUP_STEPS", "TTT_EPOCHS", "TTT_GRAD_STEPS", "GLOBAL_TTT_EPOCHS", "GPTQ_CALIBRATION_BATCHES"}
 LONG |= {"NUM_LOOPS", "NUM_LAYERS", "MODEL_DIM", "MLP_MULT"}
 NOT_NUMBERS = ["", " ", "x", "nan", "inf", "-inf", "1e999", "0x10", "1,5", "None", "9" * 5000]
-SECONDS, GROWTH = 20, 1 << 30  # most that a run may take; address space on top of this process's
+SECONDS, GROWTH = 60, 1 << 30  # most that a run may take; address space on top of this process's
 
 
 def values(field: dataclasses.Field) -> list[str]:
@@ -172,16 +172,20 @@ def attempt(name: str, text: str, folder: Path) -> tuple[str, str]:
     return "WRONG", f"exit code {code}\n{said}"
 
 
-def try_all(names: list[str] | None = None) -> Iterator[tuple[str, str, str, str]]:
-    """(setting, text, end, output) of every value of every setting."""
-    torch.set_num_threads(1)
+def all_values(names: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Every value of some settings, or of all."""
     fields = {field.name.upper(): field for field in dataclasses.fields(tg.Config)}
+    return [(name, text) for name in names or fields for text in values(fields[name])]
+
+
+def try_all(chosen: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str, str, str]]:
+    """(setting, text, end, output) of each setting and text."""
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_data(folder / "data")
-        for name in names or fields:
-            for text in values(fields[name]):
-                yield name, text, *attempt(name, text, folder)
+        for name, text in chosen:
+            yield name, text, *attempt(name, text, folder)
 
 
 def main() -> int:
@@ -191,7 +195,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     ends, wrong = Counter(), []
-    for name, text, end, said in try_all(arguments.names and arguments.names.split(",")):
+    for name, text, end, said in try_all(all_values(arguments.names.split(",") if arguments.names else ())):
         ends[end] += 1
         if end == "WRONG":
             wrong.append([name, text[:40], said[-600:]])
