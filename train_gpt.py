@@ -1478,7 +1478,7 @@ def load_tokenizer(cfg: Config) -> object:
     import sentencepiece
 
     path = tokenizer_file(cfg)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"TOKENIZER_PATH={path}: no such file, see {cfg.data_folder / 'manifest.json'}")
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -1495,7 +1495,7 @@ def load_tokenizer(cfg: Config) -> object:
 def read_manifest(folder: Path) -> dict:
     """The manifest beside the shards, {} where there is none."""
     path = folder / "manifest.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -1579,7 +1579,7 @@ def _check_manifest(cfg: Config, manifest: dict, counts: dict[str, int], totals:
         raise DataError(
             f"{path}: says {splits['val']['tokens']} validation tokens, the shards hold {totals['val']}"
         )
-    if not tokenizer_file(cfg).is_file():
+    if not os.path.isfile(tokenizer_file(cfg)):
         return
     digest = hashlib.sha256(tokenizer_file(cfg).read_bytes()).hexdigest()
     if manifest.get("tokenizer", {}).get("sha256", digest) != digest:
@@ -4897,7 +4897,7 @@ class Run:
         """The file of a setting: as given, or in ARTIFACT_DIR; None where there is none."""
         given = Path(getattr(self.cfg, field))
         places = (given, Path(self.cfg.artifact_dir) / given)
-        return next((path for path in places if path.is_file()), None)
+        return next((path for path in places if os.path.isfile(path)), None)
 
     def _input(self, field: str) -> Path:
         path = self._exists(field)
@@ -5509,13 +5509,13 @@ class GuardedRun(Run):
         check, cfg = self.preflight, self.cfg
         splits = ["train"] if self.trains or cfg.quantize_only else []
         check.check_hashes(self.manifest, splits, wait=not self.trains)
-        check.check_disk(self.trains, self.val.num_targets)
+        if not self.artifact:
+            check.check_memory(cfg, self.trains, self.val)
+        model = super()._first_model()
         if self.artifact:  # knows its own sizes
-            model = super()._first_model()
             check.check_memory(model.cfg, False, self.val)
-            return model
-        check.check_memory(cfg, self.trains, self.val)
-        return super()._first_model()
+        check.check_disk(self.trains, self.val.num_targets)
+        return model
 
     def _open_log(self) -> RunLog:
         if not self.cfg.preflight_only:
