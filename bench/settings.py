@@ -59,6 +59,7 @@ TINY = {
     "LQER_ASYM_GROUP": "16",
     "VAL_BATCH_TOKENS": "1024",
     "EVAL_SEQ_LEN": "32",
+    "EVAL_STRIDE": "16",
     "TTT_BATCH_SIZE": "2",
     "TTT_CHUNK_SIZE": "16",
     "TTT_EVAL_SEQ_LEN": "32",
