@@ -117,8 +117,8 @@ class Range(NamedTuple):
         return lower if self.high == math.inf else f"{lower}, at most {self.high:g}"
 
 
-Whole = Annotated[int, Range(0, 1e9)]
-Count = Annotated[int, Range(1, 1e9)]
+Whole = Annotated[int, Range(0, 10**9)]
+Count = Annotated[int, Range(1, 10**9)]
 Loops = Annotated[int, Range(0, 100)]
 Bits = Annotated[int, Range(2, 8)]
 Real = Annotated[float, Range(-1e6, 1e6)]
@@ -333,7 +333,8 @@ class Config:
         if self.head_dim % 2:
             raise ConfigError(f"MODEL_DIM / NUM_HEADS = {self.head_dim}: must be even (rotary pairs)")
         if self.rope_dims > self.head_dim or self.rope_dims % 2:
-            raise ConfigError(f"ROPE_DIMS={self.rope_dims}: must be even and at most {self.head_dim}")
+            limit = f"MODEL_DIM / NUM_HEADS = {self.head_dim}"
+            raise ConfigError(f"ROPE_DIMS={self.rope_dims}: must be even and at most {limit}")
         if self.rope_yarn and (self.rope_dims or self.head_dim) <= 2:
             raise ConfigError(f"ROPE_DIMS={self.rope_dims}: ROPE_YARN=1 needs more than 2 rotated dimensions")
         if self.gate_window > self.model_dim:
@@ -1487,7 +1488,7 @@ def load_tokenizer(cfg: Config) -> object:
     import sentencepiece
 
     path = tokenizer_file(cfg)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"TOKENIZER_PATH={path}: no such file, see {cfg.data_folder / 'manifest.json'}")
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -1504,7 +1505,7 @@ def load_tokenizer(cfg: Config) -> object:
 def read_manifest(folder: Path) -> dict:
     """The manifest beside the shards, {} where there is none."""
     path = folder / "manifest.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -1588,7 +1589,7 @@ def _check_manifest(cfg: Config, manifest: dict, counts: dict[str, int], totals:
         raise DataError(
             f"{path}: says {splits['val']['tokens']} validation tokens, the shards hold {totals['val']}"
         )
-    if not tokenizer_file(cfg).is_file():
+    if not os.path.isfile(tokenizer_file(cfg)):
         return
     digest = hashlib.sha256(tokenizer_file(cfg).read_bytes()).hexdigest()
     if manifest.get("tokenizer", {}).get("sha256", digest) != digest:
@@ -3123,8 +3124,8 @@ def scheme(name: str, tensor: Tensor, cfg: Config) -> Scheme:
     gate = name.endswith(".attn_gate_w") and tensor.ndim == 2 and 32 <= tensor.numel() <= 8192
     if gate and cfg.gated_attn_quant_gate:
         return Scheme("int8_rows", 8)
-    members = "tok_emb.weight", "lm_head.weight", *sum(BANKS.values(), ())
-    if tensor.numel() <= cfg.float16_max_elements or not name.endswith(members):
+    projection = tensor.ndim == 2 and name.endswith(".weight") and "gate" not in name
+    if tensor.numel() <= cfg.float16_max_elements or not projection:
         return Scheme("fp16")
     if "tok_emb" in name or "lm_head" in name:
         return Scheme("gptq", cfg.embed_bits, cfg.embed_clip_sigmas)
@@ -4907,7 +4908,7 @@ class Run:
         """The file of a setting: as given, or in ARTIFACT_DIR; None where there is none."""
         given = Path(getattr(self.cfg, field))
         places = (given, Path(self.cfg.artifact_dir) / given)
-        return next((path for path in places if path.is_file()), None)
+        return next((path for path in places if os.path.isfile(path)), None)
 
     def _input(self, field: str) -> Path:
         path = self._exists(field)
@@ -5328,9 +5329,10 @@ class Preflight:
         weights, ended = bank_parameters(cfg), not cfg.prequant_only
         sizes = {"log": 1 << 20, cfg.model_path: 4 * weights * trains, "ledger": 6 * targets * cfg.audit}
         sizes[cfg.quantized_model_path] = weights * ended * (not cfg.ttt_eval_only)
-        wanted = Path(cfg.artifact_dir or "runs").absolute()
+        wanted = Path(cfg.artifact_dir or "runs")
         try:
-            place = next(folder for folder in (wanted, *wanted.parents) if folder.exists())
+            whole = wanted.absolute()
+            place = next(folder for folder in (whole, *whole.parents) if folder.exists())
             with tempfile.TemporaryFile(dir=place):
                 room = os.statvfs(place)
         except OSError as error:
@@ -5518,13 +5520,13 @@ class GuardedRun(Run):
         check, cfg = self.preflight, self.cfg
         splits = ["train"] if self.trains or cfg.quantize_only else []
         check.check_hashes(self.manifest, splits, wait=not self.trains)
-        check.check_disk(self.trains, self.val.num_targets)
+        if not self.artifact:
+            check.check_memory(cfg, self.trains, self.val)
+        model = super()._first_model()
         if self.artifact:  # knows its own sizes
-            model = super()._first_model()
             check.check_memory(model.cfg, False, self.val)
-            return model
-        check.check_memory(cfg, self.trains, self.val)
-        return super()._first_model()
+        check.check_disk(self.trains, self.val.num_targets)
+        return model
 
     def _open_log(self) -> RunLog:
         if not self.cfg.preflight_only:

@@ -149,6 +149,7 @@ OURS |= {
 }
 OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "clip_global", "fit_bytes"}
 OURS |= {"allow_unverified_data", "audit", "wandb_project", "tensorboard_dir", "plain_windows"}
+OURS |= {"preflight_only"}
 
 # What else a setting's other value needs, so that the whole makes sense.
 COMPANIONS = {
@@ -692,7 +693,10 @@ def test_config_error_is_one_line_and_code_2(tg, capsys):
     assert tg.main(["--show"], {"ITERATIONS": "many"}) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == "train_gpt.py: error: ITERATIONS='many': must be a whole number, at least 1\n"
+    assert (
+        captured.err
+        == "train_gpt.py: error: ITERATIONS='many': must be a whole number, at least 1, at most 1e+09\n"
+    )
 
 
 # -- the source

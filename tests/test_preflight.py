@@ -1,0 +1,364 @@
+"""Preflight, speed probe, guards and signals: what a run looks at and what it survives."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.settings import TINY, make_data
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("preflight")
+    make_data(folder / "data")
+    return folder
+
+
+@pytest.fixture
+def run(tg, work, monkeypatch, capfd):
+    """Function: settings -> exit code, standard output and error of a run in this process."""
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(tg, "pack_code", lambda *_: (b"packed", True))
+
+    def start(**settings: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = tg.main([], TINY | {name: str(value) for name, value in settings.items()})
+        return code, *capfd.readouterr()
+
+    return start
+
+
+def event(text: str, stage: str) -> dict[str, str]:
+    """Values of a stage's last line."""
+    line = [line for line in text.splitlines() if line.startswith(f"{stage} ")][-1]
+    return dict(re.findall(r"(\w+):(\S*)", line))
+
+
+# -- before the run
+
+
+def test_preflight_only_leaves_nothing(run, work):
+    before = sorted(work.rglob("*"))
+    code, said, errors = run(PREFLIGHT_ONLY=1, WARMUP_STEPS=2, ARTIFACT_DIR="rehearsed")
+    assert (code, errors) == (0, "")
+    assert float(event(said, "speed")["predicted_seconds"]) > 0
+    assert event(said, "preflight")["hashed"] == "3" and event(said, "passed")
+    assert "train step" not in said and sorted(work.rglob("*")) == before
+
+
+def test_preflight_only_of_an_evaluation_does_not_warm_up(run, work):
+    assert run(ARTIFACT_DIR="made", TTT_ENABLED=0)[0] == 0
+    settings = {"TTT_EVAL_ONLY": 1, "QUANTIZED_MODEL_PATH": "made/final_model.int6.ptz"}
+    code, said, errors = run(PREFLIGHT_ONLY=1, **settings)
+    assert (code, errors) == (0, "") and "passed" in said and "speed" not in said
+
+
+@pytest.mark.parametrize("folder", ["/proc/nothing", "data/manifest.json"])
+def test_preflight_writes_where_the_outputs_go(run, folder):
+    code, said, error = run(ARTIFACT_DIR=folder)
+    assert code == 2 and error.startswith(f"train_gpt.py: error: ARTIFACT_DIR={folder}: cannot write there")
+    assert said == ""
+
+
+def test_preflight_wants_room_for_all_outputs(tg, run, work, monkeypatch):
+    room = SimpleNamespace(f_bavail=1000, f_frsize=1024)
+    monkeypatch.setattr(tg.os, "statvfs", lambda _: room)
+    code, said, error = run(ARTIFACT_DIR="full", AUDIT=1)
+    assert code == 2 and len(error.splitlines()) == 1 and said == ""
+    for name in ("ARTIFACT_DIR=full", "final_model.pt", "final_model.int6.ptz", "ledger", "1.0 MB are free"):
+        assert name in error
+    assert not (work / "full").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"MODEL_DIM": 4096, "NUM_LAYERS": 64}, "MODEL_DIM=4096"),
+        ({"TTT_LORA_RANK": 10**6}, "TTT_LORA_RANK=1000000"),
+        ({"TRAIN_BATCH_TOKENS": 10**9, "GRAD_ACCUM_STEPS": 1}, "TRAIN_BATCH_TOKENS=1000000000"),
+    ],
+)
+def test_preflight_compares_memory(tg, run, monkeypatch, settings, named):
+    monkeypatch.setattr(tg, "free_memory", lambda _: 1 << 30)
+    code, said, error = run(**settings)
+    assert code == 2 and len(error.splitlines()) == 1 and said == ""
+    assert named in error and "1024 MiB are free" in error
+
+
+def test_preflight_counts_parameters_and_adapters_before_they_are_made(tg):
+    for settings in ({}, {"TIE_EMBEDDINGS": "0", "NUM_LOOPS": "0"}):
+        cfg = tg.Config.from_env(TINY | settings)
+        large = [p.numel() for n, p in tg.GPT(cfg).named_parameters() if re.search("bank|tok_emb|lm_head", n)]
+        assert tg.bank_parameters(cfg) == sum(large)
+        lora = tg.BatchedLoRA(cfg, 2, tg.lora_slots(cfg, looping=True))
+        assert tg.adapter_bytes(cfg, 9) == 16 * sum(p.numel() for p in lora.parameters())
+
+
+def test_preflight_knows_a_process_limit(tg):
+    """`ulimit -v` is what a MemoryError would come from."""
+    child = os.fork()
+    if child == 0:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))
+        limited = tg.free_memory(tg.CPU)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (64 << 20),) * 2)
+        os._exit(0 if 0 < tg.free_memory(tg.CPU) <= 64 << 20 < limited else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+# -- speed
+
+
+def speed(tg, pace: list[float], **settings: str) -> tuple[dict, list[str]]:
+    """The speed event and the notices of given seconds a step."""
+    cfg, lines = tg.Config.from_env(TINY | settings), []
+    log = SimpleNamespace(event=lambda stage, **values: lines.append((stage, values)))
+    tg.Preflight(cfg, tg.CPU).log_speed(pace, log, cfg)
+    return dict(lines).get("speed"), [values["text"] for stage, values in lines if stage == "notice"]
+
+
+def test_preflight_predicts_steps_of_a_budget(tg):
+    budget = {"MAX_WALLCLOCK_SECONDS": "101", "GPTQ_RESERVE_SECONDS": "1", "ITERATIONS": "999999"}
+    said, _ = speed(tg, [0.1, 0.2], ENABLE_LOOPING_AT="0.4", WARMUP_STEPS="9", **budget)
+    assert said["predicted_steps"] == 400 + 300
+    said, _ = speed(tg, [0.1, 0.2], ENABLE_LOOPING_AT="2", WARMUP_STEPS="9", **budget)
+    assert said["predicted_steps"] == 1000
+    said, _ = speed(tg, [0.1, 0.3], ENABLE_LOOPING_AT="0.5", ITERATIONS="10", WARMUP_STEPS="9")
+    assert said["predicted_seconds"] == pytest.approx(2.0)
+    assert speed(tg, []) == (None, [])
+
+
+def test_preflight_warns_of_a_slow_machine_that_it_knows(tg, monkeypatch):
+    cfg = tg.Config.from_env(TINY)
+    work = tg.flops_per_token(cfg, False, cfg.train_seq_len / 4) * cfg.train_batch_tokens
+    assert speed(tg, [1.0])[1] == []  # a CPU: nothing is known of it
+    monkeypatch.setattr(tg, "peak_flops", lambda _: 1e12)
+    said, notices = speed(tg, [work / (0.25 * 1e12)])
+    assert said["mfu"] == pytest.approx(0.25) and notices == []
+    said, notices = speed(tg, [work / (0.05 * 1e12)])
+    assert said["mfu"] == pytest.approx(0.05) and "5.0%" in notices[0]
+
+
+def test_preflight_measures_inside_the_warm_up(run, tg, monkeypatch):
+    """No step more than the warm-up's, and training goes on as without it."""
+    steps, step = [], tg.Trainer.step
+
+    def counted(self, *arguments, **options):
+        steps.append(arguments[1])
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(tg.Trainer, "step", counted)
+    bare = run(ARTIFACT_DIR="bare", WARMUP_STEPS=0, PREQUANT_ONLY=1, TIED_EMBED_INIT_STD=0.01)[1]
+    assert len(steps) == 2 and "speed " not in bare
+    measured = run(ARTIFACT_DIR="measured", WARMUP_STEPS=3, PREQUANT_ONLY=1, TIED_EMBED_INIT_STD=0.01)[1]
+    assert len(steps) == 2 + 2 * 3 + 2
+    assert (
+        event(measured, "speed")
+        and event(bare, "prequant")["val_loss"] == event(measured, "prequant")["val_loss"]
+    )
+
+
+# -- quantisation
+
+
+def test_preflight_guard_dampens_a_hessian_that_is_not_definite(tg):
+    torch.manual_seed(0)
+    x = torch.randn(3, 8)
+    singular = tg.factorise(x.T @ x)
+    assert singular.damping == tg.DAMPING  # what GPTQ always adds is enough
+    values = torch.tensor([4.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0, -0.5])
+    q = torch.linalg.qr(torch.randn(8, 8))[0]
+    bad = q @ torch.diag(values) @ q.T
+    factor = tg.factorise(bad)
+    assert factor.damping > tg.DAMPING and factor.damping == pytest.approx(
+        1.0
+    )  # the first of 0.1, 1 above 0.32
+    damped = bad + factor.damping * bad.diagonal().mean() * torch.eye(8)
+    inverse = torch.linalg.inv(damped)[factor.order][:, factor.order]
+    torch.testing.assert_close(factor.upper.T @ factor.upper, inverse, rtol=1e-3, atol=1e-4)
+    scheme = tg.Scheme("gptq", 6, 12.0)
+    weight = torch.randn(4, 8)
+    assert (
+        tg.quantize_tensor("blocks.0.mlp.fc.weight", weight, factor, scheme).report["damping"]
+        == factor.damping
+    )
+    good = tg.quantize_tensor("blocks.0.mlp.fc.weight", weight, singular, scheme)
+    assert "damping" not in good.report
+    with pytest.raises(tg.RunError, match="Hessian"):
+        tg.factorise(torch.full((4, 4), torch.nan))
+
+
+def test_preflight_guard_leaves_a_good_factor_alone(tg):
+    """Bit for bit what one Cholesky of the damped Hessian gives."""
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    hessian = x.T @ x
+    factor = tg.factorise(hessian)
+    h = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(16)
+    h = h[factor.order][:, factor.order]
+    root = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
+    assert torch.equal(factor.upper, torch.linalg.solve_triangular(root, torch.eye(16), upper=True))
+
+
+@pytest.fixture(scope="module")
+def unlimited(tg, work):
+    """Artifact of a run that nothing limits."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
+        patch.chdir(work)
+        patch.setattr(tg, "pack_code", lambda *_: (b"packed", True))
+        assert tg.main([], TINY | {"ARTIFACT_DIR": "unlimited", "TTT_ENABLED": "0"}) == 0
+    assert "fallback" not in said.getvalue()
+    return (work / "unlimited" / "final_model.int6.ptz").read_bytes()
+
+
+def result_of(work: Path, folder: str) -> dict:
+    return json.loads((work / folder / "result.json").read_text())
+
+
+def test_preflight_guard_makes_a_large_artifact_smaller(tg, run, work, unlimited, monkeypatch):
+    monkeypatch.setattr(tg, "SIZE_LIMIT", len(unlimited) - 100)
+    code, said, _ = run(ARTIFACT_DIR="smaller", TTT_ENABLED=0)
+    blob = (work / "smaller" / "final_model.int6.ptz").read_bytes()
+    assert code == 0 and len(blob) + len(b"packed") <= len(unlimited) - 100
+    result = result_of(work, "smaller")
+    assert result["legal"] and result["fallback"]["clip_factor"] > 1 and result["model_bytes"] == len(blob)
+    assert int(event(said, "fallback")["bytes_left"]) >= 0
+    tried = [line for line in said.splitlines() if line.startswith("fallback ")]
+    assert "bytes_left:-" in tried[0] and tg.unpack_artifact(blob)
+
+
+def test_preflight_guard_keeps_an_artifact_that_no_rung_makes_fit(tg, run, work, unlimited, monkeypatch):
+    monkeypatch.setattr(tg, "SIZE_LIMIT", 1000)
+    code, said, _ = run(ARTIFACT_DIR="hopeless", TTT_ENABLED=0)
+    assert code == 3 and (work / "hopeless" / "final_model.int6.ptz").read_bytes() == unlimited
+    assert said.count("\nfallback ") == 1 + len(tg.FALLBACK) and "fallback" not in result_of(work, "hopeless")
+    assert "limit text:artifact has" in said
+
+
+def test_preflight_guard_leaves_an_artifact_that_fits_alone(tg, run, work, unlimited, monkeypatch):
+    monkeypatch.setattr(tg, "SIZE_LIMIT", len(unlimited) + len(b"packed"))
+    code, said, _ = run(ARTIFACT_DIR="exact", TTT_ENABLED=0)
+    assert code == 0 and "fallback" not in said
+    assert (work / "exact" / "final_model.int6.ptz").read_bytes() == unlimited
+
+
+# -- what is not finite
+
+
+@pytest.mark.parametrize("own, words", [(torch.nan, "this rank's"), (3.0, "another rank's")])
+def test_preflight_guard_says_whose_loss_was_not_finite(tg, own, words):
+    measured = tg.Pending(torch.tensor([torch.nan, torch.nan, 1.0, own]), None)
+    with pytest.raises(tg.RunError, match=f"step 7: .*not finite .{words}"):
+        tg.StepReport(7, measured, 1.0, 0.9, False).elapsed  # noqa: B018
+
+
+@pytest.mark.parametrize("max_elements", [0, 10**9])
+def test_preflight_control_tensors_stay_float16_at_any_size(tg, max_elements):
+    """FLOAT16_MAX_ELEMENTS=0 once ended a run after its training: gates have no Hessian."""
+    cfg = tg.Config.from_env(TINY | {"FLOAT16_MAX_ELEMENTS": str(max_elements)})
+    flat = tg.flatten_banks(tg.GPT(cfg).state_dict(), cfg.num_layers)
+    kinds = {name: tg.scheme(name, tensor, cfg).kind for name, tensor in flat.items()}
+    matrices = {name for name in flat if re.search(r"attn\.(c_\w|proj)\.|mlp\.|tok_emb", name)}
+    assert {name for name, kind in kinds.items() if kind == "gptq"} == (set() if max_elements else matrices)
+
+
+# -- signals
+
+
+def start(work: Path, folder: str, *launcher: str, **settings: object) -> subprocess.Popen:
+    """A run in a process of its own that trains for a long time."""
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    endless = {
+        "ITERATIONS": "1000000",
+        "TRAIN_LOG_EVERY": "100",
+        "ARTIFACT_DIR": folder,
+        "OMP_NUM_THREADS": "1",
+    }
+    environ = (
+        inherited
+        | {"OMP_NUM_THREADS": "1"}
+        | TINY
+        | endless
+        | {name: str(value) for name, value in settings.items()}
+    )
+    command = [sys.executable, *launcher, str(ROOT / "train_gpt.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=work, env=environ, **pipes)
+
+
+def wait_for(job: subprocess.Popen, beginning: str) -> None:
+    while not (shown := job.stdout.readline()).startswith(beginning):
+        assert shown, job.stderr.read()[-2000:]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_preflight_guard_leaves_cleanly_when_told(work, number, code):
+    folder = f"told{code}"
+    job = start(work, folder)
+    wait_for(job, "train step:5")
+    job.send_signal(number)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == code, errors
+    said = f"train_gpt.py: rank 0 of 1, stage train: told to stop ({number.name})"
+    assert errors.splitlines() == [said]
+    assert {path.name for path in (work / folder).iterdir()} == {"logs", "metrics.jsonl"}
+    for line in (work / folder / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+def test_preflight_guard_leaves_two_ranks_when_torchrun_is_told(work):
+    job = start(work, "told_ranks", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    wait_for(job, "train step:5")
+    before = time.monotonic()
+    job.send_signal(signal.SIGTERM)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode != 0 and time.monotonic() - before < 30  # torchrun kills after 30 s what is left
+    assert re.search(r"rank \d of 2, stage train: told to stop \(SIGTERM\)", errors)
+    assert {path.name for path in (work / "told_ranks").iterdir()} == {"logs", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize("polls, twice, code", [(False, False, 7), (True, False, 8), (True, True, 143)])
+def test_preflight_guard_signal_is_raised_noted_or_final(tg, polls, twice, code):
+    """Raised at once; only noted for a stage that looks for it; a second one ends the process there."""
+    child = os.fork()
+    if child == 0:
+        ranks = tg.Ranks(torch.device("cpu"))
+        ranks.polls = polls
+        try:
+            with tg._signals(ranks):
+                for _ in range(1 + twice):
+                    os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(8 if ranks.told == signal.SIGTERM else 1)
+        except tg.Stopped as stopped:
+            os._exit(7 if stopped.code == 143 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+
+
+def test_preflight_guard_gives_the_handlers_back(run):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert run(VOCAB_SIZE=999)[0] == 2
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+# -- the counted code
+
+
+def test_preflight_is_not_in_the_counted_code(tg):
+    source = (ROOT / "train_gpt.py").read_bytes()
+    off = [name for name, value in tg.Config().as_env().items() if not value] + ["PUBLISHED", "ANS"]
+    code = tg.pack_code(source, "lzma", off)[0]
+    assert len(code) < len(tg.pack_code(source, "lzma", [*set(off) - {"PREFLIGHT_ONLY"}])[0]) - 1000
