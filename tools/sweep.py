@@ -390,6 +390,9 @@ class Sweep:
 
     def run(self) -> None:
         """Trials until the study has as many as asked for, or a signal came."""
+        started = len(counted(self.study.get_trials(deepcopy=False)))
+        goal = f"{self.options.metric} of {shlex.join(self.options.command)}"
+        print(f"study {self.study.study_name}, {goal}: {started} of {self.options.trials} trials", flush=True)
         with self.stop.listening():
             while not self.stop.signal:
                 take_up(self.study)
@@ -489,7 +492,8 @@ class Sweep:
                         raise optuna.TrialPruned(worse)
                     time.sleep(0.2)
             finally:
-                end(process)
+                if process.poll() is None:
+                    end(process)
         self._report(trial, folder, reported)  # the last ones are what later trials are compared with
         return process.returncode
 
@@ -508,9 +512,10 @@ class Sweep:
 
 def validations(folder: Path, key: str) -> Iterator[tuple[int, float]]:
     """Step and score of each validation so far, the one before step 1 left out (the same for all trials)."""
-    if not (folder / "metrics.jsonl").is_file():
-        return
-    for event in runs.read_events(folder / "metrics.jsonl"):
+    events = []
+    with contextlib.suppress(runs.ReadError):  # not there yet
+        events = runs.read_events(folder / "metrics.jsonl")
+    for event in events:
         step = re.fullmatch(r"step_(\d+)", event["stage"])
         if step and math.isfinite(event[key]):
             yield int(step[1]), event[key]
@@ -534,9 +539,8 @@ def last_line(path: Path) -> str:
 def end(process: subprocess.Popen) -> None:
     """End a run and all its processes: first by asking."""
     for number, patience in ((signal.SIGTERM, PATIENCE), (signal.SIGKILL, None)):
-        with contextlib.suppress(ProcessLookupError):
-            if process.poll() is None or number == signal.SIGKILL:
-                os.killpg(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # no process of the run is left
+            os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
 

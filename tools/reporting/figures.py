@@ -39,6 +39,7 @@ WIDTH, HEIGHT = 5.0, 3.3  # inches, of 72 CSS pixels: read unscaled on a phone
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
+    "text.parse_math": False,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 11,
