@@ -445,6 +445,7 @@ MODEL_SETTINGS = (
     "vocab_size",
     "train_seq_len",
     *_NAMES[_NAMES.index("num_layers") : _NAMES.index("gated_attn_enabled") + 1],
+    "fit_bytes",  # what made it counts, whatever a re-evaluation sets
 )
 
 # A preset is a row of differences from the defaults; explicit variables win over it. The authority for a
@@ -3406,7 +3407,7 @@ def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) ->
 
 FIT_SAMPLES, FIT_ROWS = 32, 8  # gradients; training windows behind each
 FIT_SLACK, FIT_TRIALS = 2000, 16  # bytes that may be left
-FIT_MANTISSA = 4  # bits of scales and control tensors
+FIT_SCALES, FIT_CONTROLS = 4, 8  # bits of mantissa: GPTQ makes good a rounded scale, nothing a rounded gate
 
 
 def calibrate_gradients(
@@ -3414,19 +3415,24 @@ def calibrate_gradients(
 ) -> dict[str, Tensor]:
     """Squared norm of each row's gradient of the summed loss, float32 [rows], for every matrix; a mean.
 
-    Over single tokens its expectation is g^2 |x|^2, g the derivative by the row's output (empirical Fisher).
-    `loader` is that of a single rank, as in `calibrate`.
+    Targets are drawn from the model's own predictions: then gradients of different tokens do not correlate,
+    and the expectation is the sum over tokens of g^2 |x|^2, g the derivative by the row's output. That is the
+    curvature of the loss (Fisher); with the data's targets the slope that is left in the loss would be in it.
+    `loader` is that of a single rank, as in `calibrate`; a sample's draws are the same on every rank.
     """
+    generator = torch.Generator(ranks.device)
     state = flatten_banks(dict(model.named_parameters()), cfg.num_layers)
     sums = {name: torch.zeros(len(w), device=w.device) for name, w in state.items() if w.ndim == 2}
     for sample in range(FIT_SAMPLES):
         if sample % ranks.world_size != ranks.rank:
             loader.skip(FIT_ROWS)
             continue
-        x, y = loader.next(FIT_ROWS)
+        x, _ = loader.next(FIT_ROWS)
         with ranks.autocast():
-            losses = model.losses(x.to(ranks.device), y.to(ranks.device), looping=looping)
-        losses.sum().backward()
+            hidden = model.hidden(x.to(ranks.device), looping=looping)
+            logits = model.logits(hidden).float().flatten(0, 1)
+        drawn = torch.multinomial(logits.detach().softmax(1), 1, generator=generator.manual_seed(sample))
+        F.cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         for name, gradient in flatten_banks(gradients, cfg.num_layers).items():
             if name in sums:
@@ -3460,7 +3466,7 @@ def fit_clips(
     """
     losses = {}
     for name, (order, _, upper, _) in factors.items():
-        columns = column_scales(factors[name], FIT_MANTISSA)
+        columns = column_scales(factors[name], FIT_SCALES)
         inputs = hessians[name].diagonal().sum().clamp_min(1e-30)
         rows = (gradients[name] / inputs * (flat[name].float() / columns).var(1)).mean()
         losses[name] = float(rows * (columns[order] / upper.diagonal()).square().mean())
@@ -3482,7 +3488,7 @@ def fit_state(
     Raises ConfigError when no step is coarse enough.
     """
     schemes = {
-        name: scheme(name, tensor, cfg)._replace(mantissa=FIT_MANTISSA) for name, tensor in flat.items()
+        name: scheme(name, tensor, cfg)._replace(mantissa=FIT_CONTROLS) for name, tensor in flat.items()
     }
     matrices = {name: flat[name] for name, how in schemes.items() if how.kind == "gptq"}
     eye = {
@@ -3498,7 +3504,7 @@ def fit_state(
     slope, last, best = weights / 8, None, None
     for trial in range(FIT_TRIALS):
         for name in matrices:
-            schemes[name] = Scheme("gptq", 8, 2.0**power * clips[name], FIT_MANTISSA)
+            schemes[name] = Scheme("gptq", 8, 2.0**power * clips[name], FIT_SCALES)
         records = quantize_state(flat, factors, cfg, None, ranks, schemes)
         size = len(pack_artifact(records, cfg)) if ranks.is_main else 0
         ranks.meet("fit")
@@ -4922,9 +4928,9 @@ class Run:
         if self.artifact:
             self.blob = self.artifact.read_bytes()
             model = self._model_of_artifact(self.artifact)
-            if self.blob.startswith(ARTIFACT_MAGIC):  # its codec is the one that the counted code needs
+            if self.blob.startswith(ARTIFACT_MAGIC):  # what made it is what the counted code needs
                 codec = CODECS[PREFIX.unpack_from(self.blob)[2]]
-                self.cfg = dataclasses.replace(self.cfg, compressor=codec)
+                self.cfg = dataclasses.replace(self.cfg, compressor=codec, fit_bytes=model.cfg.fit_bytes)
             return model
         if self.checkpoint:
             return model_of_checkpoint(self, self.checkpoint)

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -169,7 +170,9 @@ def bench_fit(models: list[Path], folder: Path) -> dict[str, object]:
             }
         )
     gains = [row["published_cost_bpb"] - row["fit_cost_bpb"] for row in rows]
-    return {"fit_bpb_gain": min(gains), "demo": rows}
+    spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
+    mean = statistics.mean(gains)
+    return {"fit_bpb_gain": min(gains), "fit_bpb_gain_mean": mean, "fit_bpb_gain_sd": spread, "demo": rows}
 
 
 def main() -> int:

@@ -338,16 +338,15 @@ def test_fitted_artifact_of_levels_gives_the_score_alone(finished, eval_data, in
     assert 44_000 <= first["artifact_bytes"] <= 46_000
     log = (work / "fitted" / "metrics.jsonl").read_text(encoding="utf-8")
     assert '"stage": "matrix"' in log and '"stage": "fit"' in log
+    artifact = work / "fitted" / "final_model.int6.ptz"
+    evaluation = {"DATA_PATH": eval_data, "TTT_EVAL_ONLY": 1, "TTT_ENABLED": 0}
+    in_process(work, **evaluation, ARTIFACT_DIR="refitted", QUANTIZED_MODEL_PATH=artifact)
+    again = read_result(work / "refitted")
+    assert again["artifact_bytes"] == first["artifact_bytes"], "counts what made it, settings or not"
+    assert again["settings"]["FIT_BYTES"] == 46_000
     shutil.copy(work / "fitted" / "train_gpt.packed.py", tmp_path)
-    shutil.copy(work / "fitted" / "final_model.int6.ptz", tmp_path)
-    process = command(
-        tmp_path / "train_gpt.packed.py",
-        tmp_path,
-        DATA_PATH=eval_data,
-        ARTIFACT_DIR="packed",
-        TTT_EVAL_ONLY=1,
-        TTT_ENABLED=0,
-    )
+    shutil.copy(artifact, tmp_path)
+    process = command(tmp_path / "train_gpt.packed.py", tmp_path, **evaluation, ARTIFACT_DIR="packed")
     assert process.returncode == 0, process.stderr.splitlines()[-1]
     assert read_result(tmp_path / "packed")["val_bpb"] == first["val_bpb"]
 
