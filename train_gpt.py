@@ -142,6 +142,8 @@ class Config:
     artifact_dir: str = ""  # folder of the outputs; empty: runs/<RUN_ID>
     wandb_project: str = ""  # send the log's numbers to this project of Weights & Biases (wandb)
     tensorboard_dir: str = ""  # write them for TensorBoard below this folder (tensorboard)
+    checkpoint_seconds: Amount = 0.0  # training or adaptation between two checkpoints; 0: none, no resuming
+    resume: bool = True  # go on with the unfinished run of the same command; 0: always begin a new one
     prequant_only: bool = False  # stop after the full-precision evaluation (of MODEL_PATH, if it is there)
     quantize_only: bool = False  # no training: calibrate, quantise and evaluate MODEL_PATH
     ttt_eval_only: bool = False  # no training: evaluate the artifact QUANTIZED_MODEL_PATH
@@ -478,6 +480,7 @@ _WINDOWS = {  # PR #1493 and its descendants
 }
 PRESETS |= {
     "pr1868": {"gptq_reserve_seconds": 8.0},
+    "one_gpu": {"max_wallclock_seconds": 4800.0, "checkpoint_seconds": 300.0},  # eight times as long
     "pr1855": {
         "mlp_clip_sigmas": 11.5,
         "embed_clip_sigmas": 14.0,
@@ -939,24 +942,41 @@ def share_out(costs: Sequence[float], world_size: int) -> list[int]:
     return owners
 
 
+@contextlib.contextmanager
+def writing(path: object):
+    """Name the file of what goes wrong in the block (a full disk): RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror})") from None
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that it appears whole or not at all: temporary name, fsync, rename."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 OUTPUTS = ("metrics.jsonl", "result.json", "train_gpt.packed.py")
 
 
+def _numbered(wanted: Path) -> Iterable[Path]:
+    """The folder asked for, then name+2, name+3, ..."""
+    wanted = wanted if wanted.name else wanted.resolve()
+    return itertools.chain([wanted], (wanted.with_name(f"{wanted.name}+{i}") for i in itertools.count(2)))
+
+
 def _new_folder(wanted: Path, outputs: Sequence[str]) -> Path:
     """The folder asked for or, where outputs of an earlier run lie in it, the first free of name+2, ..."""
-    wanted = wanted if wanted.name else wanted.resolve()
-    for number in itertools.count(1):
-        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}+{number}")
+    for folder in _numbered(wanted):
         try:
             (folder / "logs").mkdir(parents=True, exist_ok=True)
             if not any((folder / name).exists() for name in outputs):
@@ -975,15 +995,15 @@ def run_name(cfg: Config) -> str:
 class RunLog:
     """The run's folder and its log: events on the console, in logs/<RUN_ID>.txt and in metrics.jsonl.
 
-    Rank 0 writes; the other ranks' logs go nowhere.
+    Rank 0 writes; the other ranks' logs go nowhere. Files that are there already grow.
     """
 
-    def __init__(self, cfg: Config, ranks: Ranks = CPU):
+    def __init__(self, cfg: Config, ranks: Ranks = CPU, choose: Callable[..., Path] = _new_folder):
         self.is_main = ranks.is_main
         self.run_id = run_name(cfg)
         outputs = [Path(cfg.model_path).name, Path(cfg.quantized_model_path).name, *OUTPUTS]
         wanted = Path(cfg.artifact_dir or Path("runs") / self.run_id)
-        self.folder = _new_folder(wanted, outputs) if self.is_main else Path(os.devnull)
+        self.folder = choose(wanted, outputs) if self.is_main else Path(os.devnull)
         text = self.folder / "logs" / f"{self.run_id}.txt" if self.is_main else os.devnull
         self._text = open(text, "a", encoding="utf-8")  # noqa: SIM115
         metrics = self.folder / "metrics.jsonl" if self.is_main else os.devnull
@@ -991,7 +1011,7 @@ class RunLog:
 
     def text(self, text: str, console: bool = False) -> None:
         """Free text into the log file, and to the console if asked."""
-        print(text, file=self._text, flush=True)
+        self._write(self._text, text)
         if console and self.is_main:
             print(text, flush=True)
 
@@ -999,7 +1019,12 @@ class RunLog:
         """One line `stage key:value ...` on console and log, the same as JSON in metrics.jsonl."""
         shown = " ".join(f"{k}:{f'{v:.6g}' if isinstance(v, float) else v}" for k, v in values.items())
         self.text(f"{stage} {shown}", console=True)
-        print(json.dumps({"stage": stage, **values}), file=self._metrics, flush=True)
+        self._write(self._metrics, json.dumps({"stage": stage, **values}))
+
+    @staticmethod
+    def _write(file: io.TextIOBase, line: str) -> None:
+        with writing(file.name):
+            print(line, file=file, flush=True)
 
     def progress(self, stage: str, total: float) -> "Progress":
         """A progress display for a long stage."""
@@ -1028,7 +1053,7 @@ class TrackedLog(RunLog):
     training steps are `validation/key`. Rank 0 sends. A tracker that fails once is given up, the run goes on.
     """
 
-    def __init__(self, cfg: Config, ranks: Ranks = CPU):
+    def __init__(self, cfg: Config, ranks: Ranks = CPU, *choose: Callable[..., Path]):
         cfg = dataclasses.replace(cfg, run_id=run_name(cfg))
         self._step, self._trackers, self._closing = 0, [], contextlib.ExitStack()
         for setting, start in (("WANDB_PROJECT", self._wandb), ("TENSORBOARD_DIR", self._tensorboard)):
@@ -1039,7 +1064,7 @@ class TrackedLog(RunLog):
                     raise
                 except Exception as error:  # whatever a tracker raises: no account, no network, no folder
                     raise ConfigError(f"{setting}={value}: does not start ({error})") from None
-        super().__init__(cfg, ranks)
+        super().__init__(cfg, ranks, *choose)
 
     def _wandb(self, cfg: Config) -> None:
         wandb = tracker_module("WANDB_PROJECT", cfg.wandb_project, "wandb", "wandb")
@@ -2741,6 +2766,8 @@ class StepReport(NamedTuple):
 class Trainer:
     """Model, loader, both optimisers and the EMA; `step` does one optimiser step."""
 
+    position = 0, 0.0, None  # of `train`'s loop after the warm-up: steps, agreed clock, last report
+
     def __init__(self, cfg: Config, model: GPT, loader: PackedLoader, ranks: Ranks = CPU):
         self.cfg, self.model, self.ranks = cfg, model, ranks
         self.loader = Prefetched(loader) if ranks.device.type == "cuda" else loader
@@ -2966,12 +2993,12 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def _copy_tensors(tree: object) -> object:
+def _copy_tensors(tree: object, copy: Callable[[Tensor], Tensor] = Tensor.clone) -> object:
     if isinstance(tree, Tensor):
-        return tree.clone()
+        return copy(tree)
     if isinstance(tree, dict):
-        return {key: _copy_tensors(value) for key, value in tree.items()}
-    return [_copy_tensors(item) for item in tree] if isinstance(tree, list) else tree
+        return {key: _copy_tensors(value, copy) for key, value in tree.items()}
+    return [_copy_tensors(item, copy) for item in tree] if isinstance(tree, list) else tree
 
 
 def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[int], None]) -> int:
@@ -2984,7 +3011,8 @@ def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[i
     trainer.ranks.meet("warm-up")
     graphs = compiled_graphs() if trainer.ranks.compiler else 0
     allowance = max(cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds, 0.0)
-    capped, step, previous, agreed = cfg.max_wallclock_seconds > 0, 0, None, 0.0
+    capped = cfg.max_wallclock_seconds > 0
+    step, agreed, previous = trainer.position
     progress = log.progress("train", allowance if capped else cfg.iterations)  # seconds or steps
     with watch.stage("train"):
         while step < cfg.iterations and not (capped and _spent(agreed, step) >= allowance):
@@ -4007,10 +4035,18 @@ def packed_script(cfg: Config, source: bytes) -> tuple[bytes, bool]:  # noqa: F8
     All but where data and models lie, what the machine is, the seed, and which stages are wanted.
     """
     off = [name for name, value in cfg.as_env().items() if not value]
-    off += ["PRESETS", "PACKER", "PUBLISHED", "WHOLE", *["ANS"] * (cfg.compressor != "ans")]
+    off += [
+        "PRESETS",
+        "PACKER",
+        "PUBLISHED",
+        "WHOLE",
+        "CHECKPOINT_SECONDS",
+        *["ANS"] * (cfg.compressor != "ans"),
+    ]
     off += ["PLAIN_TEXT"] * cfg.caseops_enabled
     names = _NAMES[_NAMES.index("caseops_enabled") :]
-    row = {name: value for name, value in PRESETS[cfg.preset].items() if name not in names}
+    dropped = (*names, "checkpoint_seconds")
+    row = {name: value for name, value in PRESETS[cfg.preset].items() if name not in dropped}
     row |= {name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(Config, name)}
     return pack_code(source, cfg.compressor, off, {cfg.preset: row})
 
@@ -4745,12 +4781,12 @@ class Ledger:
 
     def __init__(self, run: "Run"):
         self._run, self._open = run, True
-        self._records: list[dict] = []
-        self._accesses: dict[tuple[str, str, str], float] = {}  # stage, kind and name -> when first
-        self._base, self._lora, self._adapters = 0, [-1, 0], None
-        self._losses: dict[str, np.ndarray] = {}  # stage -> loss of each document
+        self.records: list[dict] = []
+        self.accesses: dict[tuple[str, str, str], float] = {}  # stage, kind and name -> when first
+        self.base, self.lora, self._adapters = 0, [-1, 0], None
+        self.losses: dict[str, np.ndarray] = {}  # stage -> loss of each document
         self._scored: list[tuple[list[int], Tensor]] = []  # the batch's chunks: places and losses
-        self._start = time.perf_counter()
+        self.start = time.perf_counter()
         sys.addaudithook(self._notice)  # stays as long as the process, so it is switched off by `write`
 
     def _notice(self, event: str, arguments: tuple) -> None:
@@ -4766,14 +4802,14 @@ class Ledger:
             kind, name = "process", os.fsdecode(arguments[0])
         else:
             return
-        elapsed = time.perf_counter() - self._start
-        self._accesses.setdefault((self._run.watch.current, kind, name), elapsed)
+        elapsed = time.perf_counter() - self.start
+        self.accesses.setdefault((self._run.watch.current, kind, name), elapsed)
 
     def record(self, kind: str, data: Mapping[str, object]) -> None:
         """Take an event of an evaluator."""
         if kind in ("scored", "trained"):
             part, learns = data["part"], kind == "trained"
-            self._lora[1] += learns
+            self.lora[1] += learns
             rows = zip(part.documents, part.spans, part.trains.tolist(), strict=True)
             spans = [[number, *span] for number, span, trains in rows if trains or not learns]
             chunk = {"batch": data["batch_number"], "chunk": data["chunk"], "spans": spans}
@@ -4781,11 +4817,11 @@ class Ledger:
                 losses = data["losses"].detach()
                 sums = (losses * part.valid.to(losses.device)).sum(1)
                 self._scored.append(([first for first, _ in part.spans], sums))
-            if not self._lora[1]:
+            if not self.lora[1]:
                 chunk["b_zero"] = not any(bool(low_rank.B.any()) for low_rank in self._adapters.maps())
             self._add("adapt" if learns else "score", **chunk)
         elif kind in ("lora_constructed", "lora_reset"):
-            self._lora, self._adapters = [self._lora[0] + 1, 0], data["lora"]
+            self.lora, self._adapters = [self.lora[0] + 1, 0], data["lora"]
             self._add("reset", a="carried" if kind == "lora_reset" else "drawn")
         elif kind == "batch_done":
             for places, losses in self._scored:
@@ -4793,7 +4829,7 @@ class Ledger:
             self._scored.clear()
             self._add("batch", batch=data["batch_number"], chunks=data["chunks"], diverged=data["diverged"])
         elif kind == "global_sgd":
-            self._base += 1
+            self.base += 1
             tokens, steps = data["tokens"], len(data["grad_norms"])
             self._add("global", tokens=len(tokens), tokens_sha256=self._token_digest(tokens), steps=steps)
         elif kind == "slid":
@@ -4801,7 +4837,7 @@ class Ledger:
             spans = [[window.start + window.offset, window.targets] for window in windows]
             self._add("slide", spans=spans, loss_sum=loss_sum)
         elif kind == "trained_span":
-            self._base += 1
+            self.base += 1
             tokens, facts = data["tokens"], {"first": data["first"], "steps": data["steps"]}
             self._add("sgd", tokens=len(tokens), tokens_sha256=self._token_digest(tokens), **facts)
         elif kind in ("start", "end"):
@@ -4812,13 +4848,13 @@ class Ledger:
         starts = [start for start, _ in self._run.val.documents]
         owners = np.searchsorted(starts, places, "right") - 1
         sums = np.bincount(owners, losses.double().cpu().flatten(), len(starts))
-        self._losses[stage] = self._losses.get(stage, 0.0) + sums
+        self.losses[stage] = self.losses.get(stage, 0.0) + sums
 
     def _add(self, kind: str, **values: object) -> None:
-        rank, seconds = self._run.ranks.rank, round(time.perf_counter() - self._start, 6)
-        place = {"rank": rank, "order": len(self._records), "stage": self._run.watch.current}
+        rank, seconds = self._run.ranks.rank, round(time.perf_counter() - self.start, 6)
+        place = {"rank": rank, "order": len(self.records), "stage": self._run.watch.current}
         head = place | {"kind": kind, "seconds": seconds}
-        self._records.append(head | {"base": self._base, "lora": list(self._lora)} | values)
+        self.records.append(head | {"base": self.base, "lora": list(self.lora)} | values)
 
     @staticmethod
     def _token_digest(tokens: Tensor) -> str:
@@ -4856,10 +4892,10 @@ class Ledger:
         """Merge the ranks' records and write the file; rank 0 does."""
         self._open = False
         run = self._run
-        accesses = [[*key, when] for key, when in self._accesses.items()]
-        parts = run.ranks.gather((accesses, self._records, self._losses))
+        accesses = [[*key, when] for key, when in self.accesses.items()]
+        parts = run.ranks.gather((accesses, self.records, self.losses))
         if run.ranks.is_main:
-            losses = {stage: sum(part[2].get(stage, 0.0) for part in parts) for stage in self._losses}
+            losses = {stage: sum(part[2].get(stage, 0.0) for part in parts) for stage in self.losses}
             documents = {stage: sums.round(4).tolist() for stage, sums in losses.items()}
             documents = {"documents": run.val.documents, "losses": documents}
             write_whole(run.log.folder / "documents.json", json.dumps(documents).encode())
@@ -4883,7 +4919,7 @@ class Run:
     Everything that a mistake could spoil is looked at before the folder of the run is made.
     """
 
-    new_trainer = Trainer
+    new_trainer, score_ttt = Trainer, staticmethod(score_first_ttt)
 
     def __init__(self, cfg: Config, ranks: Ranks, source: bytes):
         self.cfg = cfg = choose_backends(cfg, ranks)
@@ -4901,14 +4937,13 @@ class Run:
         self.manifest = check_data(cfg, ["train"] if self.trains or cfg.quantize_only else [])
         self.val = load_validation(cfg)  # read to be checked; no model sees it before its evaluation
         self.model = self._first_model()
-        self.log = self._open_log()
+        self.log = self._open_log(cfg, ranks)
         self.stages: dict[str, dict[str, float]] = {}
         self.result: dict[str, object] = {}
         self._log_head()
 
-    def _open_log(self) -> RunLog:
-        cfg = self.cfg
-        return (TrackedLog if cfg.wandb_project or cfg.tensorboard_dir else RunLog)(cfg, self.ranks)
+    def _open_log(self, cfg: Config, ranks: Ranks, *choose: Callable[..., Path]) -> RunLog:
+        return (TrackedLog if cfg.wandb_project or cfg.tensorboard_dir else RunLog)(cfg, ranks, *choose)
 
     def _exists(self, field: str) -> Path | None:
         """The file of a setting: as given, or in ARTIFACT_DIR; None where there is none."""
@@ -5155,7 +5190,7 @@ class Run:
 
         with self.watch.stage("ttt"):
             options = {"looping": self.looping, "ranks": self.ranks, "on_event": on_event}
-            meter = score_first_ttt(self.model, self.val, cfg, **options)
+            meter = self.score_ttt(self.model, self.val, cfg, **options)
         self.record("ttt", meter, documents)
 
     def finish(self) -> int:
@@ -5534,11 +5569,11 @@ class GuardedRun(Run):
         check.check_disk(self.trains, self.val.num_targets)
         return model
 
-    def _open_log(self) -> RunLog:
-        if not self.cfg.preflight_only:
-            return super()._open_log()
+    def _open_log(self, cfg: Config, ranks: Ranks, *choose: Callable[..., Path]) -> RunLog:
+        if not cfg.preflight_only:
+            return super()._open_log(cfg, ranks, *choose)
         self._scratch = tempfile.TemporaryDirectory()  # a rehearsal leaves nothing
-        return RunLog(dataclasses.replace(self.cfg, artifact_dir=self._scratch.name), self.ranks)
+        return RunLog(dataclasses.replace(cfg, artifact_dir=self._scratch.name), ranks)
 
     def _log_head(self) -> None:
         super()._log_head()
@@ -5610,10 +5645,638 @@ def run_guarded(cfg: Config, ranks: Ranks, source: bytes) -> int:
     """Execute a run under guard; exit code as `main`."""
     try:
         with _signals(ranks):
-            return _run(cfg, ranks, source, GuardedRun)
+            keeps = cfg.checkpoint_seconds and not cfg.preflight_only
+            return _run(cfg, ranks, source, KeptRun if keeps else GuardedRun)
     except Stopped as stopped:
         ranks.say(f"stage {stopped.stage}: {stopped}")
         return stopped.code
+
+
+# [end]
+
+
+# [if CHECKPOINT_SECONDS]
+# -- checkpoints: a run that was cut off goes on between steps, stages or batches of adaptation
+
+KEPT_MAGIC = b"PGOLFKP1"
+
+
+def write_kept(path: Path, values: object, tensors: object = None) -> None:
+    """Write a checkpoint: magic, SHA-256 of the rest, `torch.save` of values (as JSON) and tensors."""
+    buffer = io.BytesIO()
+    torch.save({"values": json.dumps(values), "tensors": tensors}, buffer)
+    body = buffer.getbuffer()
+    write_whole(path, b"".join([KEPT_MAGIC, hashlib.sha256(body).digest(), body]))
+
+
+def read_kept(path: Path) -> tuple[dict, object]:
+    """Values and tensors (on the CPU) of a checkpoint; nothing in it is executed.
+
+    Raises:
+        ArtifactError: not readable, not whole or not one of ours.
+    """
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from None
+    body = memoryview(blob)[40:]
+    if blob[:8] != KEPT_MAGIC or hashlib.sha256(body).digest() != blob[8:40]:
+        raise ArtifactError(f"{path}: damaged, not a whole checkpoint")
+    try:
+        state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        return json.loads(state["values"]), state["tensors"]
+    except Exception:  # a right checksum over something else: torch raises half a dozen types
+        raise ArtifactError(f"{path}: not a checkpoint of this script") from None
+
+
+class Shelf:
+    """Checkpoints of one kind in a folder, numbered; the last two are kept."""
+
+    def __init__(self, folder: Path, kind: str):
+        self.folder, self.kind = folder, kind
+
+    def paths(self) -> list[Path]:
+        """The files, oldest first."""
+        return sorted(self.folder.glob(f"{self.kind}.*.ckpt"))
+
+    def add(self, values: object, tensors: object = None) -> Path:
+        """Write the next one, then remove all but two. Raises RunError where it cannot be written."""
+        paths = self.paths()
+        number = int(paths[-1].name.split(".")[-2]) + 1 if paths else 1
+        path = self.folder / f"{self.kind}.{number:06}.ckpt"
+        write_kept(path, values, tensors)
+        for old in self.paths()[:-2]:
+            old.unlink()
+        return path
+
+    def whole(self, damaged: dict[Path, str]) -> Iterable[tuple[dict, object]]:
+        """Values and tensors, newest first; what is damaged is collected with its message."""
+        for path in reversed(self.paths()):
+            try:
+                yield read_kept(path)
+            except ArtifactError as error:
+                damaged[path] = str(error)
+
+
+def file_digest(path: Path, blocks: int = 64, size: int = 1 << 16) -> str:
+    """Hash of a file's size and bytes (all up to 4 MiB, else blocks spread over it); empty: no file."""
+    if not path.is_file():
+        return ""
+    length = path.stat().st_size
+    digest = hashlib.sha256(str(length).encode())
+    with open(path, "rb") as file:
+        for block in range(blocks):
+            file.seek(block * max(size, (length - size) // (blocks - 1)))
+            digest.update(file.read(size))
+    return digest.hexdigest()
+
+
+class KeptTrainer(GuardedTrainer):
+    """A trainer that hands its state to the run every CHECKPOINT_SECONDS, and takes it up again.
+
+    Rank 0's clock, which travels with the gradients, turns negative once that rank is told to stop: so all
+    ranks keep the state behind the same step and leave.
+    """
+
+    def __init__(self, run: "KeptRun", *arguments: object):
+        super().__init__(*arguments)
+        self._run, self._reports, self._kept_at = run, [], 0.0
+
+    def warm_up(self, steps: int) -> None:
+        """As the trainer's; then go on from the checkpoint where there is one."""
+        super().warm_up(steps)
+        if self._run.trainer_state:
+            self.load_kept(self._run.trainer_state)
+            self._run.begin_at_checkpoint()
+        self.ranks.polls = True
+
+    def step(
+        self, step: int, frac: float, batches: Sequence[Batch] | None = None, elapsed: float = 0.0
+    ) -> StepReport:
+        """As the trainer's; before it, where it is time, the state behind the last step is kept."""
+        if batches is not None:  # the warm-up's
+            return super().step(step, frac, batches, elapsed)
+        agreed = self._reports[0].elapsed if len(self._reports) > 1 else 0.0  # the clock of all ranks
+        if agreed < 0 or agreed - self._kept_at >= self.cfg.checkpoint_seconds:
+            self._kept_at = agreed
+            self._run.keep(self.kept(step), wait=agreed < 0)
+        if agreed < 0:
+            raise Stopped(self.ranks.told or signal.SIGTERM)
+        report = super().step(step, frac, batches, -1 - elapsed if self.ranks.told else elapsed)
+        self._reports = [*self._reports[-1:], report]
+        return report
+
+    def kept(self, step: int) -> dict:
+        """All that step number `step` (at least 2) depends on: rank 0's, on the CPU. Raises if not finite."""
+        clocks = [max(report.elapsed, -1 - report.elapsed) for report in self._reports]
+        state = self.snapshot() | {"step": step, "clocks": clocks, "rng": torch.get_rng_state()}
+        banks = self.muon.param_groups[0]["params"]
+        for number, entry in state["muon"]["state"].items():
+            whole = self.ranks.all_gather(entry["momentum_buffer"]).wait()
+            entry["momentum_buffer"] = whole[: len(banks[number])]
+        return _copy_tensors(state, Tensor.cpu) if self.ranks.is_main else {}
+
+    def load_kept(self, state: dict) -> None:
+        """Go back to a state of `kept`, whatever the number of ranks was."""
+        ranks, banks = self.ranks, self.muon.param_groups[0]["params"]
+        for number, entry in state["muon"]["state"].items():
+            whole, per_rank = entry["momentum_buffer"], -(-len(banks[number]) // ranks.world_size)
+            padding = whole.new_zeros(per_rank * ranks.world_size - len(whole), *whole.shape[1:])
+            entry["momentum_buffer"] = torch.cat([whole, padding]).split(per_rank)[ranks.rank]
+        torch.set_rng_state(state["rng"])
+        self.restore(state | {"ema": _copy_tensors(state["ema"], lambda tensor: tensor.to(ranks.device))})
+        measured = [Pending(torch.tensor([0.0, 0.0, clock, 0.0]), None) for clock in state["clocks"]]
+        self._reports = [StepReport(state["step"], values, 1.0, 0.0, self.looping) for values in measured]
+        self._kept_at = state["clocks"][0]
+        self.position = state["step"], self._kept_at, self._reports[1]
+
+
+class KeptTTT(ScoreFirstTTT):
+    """Test-time training that keeps where it is between batches, each rank for itself.
+
+    A resumed one walks through the same batches and phases, without computing, up to where it was.
+    """
+
+    def __init__(self, run: "KeptRun", *arguments: object, **options: object):
+        super().__init__(*arguments, **options)
+        self._run, self._before, self._told = run, run.ttt_state, self._on_event
+        self._done, self._phases, self._reusable, self._kept_at = 0, 0, None, time.monotonic()
+        if self._before:
+            self._on_event = lambda kind, **data: None
+
+    def _passed(self) -> bool:
+        """Count a batch or a phase. True where it was done before; behind the last one all is as it was."""
+        self._done += 1
+        if not self._before:
+            return False
+        if self._done == self._before[0]["done"]:
+            self._restore(*self._before)
+        return True
+
+    def _restore(self, values: dict, tensors: dict) -> None:
+        self.meter.add_sums(*values["sums"])
+        self.diverged, self._constructed = values["diverged"], values["constructed"]
+        self._generator.set_state(tensors["generator"])
+        for low_rank, a in zip(self._reusable.maps() if self._reusable else (), tensors["a"], strict=True):
+            low_rank.A.data.copy_(a)
+        if self._reusable and tensors["active"] is not None:
+            self._reusable.active = tensors["active"].to(self.ranks.device)
+        self._on_event, self._before = self._told, None
+        self._run.load_ledger(values["ledger"])
+
+    def _keep(self, wait: bool = False) -> None:
+        reusable = self._reusable
+        values = {
+            "done": self._done,
+            "phases": self._phases,
+            "sums": [self.meter.loss_sum, self.meter.bytes, self.meter.tokens],
+            "diverged": self.diverged,
+            "constructed": self._constructed,
+        }
+        tensors = {
+            "generator": self._generator.get_state(),
+            "a": [low_rank.A.detach().cpu().clone() for low_rank in reusable.maps()] if reusable else [],
+            "active": reusable.active.cpu() if reusable and reusable.active is not None else None,
+        }
+        self._run.keep_ttt(values, tensors, wait)
+        self._kept_at = time.monotonic()
+
+    def _adapters(self, batch: TTTBatch, reusable: BatchedLoRA | None) -> BatchedLoRA | None:
+        self._reusable = reusable
+        return None if self._before else super()._adapters(batch, reusable)
+
+    def _score_batch(self, batch: TTTBatch, lora: BatchedLoRA | None) -> None:
+        if not self._passed():
+            super()._score_batch(batch, lora)
+            told = self.ranks.told
+            if told or time.monotonic() - self._kept_at >= self.cfg.checkpoint_seconds:
+                self._keep(wait=bool(told))
+            if told:
+                raise Stopped(told)
+
+    def _global_phase(self, phase: int, boundary: int, done: Sequence[TTTBatch]) -> None:
+        self._phases, self._reusable = phase, None  # new adapters follow
+        if not self._passed():
+            super()._global_phase(phase, boundary, done)
+            self._run.keep_weights(phase)
+            self._keep(wait=True)
+            self.ranks.meet("kept")  # no rank forgets the phase before while another is still there
+
+
+class KeptRun(GuardedRun):
+    """A run that writes checkpoints and goes on from them.
+
+    `<folder>/checkpoints` holds three kinds: "run" (settings and hashes that it belongs to, results, clock
+    and, while it trains, the trainer), "ttt-<rank>" (scores and ledger so far), "phase" (weights after one).
+    """
+
+    trainer_state = ttt_state = lock = None
+    last_checkpoint = ""
+
+    def __init__(self, cfg: Config, ranks: Ranks, source: bytes):
+        self._asked, self._pool, self._writing = cfg, ThreadPoolExecutor(1), None
+        self._before: dict = {}  # what the checkpoint says that the run goes on from
+        self._damaged: dict[Path, str] = {}
+        self._outputs: dict[str, str] = {}  # finished output files -> SHA-256
+        try:
+            super().__init__(cfg, ranks, source)
+        except BaseException:
+            self._release()
+            raise
+
+    def _release(self) -> None:
+        self._pool.shutdown()  # what is being written is not given up
+        if self.lock is not None:
+            os.close(self.lock)
+
+    # -- which run the command goes on with
+
+    def _open_log(self, cfg: Config, ranks: Ranks, *_: object) -> RunLog:
+        """The log of the run that is to go on, or of a new one."""
+        folder, refusal = None, ""
+        ranks.meet("start")
+        if ranks.is_main:
+            self.identity = self._identity()
+            try:
+                folder = self._find() if cfg.resume else None
+            except UserError as error:
+                refusal = str(error)
+        if refusal := ranks.gather(refusal)[0]:
+            raise ConfigError(refusal)
+        self._before, self.trainer_state = self._spread(self._before, self.trainer_state)
+        if self._before:
+            cfg = dataclasses.replace(cfg, run_id=self._before["run"])
+            self.cfg = dataclasses.replace(self.cfg, resume=self._before["resume"])
+        if "ended" in self._before:
+            return RunLog(cfg, Ranks(ranks.device, 1))  # nothing is written
+        log = super()._open_log(cfg, ranks, lambda *wanted: folder or _new_folder(*wanted))
+        self.shelves = Path(ranks.gather(str(log.folder))[0]) / "checkpoints"
+        self.shelves.mkdir(parents=True, exist_ok=True)
+        if ranks.is_main:
+            self.lock = _locked(self.shelves) if self.lock is None else self.lock
+        return log
+
+    def _spread(self, values: dict, tensors: object) -> tuple[dict, object]:
+        """Rank 0's values and tensors, on every rank."""
+        if self.ranks.world_size == 1:
+            return values, tensors
+        buffer = io.BytesIO()
+        torch.save({"values": json.dumps(values), "tensors": tensors}, buffer)
+        state = torch.load(io.BytesIO(self._share(buffer.getvalue())), map_location="cpu", weights_only=True)
+        return json.loads(state["values"]), state["tensors"]
+
+    def _share(self, data: bytes) -> bytes:
+        """Rank 0's bytes, on every rank."""
+        ranks, length = self.ranks, self.ranks.gather(len(data))[0]
+        if ranks.world_size == 1 or not length:
+            return data if ranks.is_main else b""
+        buffer = torch.zeros(length, dtype=torch.uint8, device=ranks.device)
+        if ranks.is_main:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        return ranks.sum_(buffer).cpu().numpy().tobytes()
+
+    def _identity(self) -> dict[str, object]:
+        """What the result of a run depends on: settings, hashes of script, data and given files."""
+        cfg, settings = self.cfg, self._asked.as_env()
+        del settings["RESUME"]
+        splits = ["train"] * (self.trains or cfg.quantize_only) + ["val", "val_bytes"]
+        files = [path for split in splits for path in shard_paths(cfg.data_folder, split)]
+        files += [cfg.data_folder / "manifest.json", tokenizer_file(cfg), self.artifact, self.checkpoint]
+        known = {str(path): file_digest(path) for path in files if path}
+        return {"settings": settings, "files": known, "script": hashlib.sha256(self.source).hexdigest()}
+
+    def _find(self) -> Path | None:
+        """The folder to go on in: the one named or, without a name, that of the newest unfinished run."""
+        cfg = self._asked
+        if not (cfg.artifact_dir or cfg.run_id):
+            kept = [path for path in Path("runs").glob("*/checkpoints") if path.is_dir()]
+            kept.sort(key=lambda path: -path.stat().st_mtime)
+            return next((path.parent for path in kept if self._take(path, named=False)), None)
+        wanted = Path(cfg.artifact_dir or Path("runs") / cfg.run_id)
+        there = [folder / "checkpoints" for folder in itertools.takewhile(Path.exists, _numbered(wanted))]
+        kept = [path for path in there if path.is_dir()]
+        return kept[-1].parent if kept and self._take(kept[-1], named=True) else None
+
+    def _take(self, kept: Path, named: bool) -> bool:
+        """Lock a folder and take its newest checkpoint, if that is this command's.
+
+        Raises ConfigError where a folder that was named holds an unfinished run that cannot go on.
+        """
+        lock, damaged = _locked(kept), {}
+        values, tensors = (
+            next(Shelf(kept, "run").whole(damaged), ({}, None)) if lock is not None else ({}, None)
+        )
+        unlike = self._differences(values["identity"]) if values else []
+        if (
+            named
+            and lock is not None
+            and not values
+            and not damaged
+            and _begin_again(kept.parent, self._asked)
+        ):
+            self.lock = lock
+            return True
+        if values and not unlike and (named or "ended" not in values):
+            self.lock, self._before, self.trainer_state, self._damaged = lock, values, tensors, damaged
+            return True
+        reason = "; ".join(damaged.values()) if lock is not None else "another process is at work there"
+        if lock is not None:
+            os.close(lock)
+        reason = f"begun with other settings or data: {'; '.join(unlike[:6])}" if unlike else reason
+        if named and reason and "ended" not in values:
+            raise ConfigError(f"{kept.parent}: this run cannot go on, {reason} (RESUME=0 begins a new one)")
+        return False
+
+    def _differences(self, then: Mapping) -> list[str]:
+        now, rows = self.identity, []
+        for name, value in now["settings"].items():
+            other = then["settings"].get(name)
+            rows += [f"{name}={value} there {other}"] * (value != other)
+        for name in sorted(now["files"].keys() | then["files"].keys()):
+            rows += [f"{name} differs"] * (now["files"].get(name) != then["files"].get(name))
+        return rows + ["train_gpt.py differs"] * (now["script"] != then["script"])
+
+    def _log_head(self) -> None:
+        """As the run's. A resumed run has it in its log again; events behind the checkpoint are cut off."""
+        if "ended" in self._before:
+            return
+        super()._log_head()
+        self._set_aside(self._damaged)
+        before = self._before
+        if not before:
+            self.keep()
+            return
+        self._cut_metrics(before["metrics"])
+        self.stages, self._outputs = before["stages"], before["outputs"]
+        self.result = before["result"] | {"environment": self.result["environment"]}
+        self.result["resumed"] = self.result.get("resumed", 0) + 1
+        self.watch.seconds |= before["seconds"]
+        for state in before["ledgers"][self.ranks.rank : self.ranks.rank + 1]:
+            self.load_ledger(state)
+        if self.ranks.is_main:
+            for path in [*self.log.folder.glob(".*.tmp"), *self.shelves.glob(".*.tmp")]:
+                path.unlink()
+        stages = ", ".join(self.stages) or "the start"
+        where = f"at step {self.trainer_state['step']}" if self.trainer_state else f"after {stages}"
+        self.log.text(f"resumed {self.log.folder} {where}", console=True)
+
+    def _set_aside(self, damaged: Mapping[Path, str]) -> None:
+        for path, text in damaged.items():
+            path.rename(path.with_suffix(".damaged"))
+            self.log.text(f"{text}; the one before is taken", console=True)
+
+    def begin_at_checkpoint(self) -> None:
+        """The trainer's state has been taken up; events told on the way there have been told before."""
+        self.trainer_state = None
+        self._cut_metrics(self._before["metrics"])
+
+    def _cut_metrics(self, size: int) -> None:
+        if self.ranks.is_main:
+            os.truncate(self._metrics, min(size, self._metrics.stat().st_size))
+
+    @property
+    def _metrics(self) -> Path:
+        return self.log.folder / "metrics.jsonl"
+
+    # -- what is kept
+
+    def keep(self, tensors: dict | None = None, wait: bool = True, **more: object) -> bool:
+        """Write where the run is; in the background, with the trainer's state, while it trains.
+
+        All ranks call it, rank 0 writes. False where that failed.
+        """
+        ledgers = self.ranks.gather(self._ledger_state())
+        values = self._position() | {
+            "identity": self.identity if self.ranks.is_main else {},
+            "run": self.log.run_id,
+            "folder": str(self.log.folder),
+            "resume": self.cfg.resume,
+            "stages": self.stages,
+            "result": self.result,
+            "outputs": self._outputs,
+            "ledgers": ledgers,
+        }
+        return not self.ranks.is_main or self._write("run", values | more, tensors, wait)
+
+    def _position(self) -> dict[str, object]:
+        """Clocks, and the length of metrics.jsonl."""
+        self.watch.elapsed("train")  # brings all seconds up to now
+        size = self._metrics.stat().st_size if self.ranks.is_main else 0
+        return {"seconds": self.watch.seconds, "metrics": size}
+
+    def _write(self, kind: str, values: dict, tensors: object, wait: bool) -> bool:
+        """Write in the background, one at a time. What goes wrong is said, and the run goes on."""
+        if self._writing and not wait and not self._writing.done():
+            self.log.text("checkpoint left out: the one before is still being written", console=True)
+            return False
+        self._settle()
+        values = json.loads(json.dumps(values))  # as they are now
+        self._writing = self._pool.submit(Shelf(self.shelves, kind).add, values, tensors)
+        return not wait or self._settle()
+
+    def _settle(self) -> bool:
+        """Wait for the checkpoint that is being written; False where that failed."""
+        writing, self._writing = self._writing, None
+        if not writing:
+            return True
+        if error := writing.exception():
+            self.log.text(f"checkpoint not written, going on without: {error}", console=True)
+            return False
+        self.last_checkpoint = str(writing.result())
+        return True
+
+    def keep_ttt(self, values: dict, tensors: dict, wait: bool) -> None:
+        """Write where this rank's adaptation is."""
+        values |= {"artifact": self._artifact_digest(), "world": self.ranks.world_size}
+        events = self._metrics.read_bytes()[self._ttt_events :].decode() if self.ranks.is_main else ""
+        values |= {"ledger": self._ledger_state(), "events": events} | self._position()
+        self._write(f"ttt-{self.ranks.rank}", values, tensors, wait)
+
+    def keep_weights(self, phase: int) -> None:
+        """Write the weights that a phase has left behind; rank 0 does."""
+        if self.ranks.is_main:
+            values = {"phase": phase, "artifact": self._artifact_digest()}
+            weights = _copy_tensors(dict(self.model.state_dict()), Tensor.cpu)
+            self._write("phase", values, weights, wait=True)
+
+    def _artifact_digest(self) -> str:
+        return hashlib.sha256(self.blob).hexdigest()
+
+    def _ledger_state(self) -> dict[str, object]:
+        if not self.ledger:
+            return {}
+        ledger, clock = self.ledger, time.perf_counter() - self.ledger.start
+        accesses = [[*key, when] for key, when in list(ledger.accesses.items())]
+        state = {"records": list(ledger.records), "base": ledger.base, "lora": list(ledger.lora)}
+        losses = {stage: sums.tolist() for stage, sums in ledger.losses.items()}
+        return state | {"losses": losses, "clock": clock, "accesses": accesses}
+
+    def load_ledger(self, state: dict) -> None:
+        """Give the ledger back its records, its counters and its clock, and what was opened before."""
+        if self.ledger and state:
+            ledger, now = self.ledger, time.perf_counter()
+            ledger.records, ledger.base, ledger.lora = state["records"], state["base"], state["lora"]
+            ledger.losses = {stage: np.array(sums) for stage, sums in state["losses"].items()}
+            ledger.start = now - state["clock"]
+            for *key, when in state["accesses"]:
+                ledger.accesses.setdefault(tuple(key), when)
+
+    # -- the stages, each once
+
+    def new_trainer(self, *arguments: object) -> KeptTrainer:
+        """A trainer that keeps its state."""
+        return KeptTrainer(self, *arguments)
+
+    def score_ttt(self, *arguments: object, **options: object) -> BpbMeter:
+        """Test-time training that keeps its state."""
+        return KeptTTT(self, *arguments, **options).run()
+
+    def _output(self, field: str) -> bytes:
+        """Contents of a finished output file, on every rank; nothing where there is none, or another."""
+        path, blob = self.log.folder / Path(getattr(self.cfg, field)).name, b""
+        if self.ranks.is_main and path.name in self._outputs:
+            blob = path.read_bytes() if path.is_file() else b""
+            if hashlib.sha256(blob).hexdigest() != self._outputs[path.name]:
+                self.log.text(f"{path}: not what this run wrote", console=True)
+                blob = b""
+        return self._share(blob)
+
+    def _note_output(self, field: str) -> None:
+        path = self.log.folder / Path(getattr(self.cfg, field)).name
+        if self.ranks.is_main:
+            self._outputs[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def _stop_polling(self) -> None:
+        """The end of a stage that looked for signals itself."""
+        self.keep()
+        self.ranks.polls = False
+        if self.ranks.told:
+            raise Stopped(self.ranks.told)
+
+    def train(self) -> None:
+        """Train, or take the weights that are there."""
+        if "steps" not in self.result:
+            super().train()
+            self._note_output("model_path")
+            self._stop_polling()
+        elif not self._output("quantized_model_path"):
+            blob = self._output("model_path")
+            if not blob:
+                path = self.log.folder / Path(self.cfg.model_path).name
+                raise ArtifactError(f"{path}: not what this run wrote, it cannot go on (RESUME=0: a new one)")
+            self.model.load_state_dict(torch.load(io.BytesIO(blob), weights_only=True))
+
+    def evaluate(self, stage: str, looping: bool | None = None) -> None:
+        """Standard evaluation, if it has not been made."""
+        if stage not in self.stages:
+            super().evaluate(stage, looping)
+            if stage in ("prequant", "quantised"):  # the others are part of the training
+                self.keep()
+
+    def quantise(self) -> Path:
+        """Make the artifact, or take the one that is there."""
+        if blob := self._output("quantized_model_path"):
+            self.blob = blob
+            return self.log.folder / Path(self.cfg.quantized_model_path).name
+        path = super().quantise()
+        self._note_output("quantized_model_path")
+        self.keep()
+        return path
+
+    def count_bytes(self) -> None:
+        """Pack the script, if that has not been done."""
+        if "code_bytes" not in self.result or not (self.log.folder / "train_gpt.packed.py").is_file():
+            super().count_bytes()
+
+    def slide(self) -> None:
+        """Sliding windows, if they have not been scored."""
+        if "sliding" not in self.stages:
+            super().slide()
+            self.keep()
+
+    def adapt_by_sgd(self) -> None:
+        """Test-time training by SGD, if it has not been done; cut off, it begins again."""
+        if "ttt" not in self.stages:
+            super().adapt_by_sgd()
+            self.keep()
+
+    def adapt(self) -> None:
+        """Test-time training, from where it was."""
+        if "ttt" not in self.stages:
+            self._find_ttt()
+            self.ranks.polls = True
+            super().adapt()
+            self._stop_polling()
+
+    def _find_ttt(self) -> None:
+        """Take the newest states from which all ranks can go on: of one phase, with its weights."""
+        ranks, damaged, artifact = self.ranks, {}, self._artifact_digest()
+        self._ttt_events = self._metrics.stat().st_size if ranks.is_main else 0
+        ours = {"artifact": artifact, "world": ranks.world_size}.items()
+        states = Shelf(self.shelves, f"ttt-{ranks.rank}").whole(damaged)
+        states = {state[0]["phases"]: state for state in [*states][::-1] if ours <= state[0].items()}
+        weights = Shelf(self.shelves, "phase").whole(damaged) if ranks.is_main else []
+        weights = {values["phase"]: w for values, w in weights if values["artifact"] == artifact}
+        ranks.meet("kept")
+        common = set.intersection({0, *ranks.gather(list(weights))[0]}, *map(set, ranks.gather(list(states))))
+        self._set_aside(damaged)
+        if not common:
+            return
+        phase = max(common)
+        self.ttt_state = values, _ = states[phase]
+        if phase:
+            self.model.load_state_dict(self._spread({}, weights.get(phase))[1])
+        if ranks.is_main:
+            with open(self._metrics, "a", encoding="utf-8") as file:
+                file.write(values["events"])
+        self.watch.seconds["ttt"] = max(ranks.gather(values["seconds"]["ttt"]))
+        self.log.text(f"resumed ttt after {values['sums'][2]:.0f} targets of rank 0", console=True)
+
+    def execute(self) -> int:
+        """All stages that are left; then the checkpoints go, but for the one that says that all is done."""
+        if "ended" in self._before:
+            if self.ranks.is_main:
+                print(
+                    f"{self._before['folder']}: this run has ended, see its result.json (RESUME=0: a new one)"
+                )
+            return self._before["ended"]
+        try:
+            code = super().execute()
+            if self.keep(ended=code):
+                own = "*" if self.ranks.is_main else f"ttt-{self.ranks.rank}.*"
+                for path in sorted(self.shelves.glob(own)):
+                    if str(path) != self.last_checkpoint:
+                        path.unlink(missing_ok=True)
+            return code
+        except RunError as error:  # a loss that is not finite, say
+            self._settle()
+            kept = f"; the last checkpoint is {self.last_checkpoint}" if self.last_checkpoint else ""
+            raise RunError(f"{error}{kept}") from None
+        finally:
+            self._release()
+
+
+def _locked(folder: Path) -> int | None:
+    """Lock a folder for as long as this process lives; None where another process has it."""
+    import fcntl
+
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _begin_again(folder: Path, cfg: Config) -> bool:
+    """Clear a folder in which a run was cut off before its first checkpoint; False where it made outputs."""
+    names = Path(cfg.model_path).name, Path(cfg.quantized_model_path).name, *OUTPUTS[1:]
+    if any((folder / name).exists() for name in names):
+        return False
+    for path in [folder / OUTPUTS[0], *(folder / "logs").glob("*.txt"), *folder.glob(".*.tmp")]:
+        path.unlink(missing_ok=True)
+    return True
 
 
 # [end]
@@ -5658,6 +6321,7 @@ def _run(cfg: Config, ranks: Ranks, source: bytes, kind: type[Run] = Run) -> int
     try:
         with contextlib.closing(run.log):
             code = run.execute()
+        ranks.meet("end")  # torchrun ends all ranks when one has left with another code than 0
         ranks.close()
         return code
     except UserError:

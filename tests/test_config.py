@@ -149,7 +149,7 @@ OURS |= {
 }
 OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "clip_global", "fit_bytes"}
 OURS |= {"allow_unverified_data", "audit", "wandb_project", "tensorboard_dir", "plain_windows"}
-OURS |= {"preflight_only"}
+OURS |= {"checkpoint_seconds", "resume"}
 
 # What else a setting's other value needs, so that the whole makes sense.
 COMPANIONS = {

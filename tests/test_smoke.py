@@ -374,6 +374,7 @@ def test_published_artifact_gives_the_score(tg, finished, eval_data, in_process)
         ({"SLIDING_WINDOW_ENABLED": 1}, "SLIDING_WINDOW_ENABLED"),
         ({"COMPRESSOR": "ans"}, "ANS"),
         ({"CASEOPS_ENABLED": 0}, "PLAIN_TEXT"),
+        ({"CHECKPOINT_SECONDS": 60}, "CHECKPOINT_SECONDS"),
     ],
 )
 def test_packed_script_says_what_it_is_without(finished, eval_data, tmp_path, settings, name):

@@ -1,0 +1,381 @@
+"""A run that is cut off anywhere goes on and ends with the same bytes and scores; what cannot is refused."""
+
+import errno
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from test_smoke import environment, make_data
+
+from bench.faults import FULL, OUTPUTS, Bench, contents, difference, durations, full_disk, kill_chain, unwhole
+
+# A checkpoint before every step and after every batch; warm-started adapters, the harder case.
+KEPT = {"CHECKPOINT_SECONDS": "1e-9", "AUDIT": "1", "TTT_CHUNK_SIZE": "32"}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL inside this process."""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A working folder with a data set."""
+    folder = tmp_path_factory.mktemp("resume")
+    make_data(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_packing(tg):
+    """The counted code is another test's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg, "packed_script", lambda *_: (b"packed", True))
+        yield
+
+
+@pytest.fixture
+def processes(work) -> dict[str, str]:
+    """Settings of real processes, whose scripts are not minified."""
+    (work / "stub").mkdir(exist_ok=True)
+    (work / "stub/python_minifier.py").write_text("raise ImportError")
+    stub = {"PYTHONPATH": str(work / "stub"), "CHECKPOINT_SECONDS": "0.02"}
+    return environment(DATA_PATH="data", **KEPT | stub)
+
+
+@pytest.fixture
+def run(tg, work, monkeypatch, capfd):
+    """Function: name of the output folder, settings -> exit code, standard output and error."""
+    monkeypatch.chdir(work)
+
+    def start(name: str, **settings: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        given = {"DATA_PATH": "data", "ARTIFACT_DIR": name, "RUN_ID": name and "tiny"} | KEPT | settings
+        return tg.main([], environment(**given)), *capfd.readouterr()
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def reference(tg, work, quick_packing) -> dict[str, object]:
+    """What the undisturbed run made; its folder is `undisturbed`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        settings = KEPT | {"DATA_PATH": "data", "ARTIFACT_DIR": "undisturbed", "RUN_ID": "tiny"}
+        assert tg.main([], environment(**settings)) == 0
+    return contents(work / "undisturbed")
+
+
+@pytest.fixture
+def cut_off(tg, monkeypatch, run):
+    """Function: start a run and kill it before (or after) the n-th call of a method, or write of a file."""
+
+    def start(name: str, target: str, count: int, after: bool = False, **settings: object) -> None:
+        with monkeypatch.context() as patch:
+            owner, _, method = target.rpartition(".")
+            owner = getattr(tg, owner) if owner in dir(tg) else tg
+            wanted, method = ("", method) if owner is not tg else (target, "write_whole")
+            original, left = getattr(owner, method), [count]
+
+            def counted(*arguments: object, **options: object) -> object:
+                if not wanted or wanted in str(arguments[0]):
+                    left[0] -= 1
+                    if left[0] == 0 and not after:
+                        raise Killed
+                value = original(*arguments, **options)
+                if left[0] == 0:
+                    raise Killed
+                return value
+
+            patch.setattr(owner, method, counted)
+            with pytest.raises(Killed):
+                pytest.fail(f"{target} was not reached: {run(name, **settings)}")
+
+    return start
+
+
+# -- kills
+
+
+PLACES = [  # what is being done for the n-th time when the run is killed: before it, or behind it
+    ("Run._log_head", 1, False),
+    ("KeptTrainer.kept", 1, False),
+    ("Trainer.step", 8, False),  # two of them are the warm-up's
+    ("final_model.pt", 1, False),
+    ("final_model.pt", 1, True),
+    ("Run.evaluate", 1, False),
+    ("Run.quantise", 1, False),
+    ("final_model.int6.ptz", 1, False),
+    ("final_model.int6.ptz", 1, True),
+    ("train_gpt.packed.py", 1, True),
+    ("ScoreFirstTTT._score_batch", 1, True),
+    ("ScoreFirstTTT._global_phase", 1, True),
+    ("KeptRun.keep_weights", 1, True),
+    ("ScoreFirstTTT._score_batch", 2, False),
+    ("ScoreFirstTTT._score_batch", 1, True),
+    ("Run.finish", 1, False),
+    ("result.json", 1, True),
+    ("ledger.jsonl", 1, True),
+]
+
+
+def test_resume_of_a_run_killed_at_eighteen_places(work, reference, cut_off, run):
+    for target, count, after in PLACES:
+        cut_off("chain", target, count, after)
+        assert unwhole(work / "chain", reference) == [], target
+    code, output, errors = run("chain")
+    assert (code, errors) == (0, "")
+    assert difference(work / "chain", reference) == []
+    assert json.loads((work / "chain/result.json").read_text())["resumed"] == len(PLACES)
+    left = [path.name for path in (work / "chain/checkpoints").iterdir()]
+    assert len(left) == 1 and left[0].startswith("run."), "only the mark of the end stays"
+    assert len(list((work / "chain/logs").iterdir())) == 1
+
+
+def test_resume_repeats_no_work(work, reference, cut_off, run):
+    cut_off("late", "Run.finish", 1)
+    code, output, _ = run("late")
+    stages = [line.split()[0] for line in output.splitlines()]
+    assert code == 0 and stages == ["start", "preflight", "resumed", "final"]
+    assert difference(work / "late", reference) == []
+
+
+@pytest.mark.parametrize("ranks, kills", [(1, 3), (2, 2)])
+def test_resume_after_sigkill(work, processes, ranks, kills):
+    """The real thing: processes killed at random moments, on two ranks sometimes only one of them."""
+    bench, name = Bench(work, processes, ranks), f"killed-{ranks}"
+    outcome = bench.run(f"{name}-undisturbed")
+    assert outcome.code == 0, outcome.errors
+    found = contents(work / f"{name}-undisturbed")
+    counts = kill_chain(bench, name, kills, found, durations(outcome), random.Random(ranks))
+    assert counts["identical"] == counts["kills"] >= 1 and not counts["wrong"]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("place", ["Trainer.step", "ScoreFirstTTT._score_batch"])
+def test_resume_after_a_signal(tg, work, reference, run, monkeypatch, number, code, place):
+    """Told to stop: the state is kept and nothing is computed twice."""
+    owner, method = place.split(".")
+    original, calls, name = getattr(getattr(tg, owner), method), [], f"{method}-{code}"
+
+    def told(*arguments: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == {"step": 4, "_score_batch": 2}[method]:
+            os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(getattr(tg, owner), method, told)
+    ended, output, errors = run(name, CHECKPOINT_SECONDS=1000)
+    assert ended == code and f"told to stop ({number.name})" in errors
+    done = len(calls)
+    ended, output, _ = run(name, CHECKPOINT_SECONDS=1000)
+    assert ended == 0 and "resumed" in output
+    again = {"Trainer.step": 2, "ScoreFirstTTT._score_batch": 0}[place]  # its warm-up
+    whole = {"Trainer.step": 2 + 6, "ScoreFirstTTT._score_batch": 4}[place]
+    assert len(calls) - again == whole > done
+    assert difference(work / name, reference) == []
+
+
+def test_state_is_that_of_any_number_of_ranks(tg):
+    """Muon's momentum is cut among ranks: what two keep one takes up, and the other way round."""
+    cfg = tg.Config(**{k.lower(): v for k, v in SMALL.items()}, checkpoint_seconds=1.0)
+
+    class Loader:
+        def state(self):
+            return 0, 0, 0
+
+        def load_state(self, state):
+            assert state == (0, 0, 0)
+
+    class Stub:
+        trainer_state = None
+
+    def trainer(rank: int, world: int):
+        torch.manual_seed(0)
+        ranks = tg.Ranks(torch.device("cpu"), rank, world)
+        return tg.KeptTrainer(Stub(), cfg, tg.GPT(cfg), Loader(), ranks)
+
+    one = trainer(0, 1)
+    for bank in one.muon.param_groups[0]["params"]:
+        one.muon.state[bank]["momentum_buffer"] = torch.randn_like(bank).bfloat16()
+    clock = tg.Pending(torch.tensor([0.0, 0.0, 1.5, 0.0]), None)
+    one._reports = [tg.StepReport(i, clock, 1.0, 0.0, False) for i in (1, 2)]
+    whole = one.kept(2)
+    shards = []
+    for rank in range(2):
+        other = trainer(rank, 2)
+        other.load_kept(tg._copy_tensors(whole))
+        assert other.position == (2, 1.5, other._reports[1])
+        shards.append([state["momentum_buffer"] for state in other.muon.state.values()])
+    for bank, parts in zip(one.muon.state, zip(*shards, strict=True), strict=True):
+        joined = torch.cat(parts)[: len(bank)]
+        assert torch.equal(joined, one.muon.state[bank]["momentum_buffer"])
+    other.ranks.all_gather = lambda shard: tg.Pending(torch.cat(next(gathered)), None)
+    gathered = iter(list(zip(*shards, strict=True)))
+    back = other.kept(2) or {}
+    assert back == {}, "only rank 0 takes it to the host"
+
+
+# -- which run goes on
+
+
+def test_finished_run_is_not_made_again(work, reference, run):
+    before = {p: p.read_bytes() for p in (work / "undisturbed").rglob("*") if p.is_file()}
+    code, output, errors = run("undisturbed")
+    assert (code, errors) == (0, "") and output.startswith("undisturbed: this run has ended")
+    assert {p: p.read_bytes() for p in (work / "undisturbed").rglob("*") if p.is_file()} == before
+    assert not (work / "undisturbed+2").exists()
+
+
+def test_resume_0_begins_a_new_run(work, cut_off, run):
+    cut_off("twice", "Run.quantise", 1)
+    code, output, _ = run("twice", RESUME=0, TTT_ENABLED=0)
+    assert code == 0 and "resumed" not in output
+    assert (work / "twice+2/result.json").is_file() and not (work / "twice/result.json").exists()
+
+
+def test_resume_finds_the_unfinished_run_without_a_name(work, reference, cut_off, run):
+    cut_off("", "Run.quantise", 1, RUN_ID="")
+    folder, *others = (work / "runs").iterdir()
+    assert not others
+    code, output, _ = run("", RUN_ID="", SEED=7, PREQUANT_ONLY=1, ITERATIONS=1)
+    assert code == 0 and "resumed" not in output, "another command's run is left alone"
+    code, output, _ = run("", RUN_ID="")
+    assert code == 0 and f"resumed {folder.relative_to(work)}" in output
+    assert difference(folder, reference) == []
+
+
+def test_resume_with_other_settings_or_data_is_refused(work, cut_off, run):
+    shutil.copytree(work / "data", work / "copy")
+    cut_off("fixed", "Trainer.step", 6, DATA_PATH="copy")
+    before = {p: p.read_bytes() for p in (work / "fixed").rglob("*") if p.is_file()}
+    code, output, errors = run("fixed", DATA_PATH="copy", MATRIX_LR=0.5, SEED=1)
+    assert (code, output, len(errors.splitlines())) == (2, "", 1)
+    assert "SEED=1 there 42; MATRIX_LR=0.5 there 0.026" in errors and "RESUME=0" in errors
+    manifest = json.loads((work / "copy/manifest.json").read_text())
+    (work / "copy/manifest.json").write_text(json.dumps(manifest))
+    code, output, errors = run("fixed", DATA_PATH="copy")
+    assert (code, output) == (2, "") and "copy/manifest.json differs" in errors
+    assert {p: p.read_bytes() for p in (work / "fixed").rglob("*") if p.is_file()} == before
+
+
+def test_resume_of_a_run_at_work_is_refused(work, cut_off, run):
+    cut_off("busy", "Trainer.step", 6)
+    lock = os.open(work / "busy/checkpoints", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    code, output, errors = run("busy")
+    os.close(lock)
+    assert (code, output) == (2, "") and "another process is at work there" in errors
+
+
+# -- damage
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_resume_takes_the_one_before_a_damaged_checkpoint(work, reference, cut_off, run):
+    cut_off("damaged", "Trainer.step", 7)
+    newest = sorted((work / "damaged/checkpoints").glob("run.*"))[-1]
+    flip(newest)
+    cut_off("damaged", "ScoreFirstTTT._score_batch", 4)
+    for kind in ("run.*", "ttt-0.*", "phase.*"):
+        flip(sorted((work / "damaged/checkpoints").glob(kind))[-1])
+    code, output, _ = run("damaged")
+    assert code == 0 and output.count("damaged, not a whole checkpoint; the one before is taken") == 3
+    assert difference(work / "damaged", reference) == []
+
+
+def test_resume_without_a_whole_checkpoint_is_refused(work, cut_off, run):
+    cut_off("spoilt", "Trainer.step", 7)
+    for path in (work / "spoilt/checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    code, output, errors = run("spoilt")
+    assert (code, output, len(errors.splitlines())) == (2, "", 1)
+    for path in (work / "spoilt/checkpoints").iterdir():
+        assert f"spoilt/checkpoints/{path.name}: damaged" in errors
+
+
+def test_resume_with_damaged_outputs(work, reference, cut_off, run):
+    """The artifact is made again from the weights; other weights than the run's are refused."""
+    cut_off("outputs", "Run.adapt", 1)
+    flip(work / "outputs/final_model.int6.ptz")
+    cut_off("outputs", "Run.adapt", 1)
+    assert (work / "outputs/final_model.int6.ptz").read_bytes() == (
+        work / "undisturbed/final_model.int6.ptz"
+    ).read_bytes()
+    for name in OUTPUTS[:2]:
+        flip(work / "outputs" / name)
+    code, _, errors = run("outputs")
+    assert code == 2 and "outputs/final_model.pt: not what this run wrote" in errors
+
+
+@pytest.mark.parametrize("content", [{"values": "{}"}, [1, 2], {"values": {}, "tensors": None}, "text"])
+def test_foreign_checkpoint_with_a_right_checksum(tg, tmp_path, content):
+    path = tmp_path / "run.000001.ckpt"
+    tg.write_kept(path, {"a": 1.5}, {"b": torch.ones(2)})
+    assert tg.read_kept(path)[0] == {"a": 1.5}
+    torch.save(content, tmp_path / "body")
+    body = (tmp_path / "body").read_bytes()
+    path.write_bytes(tg.KEPT_MAGIC + tg.hashlib.sha256(body).digest() + body)
+    with pytest.raises(tg.ArtifactError, match=r"run\.000001\.ckpt: not a checkpoint of this script"):
+        tg.read_kept(path)
+
+
+# -- full disk
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_full_disk_faults_name_the_file(tg, tmp_path, monkeypatch, call):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "final_model.pt"
+    path.write_bytes(b"earlier")
+    monkeypatch.setattr(tg.os, call, full)
+    with pytest.raises(tg.RunError, match="final_model.pt: cannot be written .No space left on device"):
+        tg.write_whole(path, b"later")
+    assert [p.name for p in tmp_path.iterdir()] == ["final_model.pt"] and path.read_bytes() == b"earlier"
+
+
+def test_checkpoint_faults_do_not_end_the_run(tg, work, reference, run, monkeypatch):
+    """No checkpoint can be written: said each time, and the run is what it would have been."""
+
+    def full(path: Path, *_: object) -> None:
+        raise tg.RunError(f"{path}: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(tg, "write_kept", full)
+    code, output, errors = run("without")
+    assert (code, errors) == (0, "")
+    assert output.count("checkpoint not written, going on without: ") > 10
+    assert difference(work / "without", reference) == []
+
+
+def test_full_disk_faults_of_a_run(work, processes, monkeypatch):
+    """A write that fails half-way in two real processes: log and artifact; then they go on."""
+    monkeypatch.setattr("bench.faults.FULL", [FULL[0], FULL[3]])
+    assert full_disk(work, processes, 2) == {"full": 2, "lost": 0}
+
+
+SMALL = {
+    "VOCAB_SIZE": 64,
+    "NUM_LAYERS": 3,
+    "MODEL_DIM": 16,
+    "NUM_HEADS": 2,
+    "NUM_KV_HEADS": 1,
+    "ROPE_DIMS": 4,
+    "LOOP_START": 1,
+    "LOOP_END": 1,
+    "PARALLEL_START_LAYER": 2,
+    "TRAIN_SEQ_LEN": 32,
+    "TRAIN_BATCH_TOKENS": 256,
+    "EVAL_SEQ_LEN": 32,
+}
