@@ -321,6 +321,31 @@ def test_a_limit_exceeded_is_a_result_and_said(fake):
     assert code == 0 and "NO: too long" in out
 
 
+FAKE_AUDIT = """
+import json, sys
+from pathlib import Path
+folder = Path(sys.argv[1])
+status = "FAIL" if folder.name == "seed2" else "PASS"
+told = {"checks": {"D1": {"status": status}}, "counts": {status: 1}, "arguments": sys.argv[2:]}
+(folder / "audit.json").write_text(json.dumps(told))
+sys.exit(status == "FAIL")
+"""
+
+
+def test_each_run_is_audited_once_and_a_failed_audit_is_exit_code_1(fake, tmp_path, monkeypatch):
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "audit.py").write_text(FAKE_AUDIT)
+    monkeypatch.setattr(reproduce.seeds, "ROOT", tmp_path)
+    assert fake("--seeds", "1,3", "--audit", "--out", "out")[0] == 0
+    told = json.loads((tmp_path / "out" / "seed3" / "audit.json").read_text())
+    assert told["arguments"] == ["--seeds", "out/seed1"]  # R4 compares with the seeds before it
+    before = everything(tmp_path / "out")
+    code, out, _ = fake("--seeds", "1,2,3", "--audit", "--out", "out", "--json")
+    assert code == 1 and "seed 2 1 FAIL" in out
+    assert [run["audit"] for run in json.loads(out.splitlines()[-1])["runs"]][1] == {"FAIL": 1}
+    assert everything(tmp_path / "out").items() >= before.items()
+
+
 def test_the_scripts_own_words_about_a_wrong_setting(fake):
     code, _, err = fake("--seeds", "1", BROKEN=1)
     assert code == 2 and err.count("\n") == 1 and "MATRIX_LR=none: must be a number" in err
@@ -339,7 +364,7 @@ def test_a_two_seed_claim_of_the_real_script(tmp_path):
     environ["PYTHONPATH"] = "without"
     command = [sys.executable, TOOL, "--seeds", "1,2", "--json", "--", sys.executable, "train_gpt.py"]
     first, again = (
-        subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=200)
+        subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=500)
         for _ in range(2)
     )
     assert (first.returncode, again.returncode) == (0, 0), first.stderr
@@ -474,7 +499,7 @@ def test_the_repositorys_own_submission_agrees_with_its_logs():
 
 OBJECTIONS = {
     "only a sample was scored": lambda r: {"settings": {**r.settings, "VAL_DOC_FRACTION": 0.5}},
-    "ALLOW_ILLEGAL=1": lambda r: {"settings": {**r.settings, "ALLOW_ILLEGAL": True}},
+    "ALLOW_ILLEGAL=1": lambda r: {"result": {**r.result, "prequant_ttt": {"epochs": 6}}},
     "did not train a model": lambda r: {"steps": None},
     "write its artifact": lambda r: {"artifact_bytes": None},
     "evaluation took 700": lambda r: {"broken_limits": ("evaluation took 700 s",), "legal": False},

@@ -121,7 +121,9 @@ def run_missing(experiment: Experiment, folder: Path, seeds: Sequence[int], audi
         else:
             print(f"reproduce: seed {seed}: finished before, {record.path}", flush=True)
         if audit and record.audit is None:
-            code = subprocess.run([sys.executable, ROOT / "tools" / "audit.py", record.path]).returncode
+            judge = [sys.executable, ROOT / "tools" / "audit.py", record.path]
+            others = ["--seeds", *(other.path for other in records)] if records else []
+            code = subprocess.run([*judge, *others]).returncode
             if code == 2:
                 raise RunFailed(f"seed {seed}: tools/audit.py {record.path}: exit code 2", code)
             record = read_run(record.path)

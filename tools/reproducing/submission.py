@@ -36,11 +36,11 @@ def check_submittable(records: Sequence[RunRecord]) -> None:
 
 def _objections(record: RunRecord) -> Iterable[str]:
     """Why a run may not be submitted, the first reason first."""
-    fraction, settings = record.settings.get("VAL_DOC_FRACTION", 1), record.settings
+    fraction = record.settings.get("VAL_DOC_FRACTION", 1)
     if record.form != "run":
         yield f"a {record.form} without its result.json"
-    if settings.get("ALLOW_ILLEGAL") or record.result.get("illegal"):
-        yield "ran with ALLOW_ILLEGAL=1, its score is not legal"
+    if "prequant_ttt" in record.result:
+        yield "ran with ALLOW_ILLEGAL=1 (experiments/prequant_ttt.py), its score is not legal"
     if fraction < 1:
         yield f"VAL_DOC_FRACTION={fraction:g}: only a sample was scored"
     if record.steps is None or not record.artifact_bytes:
