@@ -88,17 +88,22 @@ class Report:
         ]
 
     def _stages(self) -> str:
-        caption = (
-            "Bits per byte after training, what each later stage changed, and the score. Lower is better."
-        )
-        return self.each("stages", "val_bpb through the stages", figures.waterfall, caption, page.stage_rows)
+        what, note = "val_bpb through the stages", "Lower is better."
+        if len(self.runs) == 1:
+            caption = f"Bits per byte after training, what each later stage changed, and the score. {note}"
+            return self.each("stages", what, figures.waterfall, caption, page.stage_rows)
+        rows = "".join(page.stage_rows(run) for run in self.runs)
+        caption = f"Bits per byte after training and after each later stage. {note}"
+        return self.figure("stages", what, lambda: figures.stages(self.runs), caption, lambda: rows)
 
     def _curves(self) -> str:
         shown = ""
         for key, what in (("train_loss", "training loss"), ("lr_multiplier", "learning rate")):
             checked = any(run.validations() for run in self.runs)
-            note = " The first steps lie above." if key == "train_loss" else ""
-            note += " Diamonds: validations while training." if checked and note else ""
+            note = ""
+            if key == "train_loss":
+                note = " The first steps lie above." if figures.later_losses(self.runs) else ""
+                note += " Diamonds: validations while training." if checked else ""
             for against in ("steps", "seconds"):
                 shown += self.figure(
                     f"{key}_{against}",

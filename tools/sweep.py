@@ -670,6 +670,9 @@ def _draw_variable(panel: Axes, variable: Variable, ranked: Sequence[FrozenTrial
         panel.set_xlim(-0.5, len(variable.values) - 0.5)
     elif variable.kind == "log":
         panel.set_xscale("log")
+        steps = [variable.low * (variable.high / variable.low) ** (i / 3) for i in range(4)]
+        panel.set_xticks(steps, [f"{step:.2g}" for step in steps])
+        panel.minorticks_off()
     panel.set(xlabel=variable.name, ylabel=metric)
 
 

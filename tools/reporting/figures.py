@@ -99,9 +99,10 @@ def _colour(number: int) -> str:
     return SERIES[number % len(SERIES)]
 
 
-def _legend(axes: Axes, runs: Sequence[Run], **where: object) -> None:
+def _legend(figure: Figure, runs: Sequence[Run]) -> None:
+    """Which colour is which run, below the panel."""
     if len(runs) > 1:
-        axes.legend(**where)
+        figure.legend(loc="outside lower center", ncols=2 if max(len(run.label) for run in runs) > 12 else 3)
 
 
 def _thousands(value: float, _: object = None) -> str:
@@ -134,25 +135,28 @@ def curve(runs: Sequence[Run], key: str, against: str) -> Figure:
     if not found:
         raise Missing(reason)
     if key == "train_loss":
-        axes.set(title="training loss", ylabel="nats per token", ylim=_without_the_first_steps(runs))
+        axes.set(title="training loss", ylabel="nats per token", ylim=later_losses(runs))
     else:
         axes.set(title="learning rate", ylabel="share of its peak", ylim=(0, 1.05))
     axes.set_xlabel("step" if against == "steps" else "seconds of training")
     axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    _legend(axes, runs)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _legend(figure, runs)
     return figure
 
 
-def _without_the_first_steps(runs: Sequence[Run]) -> tuple[float, float] | None:
+def later_losses(runs: Sequence[Run]) -> tuple[float, float] | None:
     """Limits of the axis for what comes after the first five steps, whose losses are far above."""
-    later = [loss for run in runs for _, loss in run.validations()]
+    later, checks = [], [loss for run in runs for _, loss in run.validations()]
     for run in runs:
         with contextlib.suppress(Missing):
             steps, _, losses = run.curve("train_loss")
             later += [loss for step, loss in zip(steps, losses, strict=True) if step > 5]
-    margin = 0.06 * (max(later) - min(later)) if later else 0
-    return (min(later) - margin, max(later) + margin) if margin else None
+    if not later:
+        return None
+    low, high = min(later + checks), max(later + checks)
+    margin = 0.06 * (high - low) or 0.01
+    return low - margin, high + margin
 
 
 # -- stages
@@ -193,6 +197,24 @@ def waterfall(run: Run) -> Figure:
     axes.set_ylabel("bits per byte (axis from " + f"{floor:.2f})")
     axes.set_xlim(-0.6, max(last, 3) + 0.6)
     axes.grid(visible=False, axis="x")
+    return figure
+
+
+def stages(runs: Sequence[Run]) -> Figure:
+    """val_bpb of several runs through the stages after training."""
+    figure, axes = new_figure()
+    names = [name for name in NAMES if any(name in run.record.stages for run in runs)]
+    if not names:
+        raise Missing("no run has come to the end of its training")
+    for number, run in enumerate(runs):
+        scores = run.record.stages
+        places = [place for place, name in enumerate(names) if name in scores]
+        values = [scores[names[place]]["val_bpb"] for place in places]
+        look = {"color": _colour(number), "marker": MARKS[number % len(MARKS)], "label": run.label}
+        axes.plot(places, values, **look)
+    axes.set_xticks(range(len(names)), [NAMES[name] for name in names])
+    axes.set(title="val_bpb", ylabel="bits per byte", xlim=(-0.5, len(names) - 0.5))
+    _legend(figure, runs)
     return figure
 
 
@@ -315,7 +337,7 @@ def gain(runs: Sequence[Run]) -> Figure:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     axes.set(title="gain of test-time training", xlabel="tokens of the document", ylabel="nats per token")
-    _legend(axes, runs)
+    _legend(figure, runs)
     return figure
 
 

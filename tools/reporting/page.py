@@ -18,6 +18,7 @@ p{margin:.4em 0;max-width:75ch}.soft{color:var(--soft)}
 .grid{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr))}
 figure,.box{margin:0;padding:10px;min-width:0;background:var(--panel);border:1px solid var(--line)}
 figure,.box{border-radius:8px}.full{grid-column:1/-1}.absent{align-self:start}
+.runs td:first-child,.runs th:first-child{position:sticky;left:0;background:var(--panel)}
 figure svg{display:block;width:100%;max-width:560px;height:auto;margin:0 auto}
 figure svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif!important}
 figcaption{color:var(--soft);font-size:.86rem;margin-top:6px}
@@ -29,7 +30,10 @@ td.n,th.n{text-align:right;white-space:nowrap}th{vertical-align:bottom}tr:last-c
 .good{color:var(--good)}.bad{color:var(--bad)}
 summary{cursor:pointer;color:var(--soft);font-size:.88rem;margin-top:6px}
 details table{margin-top:6px}code{font-size:.88em}
-@media (max-width:560px){td,th{padding-right:8px}.audit td:nth-child(3){min-width:11em}}
+@media (max-width:560px){td,th{padding-right:8px}
+.audit tbody,.audit tr,.audit td{display:block}.audit th{display:none}.audit td{border:0;padding:1px 0}
+.audit tr{border-bottom:1px solid var(--line);padding:6px 0}.audit td:nth-child(4){color:var(--soft)}
+.audit td:nth-child(-n+2){display:inline-block;margin-right:.6em}}
 """
 
 
@@ -109,7 +113,8 @@ def overview(runs: Sequence[Run]) -> str:
         "",
         *(Raw(_key(i) + text(run.label)) if len(runs) > 1 else run.label for i, run in enumerate(runs)),
     ]
-    return f'<div class="box">{table(head, rows)}</div>'
+    rows = [row for row in rows if any(cell != "-" for cell in row[1:])]
+    return f'<div class="box{" full" * (len(runs) > 3)} runs">{table(head, rows)}</div>'
 
 
 def _key(number: int) -> str:
@@ -151,7 +156,7 @@ def stage_rows(run: Run) -> str:
     """Every stage of a run with its figures."""
     keys = ("val_loss", "val_bpb", "documents", "targets", "seconds")
     rows = [[name, *(score.get(key, "-") for key in keys)] for name, score in run.record.stages.items()]
-    return details("all stages", table(["stage", *keys], rows))
+    return details(f"all stages of {run.label}", table(["stage", *keys], rows))
 
 
 def seconds_rows(runs: Sequence[Run]) -> str:
