@@ -139,6 +139,7 @@ def _child(environ: dict[str, str], folder: Path, output: Path) -> None:
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * os.sysconf("SC_PAGE_SIZE") + GROWTH
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -177,7 +178,7 @@ def attempt(name: str, text: str, folder: Path) -> tuple[str, str]:
     code = -1 if status is None else os.waitstatus_to_exitcode(status)
     if code == 2 and len(errors) == 1 and name in errors[0] and not any("model " in x[:6] for x in lines):
         return "refused", said
-    if code in (0, 3) and lines[-1].startswith("final "):
+    if code in (0, 3) and lines[-1].startswith(("final ", "passed ")):
         return "works", said
     if code == 2 and len(errors) == 1 and name == "PRESET":  # names what in it does not fit
         return "refused", said
