@@ -5345,6 +5345,9 @@ class Preflight:
         self.cfg, self.ranks, self.facts = cfg, ranks, {}
         self._hashing: threading.Thread | None = None
         self._wrong: list[str] = []  # of this rank's training shards
+        most = 4 * (os.cpu_count() or 1)  # far more than CPUs, and they wait for each other for minutes
+        if cfg.cpu_threads > most:
+            raise ConfigError(f"CPU_THREADS={cfg.cpu_threads}: must be at most {most} on this machine")
         if ranks.device.type == "cuda":
             self._check_gpu()
 
@@ -5371,6 +5374,8 @@ class Preflight:
         sizes = {"log": 1 << 20, cfg.model_path: 4 * weights * trains, "ledger": 6 * targets * cfg.audit}
         sizes[cfg.quantized_model_path] = weights * ended * (not cfg.ttt_eval_only)
         wanted = Path(cfg.artifact_dir or "runs")
+        if not (wanted.name or wanted.resolve().name):
+            raise ConfigError(f"ARTIFACT_DIR={wanted}: must name a folder")
         try:
             whole = wanted.absolute()
             place = next(folder for folder in (whole, *whole.parents) if folder.exists())

@@ -11,6 +11,7 @@ contest); or, for settings that only make a run longer, a run that is still unde
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -87,6 +88,11 @@ COMPANIONS = {  # what gives a setting something to do
         {"TTT_SGD": "1", "TTT_CHUNK_TOKENS": "128"},
     ),
 }
+ALSO = {  # whose refusal may name another setting: what it stands for or needs
+    "PRESET": "",
+    "QUANTIZE_ONLY": "MODEL_PATH",
+    "TTT_EVAL_ONLY": "QUANTIZED_MODEL_PATH",
+}
 LONG = {"WARMUP_STEPS", "TTT_EPOCHS", "TTT_GRAD_STEPS", "GLOBAL_TTT_EPOCHS", "GPTQ_CALIBRATION_BATCHES"}
 LONG |= {"NUM_LOOPS", "NUM_LAYERS", "MODEL_DIM", "MLP_MULT"}
 NOT_NUMBERS = ["", " ", "x", "nan", "inf", "-inf", "1e999", "0x10", "1,5", "None", "9" * 5000]
@@ -99,7 +105,8 @@ def values(field: dataclasses.Field) -> list[str]:
     if kind is bool:
         return ["0", "1", "true", "FALSE", "2", "-1", *NOT_NUMBERS]
     if kind is str:
-        texts = [*map(str, choices), "", " ", "x", "nan", "x" * 300, "a/b", "..", "/", "é", "-", "a\nb"]
+        texts = [*map(str, choices), "", " ", "x", "nan", "x" * 300, "a/b", "..", "é", "-", "a\nb"]
+        texts += ["/"] * (field.name != "tensorboard_dir")  # which would be written to
         return [*tg.PRESETS, *texts] if field.name == "preset" else texts
     low, high = choices[1].low, choices[1].high
     tried = [field.default, 0, 1, 2, 7, -1, 1000, 10**6, 2**31, 2**63, 10**30]
@@ -123,14 +130,30 @@ def make_data(folder: Path) -> None:
     prepare.prepare(named, tokenizer, folder, 4)
 
 
+def names_it(name: str, message: str) -> bool:
+    """Whether a message names a setting."""
+    return name in message or ALSO.get(name, name) in message
+
+
 def accepted(name: str, text: str) -> bool:
-    """Whether a value passes the settings' own checks; if not, a message that names it (or is PRESET's)."""
+    """Whether a value passes the settings' own checks; if not, with a message that names it."""
     try:
         tg.Config.from_env(TINY | COMPANIONS.get(name, {}) | {name: text})
     except tg.ConfigError as error:
-        assert name in str(error) or name == "PRESET", f"{name}={text!r}: {error}"
+        assert names_it(name, str(error)), f"{name}={text!r}: {error}"
         return False
     return True
+
+
+def warm_up(folder: Path) -> None:
+    """One run in this process, so that the forked ones find every module imported."""
+    where = os.getcwd()
+    try:
+        os.chdir(folder)
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert tg.main([], TINY | {"ARTIFACT_DIR": "warm"}) == 0
+    finally:
+        os.chdir(where)
 
 
 def _child(environ: dict[str, str], folder: Path, output: Path) -> None:
@@ -139,10 +162,13 @@ def _child(environ: dict[str, str], folder: Path, output: Path) -> None:
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * os.sysconf("SC_PAGE_SIZE") + GROWTH
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    tg.pack_code = lambda *_: (b"packed", True)  # seconds, and the same each time
+    if "CPU_THREADS" not in environ or environ["CPU_THREADS"] == "1":  # stacks take address space
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    tg.packed_script = lambda *_: (b"packed", True)  # seconds, and the same each time
+    tg._command_output = lambda *_: ""
     code = 99
     with contextlib.suppress(BaseException):
         try:
@@ -175,12 +201,11 @@ def attempt(name: str, text: str, folder: Path) -> tuple[str, str]:
     lines = said.splitlines()
     errors = [line for line in lines if line.startswith("train_gpt.py: error: ")]
     code = -1 if status is None else os.waitstatus_to_exitcode(status)
-    if code == 2 and len(errors) == 1 and name in errors[0] and not any("model " in x[:6] for x in lines):
+    begun = any(line.startswith("model ") for line in lines)
+    if code == 2 and len(errors) == 1 and names_it(name, errors[0]) and not begun:
         return "refused", said
-    if code in (0, 3) and lines[-1].startswith("final "):
+    if code in (0, 3) and lines[-1].startswith(("final ", "passed ")):
         return "works", said
-    if code == 2 and len(errors) == 1 and name == "PRESET":  # names what in it does not fit
-        return "refused", said
     if status is None and name in LONG and not errors:
         return "long", said
     return "WRONG", f"exit code {code}\n{said}"
@@ -203,8 +228,9 @@ def try_all(chosen: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str, str, 
     """(setting, text, end, output) of each setting and text."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+        folder = Path(scratch) / "folder"  # a setting may mean the one above
         make_data(folder / "data")
+        warm_up(folder)
         for name, text in chosen:
             yield name, text, *attempt(name, text, folder)
 
@@ -212,14 +238,19 @@ def try_all(chosen: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str, str, 
 def main() -> int:
     """Try all and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--names", help="settings to try, by commas; all without")
+    parser.add_argument("--names", help="settings to try, by commas, or NAME: for all from there on")
     parser.add_argument("--ends", action="store_true", help="of numbers only what lies at the bounds")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     names = arguments.names.split(",") if arguments.names else ()
+    if arguments.names and arguments.names.endswith(":"):
+        every = [field.name.upper() for field in dataclasses.fields(tg.Config)]
+        names = every[every.index(arguments.names[:-1]) :]
     chosen, ends, wrong = all_values(names, arguments.ends), Counter(), []
     for name, text, end, said in try_all(chosen):
         ends[end] += 1
+        if sum(ends.values()) % 20 == 0 and not arguments.json:
+            print(f"{sum(ends.values())}/{len(chosen)} {name}", file=sys.stderr, flush=True)
         if end == "WRONG":
             wrong.append([name, text[:40], said[-600:]])
             print(f"{name}={text[:40]!r}: {said[-600:]}\n", file=sys.stderr, flush=True)

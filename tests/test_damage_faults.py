@@ -51,7 +51,7 @@ def test_faults_that_are_not_refused_are_counted(tmp_path):
     result = damage.run_damage(90, make=make)
     for ends in result["kinds"].values():
         assert ends["refused"] == 0 and ends["wrong"] > 10
-    assert result["kinds"]["crashing"]["wrong"] == result["kinds"]["nameless"]["wrong"]
+        assert ends["wrong"] == ends["damaged"] - ends["harmless"]
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,9 @@ def test_faults_of_one_bit_are_seen_by_the_hash(inputs, kind):
     data[1024 + (len(data) - 1024) // 4 * 2] ^= 1
     damage.replace(path, bytes(data))
     try:
-        with pytest.raises(damage.tg.DataError, match=path.name):
+        with pytest.raises(damage.tg.DataError) as caught:
             made[kind].load()
+        assert any(name in str(caught.value) for name in damage.names(path))
     finally:
         damage.replace(path, whole)
     made[kind].load()

@@ -31,7 +31,7 @@ def work(tmp_path_factory) -> Path:
 def run(tg, work, monkeypatch, capfd):
     """Function: settings -> exit code, standard output and error of a run in this process."""
     monkeypatch.chdir(work)
-    monkeypatch.setattr(tg, "pack_code", lambda *_: (b"packed", True))
+    monkeypatch.setattr(tg, "packed_script", lambda *_: (b"packed", True))
 
     def start(**settings: object) -> tuple[int, str, str]:
         capfd.readouterr()
@@ -219,7 +219,7 @@ def unlimited(tg, work):
     """Artifact of a run that nothing limits."""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
         patch.chdir(work)
-        patch.setattr(tg, "pack_code", lambda *_: (b"packed", True))
+        patch.setattr(tg, "packed_script", lambda *_: (b"packed", True))
         assert tg.main([], TINY | {"ARTIFACT_DIR": "unlimited", "TTT_ENABLED": "0"}) == 0
     assert "fallback" not in said.getvalue()
     return (work / "unlimited" / "final_model.int6.ptz").read_bytes()
@@ -352,13 +352,3 @@ def test_preflight_guard_gives_the_handlers_back(run):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert run(VOCAB_SIZE=999)[0] == 2
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
-
-
-# -- the counted code
-
-
-def test_preflight_is_not_in_the_counted_code(tg):
-    source = (ROOT / "train_gpt.py").read_bytes()
-    off = [name for name, value in tg.Config().as_env().items() if not value] + ["PUBLISHED", "ANS"]
-    code = tg.pack_code(source, "lzma", off)[0]
-    assert len(code) < len(tg.pack_code(source, "lzma", [*set(off) - {"PREFLIGHT_ONLY"}])[0]) - 1000
