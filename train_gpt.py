@@ -573,7 +573,7 @@ ALIASES = {  # names in published commands and logs -> ours
     "PARALLEL_RESIDUAL_START": "PARALLEL_START_LAYER",
     "FUSED_CE_ENABLED": "TRITON_KERNELS",
 }
-UNREAD = ("PHASED_TTT_ENABLED", "ROPE_TRAIN_SEQ_LEN")  # set in published commands, read by no script
+UNREAD = ("PHASED_TTT_ENABLED", "ROPE_TRAIN_SEQ_LEN")  # of published commands and logs, read by no script
 
 
 def translate(environ: Mapping[str, str]) -> dict[str, str]:

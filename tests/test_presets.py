@@ -1,6 +1,7 @@
 """Presets: every published system by its name, by the settings its log prints, and by its own command."""
 
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from test_data import random_tokens, write_shard
 from test_smoke import SCRIPT, VAL_DOCS, VOCAB, command, documents, read_result
 
 import prepare_caseops_data as prepare
+from dataprep.checking import check_folder
 from dataprep.encoding import Encoder, tokenise_validation
 
 LOGS = Path(__file__).resolve().parents[1] / "../shared/published_logs"
@@ -464,6 +466,21 @@ def plain_data(tmp_path_factory) -> Path:
     manifest = prepare.prepare(named, tokenizer, folder, VAL_DOCS)
     assert manifest["transform"] == "none" and manifest["splits"]["val"]["uncharged_bytes"] == 0
     return folder
+
+
+def test_plain_data_are_recognised_without_their_manifest(plain_data, tmp_path):
+    folder = shutil.copytree(plain_data, tmp_path / "data")
+    written = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").unlink()
+    problems, manifest = check_folder(folder, write_manifest=True)
+    assert not problems and manifest["transform"] == "none"
+    assert manifest["splits"]["val"]["bytes"] == json.loads(written)["splits"]["val"]["bytes"]
+
+
+def test_plain_demo_data_have_a_place_of_their_own(tg):
+    options = prepare.parse_arguments(["--demo", "--plain"])
+    assert str(options.out) == tg.Config.from_env({"PRESET": "pr1667", "SCALE": "demo"}).data_path
+    assert prepare.parse_arguments(["--demo"]).out != options.out
 
 
 @pytest.mark.parametrize("preset", ["pr1667-demo", "pr1858-demo"])

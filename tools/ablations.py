@@ -125,11 +125,16 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--print", action="store_true")
-    if parser.parse_args(arguments).print:
+    parser.add_argument("--one", metavar="SEED", type=int, help="the runs of one seed, no table")
+    options = parser.parse_args(arguments)
+    if options.print:
         print(table(json.loads(RESULT.read_text(encoding="utf-8"))))
         return 0
     result = {"steps": STEPS, "ttt_chunk_size": CHUNK, "scores": {}}
     try:
+        if options.one is not None:
+            run_seed(options.one, environ)
+            return 0
         for seed in SEEDS:
             result["scores"][str(seed)] = run_seed(seed, environ)
             write(result)
