@@ -183,7 +183,8 @@ def ask_network(
                 return recorder.losses(*ranks.send(x, y, segments), looping=looping).cpu()
 
         row = cfg.val_batch_tokens // tg.CONTEST_MICRO_BATCHES
-        meter = tg.evaluate_standard(score, val, row, cfg.eval_seq_len, None, ranks)
+        limits = row, cfg.eval_seq_len
+        meter = tg.evaluate_standard(score, val, *limits, None, ranks, cfg.plain_windows)
     network = recorder.result()
     if not math.isclose(network.losses.sum(), meter.loss_sum, rel_tol=1e-5):
         raise tg.RunError(f"recorded {network.losses.sum()} nats, the evaluator {meter.loss_sum}")

@@ -19,8 +19,8 @@ The published run's batches are not known here; SPEC section 6 gives epochs, rat
 """
 
 import argparse
-import contextlib
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -82,7 +82,8 @@ def train_on_validation(
     handles = freeze(model, options.frozen)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0.0)
     size = cfg.global_ttt_batch_seqs * cfg.eval_seq_len
-    cfg = dataclasses.replace(cfg, global_ttt_epochs=1)
+    documents = cfg.global_ttt_respect_doc_boundaries and not cfg.plain_windows
+    cfg = dataclasses.replace(cfg, global_ttt_epochs=1, global_ttt_respect_doc_boundaries=documents)
     last = len(tokens) - 1 - cfg.eval_seq_len  # a window that is not whole is not trained on
     starts = list(range(0, last + 1, size)) * options.epochs
     for step, start in enumerate(starts):
@@ -110,15 +111,15 @@ class PrequantRun(tg.Run):
     def quantise(self) -> Path:
         """Train on the validation tokens, then quantise."""
         options, documents = self._options, self.val.documents
+        spans = [(start, length - 1) for start, length in documents]
+        trains = torch.ones(len(spans), dtype=bool)
+        part = SimpleNamespace(documents=range(len(spans)), spans=spans, trains=trains)
         with self.watch.stage("train_on_validation"):
             steps = train_on_validation(
                 self.model, self.val.tokens, self.cfg, options, looping=self.looping, ranks=self.ranks
             )
-        spans = [(start, length - 1) for start, length in documents]
-        trains = torch.ones(len(spans), dtype=bool)
-        part = SimpleNamespace(documents=range(len(spans)), spans=spans, trains=trains)
-        for epoch in range(options.epochs):
-            self.ledger.record("trained", {"part": part, "batch_number": 0, "chunk": epoch})
+            for epoch in range(options.epochs):
+                self.ledger.record("trained", {"part": part, "batch_number": 0, "chunk": epoch})
         facts = {"epochs": options.epochs, "lr": options.lr, "frozen_blocks": options.frozen, "steps": steps}
         self.result["prequant_ttt"] = facts
         self.log.event("trained_on_validation", **facts)
@@ -127,6 +128,12 @@ class PrequantRun(tg.Run):
 
     def _broken_limits(self, summary: Mapping[str, float], final: str) -> list[str]:
         return [NOTICE, *super()._broken_limits(summary, final)]
+
+    def finish(self) -> int:
+        """Write the result; the last line says again what it is worth."""
+        code = super().finish()
+        self.log.event("notice", text=NOTICE)
+        return code
 
 
 def parse_arguments(arguments: Sequence[str], environ: Mapping[str, str]) -> argparse.Namespace:
@@ -171,20 +178,12 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
             print(NOTICE, flush=True)
         cfg = tg.Config.from_env({name: v for name, v in environ.items() if name != "ALLOW_ILLEGAL"})
         check(cfg, options)
-        ranks = tg.Ranks.from_env(cfg, environ)
-        run = PrequantRun(cfg, ranks, Path(tg.__file__).read_bytes(), options)
-        with contextlib.closing(run.log):
-            code = run.execute()
-            run.log.event("notice", text=NOTICE)
-        ranks.close()
-        return code
+        ranks, source = tg.Ranks.from_env(cfg, environ), Path(tg.__file__).read_bytes()
+        return tg._run(cfg, ranks, source, functools.partial(PrequantRun, options=options))
     except tg.UserError as error:
         if environ.get("LOCAL_RANK", "0") == "0":
             print(f"prequant_ttt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except tg.RunError as error:
-        print(f"prequant_ttt.py: {error}", file=sys.stderr)
-        return 1
 
 
 if __name__ == "__main__":
