@@ -891,6 +891,10 @@ class Ranks:
             model.compile(**self._options)
         return model
 
+    def stop_compiling(self) -> None:
+        """From here on nothing is compiled."""
+        self.compiler = ""
+
     def compile(self, function: Callable) -> Callable:
         """The function compiled for the device, itself where nothing is compiled."""
         return torch.compile(function, **self._options) if self.compiler else function
@@ -1989,7 +1993,10 @@ def choose_backends(cfg: Config, ranks: Ranks) -> Config:
         cfg.triton_kernels and ranks.device.type == "cuda" and importlib.util.find_spec("triton") is not None
     )
     attention = choose_attention(cfg.attention_backend, ranks)
-    return dataclasses.replace(cfg, attention_backend=attention, triton_kernels=fused)
+    compiler = ranks.compiler or "off"
+    return dataclasses.replace(
+        cfg, attention_backend=attention, triton_kernels=fused, compile_backend=compiler
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4042,8 +4049,9 @@ def packed_script(cfg: Config, source: bytes) -> tuple[bytes, bool]:  # noqa: F8
         "WHOLE",
         "CHECKPOINT_SECONDS",
         *["ANS"] * (cfg.compressor != "ans"),
+        *["COMPILED"] * (cfg.compile_backend == "off"),
+        *["PLAIN_TEXT"] * cfg.caseops_enabled,
     ]
-    off += ["PLAIN_TEXT"] * cfg.caseops_enabled
     names = _NAMES[_NAMES.index("caseops_enabled") :]
     dropped = (*names, "checkpoint_seconds")
     row = {name: value for name, value in PRESETS[cfg.preset].items() if name not in dropped}
@@ -4468,7 +4476,7 @@ class ScoreFirstTTT:
         with lora.narrowing() as narrow:
             for chunk in range(-(-(longest - 1) // cfg.ttt_chunk_size)):
                 part = chunk_batch(self.val.tokens, batch, chunk, cfg)
-                if len(part.documents) <= rows // 2:
+                if len(part.documents) <= rows * 7 // 8:
                     rows = len(part.documents)
                     narrow(rows, optimizer)
                 learns = bool(part.trains.any())
@@ -4517,6 +4525,8 @@ class ScoreFirstTTT:
     def _losses(self, part: ChunkBatch, lora: BatchedLoRA, cache: KeyValueCache | None) -> Tensor:
         x, y, scored = (t.to(self.ranks.device) for t in (part.x, part.y, part.scored))
         with self.ranks.autocast():
+            if self.ranks.compiler and torch.is_grad_enabled() and not cache:
+                return compiled_losses(self.model, x, y, scored, lora, self.looping)
             return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache)
 
     def _adapt(
@@ -4638,8 +4648,89 @@ def _global_losses(model: GPT, tokens: Tensor, cfg: Config, looping: bool, ranks
         x, y, segments = x.view(-1, cfg.eval_seq_len), y.view(-1, cfg.eval_seq_len), None
     device = ranks.device
     with ranks.autocast():
+        if ranks.compiler and segments:
+            return compiled_row(model, ranks.send(x, y, segments), looping)
         placed = segments and segments.to(device)
         return model.losses(x.to(device), y.to(device), placed, looping=looping)
+
+
+# [if COMPILED]
+# -- test-time training compiled: one graph for any number of rows and tokens
+
+
+def compiled_losses(
+    model: GPT, x: Tensor, y: Tensor, scored: Tensor, lora: BatchedLoRA, looping: bool
+) -> Tensor:
+    """`model.losses` of a chunk; adapters whose documents have ended get rows of zeros until they leave."""
+    whole, rows, used = lora.active, lora.lm_head_lora.A.size(0), len(x)
+    x, y, scored = (F.pad(part, (0, 0, rows - used, 0)) for part in (x, y, scored))
+    lora.active = whole[-rows:]
+    for tensor in (x, y, scored, lora.active, *lora.parameters()) if rows > 1 else ():
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    for tensor in (x, y):
+        torch._dynamo.maybe_mark_dynamic(tensor, 1)
+    with torch._dynamo.config.patch(force_parameter_static_shapes=False):
+        losses = model(x, y, looping=looping, lora=lora, scored=scored)
+    lora.active = whole
+    return losses[rows - used :]
+
+
+def compiled_row(model: GPT, batch: Batch, looping: bool) -> Tensor:
+    """`model.losses` of a row of documents."""
+    for tensor in batch[:2]:
+        torch._dynamo.maybe_mark_dynamic(tensor, 1)
+    return model(*batch, looping=looping)
+
+
+def warm_up_ttt(model: GPT, cfg: Config, sizes: Iterable[int], looping: bool, ranks: Ranks) -> int:
+    """Compile the graphs of test-time training on random tokens, then see on others that they are general.
+
+    There are two for each chunk size (several rows, one row) and one for the global phases. The weights are
+    afterwards what they were. Returns the number of graphs; raises what the compiler raises.
+    """
+    before, generator = _copy_tensors(model.state_dict()), torch.Generator().manual_seed(0)
+    torch.compiler.reset()  # a limited number of forms is compiled for each function
+    graphs = compiled_graphs()
+    try:
+        for stance, chunks in (("default", (2, 2, 4)), ("fail_on_recompile", (1, 3, 3, 6))):
+            with torch.compiler.set_stance(stance):
+                for size in sizes:
+                    starts = [0, *itertools.accumulate(count * size + 2 for count in chunks)]
+                    tokens = torch.randint(BOS + 1, cfg.vocab_size, (starts[-1],), generator=generator)
+                    documents = [(start, end - start) for start, end in itertools.pairwise(starts)]
+                    val = ValidationSet(tokens, tokens, documents)
+                    changes = {"ttt_chunk_size": size, "ttt_chunk_by_length": "", "val_doc_fraction": 1.0}
+                    options = {"looping": looping, "ranks": ranks}
+                    ttt = ScoreFirstTTT(model, val, dataclasses.replace(cfg, **changes), **options)
+                    for batch in ttt.batches:
+                        ttt._score_batch(batch, ttt._new_lora(len(batch.documents)))
+                if cfg.phased_ttt_prefix_docs:
+                    count = len(chunks) * cfg.eval_seq_len + 1
+                    row = torch.randint(BOS, cfg.vocab_size, (count,), generator=generator)
+                    _global_losses(model, row, cfg, looping, ranks).sum().backward()
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.load_state_dict(before)
+    return compiled_graphs() - graphs
+
+
+def compile_adaptation(run: "Run", documents: Sequence[tuple[int, int]]) -> None:
+    """Compile before the clock starts, or say why not; what no graph fits afterwards runs without."""
+    cfg = run.model.cfg
+    sizes = {cfg.chunk_size(length - 1) for _, length in documents}
+    with run.watch.stage("ttt_warm_up"):
+        try:
+            graphs = warm_up_ttt(run.model, cfg, sizes, run.looping, run.ranks)
+            torch.compiler.set_stance("eager_on_recompile")
+            run.log.event("graphs", ttt_warm_up=graphs, seconds=run.watch.elapsed("ttt_warm_up"))
+        except Exception as error:  # compilers raise anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            run.log.event("notice", text=f"test-time training is not compiled ({reason})")
+            run.ranks.stop_compiling()
+        run.ranks.meet("ttt_warm_up")
+
+
+# [end]
 
 
 # [if SLIDING_WINDOW_ENABLED or TTT_SGD]
@@ -5175,6 +5266,10 @@ class Run:
         """Phased score-first LoRA test-time training: the contest score."""
         cfg = self.model.cfg
         documents = select_documents(self.val.documents, cfg.val_doc_fraction, cfg.seed)
+        if "COMPILED" in LEFT_OUT:
+            self.ranks.stop_compiling()
+        if self.ranks.compiler:
+            compile_adaptation(self, documents)
         progress, done = self.log.progress("ttt", len(documents) / self.ranks.world_size), 0
 
         def on_event(kind: str, **data: object) -> None:

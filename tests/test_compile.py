@@ -1,6 +1,8 @@
 """The compiled step: no graph breaks, no recompilation after the warm-up, the same numbers, no trace left."""
 
+import copy
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from test_attention import flash  # noqa: F401 - a fixture
 from test_training import SIZES as TRAINING_SIZES
 from test_training import fingerprint, write_shard
+from test_ttt import TINY, documents_stream, random_model, validation
 
 SIZES = TRAINING_SIZES | {"eval_stride": 16}
 
@@ -129,6 +132,50 @@ def test_compiled_newton_schulz_is_the_same(tg, make_trainer):
     matrices = torch.randn(2, 8, 24)
     ours = make_trainer("aot_eager").muon._orthogonalise(matrices, tg.POLAR_EXPRESS, 5)
     torch.testing.assert_close(ours, tg.newton_schulz(matrices))
+
+
+# -- test-time training
+
+SMALL_TTT = TINY | {"num_layers": 1, "num_loops": 0, "loop_end": 0, "xsa_last_n": 1, "ttt_batch_size": 6}
+SMALL_TTT |= {"ttt_q_lora": False, "ttt_v_lora": False, "ttt_o_lora": False}
+
+
+def test_compiled_adaptation_is_the_same_and_never_recompiles(tg):
+    """Three graphs for any number of rows and tokens; warming them up leaves the weights as they were."""
+    cfg = tg.Config(**SMALL_TTT)
+    val = validation(tg, documents_stream())
+    ranks = tg.Ranks(torch.device("cpu"))
+    expected = tg.score_first_ttt(random_model(tg, cfg), val, cfg, looping=False)
+    ranks.compiler = "aot_eager"
+    model = ranks.place(random_model(tg, cfg))
+    before = copy.deepcopy(model.state_dict())
+    assert tg.warm_up_ttt(model, cfg, [cfg.ttt_chunk_size], False, ranks) == 3
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    graphs = tg.compiled_graphs()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        actual = tg.score_first_ttt(model, val, cfg, looping=False, ranks=ranks)
+    assert tg.compiled_graphs() == graphs
+    assert (actual.tokens, actual.bytes) == (expected.tokens, expected.bytes)
+    assert actual.loss_sum == pytest.approx(expected.loss_sum, rel=1e-5)
+
+
+def test_adaptation_that_cannot_be_compiled_runs_without(tg, monkeypatch):
+    """The reason is in the log, nothing else changes."""
+
+    def refuse(*_: object) -> int:
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(tg, "warm_up_ttt", refuse)
+    ranks, events = tg.Ranks(torch.device("cpu")), []
+    ranks.compiler = "inductor"
+    model = types.SimpleNamespace(cfg=tg.Config(**SMALL_TTT))
+    log = types.SimpleNamespace(event=lambda stage, **values: events.append((stage, values)))
+    run = types.SimpleNamespace(model=model, ranks=ranks, log=log, looping=False, watch=tg.Stopwatch(ranks))
+    tg.compile_adaptation(run, [(0, 9)])
+    assert ranks.compiler == ""
+    text = "test-time training is not compiled (RuntimeError: no compiler here)"
+    assert events == [("notice", {"text": text})]
 
 
 def test_prefetched_batches_and_positions_are_those_of_the_loader(tg, shard):
