@@ -221,7 +221,12 @@ def test_several_runs_and_logs_on_one_page(run, finished, tmp_path):
     text = page.overview(shown)
     assert "a&lt;b&gt;&amp;c" in text and "<b>" not in text and "var(--c3)" in text
     with figures.matplotlib.rc_context(figures.STYLE):
-        drawn = figures.curve(shown, "train_loss", "steps")
+        drawn, through = figures.curve(shown, "train_loss", "steps"), figures.stages(shown)
+    scores = result["stages"]
+    assert [tick.get_text() for tick in through.axes[0].get_xticklabels()] == ["trained", "quantised", "TTT"]
+    for line in through.axes[0].get_lines():
+        wanted = [scores[stage]["val_bpb"] for stage in ("prequant", "quantised", "ttt")]
+        assert list(line.get_ydata()) == pytest.approx(wanted, rel=1e-5)
     assert [line.get_label() for line in drawn.axes[0].get_lines()][::2] == ["run", "a<b>&c", "alone"]
 
 

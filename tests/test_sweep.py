@@ -217,6 +217,24 @@ def test_the_same_storage_goes_on_to_the_total(work, capsys, storage):
     assert len(list(work.glob("runs/sweep/trial_*"))) == 5
 
 
+def values_tried(work: Path) -> list[float]:
+    """Scores of all trials: they differ where the values do."""
+    return [json.loads(path.read_text())["val_bpb"] for path in work.glob("runs/sweep/trial_*/result.json")]
+
+
+def test_going_on_does_not_repeat_random_draws(work, capsys):
+    for trials in (3, 6):
+        run(capsys, LR, trials=trials, options="--sampler random")
+    assert len(set(values_tried(work))) == 6
+
+
+def test_a_grid_is_covered_whatever_the_seeds_of_its_processes(work, capsys):
+    for trials, seed in ((3, 5), (5, 6), (9, 7)):
+        result = run(capsys, "TTT_LORA_RANK=int:1:7", trials=trials, options=f"--sampler grid --seed {seed}")
+    assert result["trials"]["complete"] == 7
+    assert sorted(values_tried(work)) == pytest.approx([1000 * 0.004**2 + rank / 100 for rank in range(1, 8)])
+
+
 CHANGES = {
     "metric": ((LR,), {"options": "--metric val_loss"}, "began with --metric val_bpb"),
     "variable": ((RANK,), {}, "began with --set ['MATRIX_LR=log:0.018:0.04']"),

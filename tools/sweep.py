@@ -14,7 +14,7 @@ folder of its own (`--out`/trial_0000, ...; console.txt there is its console). D
     --prune           end a trial when a validation while training (VAL_LOSS_EVERY) is worse than the median
     --storage WHERE   sqlite:///FILE or another database's URL, or a journal file (default, in --out); several
                       processes and machines may work on one study at the same time
-    --study NAME      (default "sweep")     --out DIR (default runs/<study>)     --seed N, of the sampler
+    --study NAME      (default "sweep")     --out DIR (default runs/<study>)     --seed N, of the random draws
     --json            the last line is one JSON object
 
 The first trial has the values that the settings have now, where they lie in the ranges. A trial that crashes
@@ -277,6 +277,9 @@ def open_study(options: argparse.Namespace) -> optuna.Study:
     except optuna.exceptions.DuplicatedStudyError:
         study = optuna.load_study(storage=storage, study_name=options.study, **options_of_study)
         _check_question(study, question)
+        if options.seed is not None and options.sampler != "grid":  # not the same draws once more
+            options.seed += len(study.trials)
+            study.sampler = sampler(options)
         return study
     now = {v.name: v.containing(settings[v.name], _value_of(options.base)) for v in options.variables}
     if options.sampler != "grid" and None not in now.values():
@@ -322,8 +325,8 @@ def _check_question(study: optuna.Study, question: Mapping[str, object]) -> None
 
 def sampler(options: argparse.Namespace) -> optuna.samplers.BaseSampler:
     """The sampler; a third of the trials, 4 to 10, are random before TPE models them."""
-    if options.sampler == "grid":
-        return optuna.samplers.GridSampler({v.name: v.grid() for v in options.variables}, seed=options.seed)
+    if options.sampler == "grid":  # numbers its cells in an order that must be the same in every process
+        return optuna.samplers.GridSampler({v.name: v.grid() for v in options.variables}, seed=0)
     if options.sampler == "random":
         return optuna.samplers.RandomSampler(seed=options.seed)
     startup = min(10, max(4, options.trials // 3))
