@@ -67,6 +67,7 @@ TOTALS = ("val_bpb", "val_loss", "artifact_bytes", "code_bytes", "model_bytes")
 TOTALS += ("train_seconds", "calibrate_seconds", "eval_seconds")
 STAGES, STAGE_KEYS = ("prequant", "quantised", "sliding", "ttt"), ("val_bpb", "val_loss", "seconds")
 PATIENCE = 20  # seconds that a run has to end in once it is told to
+MOST_CELLS = 10_000  # of a grid
 MOST_COMBINATIONS = 4096  # of the ends of other variables, looked at for one that allows a value
 
 
@@ -105,9 +106,9 @@ class Variable(NamedTuple):
             return self.text(trial.suggest_int(self.name, int(self.low), int(self.high)))
         return self.text(trial.suggest_float(self.name, self.low, self.high, log=self.kind == "log"))
 
-    def grid(self) -> list[object]:
+    def grid(self) -> Sequence[object]:
         """All values, as the sampler names them."""
-        return list(self.values or range(int(self.low), int(self.high) + 1))
+        return self.values or range(int(self.low), int(self.high) + 1)
 
     def containing(self, value: object, settle: Callable[[str, str], object]) -> object | None:
         """The sampler's name of a setting's value; None where it lies outside."""
@@ -197,13 +198,16 @@ def check_pruning(metric: str, cfg: tg.Config) -> None:
         raise SweepError(f"--prune: VAL_LOSS_EVERY={cfg.val_loss_every} must be {wanted}: set it")
 
 
+class Parser(argparse.ArgumentParser):
+    """Its mistakes are one line, as all others."""
+
+    def error(self, message: str) -> None:
+        """Raise instead of printing the usage."""
+        raise SweepError(message)
+
+
 def parse_arguments(arguments: Sequence[str], environ: Mapping[str, str]) -> argparse.Namespace:
-    """Command line, checked; adds `variables`, `command` and the settings `base`."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:
-            raise SweepError(message)
-
+    """Command line, checked; adds `variables`, `command`, `environ` and the settings `base`."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", action="append", default=[], dest="sets", metavar="NAME=RANGE")
     parser.add_argument("--trials", type=int, required=True)
@@ -215,38 +219,51 @@ def parse_arguments(arguments: Sequence[str], environ: Mapping[str, str]) -> arg
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--json", action="store_true")
-    own, dashes, command = list(arguments), "--" in arguments, []
-    if dashes:
+    own, command = list(arguments), [sys.executable, str(ROOT / "train_gpt.py")]
+    if "--" in own:
         cut = own.index("--")
         own, command = own[:cut], own[cut + 1 :]
     options = parser.parse_args(own)
-    if dashes and not command:
-        raise SweepError("nothing stands behind --: name the command that makes a run")
-    options.command = command or [sys.executable, str(ROOT / "train_gpt.py")]
-    if options.trials < 1:
-        raise SweepError(f"--trials {options.trials}: must be at least 1")
-    if not re.fullmatch(r"\w[\w.+-]*", options.study):
-        raise SweepError(f"--study {options.study!r}: must be a name of letters, digits and . _ + -")
-    if set_ours := [name for name in OURS if name in environ]:
-        raise SweepError(f"{set_ours[0]} is set: every trial has a folder and a name of its own, see --out")
+    options.command, options.environ = command, environ
     options.out = options.out or Path("runs") / options.study
+    check_options(options)
     options.variables = [parse_variable(text, environ) for text in options.sets]
     names = [variable.name for variable in options.variables]
     if not names or len(set(names)) < len(names):
         raise SweepError("--set: name each variable once" if names else "--set is missing: what shall vary?")
-    if not shutil.which(options.command[0]):
-        raise SweepError(f"{options.command[0]}: no such command")
-    options.environ, options.base = environ, settle(environ)
+    options.base = settle(environ)
     check_ends(options.variables, environ)
     check_metric(options.metric)
     if options.prune:
         check_pruning(options.metric, options.base)
     if options.sampler == "grid":
-        continuous = [v.name for v in options.variables if v.kind in ("log", "lin")]
-        if continuous:
-            raise SweepError(f"--sampler grid: {continuous[0]} has a continuous range; give int: or a list")
-        options.trials = min(options.trials, math.prod(len(v.grid()) for v in options.variables))
+        options.trials = min(options.trials, grid_cells(options.variables))
     return options
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """What does not depend on the variables."""
+    if not options.command:
+        raise SweepError("nothing stands behind --: name the command that makes a run")
+    if not shutil.which(options.command[0]):
+        raise SweepError(f"{options.command[0]}: no such command")
+    if options.trials < 1:
+        raise SweepError(f"--trials {options.trials}: must be at least 1")
+    if not re.fullmatch(r"\w[\w.+-]*", options.study):
+        raise SweepError(f"--study {options.study!r}: must be a name of letters, digits and . _ + -")
+    if taken := [name for name in OURS if name in options.environ]:
+        raise SweepError(f"{taken[0]} is set: every trial has a folder and a name of its own, see --out")
+
+
+def grid_cells(variables: Sequence[Variable]) -> int:
+    """Number of combinations; a continuous range has no end of them."""
+    for variable in variables:
+        if variable.kind in ("log", "lin"):
+            raise SweepError(f"--sampler grid: {variable.name} has a continuous range; give int: or a list")
+    cells = math.prod(len(variable.grid()) for variable in variables)
+    if cells > MOST_CELLS:
+        raise SweepError(f"--sampler grid: {cells} combinations; at most {MOST_CELLS}")
+    return cells
 
 
 # -- the study
@@ -277,13 +294,18 @@ def open_study(options: argparse.Namespace) -> optuna.Study:
     except optuna.exceptions.DuplicatedStudyError:
         study = optuna.load_study(storage=storage, study_name=options.study, **options_of_study)
         _check_question(study, question)
-        if options.seed is not None and options.sampler != "grid":  # not the same draws once more
+        if options.seed is not None:  # not the same draws once more
             options.seed += len(study.trials)
             study.sampler = sampler(options)
         return study
-    now = {v.name: v.containing(settings[v.name], _value_of(options.base)) for v in options.variables}
-    if options.sampler != "grid" and None not in now.values():
-        study.enqueue_trial(now)
+    names = [variable.name for variable in options.variables]
+    if options.sampler == "grid":
+        for cell in itertools.product(*(variable.grid() for variable in options.variables)):
+            study.enqueue_trial(dict(zip(names, cell, strict=True)))
+    else:
+        now = [v.containing(settings[v.name], _value_of(options.base)) for v in options.variables]
+        if None not in now:
+            study.enqueue_trial(dict(zip(names, now, strict=True)))
     study.set_user_attr("question", question)
     return study
 
@@ -294,7 +316,13 @@ def question_of(options: argparse.Namespace) -> dict[str, object]:
     settings = {name: value for name, value in options.base.as_env().items() if name not in places}
     scripts = [Path(word) for word in options.command if word.endswith(".py") and Path(word).is_file()]
     digest = hashlib.sha256(scripts[0].read_bytes()).hexdigest() if scripts else ""
-    return {"set": sorted(options.sets), "metric": options.metric, "script": digest, "settings": settings}
+    return {
+        "set": sorted(options.sets),
+        "metric": options.metric,
+        "sampler": "grid" if options.sampler == "grid" else "tpe or random",
+        "script": digest,
+        "settings": settings,
+    }
 
 
 def _value_of(base: tg.Config) -> Callable[[str, str], object]:
@@ -304,7 +332,7 @@ def _value_of(base: tg.Config) -> Callable[[str, str], object]:
 
 def _check_question(study: optuna.Study, question: Mapping[str, object]) -> None:
     """Trials of another question must not be mixed with these."""
-    for _ in range(50):  # whoever has just made the study writes it within moments
+    for _ in range(300):  # whoever has just made the study writes it, after the grid
         asked = study.user_attrs.get("question")
         if asked:
             break
@@ -312,7 +340,7 @@ def _check_question(study: optuna.Study, question: Mapping[str, object]) -> None
     else:
         raise SweepError(f"--study {study.study_name}: is not one of this program's; choose another name")
     begun = f"--study {study.study_name}: began with"
-    for key in ("set", "metric"):
+    for key in ("set", "metric", "sampler"):
         if asked[key] != question[key]:
             raise SweepError(f"{begun} --{key} {asked[key]}; choose another --study")
     if asked["script"] != question["script"]:
@@ -325,9 +353,7 @@ def _check_question(study: optuna.Study, question: Mapping[str, object]) -> None
 
 def sampler(options: argparse.Namespace) -> optuna.samplers.BaseSampler:
     """The sampler; a third of the trials, 4 to 10, are random before TPE models them."""
-    if options.sampler == "grid":  # numbers its cells in an order that must be the same in every process
-        return optuna.samplers.GridSampler({v.name: v.grid() for v in options.variables}, seed=0)
-    if options.sampler == "random":
+    if options.sampler != "tpe":  # a grid's combinations wait in the study, `open_study`
         return optuna.samplers.RandomSampler(seed=options.seed)
     startup = min(10, max(4, options.trials // 3))
     return optuna.samplers.TPESampler(n_startup_trials=startup, seed=options.seed)
@@ -345,7 +371,8 @@ def take_up(study: optuna.Study) -> None:
         host, process = trial.user_attrs.get("host"), trial.user_attrs.get("process")
         if host != socket.gethostname() or process is None or _alive(process):
             continue
-        with contextlib.suppress(ValueError):  # another process of the sweep was faster
+        faster = (ValueError, optuna.exceptions.UpdateFinishedTrialError)  # another process of the sweep
+        with contextlib.suppress(*faster):
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params)
 
@@ -399,7 +426,11 @@ class Sweep:
         with self.stop.listening():
             while not self.stop.signal:
                 take_up(self.study)
-                if len(counted(self.study.get_trials(deepcopy=False))) >= self.options.trials:
+                trials = self.study.get_trials(deepcopy=False)
+                waiting = any(trial.state == TrialState.WAITING for trial in trials)
+                if len(counted(trials)) >= self.options.trials or (
+                    self.options.sampler == "grid" and not waiting
+                ):
                     break
                 try:
                     self.study.optimize(self.objective, n_trials=1, catch=(TrialFailed,))
@@ -409,9 +440,10 @@ class Sweep:
     def objective(self, trial: Trial) -> float:
         """Run one trial and return what is made small."""
         earlier = counted(t for t in self.study.get_trials(deepcopy=False) if t.number < trial.number)
-        if len(earlier) >= self.options.trials:
-            raise TrialFailed("another process has taken the last one")  # without "error": does not count
         values = {variable.name: variable.suggest(trial) for variable in self.options.variables}
+        if len(earlier) >= self.options.trials:  # without "error" it does not count
+            self.study.enqueue_trial(trial.params)
+            raise TrialFailed("another process has taken the last one")
         about = {"host": socket.gethostname(), "process": os.getpid(), "values": values}
         for key, value in about.items():
             trial.set_user_attr(key, value)
