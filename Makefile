@@ -24,7 +24,7 @@ sweep-demo: $(DEV) data/demo/manifest.json  ## a search over two settings in 8 s
 		--set MATRIX_LR=log:0.01:0.06 --set TIED_EMBED_LR=log:0.01:0.1 --trials 8 --seed 1 --json
 
 report: $(DEV)  ## a page about a run: RUN_DIR=runs/NAME, or several laid over each other; default: the latest run
-	$(BIN)/python tools/report.py $(or $(RUN_DIR),"$$(ls -td runs/*/ | head -n 1)")
+	$(BIN)/python tools/report.py $(or $(RUN_DIR),"$$(dirname "$$(ls -t runs/*/metrics.jsonl | head -n 1)")")
 
 systems: $(DEV) data/demo/manifest.json data/demo_plain/manifest.json  ## every published system at demo scale, audited (under 20 minutes)
 	$(BIN)/python tools/systems.py
