@@ -5440,6 +5440,12 @@ class Preflight:
         self.cfg, self.ranks, self.facts = cfg, ranks, {}
         self._hashing: threading.Thread | None = None
         self._wrong: list[str] = []  # of this rank's training shards
+        try:
+            os.listdir(cfg.data_folder)
+        except FileNotFoundError:  # `check_data` says how to get it
+            pass
+        except OSError as error:
+            raise ConfigError(f"DATA_PATH={cfg.data_folder}: cannot be read ({error.strerror})") from None
         most = 4 * (os.cpu_count() or 1)  # far more than CPUs, and they wait for each other for minutes
         if cfg.cpu_threads > most:
             raise ConfigError(f"CPU_THREADS={cfg.cpu_threads}: must be at most {most} on this machine")
@@ -5750,6 +5756,8 @@ def run_guarded(cfg: Config, ranks: Ranks, source: bytes) -> int:
     except Stopped as stopped:
         ranks.say(f"stage {stopped.stage}: {stopped}")
         return stopped.code
+    except OSError as error:  # before the first stage; `_run` says the later ones
+        raise ConfigError(f"{error.filename}: cannot be used ({error.strerror})") from None
 
 
 # [end]
