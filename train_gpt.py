@@ -5454,7 +5454,8 @@ class Preflight:
 
     def _check_gpu(self) -> None:
         name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-        self.facts |= {"gpu": name, "capability": "{}.{}".format(*capability)}
+        self.facts |= {"gpu": name, "gpus": torch.cuda.device_count()}
+        self.facts["capability"] = "{}.{}".format(*capability)
         try:
             x = torch.ones(64, 64, device=self.ranks.device, dtype=torch.bfloat16)
             right = float((x @ x).sum()) == 64**3
@@ -5495,16 +5496,17 @@ class Preflight:
         weights, ranks = bank_parameters(cfg), self.ranks
         row = min(cfg.val_batch_tokens // CONTEST_MICRO_BATCHES, val.num_targets)
         micro = cfg.train_batch_tokens // (ranks.world_size * cfg.micro_batches(ranks.world_size))
-        micro = 0 if ranks.device.type == "cuda" else micro  # where `fit_memory` finds what fits
+        cuda = ranks.device.type == "cuda"
+        micro = 0 if cuda else micro  # there `fit_memory` finds what fits
         named = "NUM_LAYERS MODEL_DIM MLP_MULT VOCAB_SIZE"
         needs = {
-            f"{named} TRAIN_BATCH_TOKENS": (40 * weights + 12 * micro * cfg.vocab_size) * trains,
-            f"{named} VAL_BATCH_TOKENS": 4 * weights + 4 * row * cfg.vocab_size,
+            f"{named} TRAIN_BATCH_TOKENS": (40 * weights + 8 * micro * cfg.vocab_size) * trains,
+            f"{named} VAL_BATCH_TOKENS": 4 * weights + (2 if cuda else 4) * row * cfg.vocab_size,
         }
         if cfg.ttt_enabled and not cfg.ttt_sgd:
             adapters = adapter_bytes(cfg, len(val.documents))
             needs[f"{named} TTT_LORA_RANK TTT_BATCH_SIZE"] = 4 * weights + adapters
-        free = free_memory(ranks) // (1 if ranks.device.type == "cuda" else ranks.world_size)
+        free = free_memory(ranks) // (1 if cuda else ranks.world_size)
         for names, need in needs.items():
             if need > free:
                 text = " ".join(f"{name}={getattr(cfg, name.lower())}" for name in names.split())
@@ -5596,7 +5598,7 @@ def fall_back(
     log: RunLog,
     ranks: Ranks = CPU,
 ) -> tuple[bytes, dict[str, object]]:
-    """An artifact of at most `budget` bytes : coarser and coarser steps, then without correction.
+    """An artifact of at most `budget` bytes: coarser and coarser steps, then without correction.
 
     `blob`, which is too large, comes back where nothing fits. Returns with it what to say of it.
     """
@@ -5683,7 +5685,13 @@ class GuardedRun(Run):
 
     def _log_head(self) -> None:
         super()._log_head()
-        self.log.event("preflight", **self.preflight.facts)
+        facts, ranks = self.preflight.facts, self.ranks
+        self.log.event("preflight", **facts)
+        if facts.get("gpus", 0) > ranks.world_size:
+            start = f"torchrun --standalone --nproc_per_node={facts['gpus']} train_gpt.py"
+            self.log.event("notice", text=f"{ranks.world_size} of {facts['gpus']} GPUs used; all: {start}")
+        if importlib.util.find_spec("python_minifier") is None:
+            self.log.event("notice", text="python-minifier is missing: the code will count in full")
 
     def _prepare_training(self) -> Trainer:
         trainer = super()._prepare_training()
