@@ -5475,6 +5475,7 @@ class Preflight:
         weights, ended = bank_parameters(cfg), not cfg.prequant_only
         sizes = {"log": 1 << 20, cfg.model_path: 4 * weights * trains, "ledger": 6 * targets * cfg.audit}
         sizes[cfg.quantized_model_path] = weights * ended * (not cfg.ttt_eval_only)
+        sizes["checkpoints"] = 3 * 16 * weights * trains * bool(cfg.checkpoint_seconds)
         wanted = Path(cfg.artifact_dir or "runs")
         if not (wanted.name or wanted.resolve().name):
             raise ConfigError(f"ARTIFACT_DIR={wanted}: must name a folder")
