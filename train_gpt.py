@@ -5440,6 +5440,12 @@ class Preflight:
         self.cfg, self.ranks, self.facts = cfg, ranks, {}
         self._hashing: threading.Thread | None = None
         self._wrong: list[str] = []  # of this rank's training shards
+        try:
+            os.listdir(cfg.data_folder)
+        except FileNotFoundError:  # `check_data` says how to get it
+            pass
+        except OSError as error:
+            raise ConfigError(f"DATA_PATH={cfg.data_folder}: cannot be read ({error.strerror})") from None
         most = 4 * (os.cpu_count() or 1)  # far more than CPUs, and they wait for each other for minutes
         if cfg.cpu_threads > most:
             raise ConfigError(f"CPU_THREADS={cfg.cpu_threads}: must be at most {most} on this machine")
@@ -5448,7 +5454,8 @@ class Preflight:
 
     def _check_gpu(self) -> None:
         name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-        self.facts |= {"gpu": name, "capability": "{}.{}".format(*capability)}
+        self.facts |= {"gpu": name, "gpus": torch.cuda.device_count()}
+        self.facts["capability"] = "{}.{}".format(*capability)
         try:
             x = torch.ones(64, 64, device=self.ranks.device, dtype=torch.bfloat16)
             right = float((x @ x).sum()) == 64**3
@@ -5468,6 +5475,7 @@ class Preflight:
         weights, ended = bank_parameters(cfg), not cfg.prequant_only
         sizes = {"log": 1 << 20, cfg.model_path: 4 * weights * trains, "ledger": 6 * targets * cfg.audit}
         sizes[cfg.quantized_model_path] = weights * ended * (not cfg.ttt_eval_only)
+        sizes["checkpoints"] = 3 * 16 * weights * trains * bool(cfg.checkpoint_seconds)
         wanted = Path(cfg.artifact_dir or "runs")
         if not (wanted.name or wanted.resolve().name):
             raise ConfigError(f"ARTIFACT_DIR={wanted}: must name a folder")
@@ -5489,16 +5497,17 @@ class Preflight:
         weights, ranks = bank_parameters(cfg), self.ranks
         row = min(cfg.val_batch_tokens // CONTEST_MICRO_BATCHES, val.num_targets)
         micro = cfg.train_batch_tokens // (ranks.world_size * cfg.micro_batches(ranks.world_size))
-        micro = 0 if ranks.device.type == "cuda" else micro  # where `fit_memory` finds what fits
+        cuda = ranks.device.type == "cuda"
+        micro = 0 if cuda else micro  # there `fit_memory` finds what fits
         named = "NUM_LAYERS MODEL_DIM MLP_MULT VOCAB_SIZE"
         needs = {
-            f"{named} TRAIN_BATCH_TOKENS": (40 * weights + 12 * micro * cfg.vocab_size) * trains,
-            f"{named} VAL_BATCH_TOKENS": 4 * weights + 4 * row * cfg.vocab_size,
+            f"{named} TRAIN_BATCH_TOKENS": (40 * weights + 8 * micro * cfg.vocab_size) * trains,
+            f"{named} VAL_BATCH_TOKENS": 4 * weights + (2 if cuda else 4) * row * cfg.vocab_size,
         }
         if cfg.ttt_enabled and not cfg.ttt_sgd:
             adapters = adapter_bytes(cfg, len(val.documents))
             needs[f"{named} TTT_LORA_RANK TTT_BATCH_SIZE"] = 4 * weights + adapters
-        free = free_memory(ranks) // (1 if ranks.device.type == "cuda" else ranks.world_size)
+        free = free_memory(ranks) // (1 if cuda else ranks.world_size)
         for names, need in needs.items():
             if need > free:
                 text = " ".join(f"{name}={getattr(cfg, name.lower())}" for name in names.split())
@@ -5590,7 +5599,7 @@ def fall_back(
     log: RunLog,
     ranks: Ranks = CPU,
 ) -> tuple[bytes, dict[str, object]]:
-    """An artifact of at most `budget` bytes : coarser and coarser steps, then without correction.
+    """An artifact of at most `budget` bytes: coarser and coarser steps, then without correction.
 
     `blob`, which is too large, comes back where nothing fits. Returns with it what to say of it.
     """
@@ -5677,7 +5686,13 @@ class GuardedRun(Run):
 
     def _log_head(self) -> None:
         super()._log_head()
-        self.log.event("preflight", **self.preflight.facts)
+        facts, ranks = self.preflight.facts, self.ranks
+        self.log.event("preflight", **facts)
+        if facts.get("gpus", 0) > ranks.world_size:
+            start = f"torchrun --standalone --nproc_per_node={facts['gpus']} train_gpt.py"
+            self.log.event("notice", text=f"{ranks.world_size} of {facts['gpus']} GPUs used; all: {start}")
+        if importlib.util.find_spec("python_minifier") is None:
+            self.log.event("notice", text="python-minifier is missing: the code will count in full")
 
     def _prepare_training(self) -> Trainer:
         trainer = super()._prepare_training()
@@ -5750,6 +5765,8 @@ def run_guarded(cfg: Config, ranks: Ranks, source: bytes) -> int:
     except Stopped as stopped:
         ranks.say(f"stage {stopped.stage}: {stopped}")
         return stopped.code
+    except OSError as error:  # before the first stage; `_run` says the later ones
+        raise ConfigError(f"{error.filename}: cannot be used ({error.strerror})") from None
 
 
 # [end]

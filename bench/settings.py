@@ -94,7 +94,7 @@ ALSO = {  # whose refusal may name another setting: what it stands for or needs
     "TTT_EVAL_ONLY": "QUANTIZED_MODEL_PATH",
 }
 LONG = {"WARMUP_STEPS", "TTT_EPOCHS", "TTT_GRAD_STEPS", "GLOBAL_TTT_EPOCHS", "GPTQ_CALIBRATION_BATCHES"}
-LONG |= {"NUM_LOOPS", "NUM_LAYERS", "MODEL_DIM", "MLP_MULT"}
+LONG |= {"NUM_LOOPS", "NUM_LAYERS", "MODEL_DIM", "MLP_MULT", "COMPILE_BACKEND"}
 NOT_NUMBERS = ["", " ", "x", "nan", "inf", "-inf", "1e999", "0x10", "1,5", "None", "9" * 5000]
 SECONDS, GROWTH = 60, 1 << 30  # most that a run may take; address space on top of this process's
 

@@ -121,6 +121,30 @@ def test_preflight_knows_a_process_limit(tg):
     assert os.waitpid(child, 0)[1] == 0
 
 
+def test_preflight_tries_the_gpu(tg, monkeypatch):
+    """Without one: a GPU that this torch has no kernels for, and one that computes."""
+    for name, value in {
+        "get_device_name": "NVIDIA Old",
+        "get_device_capability": (5, 0),
+        "device_count": 8,
+        "get_arch_list": ["sm_80", "sm_90"],
+    }.items():
+        monkeypatch.setattr(tg.torch.cuda, name, lambda value=value: value)
+    cfg, ranks = tg.Config.from_env(TINY | {"DATA_PATH": "/nowhere"}), tg.Ranks(torch.device("cpu"))
+    ranks.device = SimpleNamespace(type="cuda")
+    real, ones = torch.ones, lambda *shape, dtype, **_: real(*shape, dtype=dtype)
+    monkeypatch.setattr(tg.torch, "ones", ones)
+    assert tg.Preflight(cfg, ranks).facts == {"gpu": "NVIDIA Old", "gpus": 8, "capability": "5.0"}
+
+    def no_kernel(*_, **__):
+        raise RuntimeError("no kernel image is available\nand a page of advice")
+
+    for broken, words in ((no_kernel, "no kernel image"), (lambda *_, **__: real(64, 64) / 2, "is wrong")):
+        monkeypatch.setattr(tg.torch, "ones", broken)
+        with pytest.raises(tg.ConfigError, match=f"DEVICE=cuda: NVIDIA Old .*{words}.*sm_80, sm_90"):
+            tg.Preflight(cfg, ranks)
+
+
 # -- speed
 
 
