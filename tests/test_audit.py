@@ -554,6 +554,16 @@ def test_d8_smear_gate_without_its_mask(copy):
     copy.fails("D8", "losses of other documents in the row change")
 
 
+def test_d8_smear_gate_that_is_meant_to_have_no_mask(copy):
+    """PR #1667's: said, never called PASS; anything else that crosses is still a violation."""
+    copy.result(lambda result: result["settings"].update(SMEAR_BOS_MASK=False))
+    copy.script("if self.cfg.smear_bos_mask:", "if False:")
+    status, evidence = copy.verdict("D8")
+    assert status == "NOT CHECKED" and "SMEAR_BOS_MASK=0" in evidence and "bit-identical" in evidence
+    copy.script("    if segments is not None:\n        lengths", "    if False:\n        lengths")
+    copy.fails("D8", "losses of other documents in the row change")
+
+
 def test_d8_attention_across_documents(copy):
     copy.script("    if segments is not None:\n        lengths", "    if False:\n        lengths")
     copy.fails("D8", "losses of other documents in the row change")

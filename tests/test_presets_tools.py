@@ -18,7 +18,7 @@ from runs import RunRecord  # noqa: E402
 
 def record(statuses: dict[str, str], **stages: float) -> RunRecord:
     """A finished run with an audit and the scores of its stages."""
-    checks = [{"check": name, "status": status} for name, status in statuses.items()]
+    checks = {name: {"status": status} for name, status in statuses.items()}
     fields = dict.fromkeys(RunRecord.__dataclass_fields__)
     scored = {name: {"val_bpb": bpb, "val_loss": 2 * bpb} for name, bpb in stages.items()}
     given = {

@@ -92,7 +92,7 @@ def run(system: System, environ: Mapping[str, str], steps: int) -> RunRecord:
 def row(system: System, record: RunRecord) -> dict[str, object]:
     """What the table says of a run."""
     audit = record.audit or {}
-    statuses = {check["check"]: check["status"] for check in audit.get("checks", [])}
+    statuses = {name: check["status"] for name, check in audit.get("checks", {}).items()}
     failed = [name for name, status in statuses.items() if status == "FAIL"]
     return {
         "preset": system.preset,
