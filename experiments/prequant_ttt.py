@@ -8,8 +8,8 @@ some passes over the validation stream, its rate a cosine over all steps, its fi
 artifact then knows the text that it is scored on: every target was trained on before it was scored (C3), so
 its score means nothing.
 
-The run's folder says so for good: `legal` is false in result.json and `broken_limits` has the reason, which
-is what the submission tools go by; the ledger (AUDIT is always on) records the updates, so that
+The run's folder says so for good: `legal` is false in result.json, `illegal` and `broken_limits` have the
+reason, which is what the submission tools go by; the ledger (AUDIT is always on) records the updates, so that
 `tools/audit.py` fails D3 and T1. Exit code 3, as for any broken limit; 2 for a mistake (one line), also
 without ALLOW_ILLEGAL=1.
 
@@ -106,6 +106,7 @@ class PrequantRun(tg.Run):
             raise tg.ConfigError(
                 f"EVAL_SEQ_LEN={cfg.eval_seq_len}: must be below the {tokens} validation tokens"
             )
+        self.result["illegal"] = NOTICE
         self.log.event("notice", text=NOTICE)
 
     def quantise(self) -> Path:

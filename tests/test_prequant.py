@@ -19,6 +19,8 @@ sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "tools")]
 import prequant_ttt as prequant  # noqa: E402
 
 import audit  # noqa: E402
+import runs  # noqa: E402
+from reproducing.submission import SubmissionError, check_submittable  # noqa: E402
 
 SCRIPT = ROOT / "experiments" / "prequant_ttt.py"
 
@@ -164,6 +166,18 @@ def test_prequant_audit_passes_the_same_ledger_without_the_illegal_updates(work,
     judged.close()
     assert not any("trained on before" in verdict.evidence for verdict in verdicts.values())
     assert verdicts["T1"].status == "PASS"
+
+
+def test_prequant_is_refused_by_the_submission_tools(work, tmp_path):
+    """By what its result says; and still when the word for it is taken out."""
+    for name in (None, "illegal"):
+        shutil.copytree(work / "run", tmp_path / str(name))
+        path = tmp_path / str(name) / "result.json"
+        result = json.loads(path.read_text())
+        result.pop(name, None)
+        path.write_text(json.dumps(result))
+        with pytest.raises(SubmissionError, match="not legal|NOT A LEGAL SCORE"):
+            check_submittable([runs.read(tmp_path / str(name))])
 
 
 def test_prequant_starts_from_a_trained_model(work):
