@@ -1,15 +1,15 @@
 """Pre-quantisation test-time training (PR #1485): trains on the validation tokens. Illegal; for study only.
 
-    ALLOW_ILLEGAL=1 [PRESET=...] python experiments/prequant_ttt.py [--epochs 6] [--lr 5e-4] [--frozen 2]
+    ALLOW_ILLEGAL=1 PRESET=pr1485 python experiments/prequant_ttt.py [--epochs 6] [--lr 5e-4] [--frozen 2]
 
-A run of `train_gpt.py` with the same settings (PRESET=pr1485 is the published system, QUANTIZE_ONLY=1
-MODEL_PATH=FILE starts from a trained model), and one stage more: before the model is quantised, AdamW takes
-some passes over the validation stream, its rate a cosine over all steps, its first blocks frozen. The
-artifact then knows the text that it is scored on: every target was trained on before it was scored (C3), so
-its score means nothing.
+A run of `train_gpt.py` with the same settings (PRESET=pr1485 is the published system, SCALE=demo makes it
+small, QUANTIZE_ONLY=1 MODEL_PATH=FILE starts from a trained model), and one stage more: before the model is
+quantised, AdamW takes some passes over the validation stream, its rate a cosine over all steps, its first
+blocks frozen. The artifact then knows the text that it is scored on: every target was trained on before it
+was scored (C3), so its score means nothing.
 
-The run's folder says so for good: `legal` is false in result.json and `broken_limits` has the reason, which
-is what the submission tools go by; the ledger (AUDIT is always on) records the updates, so that
+The run's folder says so for good: `legal` is false in result.json, `illegal` and `broken_limits` have the
+reason, which is what the submission tools go by; the ledger (AUDIT is always on) records the updates, so that
 `tools/audit.py` fails D3 and T1. Exit code 3, as for any broken limit; 2 for a mistake (one line), also
 without ALLOW_ILLEGAL=1.
 
@@ -106,6 +106,7 @@ class PrequantRun(tg.Run):
             raise tg.ConfigError(
                 f"EVAL_SEQ_LEN={cfg.eval_seq_len}: must be below the {tokens} validation tokens"
             )
+        self.result["illegal"] = NOTICE
         self.log.event("notice", text=NOTICE)
 
     def quantise(self) -> Path:

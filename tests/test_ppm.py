@@ -163,6 +163,17 @@ def test_ppm_speed():
     assert min(seconds) < 1.0, seconds
 
 
+def test_ppm_bench_measures_it():
+    command = [sys.executable, str(ROOT / "bench" / "ppm.py"), "--json"]
+    process = subprocess.run(command, input=TEXT[:9000], capture_output=True, check=True)
+    figures = json.loads(process.stdout)
+    bits = -np.log2(PPMD().advance(array(TEXT[:9000]))[0]).mean()
+    assert figures["bytes"] == 9000 and figures["bits_per_byte"] == pytest.approx(bits, rel=1e-12)
+    assert figures["megabytes_per_second"] == pytest.approx(9e-3 / figures["seconds"])
+    process = subprocess.run(command, input=b"", capture_output=True)
+    assert process.returncode == 2 and b"standard input is empty" in process.stderr
+
+
 # -- the gate
 
 
@@ -332,18 +343,19 @@ def tiny_model(tg, **changes):
     return model
 
 
-@pytest.mark.parametrize("sliding", [False, True])
-def test_ppm_network_is_asked_by_the_scripts_evaluator(tg, sliding):
-    model = tiny_model(tg, sliding_window_enabled=sliding)
+@pytest.mark.parametrize("setting", ["", "sliding_window_enabled", "plain_windows"])
+def test_ppm_network_is_asked_by_the_scripts_evaluator(tg, setting):
+    model = tiny_model(tg, **({setting: True} if setting else {}))
     cfg = model.cfg
     tokens = torch.randint(2, 40, (230,), dtype=torch.int32)
     tokens[[0, 50, 51, 140]] = tg.BOS
     val = tg.ValidationSet.from_sidecar(tokens, (tokens != tg.BOS).int() * 2)
     network = mixture.ask_network(model, val, cfg, tg.CPU, 10)
-    if sliding:
+    if cfg.sliding_window_enabled:
         meter = tg.evaluate_sliding(model, val, cfg, 0, 229, looping=True)
     else:
-        meter = tg.evaluate_standard(tg.model_score(model, looping=True), val, 48, 16)
+        score = tg.model_score(model, looping=True)
+        meter = tg.evaluate_standard(score, val, 48, 16, plain=cfg.plain_windows)
     assert network.losses.sum() == pytest.approx(meter.loss_sum, rel=1e-6)
     assert len(network.losses) == 229 and network.rows.shape == (10, 40) and network.sample[0] == 0
     realised = network.rows[np.arange(10), tokens[1:].numpy()[network.sample]]

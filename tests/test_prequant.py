@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_ppm import tiny_model
-from test_smoke import environment, make_data
+from test_presets import plain_data  # noqa: F401 - a fixture
+from test_smoke import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "tools")]
@@ -19,6 +20,8 @@ sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "tools")]
 import prequant_ttt as prequant  # noqa: E402
 
 import audit  # noqa: E402
+import runs  # noqa: E402
+from reproducing.submission import SubmissionError, check_submittable  # noqa: E402
 
 SCRIPT = ROOT / "experiments" / "prequant_ttt.py"
 
@@ -103,17 +106,10 @@ def test_prequant_is_adamw_with_a_cosine(tg):
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    """Folder with data and an illegal run whose score is that of sliding windows, as PR #1485's."""
-    folder = tmp_path_factory.mktemp("prequant")
-    make_data(folder / "data")
-    settings = {
-        "TTT_ENABLED": 0,
-        "SLIDING_WINDOW_ENABLED": 1,
-        "EVAL_STRIDE": 16,
-        "VAL_LOSS_EVERY": 0,
-        "AUDIT": 0,
-    }
+def work(plain_data) -> Path:  # noqa: F811
+    """Folder with plain data and a run of PR #1485's system at tiny size: the score is of sliding windows."""
+    folder = plain_data.parent
+    settings = {"PRESET": "pr1485", "EVAL_STRIDE": 16, "VAL_LOSS_EVERY": 0, "AUDIT": 0}
     process = experiment(folder, "--epochs", "3", "--lr", "2e-3", ALLOW_ILLEGAL=1, **settings)
     (folder / "console.txt").write_text(process.stdout)
     assert process.returncode == 3, process.stderr
@@ -141,10 +137,11 @@ def test_prequant_result_is_not_legal_and_knows_the_text(work):
 
 def test_prequant_fails_the_audit_on_c3(work, capsys):
     judged = audit.Audit(work / "run")
-    verdicts = audit.judge(judged, ["A1", "T1", "S1", "D3", "R2"])
+    verdicts = audit.judge(judged, ["A1", "T1", "S1", "S2", "D3", "R2"])
     judged.close()
     statuses = {name: verdict.status for name, verdict in verdicts.items()}
-    assert statuses == {"A1": "PASS", "T1": "FAIL", "S1": "PASS", "D3": "FAIL", "R2": "PASS"}
+    failed = {"T1", "D3"}  # and the rest, which has no part in it, is judged as ever
+    assert statuses == {name: "FAIL" if name in failed else "PASS" for name in statuses}
     for name in ("T1", "D3"):
         assert "trained on before it was scored" in verdicts[name].evidence
     assert audit.main([str(work / "run"), "--only", "D3"]) == 1
@@ -166,13 +163,21 @@ def test_prequant_audit_passes_the_same_ledger_without_the_illegal_updates(work,
     assert verdicts["T1"].status == "PASS"
 
 
+def test_prequant_is_refused_by_the_submission_tools(work, tmp_path):
+    """By what its result says; and still when the word for it is taken out."""
+    for name in (None, "illegal"):
+        shutil.copytree(work / "run", tmp_path / str(name))
+        path = tmp_path / str(name) / "result.json"
+        result = json.loads(path.read_text())
+        result.pop(name, None)
+        path.write_text(json.dumps(result))
+        with pytest.raises(SubmissionError, match="not legal|NOT A LEGAL SCORE"):
+            check_submittable([runs.read(tmp_path / str(name))])
+
+
 def test_prequant_starts_from_a_trained_model(work):
-    settings = {
-        "QUANTIZE_ONLY": 1,
-        "MODEL_PATH": "run/final_model.pt",
-        "ARTIFACT_DIR": "again",
-        "TTT_ENABLED": 0,
-    }
+    settings = {"QUANTIZE_ONLY": 1, "MODEL_PATH": "run/final_model.pt", "ARTIFACT_DIR": "again"}
+    settings |= {"PRESET": "pr1485", "SLIDING_WINDOW_ENABLED": 0}
     process = experiment(work, "--epochs", "1", "--lr", "0", ALLOW_ILLEGAL="1", **settings)
     assert process.returncode == 3, process.stderr
     stages = json.loads((work / "again" / "result.json").read_text())["stages"]

@@ -207,6 +207,8 @@ def _scores(audit: Audit, rerun: Rerun) -> tuple[float, float, str]:
         rerun, here = _ran(_rerun(audit, part=True)), audit.work / "part"
         changes = _few_windows(audit) | {"data_path": str(here)}
         changes["tokenizer_path"] = str(script.tokenizer_file(audit.cfg))
+        tokenizer = audit.script.tokenizer_file(audit.cfg).resolve()  # no manifest here names it
+        changes = _few_windows(audit) | {"data_path": str(here), "tokenizer_path": str(tokenizer)}
         cfg = dataclasses.replace(audit.artifact_model.cfg, **changes)
         evaluate = script.score_first_sgd if audit.evaluator == "sgd" else script.evaluate_windows
         options["on_event"] = lambda kind, **data: None
