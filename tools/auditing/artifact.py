@@ -205,8 +205,6 @@ def _scores(audit: Audit, rerun: Rerun) -> tuple[float, float, str]:
         expected, what = audit.result["stages"][final]["val_bpb"], "as in the run"
     elif audit.streams:
         rerun, here = _ran(_rerun(audit, part=True)), audit.work / "part"
-        changes = _few_windows(audit) | {"data_path": str(here)}
-        changes["tokenizer_path"] = str(script.tokenizer_file(audit.cfg))
         tokenizer = audit.script.tokenizer_file(audit.cfg).resolve()  # no manifest here names it
         changes = _few_windows(audit) | {"data_path": str(here), "tokenizer_path": str(tokenizer)}
         cfg = dataclasses.replace(audit.artifact_model.cfg, **changes)
