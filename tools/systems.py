@@ -184,13 +184,13 @@ def main(arguments: Sequence[str]) -> int:
     if options.print:
         print(table(json.loads(RESULT.read_text(encoding="utf-8"))))
         return 0
-    start, chosen = time.monotonic(), [system for system in SYSTEMS if system.preset in options.only]
+    chosen = [system for system in SYSTEMS if system.preset in options.only]
     troubles = run_all(chosen, options.steps, options.at_once)
     if troubles:
         print("".join(f"systems.py: {trouble}\n" for trouble in troubles), end="", file=sys.stderr)
         return 1
     rows = [row(system, run(system, os.environ, options.steps)) for system in chosen]
-    result = {"steps": options.steps, "seed": SEED, "seconds": time.monotonic() - start, "systems": rows}
+    result = {"steps": options.steps, "seed": SEED, "systems": rows}
     print(table(result))
     if len(chosen) == len(SYSTEMS):
         RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
