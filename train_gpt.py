@@ -3913,7 +3913,9 @@ def unpack_artifact(blob: bytes) -> tuple[dict[str, object], dict[str, Quantized
 
 
 def _check_model(settings: Mapping, records: Mapping[str, QuantizedTensor]) -> None:
-    """Refuse settings whose model would be larger than the tensors, before it is built."""
+    """Refuse settings that are not a model's, or whose model is larger than the tensors, before it is built."""
+    if not settings.keys() <= {*MODEL_SETTINGS}:
+        raise ArtifactError("artifact has settings that no model has")
     layers, dim, loops = settings["num_layers"], settings["model_dim"], settings["num_loops"]
     if layers > len(records) or loops > HEADER_LIMIT >> 8:
         raise ArtifactError("artifact declares a model of more layers than it holds")

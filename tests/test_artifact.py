@@ -56,6 +56,16 @@ def test_round_trip(tg, packed):
     assert isinstance(blob, bytes)
 
 
+def test_settings_that_are_not_a_models(tg, packed, monkeypatch):
+    """An artifact decides what the model is, not how it is evaluated."""
+    config, records, _ = packed
+    monkeypatch.setattr(tg, "MODEL_SETTINGS", (*tg.MODEL_SETTINGS, "ttt_lora_lr"))
+    forged = tg.pack_artifact(records, config)
+    monkeypatch.undo()
+    with pytest.raises(tg.ArtifactError, match="settings that no model has"):
+        tg.unpack_artifact(forged)
+
+
 def test_same_weights_same_bytes(tg, packed):
     config, _, blob = packed
     assert tg.pack_artifact(tiny_records(tg, config), config) == blob
