@@ -5720,6 +5720,12 @@ class GuardedRun(Run):
                 write_whole(path, self.blob)
         return path
 
+    def record(self, stage: str, meter: BpbMeter, documents: Sequence[tuple[int, int]]) -> None:
+        """As Run's; a score that is not finite ends the run."""
+        super().record(stage, meter, documents)
+        if not math.isfinite(meter.val_loss):
+            raise RunError(f"{stage}: val_loss {meter.val_loss}: not finite")
+
     def execute(self) -> int:
         """As Run's, or the rehearsal alone."""
         try:
