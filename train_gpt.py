@@ -123,6 +123,7 @@ Loops = Annotated[int, Range(0, 100)]
 Bits = Annotated[int, Range(2, 8)]
 Real = Annotated[float, Range(-1e6, 1e6)]
 Amount = Annotated[float, Range(0, 1e6)]
+Rate = Annotated[float, Range(0, 100)]
 Positive = Annotated[float, Range(1e-30, 1e6)]
 Share = Annotated[float, Range(0, 1)]
 Beta = Annotated[float, Range(0, 0.999999)]
@@ -211,19 +212,19 @@ class Config:
     warmdown_frac: Share = 0.75  # last part of training in which learning rates fall
     min_lr: Share = 0.1  # floor of the learning-rate factor
     enable_looping_at: Amount = 0.35  # fraction of training at which looping turns on
-    matrix_lr: Amount = 0.026  # Muon's learning rate, on the four banks
+    matrix_lr: Rate = 0.026  # Muon's learning rate, on the four banks
     muon_momentum: Beta = 0.97  # momentum after its warm-up
     muon_momentum_warmup_start: Beta = 0.92  # momentum at step 0
     muon_momentum_warmup_steps: Whole = 1500  # steps of the linear warm-up
     muon_backend_steps: Annotated[int, Range(1, 5)] = 5  # Newton-Schulz steps
     muon_coefficients: Literal["polar_express", "quintic"] = "polar_express"  # their coefficients (PR #1344)
     muon_row_normalize: bool = True  # unit rows before the orthogonalisation (MuonEq-R)
-    muon_wd: Amount = 0.095  # decoupled weight decay of the banks
-    tied_embed_lr: Amount = 0.03  # AdamW, tied embedding
-    embed_lr: Amount = 0.6  # AdamW, embedding and head when TIE_EMBEDDINGS=0
-    embed_wd: Amount = 0.085  # weight decay of the embedding
-    scalar_lr: Amount = 0.02  # AdamW, all scalar and control tensors
-    adam_wd: Amount = 0.02  # their weight decay
+    muon_wd: Rate = 0.095  # decoupled weight decay of the banks
+    tied_embed_lr: Rate = 0.03  # AdamW, tied embedding
+    embed_lr: Rate = 0.6  # AdamW, embedding and head when TIE_EMBEDDINGS=0
+    embed_wd: Rate = 0.085  # weight decay of the embedding
+    scalar_lr: Rate = 0.02  # AdamW, all scalar and control tensors
+    adam_wd: Rate = 0.02  # their weight decay
     beta1: Beta = 0.9  # AdamW's decay of the mean gradient
     beta2: Beta = 0.95  # AdamW's decay of the mean squared gradient
     adam_eps: Positive = 1e-8  # AdamW's addend in the denominator
@@ -261,7 +262,7 @@ class Config:
     audit: bool = False  # write ledger.jsonl, what `tools/audit.py` judges the run by
     ttt_enabled: bool = True  # phased score-first LoRA test-time training
     ttt_sgd: bool = False  # train all weights by SGD on chunks of the stream instead (PR #549, #1493)
-    ttt_lr: Amount = 0.005  # its rate, a cosine over the chunks
+    ttt_lr: Rate = 0.005  # its rate, a cosine over the chunks
     ttt_epochs: Count = 3  # its passes over a scored chunk
     ttt_momentum: Beta = 0.9  # its momentum
     ttt_chunk_tokens: Count = 32_768  # its chunks
@@ -272,10 +273,10 @@ class Config:
     ttt_cache_window: Whole = 0  # compute this many tokens anew, cache the keys before; 0: all (exact)
     ttt_lora_rank: Count = 96  # rank of the adapters
     ttt_lora_alpha: Positive = 144.0  # their output is scaled by alpha / rank
-    ttt_lora_lr: Amount = 1e-4  # AdamW's learning rate on the adapters
+    ttt_lora_lr: Rate = 1e-4  # AdamW's learning rate on the adapters
     ttt_beta1: Beta = 0.0  # its decay of the mean gradient
     ttt_beta2: Beta = 0.999  # its decay of the mean squared gradient
-    ttt_weight_decay: Amount = 1.0  # its decoupled weight decay
+    ttt_weight_decay: Rate = 1.0  # its decoupled weight decay
     ttt_grad_steps: Count = 1  # optimiser steps per chunk
     ttt_guard: Amount = 4.0  # nats above its mean so far at which a document loses its adapters; 0: off
     ttt_q_lora: bool = True  # adapters on the queries
@@ -286,14 +287,14 @@ class Config:
     ttt_warm_start_a: bool = True  # keep the A factors from batch to batch; 0: draw them anew
     phased_ttt_prefix_docs: Whole = 2000  # scored documents after which the last global phase runs; 0: none
     phased_ttt_num_phases: Count = 3  # global phases, evenly spread over the prefix
-    global_ttt_lr: Amount = 0.001  # SGD's learning rate on all base weights
+    global_ttt_lr: Rate = 0.001  # SGD's learning rate on all base weights
     global_ttt_momentum: Beta = 0.9  # its momentum
     global_ttt_epochs: Count = 1  # passes over each chunk
     global_ttt_chunk_tokens: Count = 32_768  # tokens between changes of the learning rate
     global_ttt_batch_seqs: Count = 32  # windows of EVAL_SEQ_LEN per SGD step
     global_ttt_grad_clip: Amount = 1.0  # gradient norm; 0: no clipping
     global_ttt_warmup_chunks: Whole = 0  # chunks of linear learning-rate warm-up
-    global_ttt_warmup_start_lr: Amount = 0.0  # where that warm-up starts
+    global_ttt_warmup_start_lr: Rate = 0.0  # where that warm-up starts
     global_ttt_respect_doc_boundaries: bool = True  # attention stays inside documents
 
     # -- checks
@@ -309,7 +310,7 @@ class Config:
         for name, file in zip(("MODEL_PATH", "QUANTIZED_MODEL_PATH"), outputs, strict=True):
             if file in ("", "..", "logs") or len(file) > 99 or [*outputs, *OUTPUTS].count(file) > 1:
                 raise ConfigError(f"{name}={getattr(self, name.lower())!r}: must name a file of its own")
-        if 0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds:
+        if 0 < self.max_wallclock_seconds < self.gptq_reserve_seconds + 0.001:
             limit = f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}"
             raise ConfigError(f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g}: must be below {limit}")
         if 0 < self.fit_bytes < 1 << 15:
@@ -5720,6 +5721,12 @@ class GuardedRun(Run):
             if ranks.is_main:
                 write_whole(path, self.blob)
         return path
+
+    def record(self, stage: str, meter: BpbMeter, documents: Sequence[tuple[int, int]]) -> None:
+        """As Run's; a score that is not finite ends the run."""
+        super().record(stage, meter, documents)
+        if not math.isfinite(meter.val_loss):
+            raise RunError(f"{stage}: val_loss {meter.val_loss}: not finite")
 
     def execute(self) -> int:
         """As Run's, or the rehearsal alone."""

@@ -290,6 +290,14 @@ def test_preflight_guard_says_whose_loss_was_not_finite(tg, own, words):
         tg.StepReport(7, measured, 1.0, 0.9, False).elapsed  # noqa: B018
 
 
+def test_preflight_guard_stops_at_a_score_that_is_not_finite(tg, run, monkeypatch):
+    """The last update may overflow after the last loss that was looked at."""
+    monkeypatch.setattr(tg.BpbMeter, "val_loss", property(lambda _: torch.nan))
+    code, said, errors = run(ARTIFACT_DIR="overflown", TTT_ENABLED=0)
+    assert code == 1 and errors.count("\n") == 1
+    assert "stage between stages: prequant: val_loss nan: not finite" in errors and "artifact " not in said
+
+
 @pytest.mark.parametrize("max_elements", [0, 10**9])
 def test_preflight_control_tensors_stay_float16_at_any_size(tg, max_elements):
     """FLOAT16_MAX_ELEMENTS=0 once ended a run after its training: gates have no Hessian."""
