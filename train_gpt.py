@@ -3914,7 +3914,7 @@ def unpack_artifact(blob: bytes) -> tuple[dict[str, object], dict[str, Quantized
 
 
 def _check_model(settings: Mapping, records: Mapping[str, QuantizedTensor]) -> None:
-    """Refuse settings that are not a model's, or whose model is larger than the tensors, before it is built."""
+    """Refuse settings that no model has, and a model larger than the tensors, before it is built."""
     if not settings.keys() <= {*MODEL_SETTINGS}:
         raise ArtifactError("artifact has settings that no model has")
     layers, dim, loops = settings["num_layers"], settings["model_dim"], settings["num_loops"]
@@ -4695,9 +4695,13 @@ def warm_up_ttt(model: GPT, cfg: Config, sizes: Iterable[int], looping: bool, ra
     torch.compiler.reset()  # a limited number of forms is compiled for each function
     graphs = compiled_graphs()
     try:
-        for stance, chunks in (("default", (2, 2, 4)), ("fail_on_recompile", (1, 3, 3, 6))):
+        for stance in ("default", "fail_on_recompile"):
             with torch.compiler.set_stance(stance):
                 for size in sizes:
+                    chunks = [2, 2, 4]
+                    if stance != "default":  # also as many rows and as long windows as there can be
+                        full = cfg.ttt_eval_seq_len // size + 1
+                        chunks = [1, 3, *[full] * (cfg.ttt_batch_size - 3), full + 1]
                     starts = [0, *itertools.accumulate(count * size + 2 for count in chunks)]
                     tokens = torch.randint(BOS + 1, cfg.vocab_size, (starts[-1],), generator=generator)
                     documents = [(start, end - start) for start, end in itertools.pairwise(starts)]
@@ -4708,8 +4712,10 @@ def warm_up_ttt(model: GPT, cfg: Config, sizes: Iterable[int], looping: bool, ra
                     for batch in ttt.batches:
                         ttt._score_batch(batch, ttt._new_lora(len(batch.documents)))
                 if cfg.phased_ttt_prefix_docs:
-                    count = len(chunks) * cfg.eval_seq_len + 1
-                    row = torch.randint(BOS, cfg.vocab_size, (count,), generator=generator)
+                    windows = min(len(chunks), cfg.global_ttt_batch_seqs)
+                    row = torch.randint(
+                        BOS, cfg.vocab_size, (windows * cfg.eval_seq_len + 1,), generator=generator
+                    )
                     _global_losses(model, row, cfg, looping, ranks).sum().backward()
     finally:
         model.zero_grad(set_to_none=True)

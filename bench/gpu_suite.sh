@@ -14,7 +14,7 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu_suite}
 LIMIT=${LIMIT:-480}
 DEVICE=${DEVICE:-auto}
-STEPS=${STEPS:-machine tests step peer kernels variants run memory peer_again}
+STEPS=${STEPS:-machine tests step peer kernels ttt variants run memory peer_again}
 DRY=${1:-}
 DATA=${DATA_PATH:-$OUT/work/data}
 SMALL=""
@@ -62,6 +62,7 @@ peer() {  # NAME: both scripts once; the second round comes last
 }
 peer peer
 step kernels "$PYTHON bench/kernels.py --device $DEVICE --json"
+step ttt "$PYTHON bench/ttt.py --parts compiled --json"
 step variants "for variant in TRITON_KERNELS=0 ATTENTION_BACKEND=flex ATTENTION_BACKEND=torch_varlen COMPILE_BACKEND=off TRITON_KERNELS=1; do
         echo \"== \$variant\"; env \$variant $PYTHON bench/train_step.py --device $DEVICE; done"
 # The codec of the record, where it is installed.

@@ -2,17 +2,20 @@
 
     python bench/ttt.py [--json] [--models RUN_DIR...] [--windows 48,96,...] [--repeats 3] [--parts exact,...]
 
-Four parts, each on one thread: `exact` (the evaluator against the plain form of tests/oracle_ttt.py, the
+Five parts, each on one thread: `exact` (the evaluator against the plain form of tests/oracle_ttt.py, the
 same documents at 512-dim shapes, in turn), `cached` (TTT_CACHE_WINDOW against exact: seconds and FLOPs on
 documents of 1,000 tokens and more), `quality` (val_bpb of the cached form, of fewer adapters and of other
 chunk sizes on trained demo models; trains three seeds unless given artifacts) and `schedule` (makespan on 8
 ranks, simulated).
-The last line with --json is one JSON object.
+`compiled` alone uses a GPU where there is one: seconds of the evaluator with and without the compiler, what
+compiling took, how many graphs. The last line with --json is one JSON object.
 """
 
 import argparse
 import contextlib
+import copy
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -138,6 +141,84 @@ def cached(windows: list[int], repeats: int) -> dict[str, float]:
         result[f"speedup_cached_{w}"] = seconds["0"] / seconds[str(w)]
         result[f"flops_ratio_{w}"] = flops["0"] / flops[str(w)]
     return result
+
+
+def compiled(repeats: int) -> dict[str, object]:
+    """Seconds of eager over compiled evaluation, the same documents in turn; graphs and what they cost.
+
+    On CUDA the record's model and 64 documents from the middle of the contest's lengths, two of 8,000 tokens
+    among them; else a model of one layer.
+    """
+    cuda = torch.cuda.is_available()
+    small = {"model_dim": 64, "vocab_size": 512, "num_layers": 1, "num_loops": 0, "loop_end": 0}
+    small |= {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "ttt_lora_rank": 4,
+        "ttt_batch_size": 8,
+        "parallel_start_layer": 0,
+        "xsa_last_n": 1,
+    }
+    settings = {"COMPILE_BACKEND": "auto" if cuda else "inductor"} | dict(os.environ)
+    cfg = tg.Config.from_env(settings)
+    cfg = dataclasses.replace(cfg, phased_ttt_prefix_docs=0, **({} if cuda else small))
+    ranks = tg.Ranks.from_env(cfg, {})
+    cfg = tg.choose_backends(cfg, ranks)
+    lengths = [*sorted(contest_lengths())[20_000:30_000:162], 8000, 8000] if cuda else [60, 70, 110, 160]
+    val, model = random_validation(lengths, cfg.vocab_size), ranks.place(random_model(cfg))
+    start = time.perf_counter()
+    graphs = tg.warm_up_ttt(model, cfg, [cfg.ttt_chunk_size], True, ranks)
+    result = {"compiled_graphs": graphs, "compile_seconds": time.perf_counter() - start}
+    eager, before, sums = copy.copy(ranks), tg.compiled_graphs(), {}
+    eager.stop_compiling()
+
+    def run(name: str, which: tg.Ranks) -> None:
+        sums[name] = tg.score_first_ttt(model, val, cfg, looping=True, ranks=which).loss_sum
+        ranks.synchronize()
+
+    runs = {"eager": lambda: run("eager", eager), "compiled": lambda: run("compiled", ranks)}
+    seconds = median_seconds(runs, repeats)
+    return result | {
+        "compiled_device": torch.cuda.get_device_name() if cuda else "CPU",
+        "eager_seconds": seconds["eager"],
+        "compiled_seconds": seconds["compiled"],
+        "speedup_compiled": seconds["eager"] / seconds["compiled"],
+        "compiled_rel_diff": abs(sums["compiled"] / sums["eager"] - 1),
+        "recompiled": tg.compiled_graphs() - before,
+    }
+
+
+def padding(world: int = 8) -> dict[str, float]:
+    """Share of window tokens, and of scored places, that are padding, on the contest's lengths.
+
+    `adapter_padding` is the share of rows computed for adapters at rest where the chunks are compiled.
+    """
+    cfg, lengths = tg.Config(), contest_lengths()
+    starts = np.cumsum([0, *lengths[:-1]]).tolist()
+    batches = tg.ttt_batches(list(enumerate(zip(starts, lengths, strict=True))), cfg)
+    boundaries = tg.phase_boundaries(cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, len(lengths))
+    real, width, places, targets, resting = 0, 0, 0, 0, 0
+    for part in tg.split_at_boundaries(batches, boundaries):
+        for batch in itertools.chain.from_iterable(tg.share_documents(part, cfg, world)):
+            ends = [length - 1 for _, (_, length) in batch.documents]
+            rows = len(ends)
+            for chunk in range(-(-ends[-1] // cfg.ttt_chunk_size)):
+                limits = [end for end in ends if chunk * cfg.ttt_chunk_size < end]
+                windows = [
+                    tg.chunk_window(chunk, end, cfg.ttt_chunk_size, cfg.ttt_eval_seq_len) for end in limits
+                ]
+                widest = max(window.length for window in windows)
+                rows = len(limits) if len(limits) <= rows * 7 // 8 else rows
+                real += sum(window.length for window in windows)
+                width += widest * len(limits)
+                resting += widest * (rows - len(limits))
+                targets += sum(window.targets for window in windows)
+                places += cfg.ttt_chunk_size * len(limits)
+    return {
+        "window_padding": 1 - real / width,
+        "scored_padding": 1 - targets / places,
+        "adapter_padding": resting / (width + resting),
+    }
 
 
 def demo_models(folder: Path) -> list[Path]:
@@ -282,7 +363,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", type=Path, help="artifacts of trained demo models")
     parser.add_argument("--windows", default="48,96,144,192", help="TTT_CACHE_WINDOW values to try")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each form, in turn")
-    parser.add_argument("--parts", default="exact,cached,quality,schedule", help="what to run")
+    parser.add_argument("--parts", default="exact,cached,quality,schedule,compiled", help="what to run")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     windows, result = [int(text) for text in arguments.windows.split(",")], {}
@@ -291,10 +372,12 @@ def main() -> None:
             figures = exact(arguments.repeats)
         elif part == "cached":
             figures = cached(windows, arguments.repeats)
+        elif part == "compiled":
+            figures = compiled(arguments.repeats)
         elif part == "quality":
             figures = quality(arguments.models or demo_models(ROOT / "runs" / "bench_ttt"), windows)
         else:
-            figures = schedule()
+            figures = schedule() | padding()
         result |= figures
         print(part, " ".join(f"{name}:{value}" for name, value in figures.items()), flush=True)
     if arguments.json:

@@ -153,7 +153,18 @@ def test_logs_of_published_runs_are_read():
 def test_suite_prints_its_plan(tmp_path):
     plan = run("bash", "bench/gpu_suite.sh", "--dry-run", OUT=str(tmp_path / "none"))
     steps = [line.split()[0] for line in plan.splitlines() if " (at most 480 s): " in line]
-    assert steps == ["machine", "tests", "step", "peer", "kernels", "variants", "run", "memory", "peer_again"]
+    assert steps == [
+        "machine",
+        "tests",
+        "step",
+        "peer",
+        "kernels",
+        "ttt",
+        "variants",
+        "run",
+        "memory",
+        "peer_again",
+    ]
     assert not (tmp_path / "none").exists()
 
 
