@@ -336,7 +336,7 @@ class Config:
         if self.head_dim % 2:
             raise ConfigError(f"MODEL_DIM / NUM_HEADS = {self.head_dim}: must be even (rotary pairs)")
         if self.rope_dims > self.head_dim or self.rope_dims % 2:
-            limit = f"MODEL_DIM / NUM_HEADS = {self.head_dim}"
+            limit = f"{self.head_dim} (MODEL_DIM / NUM_HEADS)"
             raise ConfigError(f"ROPE_DIMS={self.rope_dims}: must be even and at most {limit}")
         if self.rope_yarn and (self.rope_dims or self.head_dim) <= 2:
             raise ConfigError(f"ROPE_DIMS={self.rope_dims}: ROPE_YARN=1 needs more than 2 rotated dimensions")

@@ -148,6 +148,7 @@ OURS |= {
     "ttt_v_lora",
 }
 OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "clip_global", "fit_bytes"}
+OURS |= {"preflight_only"}
 OURS |= {"allow_unverified_data", "audit", "wandb_project", "tensorboard_dir", "plain_windows"}
 OURS |= {"checkpoint_seconds", "resume"}
 
