@@ -455,7 +455,7 @@ MODEL_SETTINGS = (
 # published run is its log (SPEC section 8). A packed script has one row, all that its run differed in.
 PRESETS: dict[str, dict[str, object]] = {"pr1851": {}}
 
-# [if PRESETS]
+# [if WHOLE]
 _WINDOWS = {  # PR #1493 and its descendants
     "caseops_enabled": False,
     "plain_windows": True,
@@ -3967,7 +3967,7 @@ def read_published(blob: bytes) -> dict[str, QuantizedTensor]:
     raise ArtifactError("not an artifact of this script (a published one is for the unpacked script)")
 
 
-# [if PUBLISHED]
+# [if WHOLE]
 PUBLISHED_SCHEME = re.compile(
     r"passthrough.*|(?P<gate>gate_int8_row)|gptq \(int(?P<bits>[2-8])\)(?P<correction>\+lqer(_asym)?)?"
 )
@@ -4035,7 +4035,7 @@ def packed_script(cfg: Config, source: bytes) -> tuple[bytes, bool]:
     return source, True
 
 
-# [if PACKER]
+# [if WHOLE]
 WRAPPER = b'#coding:l1\nimport %s as c\nexec(c.decompress("""%s""".encode("l1")))\n'
 
 
@@ -4045,16 +4045,9 @@ def packed_script(cfg: Config, source: bytes) -> tuple[bytes, bool]:  # noqa: F8
     All but where data and models lie, what the machine is, the seed, and which stages are wanted.
     """
     off = [name for name, value in cfg.as_env().items() if not value]
-    off += [
-        "PRESETS",
-        "PACKER",
-        "PUBLISHED",
-        "WHOLE",
-        "CHECKPOINT_SECONDS",
-        *["ANS"] * (cfg.compressor != "ans"),
-        *["COMPILED"] * (cfg.compile_backend == "off"),
-        *["PLAIN_TEXT"] * cfg.caseops_enabled,
-    ]
+    off += ["WHOLE", "CHECKPOINT_SECONDS"]  # what only the whole script has
+    off += ["ANS"] * (cfg.compressor != "ans") + ["PLAIN_TEXT"] * cfg.caseops_enabled
+    off += ["COMPILED"] * (cfg.compile_backend == "off")
     names = _NAMES[_NAMES.index("caseops_enabled") :]
     dropped = (*names, "checkpoint_seconds")
     row = {name: value for name, value in PRESETS[cfg.preset].items() if name not in dropped}

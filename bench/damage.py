@@ -43,7 +43,7 @@ class Target(NamedTuple):
 class Loaded(tg.GuardedRun):
     """A run that has read its inputs, without folder and log."""
 
-    def _open_log(self) -> None:
+    def _open_log(self, *_: object) -> None:
         return None
 
     def _log_head(self) -> None:

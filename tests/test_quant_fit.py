@@ -37,9 +37,10 @@ def hessian(seed: int, columns: int) -> torch.Tensor:
 def test_factor_is_the_inverse_root(tg):
     h = hessian(0, 48)
     h[5], h[:, 5] = 0, 0
-    order, dead, upper = tg.factorise(h)
+    order, dead, upper, damping = tg.factorise(h)
     damped = h.double()
     damped[5, 5] = 1
+    assert damping == 0.01
     damped += 0.01 * damped.diagonal().mean() * torch.eye(48)
     damped = damped[order][:, order]
     assert dead.nonzero().tolist() == [[5]]

@@ -582,7 +582,7 @@ def test_document_that_diverges_goes_on_without_adapters(tg):
 @pytest.mark.parametrize("warm", [False, True])
 def test_guard_limits_the_damage(tg, warm):
     """A rate that ruins every document: worse than no adapters, better than without the guard."""
-    settings = RUINOUS | {"ttt_lora_lr": 1e4, "ttt_warm_start_a": warm}
+    settings = RUINOUS | {"ttt_lora_lr": 100.0, "ttt_warm_start_a": warm}
     guarded = run(tg, documents_stream(), settings)[1]
     unguarded = run(tg, documents_stream(), settings | {"ttt_guard": 0.0})[1]
     plain = run(tg, documents_stream(), {"ttt_lora_lr": 0.0, "phased_ttt_prefix_docs": 0})[1]
