@@ -9,6 +9,7 @@
   must be whole.
 * Full disk: a write of each output fails half-way with ENOSPC. The run must end with one line that names the
   file, earlier outputs as they were, and resume to the same end; a checkpoint's failure must not end it.
+* Cost: what share of the processor a checkpoint every ten seconds takes in the demo (`checkpoint_share`).
 * Damage: changed bytes of data, tokenizer, artifact and checkpoints: refused with the file's name, or read as
   they were (harmless). Anything else is wrong.
 
@@ -17,12 +18,14 @@ Exit code 1 if anything is wrong. Needs the demo data (`make data`).
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,6 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -38,6 +42,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
+from bench.damage import run_damage  # noqa: E402
 from bench.fuzz_artifact import damaged  # noqa: E402
 
 DEMO = {
@@ -386,13 +391,30 @@ def _state(path: Path) -> bytes:
 
 def damage_all(cases: int, seed: int) -> Counter:
     """A fifth of the cases are checkpoints, the others are those of bench/damage.py."""
-    counts = damage_checkpoints(cases // 5, seed)
-    try:
-        from bench.damage import run_damage
-    except ImportError:
-        return counts
     told = run_damage(cases - cases // 5, seed)
-    return counts + Counter({key: told[key] for key in ("damaged", "refused", "harmless", "wrong")})
+    damage = Counter({key: told[key] for key in ("damaged", "refused", "harmless", "wrong")})
+    return damage + damage_checkpoints(cases // 5, seed)
+
+
+def checkpoint_cost(steps: int, seconds: float = 10.0) -> float:
+    """Share of the processor that a checkpoint of the demo every `seconds` takes, median over steps."""
+    cfg = tg.Config.from_env({"PRESET": "demo", "DATA_PATH": DEMO["DATA_PATH"], "DEVICE": "cpu"})
+    paths, group = tg.shard_paths(cfg.data_folder, "train"), cfg.micro_batches(1)
+    loader = tg.PackedLoader(
+        paths, 1, 0, cfg.train_batch_tokens // group, cfg.train_seq_len, cfg.vocab_size, group=group
+    )
+    unkept = dataclasses.replace(cfg, checkpoint_seconds=1e6)  # kept here, not by the trainer's clock
+    trainer = tg.KeptTrainer(SimpleNamespace(trainer_state=None), unkept, tg.GPT(cfg), loader)
+    costs = []
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        shelf = tg.Shelf(Path(folder), "run")
+        for step in range(steps):
+            trainer.step(step, 0.5)
+            if step >= 1:
+                start = time.process_time()
+                shelf.add({}, trainer.kept(step + 1))
+                costs.append(time.process_time() - start)
+    return statistics.median(costs) / seconds
 
 
 def main() -> int:
@@ -416,7 +438,8 @@ def main() -> int:
             counts += full_disk(Path(folder), DEMO, arguments.full_disk)
     counts += damage_all(arguments.damage, arguments.seed)
     keys = ("kills", "identical", *STAGES, "full", "lost", "damaged", "refused", "harmless", "wrong")
-    report = {key: counts[key] for key in keys} | {"seconds": round(time.monotonic() - start, 1)}
+    report = {key: counts[key] for key in keys} | {"checkpoint_share": checkpoint_cost(8)}
+    report["seconds"] = round(time.monotonic() - start, 1)
     print(json.dumps(report) if arguments.json else "\n".join(f"{k:14} {v}" for k, v in report.items()))
     fine = counts["identical"] == counts["kills"] and not counts["lost"] and not counts["wrong"]
     return 0 if fine else 1

@@ -179,20 +179,22 @@ def test_ppm_bench_measures_it():
 
 def test_ppm_gate_never_looks_at_the_byte_it_scores():
     """Swap a byte: weights up to and with its own stay, its probability and what follows do not."""
-    data, place = bytearray(TEXT[:4000]), 3500
+    data = bytearray(TEXT[:4000])
     rng = np.random.default_rng(0)
     sure = rng.random(len(data)) < 0.3
     one = PPMD().advance(array(bytes(data)))
-    seen = {True: 0, False: 0}
+    seen, differ = {True: 0, False: 0}, 0
     for place in range(3000, 3900, 30):
         other = bytearray(data)
         other[place] ^= 0x15
         swapped = PPMD().advance(array(bytes(other)))
         weights = [mixture.gate(confident, sure)[: place + 1] for _, confident in (one, swapped)]
         assert (weights[0] == weights[1]).all()
-        assert (one[0][:place] == swapped[0][:place]).all() and one[0][place] != swapped[0][place]
+        assert (one[0][:place] == swapped[0][:place]).all()
+        differ += one[0][place] != swapped[0][place]  # two bytes may be as likely by chance
         seen[bool(weights[0][place] == mixture.LOW)] += 1
     assert min(seen.values()) > 3, "both weights must have been tried"
+    assert differ > 20, "the byte that is scored must have been swapped"
 
 
 def test_ppm_network_is_sure_before_the_token(tg):
