@@ -1683,7 +1683,8 @@ def _flash_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, ba
         return y[0] if isinstance(y, tuple) else y
     cu, limit = segments.cu_seqlens, segments.max_seqlen
     limits = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": limit, "max_seqlen_k": limit}
-    y = flash.flash_attn_varlen_func(q[0], k[0], v[0], causal=True, **limits)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # x[0] would copy the gradient
+    y = flash.flash_attn_varlen_func(q, k, v, causal=True, **limits)
     return (y[0] if isinstance(y, tuple) else y)[None]
 
 
@@ -1693,7 +1694,8 @@ def _varlen_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tenso
 
     cu, limit = segments.cu_seqlens, segments.max_seqlen
     grouped = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}
-    return varlen_attn(q[0], k[0], v[0], cu, cu, limit, limit, window_size=(-1, 0), **grouped)[None]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # x[0] would copy the gradient
+    return varlen_attn(q, k, v, cu, cu, limit, limit, window_size=(-1, 0), **grouped)[None]
 
 
 def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: str) -> Tensor:
@@ -1780,37 +1782,36 @@ import triton
 import triton.language as tl
 
 @triton.jit
-def cross_entropy(z, targets, norms, losses, grads, out, cap,
-                  V: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
+def capped(z, column, inside, cap):
+    u = tl.load(z + column, inside, float("-inf")).to(tl.float32) / cap
+    e = tl.exp(-2 * tl.abs(u))
+    return tl.where(u < 0, -cap, cap) * (1 - e) / (1 + e), 4 * e / ((1 + e) * (1 + e))
+
+@triton.jit
+def cross_entropy(z, targets, losses, cap, V: tl.constexpr, BLOCK: tl.constexpr, TRAIN: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     z += row * V
-    out += row * V
-    if BACKWARD:
-        norm = tl.load(norms + row)
-        grad = tl.load(grads + row)
     high = tl.full([BLOCK], -cap, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     own = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < V
-        u = tl.load(z + column, inside, float("-inf")).to(tl.float32) / cap
-        e = tl.exp(-2 * tl.abs(u))
-        c = tl.where(u < 0, -cap, cap) * (1 - e) / (1 + e)
-        if BACKWARD:
-            p = tl.exp(c - norm) - tl.where(column == target, 1.0, 0.0)
-            tl.store(out + column, grad * p * 4 * e / ((1 + e) * (1 + e)), inside)
-        else:
-            own += tl.where(column == target, c, 0.0)
-            new = tl.maximum(high, c)
-            total = total * tl.exp(high - new) + tl.where(inside, tl.exp(c - new), 0.0)
-            high = new
-    if not BACKWARD:
-        top = tl.max(high)
-        norm = top + tl.log(tl.sum(total * tl.exp(high - top)))
-        tl.store(norms + row, norm)
-        tl.store(losses + row, norm - tl.sum(own))
+        c, _ = capped(z, column, inside, cap)
+        own += tl.where(column == target, c, 0.0)
+        new = tl.maximum(high, c)
+        total = total * tl.exp(high - new) + tl.where(inside, tl.exp(c - new), 0.0)
+        high = new
+    top = tl.max(high)
+    norm = top + tl.log(tl.sum(total * tl.exp(high - top)))
+    tl.store(losses + row, norm - tl.sum(own))
+    if TRAIN:
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < V
+            c, slope = capped(z, column, inside, cap)
+            tl.store(z + column, (tl.exp(c - norm) - tl.where(column == target, 1.0, 0.0)) * slope, inside)
 
 @triton.jit
 def tile(x, row, k, ROWS, K, DESC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
@@ -1845,6 +1846,77 @@ def matmul(a, b, out, slope, M, N, K: tl.constexpr, TURNS: tl.constexpr, MODE: t
                 tl.store(slope + place, steep, inside)
             acc *= steep * 0.5
         tl.store(out + place, acc, inside)
+
+@triton.jit
+def heads(x, gain, cos, sin, q, k, v, dx, dgain, N, T, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+          HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr):
+    head = tl.program_id(1)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    column = tl.arange(0, WIDTH)[None]
+    inside = (row < N) & (column < D)
+    whole = row * (H + 2 * G) * D + head * D
+    if head < H:
+        side = q + (row * H + head) * D
+    elif head < H + G:
+        side = k + (row * G + head - H) * D
+    else:
+        side = v + (row * G + head - H - G) * D
+    if head >= H + G:
+        if BACKWARD:
+            tl.store(dx + whole + column, tl.load(side + column, inside), inside)
+        else:
+            tl.store(side + column, tl.load(x + whole + column, inside), inside)
+    else:
+        turned = inside & (column < 2 * HALF)
+        table = row % T * HALF + column % HALF
+        c = tl.load(cos + table, turned, 1.0).to(tl.float32)
+        s = tl.load(sin + table, turned, 0.0).to(tl.float32) * tl.where(column < HALF, 1.0, -1.0)
+        partner = tl.where(column < HALF, column + HALF, column - HALF)
+        factor = tl.load(gain + head, head < H, 1.0).to(tl.float32)
+        value = tl.load(x + whole + column, inside, 0.0).to(tl.float32)
+        scale = 1 / tl.sqrt(tl.sum(value * value, 1, True) / D + 1.1920928955078125e-07)
+        if BACKWARD:
+            u = tl.load(side + column, inside, 0.0).to(tl.float32) * c
+            u -= tl.load(side + partner, turned, 0.0).to(tl.float32) * s
+            value *= scale
+            dot = tl.sum(u * value, 1, True)
+            tl.store(dx + whole + column, factor * scale * (u - value * dot / D), inside)
+            if head < H:
+                tl.store(dgain + row * H + head, dot, row < N)
+        else:
+            other = tl.load(x + whole + partner, turned, 0.0).to(tl.float32)
+            tl.store(side + column, (value * c + other * s) * scale * factor, inside)
+
+@triton.jit
+def exclude(y, v, gate, dz, out, dv, dgate, N, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+            ROWS: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr):
+    group = tl.program_id(1)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    column = tl.arange(0, WIDTH)[None]
+    inside = (row < N) & (column < D)
+    at = (row * G + group) * D + column
+    away = tl.load(v + at, inside, 0.0).to(tl.float32)
+    length = tl.maximum(tl.sqrt(tl.sum(away * away, 1, True)), 1e-12)
+    away /= length
+    turn = tl.zeros([ROWS, WIDTH], tl.float32)
+    for i in range(H // G):
+        head = row * H + group * (H // G) + i
+        place = head * D + column
+        own = tl.load(y + place, inside, 0.0).to(tl.float32)
+        dot = tl.sum(own * away, 1, True)
+        factor = tl.load(gate + head, row < N, 0.0).to(tl.float32)
+        rest = own - dot * away
+        if BACKWARD:
+            grad = tl.load(dz + place, inside, 0.0).to(tl.float32)
+            tl.store(dgate + head, tl.sum(grad * rest, 1, True), row < N)
+            grad *= factor
+            along = tl.sum(grad * away, 1, True)
+            tl.store(out + place, grad - along * away, inside)
+            turn -= dot * grad + along * own
+        else:
+            tl.store(out + place, rest * factor, inside)
+    if BACKWARD:
+        tl.store(dv + at, (turn - tl.sum(turn * away, 1, True) * away) / length, inside)
 """  # a module of its own: Triton reads a kernel's source from a file, which a packed script does not have
 
 
@@ -1861,13 +1933,13 @@ def kernels() -> object:
     return module
 
 
-def launch_cross_entropy(z: Tensor, *arguments: object) -> None:
-    """One program a row of z [N, V]; then targets, normalisers, losses, gradients, dz, cap, backward?"""
+def launch_cross_entropy(z: Tensor, targets: Tensor, losses: Tensor, cap: float, train: bool) -> None:
+    """Losses [N] of logits z [N, V]; `train` puts their gradients in the logits' place. A program a row."""
     rows, vocabulary = z.shape
-    *arguments, backward = arguments
     if rows:
         block = min(4096, 1 << (vocabulary - 1).bit_length())
-        kernels().cross_entropy[(rows,)](z, *arguments, vocabulary, block, backward, num_warps=8)
+        arguments = (z, targets, losses, cap, vocabulary, block, train)
+        kernels().cross_entropy[(rows,)](*arguments, num_warps=8)
 
 
 def launch_matmul(
@@ -1896,6 +1968,30 @@ def launch_matmul(
         kernels().matmul[(programs,)](a, b, out, slope, *sizes, num_warps=warps, num_stages=stages)
 
 
+def launch_heads(
+    x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor, *grads: Tensor
+) -> None:
+    """Products x [N, (H + 2G) D] <-> heads q [N, H, D], k and v [N, G, D]; cos and sin [T, r/2], gain [H].
+
+    Forward q, k and v are written; backward they are gradients, and those of x and gain [N, H] are written.
+    """
+    rows, groups, size = v.shape
+    sizes = rows, len(cos), len(gain), groups, size, cos.size(1), 32, 1 << (size - 1).bit_length()
+    if rows:
+        grid = (-(-rows // 32), len(gain) + 2 * groups)
+        kernels().heads[grid](x, gain, cos, sin, q, k, v, *(grads or (x, gain)), *sizes, bool(grads))
+
+
+def launch_exclude(y: Tensor, v: Tensor, gate: Tensor, out: Tensor, *grads: Tensor) -> None:
+    """y [N, H, D], v [N, G, D], gate [N, H] -> out; given dz, and room for those of v and gate: dy."""
+    rows, groups, size = v.shape
+    sizes = rows, y.size(1), groups, size, 32, 1 << (size - 1).bit_length()
+    dz, dv, dgate = grads or (y, v, gate)
+    if rows:
+        grid = (-(-rows // 32), groups)
+        kernels().exclude[grid](y, v, gate, dz, out, dv, dgate, *sizes, bool(grads))
+
+
 def _operator(schema: str, allocate: Callable, fill: Callable) -> Callable:
     """An operator that torch.compile keeps whole: makes its results, then writes them (`fill`)."""
 
@@ -1913,35 +2009,96 @@ def _operator(schema: str, allocate: Callable, fill: Callable) -> Callable:
     return operator
 
 
-_cross_entropy = _operator(
-    "cross_entropy(Tensor z, Tensor targets, float cap) -> (Tensor, Tensor)",
-    lambda z, *_: (z.new_empty(len(z), dtype=torch.float32), z.new_empty(len(z), dtype=torch.float32)),
-    lambda losses, norms, z, targets, cap: launch_cross_entropy(
-        z, targets, norms, losses, losses, z, cap, False
-    ),
-)
-_cross_entropy_grad = _operator(
-    "cross_entropy_grad(Tensor z, Tensor targets, Tensor norms, Tensor grads, float cap) -> Tensor",
-    lambda z, *_: torch.empty_like(z),
-    lambda out, z, targets, norms, grads, cap: launch_cross_entropy(
-        z, targets, norms, norms, grads, out, cap, True
-    ),
-)
-_cross_entropy.register_autograd(
-    lambda ctx, grads, _: (_cross_entropy_grad(*ctx.saved_tensors, grads.contiguous(), ctx.cap), None, None),
-    setup_context=lambda ctx, inputs, output: _keep(ctx, *inputs[:2], output[1], cap=inputs[2]),
-)
-
-
-def _keep(ctx: object, *tensors: Tensor, cap: float = 0.0) -> None:
+def _keep(ctx: object, *tensors: Tensor) -> None:
     ctx.save_for_backward(*tensors)
-    ctx.cap = cap
 
 
-def fused_cross_entropy(z: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """`softcapped_cross_entropy`, reading the logits once forward and once backward."""
-    losses, _ = _cross_entropy(z.flatten(0, -2).contiguous(), targets.flatten(), cap)
+def _head_loss_forward(
+    losses: Tensor, dz: Tensor, h: Tensor, weight: Tensor, targets: Tensor, cap: float, train: bool
+) -> None:
+    z = torch.mm(h, weight.T, out=dz) if train else h @ weight.T
+    launch_cross_entropy(z, targets, losses, cap, train)
+
+
+def _head_loss_backward(ctx: object, grads: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    """A factor of a row of dz may as well come after the product, or go to the other factor."""
+    h, weight, dz = ctx.saved_tensors
+    grads = grads[:, None]
+    return (dz @ weight * grads).to(h.dtype), dz.T @ (h * grads).to(h.dtype), None, None, None
+
+
+_head_loss = _operator(
+    "head_loss(Tensor h, Tensor weight, Tensor targets, float cap, bool train) -> (Tensor, Tensor)",
+    lambda h, weight, targets, cap, train: (
+        h.new_empty(len(h), dtype=torch.float32),
+        h.new_empty(len(h) * train, len(weight)),
+    ),
+    _head_loss_forward,
+)
+_head_loss.register_autograd(
+    _head_loss_backward, setup_context=lambda ctx, inputs, output: _keep(ctx, *inputs[:2], output[1])
+)
+
+
+def fused_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """`softcapped_cross_entropy` of h W^T, h [..., D]; the logits are read once, gradient and all."""
+    h, weight = h.flatten(0, -2).contiguous(), weight.to(h.dtype)
+    losses, _ = _head_loss(h, weight, targets.flatten(), cap, torch.is_grad_enabled())
     return losses.view(targets.shape)
+
+
+_heads = _operator(
+    "heads(Tensor x, Tensor gain, Tensor cos, Tensor sin, int groups) -> (Tensor, Tensor, Tensor)",
+    lambda x, gain, cos, sin, groups: tuple(
+        x.new_empty(len(x), n, x.size(1) // (len(gain) + 2 * groups)) for n in (len(gain), groups, groups)
+    ),
+    lambda q, k, v, x, gain, cos, sin, groups: launch_heads(x, gain, cos, sin, q, k, v),
+)
+_heads_grad = _operator(
+    "heads_grad(Tensor x, Tensor gain, Tensor cos, Tensor sin, Tensor dq, Tensor dk, Tensor dv)"
+    " -> (Tensor, Tensor)",
+    lambda x, gain, *_: (torch.empty_like(x), x.new_empty(len(x), len(gain), dtype=torch.float32)),
+    lambda dx, dgain, *inputs: launch_heads(*inputs, dx, dgain),
+)
+
+
+def _heads_backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dgain = _heads_grad(*ctx.saved_tensors, *(grad.contiguous() for grad in grads))
+    return dx, dgain.sum(0).to(ctx.saved_tensors[1].dtype), None, None, None
+
+
+_heads.register_autograd(_heads_backward, setup_context=lambda ctx, inputs, output: _keep(ctx, *inputs[:4]))
+
+
+def fused_heads(
+    x: Tensor, gain: Tensor, rope: tuple[Tensor, Tensor], groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One product of all roles [B, T, (H + 2G) D] -> normed, rotated queries times gain, keys, and values."""
+    tables = (table.to(x.dtype).flatten(1) for table in rope)
+    parts = _heads(x.flatten(0, -2).contiguous(), gain.to(x.dtype), *tables, groups)
+    return tuple(part.unflatten(0, x.shape[:-1]) for part in parts)
+
+
+_exclude = _operator(
+    "exclude(Tensor y, Tensor v, Tensor gate) -> Tensor",
+    lambda y, v, gate: torch.empty_like(y),
+    lambda out, y, v, gate: launch_exclude(y, v, gate, out),
+)
+_exclude_grad = _operator(
+    "exclude_grad(Tensor y, Tensor v, Tensor gate, Tensor dz) -> (Tensor, Tensor, Tensor)",
+    lambda y, v, gate, dz: (torch.empty_like(y), torch.empty_like(v), torch.empty_like(gate)),
+    lambda dy, dv, dgate, y, v, gate, dz: launch_exclude(y, v, gate, dy, dz, dv, dgate),
+)
+_exclude.register_autograd(
+    lambda ctx, dz: _exclude_grad(*ctx.saved_tensors, dz.contiguous()),
+    setup_context=lambda ctx, inputs, output: _keep(ctx, *inputs),
+)
+
+
+def fused_exclude(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """XSA and gate: y [B, T, H, D] without its part along v [B, T, G, D], times gate [B, T, H]."""
+    parts = (part.flatten(0, 1).contiguous() for part in (y, v, gate.to(y.dtype)))
+    return _exclude(*parts).view(y.shape)
 
 
 def _mlp_forward(y: Tensor, hidden: Tensor, slope: Tensor, x: Tensor, up: Tensor, down: Tensor, train: bool):
@@ -2034,6 +2191,11 @@ class Pass(NamedTuple):
     tap: Tap | None
     wanted: Tensor | None = None
     past: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """All positions and nothing besides the model itself: training, standard evaluation."""
+        return self.adapt is None and self.wanted is None and self.past is None
 
     def pick(self, x: Tensor) -> Tensor:
         """The rows of x [B, T, D] that are wanted."""
@@ -2129,32 +2291,45 @@ class Attention(nn.Module):
         cfg = self.cfg
         if run.tap is not None:
             run.tap(f"blocks.{self.layer}.attn.c_q.weight", n)
-        roles = {"q": w.q, "k": w.k, "v": w.v}
-        if run.wanted is not None:
-            roles.pop("q")  # queries of the wanted positions only
-        *q_flat, k, v = project_together(n, roles, run.adapt)
-        k, v = (x.unflatten(-1, (cfg.num_kv_heads, cfg.head_dim)) for x in (k, v))
-        k, own = apply_rope(rms_norm(k), run.rope), run.pick(v.flatten(-2)).unflatten(-1, v.shape[-2:])
-        n = run.pick(n)
-        q_flat = q_flat[0] if q_flat else project(n, w.q, "q", run.adapt)
-        q = q_flat.unflatten(-1, (cfg.num_heads, cfg.head_dim))
-        rope = run.rope if run.wanted is None else tuple(table[run.wanted] for table in run.rope)
-        q = apply_rope(rms_norm(q), rope) * self.q_gain.to(q.dtype)[:, None]
+        fused = run.plain and fuses(cfg, n)
+        q_flat, q, k, v = (self._fused_heads if fused else self._heads)(n, w, run)
+        own, n = run.pick(v.flatten(-2)).unflatten(-1, v.shape[-2:]), run.pick(n)
         if run.wanted is None and run.past is None:
             y = attend(q, k, v, run.segments, cfg.attention_backend)
         else:
             keys, values = (k, v) if run.past is None else run.past(k, v)
             wanted = torch.arange(k.size(1), device=k.device)[None] if run.wanted is None else run.wanted
             y = attend_from(q, wanted + keys.size(1) - k.size(1), keys, values)
-        if self.excludes_self:
-            y = self._exclude_self(y, own)
         gate = self._gate(n, q_flat)
-        if gate is not None:
-            y = y * gate.to(y.dtype)[..., None]
+        if fused and self.excludes_self and gate is not None:
+            y = fused_exclude(y, own, gate)
+        else:
+            y = self._exclude_self(y, own) if self.excludes_self else y
+            y = y if gate is None else y * gate.to(y.dtype)[..., None]
         y = y.flatten(-2)
         if run.tap is not None:
             run.tap(f"blocks.{self.layer}.attn.proj.weight", y)
         return project(y, w.o, "o", run.adapt, adapter_input=n)
+
+    def _heads(self, n: Tensor, w: LayerWeights, run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries before the norm [B, n, H d]; then queries, keys and values [B, n or T, heads, d]."""
+        cfg = self.cfg
+        roles = {"q": w.q, "k": w.k, "v": w.v}
+        if run.wanted is not None:
+            roles.pop("q")  # queries of the wanted positions only
+        *q_flat, k, v = project_together(n, roles, run.adapt)
+        k, v = (x.unflatten(-1, (cfg.num_kv_heads, cfg.head_dim)) for x in (k, v))
+        q_flat = q_flat[0] if q_flat else project(run.pick(n), w.q, "q", run.adapt)
+        q = q_flat.unflatten(-1, (cfg.num_heads, cfg.head_dim))
+        rope = run.rope if run.wanted is None else tuple(table[run.wanted] for table in run.rope)
+        q = apply_rope(rms_norm(q), rope) * self.q_gain.to(q.dtype)[:, None]
+        return q_flat, q, apply_rope(rms_norm(k), run.rope), v
+
+    def _fused_heads(self, n: Tensor, w: LayerWeights, run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same by one product and one kernel."""
+        whole = F.linear(n, torch.cat([w.q, w.k, w.v]))
+        heads = fused_heads(whole, self.q_gain, run.rope, self.cfg.num_kv_heads)
+        return whole[..., : len(w.q)], *heads
 
     @staticmethod
     def _exclude_self(y: Tensor, v: Tensor) -> Tensor:
@@ -2345,10 +2520,13 @@ class GPT(nn.Module):
     def _head_name(self) -> str:
         return "tok_emb" if self.cfg.tie_embeddings else "lm_head"
 
+    @property
+    def _head_weight(self) -> Tensor:
+        return getattr(self, self._head_name).weight
+
     def _head(self, h: Tensor, lora: "BatchedLoRA | None") -> Tensor:
         """Hidden states -> logits before the softcap."""
-        weight = getattr(self, self._head_name).weight
-        return project(h, weight.to(h.dtype), "head", None if lora is None else lora.at(0))
+        return project(h, self._head_weight.to(h.dtype), "head", None if lora is None else lora.at(0))
 
     def logits(self, h: Tensor, lora: "BatchedLoRA | None" = None) -> Tensor:
         """Soft-capped logits [B, T, V] of hidden states [B, T, D]."""
@@ -2369,9 +2547,10 @@ class GPT(nn.Module):
         h = self.hidden(input_ids, segments, looping=looping, lora=lora, wanted=scored, cache=cache)
         if scored is not None:
             target_ids = target_ids.gather(1, scored)
-        z, cap = self._head(h, lora), self.cfg.logit_softcap
-        loss = fused_cross_entropy if fuses(self.cfg, z) else softcapped_cross_entropy
-        return loss(z, target_ids, cap)
+        cap = self.cfg.logit_softcap
+        if lora is None and fuses(self.cfg, h):
+            return fused_cross_entropy(h, self._head_weight, target_ids, cap)
+        return softcapped_cross_entropy(self._head(h, lora), target_ids, cap)
 
     def forward(self, *batch: object, **options: object) -> Tensor:
         """`losses`, compiled where `Ranks.place` compiles."""

@@ -79,12 +79,35 @@ class Bench:
             self.time(name, "triton", fused, inputs, flops, moved)
 
     def cross_entropy(self) -> None:
-        """Loss from logits: one read forward; one read and one write backward."""
-        z, cap = self.random(self.tokens, self.cfg.vocab_size, scale=5.0), self.cfg.logit_softcap
+        """Head and loss: the logits written once and read once, the gradient in their place."""
+        h, weight = (self.random(n, self.cfg.model_dim) for n in (self.tokens, self.cfg.vocab_size))
         targets = torch.randint(self.cfg.vocab_size, (self.tokens,), device=self.ranks.device)
-        eager = lambda: tg.softcapped_cross_entropy(z, targets, cap)  # noqa: E731
-        fused = lambda: tg.fused_cross_entropy(z, targets, cap)  # noqa: E731
-        self.forms("cross entropy", eager, fused, [z], 0, z.nbytes)
+        cap = self.cfg.logit_softcap
+        eager = lambda: tg.softcapped_cross_entropy(h @ weight.T, targets, cap)  # noqa: E731
+        fused = lambda: tg.fused_cross_entropy(h, weight, targets, cap)  # noqa: E731
+        flops, moved = 2 * h.numel() * len(weight), 2 * self.tokens * len(weight) * h.element_size()
+        self.forms("head and cross entropy", eager, fused, [h, weight], flops, moved)
+
+    def heads(self) -> None:
+        """Norm, rotation and gain of queries and keys; then exclusion of the own value, and the gate."""
+        cfg = self.cfg
+        groups, size = cfg.num_kv_heads, cfg.head_dim
+        whole = self.random(1, self.tokens, (cfg.num_heads + 2 * groups) * size)
+        rope, gain = tg.rope_tables(cfg, self.tokens, self.ranks.device), self.random(cfg.num_heads)
+
+        def eager() -> torch.Tensor:
+            q, k, v = whole.unflatten(-1, (-1, size)).split([cfg.num_heads, groups, groups], -2)
+            q, k = (tg.apply_rope(tg.rms_norm(part), rope) for part in (q, k))
+            return torch.cat([q * gain[:, None], k, v], -2)
+
+        fused = lambda: torch.cat(tg.fused_heads(whole, gain, rope, groups), -2)  # noqa: E731
+        self.forms("heads (and a cat)", eager, fused, [whole, gain], 0, 2 * whole.nbytes)
+        y, v = (self.random(1, self.tokens, n, size) for n in (cfg.num_heads, groups))
+        gate = self.random(1, self.tokens, cfg.num_heads)
+        eager_exclude = lambda: tg.Attention._exclude_self(y, v) * gate[..., None]  # noqa: E731
+        fused_exclude = lambda: tg.fused_exclude(y, v, gate)  # noqa: E731
+        moved = 2 * y.nbytes + v.nbytes
+        self.forms("exclusion and gate", eager_exclude, fused_exclude, [y, v, gate], 0, moved)
 
     def mlp(self) -> None:
         """Up-projection, leaky-ReLU^2, down-projection."""
@@ -218,19 +241,28 @@ def compile_only(every_tile: bool) -> list[dict]:
             | {"wgmma": "wgmma" in built.asm["ptx"]}
         )
 
+    halves = ("z", "x", "gain", "cos", "sin", "q", "k", "v", "dx", "y", "gate", "dz", "out", "dv", "dgate")
     for backward in (False, True):
-        types = dict.fromkeys(("z", "targets", "norms", "losses", "grads", "out"), "*fp32")
-        types |= {
-            "z": "*bf16",
-            "out": "*bf16",
-            "targets": "*i64",
-            "cap": "fp32",
-            "V": "",
-            "BLOCK": "",
-            "BACKWARD": "",
-        }
-        constants = {"V": 8192, "BLOCK": 4096, "BACKWARD": backward}
-        compile_one(tg.kernels().cross_entropy, 90, types, constants, num_warps=8)
+        for kernel, types, constants in (
+            (
+                "cross_entropy",
+                {"z": "", "targets": "*i64", "losses": "*fp32", "cap": "fp32"},
+                {"V": 8192, "BLOCK": 4096, "TRAIN": backward},
+            ),
+            (
+                "heads",
+                dict.fromkeys(halves[1:9]) | {"dgain": "*fp32", "N": "i32", "T": "i32"},
+                {"H": 8, "G": 4, "D": 64, "HALF": 8, "ROWS": 32, "WIDTH": 64, "BACKWARD": backward},
+            ),
+            (
+                "exclude",
+                dict.fromkeys(("y", "v", *halves[10:])) | {"N": "i32"},
+                {"H": 8, "G": 4, "D": 64, "ROWS": 32, "WIDTH": 64, "BACKWARD": backward},
+            ),
+        ):
+            types = {name: kind or "*bf16" for name, kind in types.items()} | dict.fromkeys(constants, "")
+            warps = 8 if kernel == "cross_entropy" else 4
+            compile_one(getattr(tg.kernels(), kernel), 90, types, constants, num_warps=warps)
     for arch, described in ((90, True), (89, False), (80, False)):
         for bm, bn, bk, warps, stages in TILES[described][: None if every_tile else 1]:
             for mode in (0, 1, 2):
@@ -270,7 +302,7 @@ def main() -> None:
         return
     torch.manual_seed(0)
     bench = Bench(args)
-    parts = (bench.cross_entropy, bench.mlp, bench.tiles, bench.attention)
+    parts = (bench.cross_entropy, bench.heads, bench.mlp, bench.tiles, bench.attention)
     for part in (*parts, bench.projections, bench.norms, bench.gates, bench.newton_schulz):
         part()
     result = {"benchmark": "kernels", **environment(bench.ranks), "tokens": bench.tokens}

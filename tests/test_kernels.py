@@ -28,15 +28,19 @@ def exact_cross_entropy(z: torch.Tensor, targets: torch.Tensor, cap: float) -> t
     return capped.logsumexp(-1) - capped.gather(-1, targets[..., None])[..., 0]
 
 
-def both(tg, z, targets, cap, weights):
+def both(tg, z, targets, cap):
     """Losses and gradients of the kernel and of float64."""
-    results = []
-    for function, dtype in ((tg.fused_cross_entropy, z.dtype), (exact_cross_entropy, torch.float64)):
-        leaf = z.detach().to(dtype).requires_grad_()
-        losses = function(leaf, targets, cap)
-        (losses.double() * weights).sum().backward()
-        results.append((losses.detach().double(), leaf.grad.double()))
-    return results
+    exact = z.detach().double().requires_grad_()
+    expected = exact_cross_entropy(exact, targets, cap)
+    expected.sum().backward()
+    losses = []
+    for train in (False, True):
+        given, out = z.clone(), torch.full(z.shape[:1], torch.nan, device=DEVICE)
+        tg.launch_cross_entropy(given, targets, out, cap, train)
+        losses.append(out.double())
+        assert train or torch.equal(given, z)
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+    return (losses[1], given.double()), (expected.detach(), exact.grad)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 17, 64, 1000, 4096, 5003, 9001])
@@ -44,8 +48,7 @@ def both(tg, z, targets, cap, weights):
 def test_cross_entropy_equals_float64(tg, vocabulary, scale):
     z = logits(3, vocabulary, scale)
     targets = torch.tensor([0, vocabulary - 1, vocabulary // 2], device=DEVICE)
-    weights = torch.tensor([1.0, -2.0, 0.25], dtype=torch.float64, device=DEVICE)
-    (losses, grads), (exact, exact_grads) = both(tg, z, targets, 30.0, weights)
+    (losses, grads), (exact, exact_grads) = both(tg, z, targets, 30.0)
     torch.testing.assert_close(losses, exact, **CLOSE)
     torch.testing.assert_close(grads, exact_grads, **CLOSE)
 
@@ -55,7 +58,7 @@ def test_cross_entropy_at_the_saturated_ends(tg, cap):
     """The gradient's factor 1 - tanh^2 keeps its relative accuracy where tanh itself rounds to 1."""
     z = torch.tensor([[3.0, -3.0, 8.0, -8.0, 12.0, -12.0, 0.0, 1e-3]], device=DEVICE) * cap
     targets = torch.tensor([2], device=DEVICE)
-    (losses, grads), _ = both(tg, z, targets, cap, torch.ones(1, device=DEVICE))
+    (losses, grads), _ = both(tg, z, targets, cap)
     u = z.double() / cap
     factor = 1 / torch.cosh(u) ** 2
     wrong = (cap * torch.tanh(u)).softmax(-1)
@@ -71,37 +74,133 @@ def test_cross_entropy_of_huge_logits_does_not_overflow(tg, value, cap):
     z = torch.full((2, 33), value, device=DEVICE)
     z[1, :5] *= -1
     targets = torch.tensor([4, 7], device=DEVICE)
-    (losses, grads), (exact, _) = both(tg, z, targets, cap, torch.ones(2, device=DEVICE))
+    (losses, grads), (exact, _) = both(tg, z, targets, cap)
     torch.testing.assert_close(losses, exact, **CLOSE)
     assert (grads == 0).all()
 
 
-def test_cross_entropy_of_nothing_and_of_one_token(tg):
-    for shape in ((0,), (1,), (1, 1), (2, 0)):
-        z = torch.randn(*shape, 7, device=DEVICE, requires_grad=True)
-        targets = torch.zeros(shape, dtype=torch.long, device=DEVICE)
-        losses = tg.fused_cross_entropy(z, targets, 30.0)
-        losses.sum().backward()
-        assert losses.shape == targets.shape
-        assert z.grad.shape == z.shape
-        torch.testing.assert_close(losses.double(), exact_cross_entropy(z, targets, 30.0), **CLOSE)
+@pytest.mark.parametrize("shape", [(0,), (1,), (1, 1), (2, 0), (2, 3)])
+def test_head_and_cross_entropy_equal_the_eager_twin(tg, shape):
+    """Losses, and gradients of hidden states and weights, each target with a weight of its own."""
+    generator = torch.Generator().manual_seed(0)
+    h = (torch.randn(*shape, 12, generator=generator) * 4).to(DEVICE)
+    weight = (torch.randn(130, 12, generator=generator) * 4).to(DEVICE)
+    targets = torch.randint(130, shape, generator=generator).to(DEVICE)
+    factors = torch.randn(shape, generator=generator).to(DEVICE)
+    twin = lambda h, weight, *rest: tg.softcapped_cross_entropy(h @ weight.T, *rest)  # noqa: E731
+    results = []
+    for function in (tg.fused_cross_entropy, twin):
+        leaves = [x.clone().requires_grad_() for x in (h, weight)]
+        losses = function(*leaves, targets, 30.0)
+        (losses * factors).sum().backward()
+        results.append([losses.detach(), *(leaf.grad for leaf in leaves)])
+        with torch.no_grad():
+            torch.testing.assert_close(function(*leaves, targets, 30.0), results[-1][0])
+    close = {"rtol": 2e-2, "atol": 2e-2} if DEVICE == "cuda" else CLOSE
+    for fused, eager in zip(*results, strict=True):
+        assert fused.shape == eager.shape
+        torch.testing.assert_close(fused, eager, **close)
 
 
 def test_cross_entropy_in_bfloat16(tg):
     """Logits of a training step: bfloat16 in and out, the arithmetic in float32."""
     z = logits(5, 777, 10.0, torch.bfloat16)
     targets = torch.arange(5, device=DEVICE) * 99
-    (losses, grads), (exact, exact_grads) = both(tg, z, targets, 30.0, torch.ones(5, device=DEVICE))
+    (losses, grads), (exact, exact_grads) = both(tg, z, targets, 30.0)
     torch.testing.assert_close(losses, exact, **CLOSE)
     torch.testing.assert_close(grads, exact_grads, rtol=2**-7, atol=1e-9)
 
 
-def test_cross_entropy_equals_its_eager_twin(tg):
-    z = logits(4, 130, 40.0).view(2, 2, 130)
-    targets = torch.tensor([[0, 129], [64, 1]], device=DEVICE)
-    torch.testing.assert_close(
-        tg.fused_cross_entropy(z, targets, 30.0), tg.softcapped_cross_entropy(z, targets, 30.0), **CLOSE
-    )
+def heads_of(rows, heads, groups, size, half, dtype=torch.float32):
+    """Products of a row, gains and rotary tables."""
+    generator = torch.Generator().manual_seed(rows + size)
+    x = torch.randn(2, rows, (heads + 2 * groups) * size, generator=generator) * 3
+    angles = torch.rand(rows, 1, half, generator=generator) * 6
+    gain = torch.randn(heads, generator=generator)
+    return x.to(DEVICE, dtype), gain.to(DEVICE), angles.cos().to(DEVICE), angles.sin().to(DEVICE)
+
+
+def eager_heads(tg, x, gain, rope, groups, size):
+    widths = [len(gain) * size, groups * size, groups * size]
+    q, k, v = (part.unflatten(-1, (-1, size)) for part in x.split(widths, -1))
+    q = tg.apply_rope(tg.rms_norm(q), rope) * gain.to(x.dtype)[:, None]
+    return q, tg.apply_rope(tg.rms_norm(k), rope), v
+
+
+def gradients(function, inputs, dtype=None):
+    """Results and gradients of a function with several results."""
+    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+    results = function(*leaves)
+    results = results if isinstance(results, tuple) else (results,)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(DEVICE) for y in results]
+    sum((y.double() * w).sum() for y, w in zip(results, weights, strict=True)).backward()
+    return [part.detach().double() for part in (*results, *(leaf.grad for leaf in leaves))]
+
+
+def assert_near(ours, theirs, tolerance=2e-5):
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(
+            our, their, rtol=tolerance, atol=tolerance * max(1.0, float(their.abs().max()))
+        )
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 2, 1), (5, 2, 1, 8, 4), (33, 4, 2, 16, 4), (40, 3, 3, 12, 2), (3, 8, 4, 64, 8)]
+)
+def test_heads_equal_float64(tg, sizes):
+    """Norm, rotation and gain of queries and keys, heads whose size is no power of two among them."""
+    rows, heads, groups, size, half = sizes
+    x, gain, *rope = heads_of(*sizes)
+    ours = gradients(lambda x, gain: tg.fused_heads(x, gain, rope, groups), (x, gain))
+    exact = [table.double() for table in rope]
+    run = lambda x, gain: eager_heads(tg, x, gain, exact, groups, size)  # noqa: E731
+    epsilon = torch.finfo(torch.float32).eps
+    plain, tg.rms_norm = tg.rms_norm, lambda x: torch.nn.functional.rms_norm(x, (x.size(-1),), eps=epsilon)
+    try:
+        assert_near(ours, gradients(run, (x, gain), torch.float64))
+    finally:
+        tg.rms_norm = plain
+    assert_near(ours, gradients(lambda x, gain: eager_heads(tg, x, gain, rope, groups, size), (x, gain)))
+
+
+def test_heads_of_zeros_and_of_nothing(tg):
+    """A head of zeros stays zero, with a finite gradient."""
+    x, gain, *rope = heads_of(4, 2, 1, 8, 2)
+    x[:, 1] = 0
+    results = gradients(lambda x, gain: tg.fused_heads(x, gain, rope, 1), (x, gain))
+    assert all(part.isfinite().all() for part in results)
+    assert not any(part[:, 1].any() for part in results[:3])
+    empty = tg.fused_heads(x[:0].requires_grad_(), gain, rope, 1)
+    assert [part.shape for part in empty] == [(0, 4, 2, 8), (0, 4, 1, 8), (0, 4, 1, 8)]
+    sum(part.sum() for part in empty).backward()
+
+
+def exclude_inputs(rows, heads, groups, size):
+    generator = torch.Generator().manual_seed(rows + size)
+    shapes = (1, rows, heads, size), (1, rows, groups, size), (1, rows, heads)
+    return [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+
+
+def eager_exclude(tg, y, v, gate):
+    return tg.Attention._exclude_self(y, v) * gate[..., None]
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (5, 2, 1, 8), (33, 4, 2, 16), (40, 3, 3, 12), (3, 8, 4, 64)])
+def test_exclusion_and_gate_equal_float64(tg, sizes):
+    inputs = exclude_inputs(*sizes)
+    ours = gradients(tg.fused_exclude, inputs)
+    assert_near(ours, gradients(lambda *x: eager_exclude(tg, *x), inputs, torch.float64))
+
+
+def test_exclusion_along_a_value_of_zeros(tg):
+    """Nothing is taken away, and the gradient of the value is the eager form's (zero)."""
+    y, v, gate = exclude_inputs(6, 4, 2, 8)
+    v[:, 2:4] = 0
+    ours, eager = (gradients(f, (y, v, gate)) for f in (tg.fused_exclude, lambda *x: eager_exclude(tg, *x)))
+    assert_near(ours, eager)
+    torch.testing.assert_close(ours[0][:, 2:4].float(), (y * gate[..., None])[:, 2:4])
+    assert tg.fused_exclude(y[:, :0], v[:, :0], gate[:, :0]).shape == (1, 0, 4, 8)
 
 
 def exact_mlp(x, up, down):
@@ -192,13 +291,21 @@ def test_tiles_do_not_matter(tg, mode, tiles):
 
 def test_operators_are_registered_properly(tg):
     """Schemas, fake results and autograd registration, checked by torch itself."""
-    z, targets = logits(3, 20, 5.0).requires_grad_(), torch.tensor([0, 3, 19], device=DEVICE)
+    z, targets = logits(3, 20, 5.0), torch.tensor([0, 3, 19], device=DEVICE)
     x, up, down = (t.requires_grad_() for t in mlp_inputs(6, 8, 16))
-    torch.library.opcheck(tg._cross_entropy, (z, targets, 30.0))
+    for train in (False, True):
+        h, weight = (part.requires_grad_(train) for part in (z.detach(), logits(9, 20, 1.0)))
+        torch.library.opcheck(tg._head_loss, (h, weight, targets, 30.0, train))
     torch.library.opcheck(tg._mlp, (x, up, down, True))
-    losses, norms = tg._cross_entropy(z.detach(), targets, 30.0)
-    torch.library.opcheck(tg._cross_entropy_grad, (z.detach(), targets, norms, losses, 30.0))
     torch.library.opcheck(tg._mlp_grad, (x.detach(), down.detach(), torch.rand(6, 16, device=DEVICE)))
+    qkv, gain, *rope = heads_of(3, 2, 1, 8, 2)
+    qkv, tables = qkv.flatten(0, 1), [table.flatten(1) for table in rope]
+    torch.library.opcheck(tg._heads, (qkv.requires_grad_(), gain.requires_grad_(), *tables, 1))
+    parts = tg._heads(qkv.detach(), gain.detach(), *tables, 1)
+    torch.library.opcheck(tg._heads_grad, (qkv.detach(), gain.detach(), *tables, *parts))
+    y, v, gate = (part[0] for part in exclude_inputs(5, 2, 1, 8))
+    torch.library.opcheck(tg._exclude_grad, (y, v, gate, y.clone()))
+    torch.library.opcheck(tg._exclude, (y.requires_grad_(), v.requires_grad_(), gate.requires_grad_()))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager"])
@@ -206,7 +313,7 @@ def test_operators_survive_compilation_whole(tg, backend):
     """One graph without a break, forward and backward the same as outside of it."""
 
     def step(x, up, down, head, targets):
-        return tg.fused_cross_entropy(tg.fused_mlp(x, up, down) @ head.T, targets, 30.0).mean()
+        return tg.fused_cross_entropy(tg.fused_mlp(x, up, down), head, targets, 30.0).mean()
 
     inputs = [*mlp_inputs(6, 8, 16), logits(11, 8, 1.0)]
     targets = torch.tensor([0, 3, 10, 1, 2, 9], device=DEVICE)
@@ -263,9 +370,9 @@ def test_kernels_of_the_packed_script_work(tg, tmp_path):
     path = tmp_path / "packed.py"
     path.write_bytes(packed)
     module = runpy.run_path(str(path))
-    found = [value for value in module.values() if getattr(value, "_name", "") == "cross_entropy"]
+    found = [value for value in module.values() if getattr(value, "_name", "") == "head_loss"]
     z, targets = logits(2, 40, 3.0), torch.tensor([1, 39], device=DEVICE)
-    losses, _ = found[0](z, targets, 30.0)
+    losses, _ = found[0](z, torch.eye(40, device=DEVICE), targets, 30.0, True)
     torch.testing.assert_close(losses.double(), exact_cross_entropy(z, targets, 30.0), **CLOSE)
 
 
