@@ -1824,7 +1824,7 @@ def tile(x, row, k, ROWS, K, DESC: tl.constexpr, BM: tl.constexpr, BK: tl.conste
     return part
 
 @triton.jit
-def matmul(a, b, out, slope, M, N, K: tl.constexpr, TURNS: tl.constexpr, MODE: tl.constexpr,
+def matmul(a, b, out, hidden, signs, M, N, K: tl.constexpr, TURNS: tl.constexpr, MODE: tl.constexpr,
            DESC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     across = tl.cdiv(N, BN)
     for turn in tl.range(0, TURNS, flatten=DESC):
@@ -1838,13 +1838,19 @@ def matmul(a, b, out, slope, M, N, K: tl.constexpr, TURNS: tl.constexpr, MODE: t
         c = column + tl.arange(0, BN)[None]
         place = r.to(tl.int64) * N + c
         inside = (r < M) & (c < N)
+        words = tl.cdiv(N, 32)
         if MODE == 2:
-            acc *= tl.load(slope + place, inside, 0.0).to(tl.float32)
+            root = tl.sqrt(tl.load(hidden + place, inside, 0.0).to(tl.float32))
+            w = column // 32 + tl.arange(0, BN // 32)[None]
+            word = tl.load(signs + r * words + w, (r < M) & (w < words), 0)
+            bits = (word[:, :, None] >> tl.arange(0, 32)[None, None]) & 1
+            acc *= root * tl.where(tl.reshape(bits, [BM, BN]) == 1, -1.0, 2.0)
         else:
-            steep = acc * tl.where(acc < 0, 0.5, 2.0)
             if MODE == 1:
-                tl.store(slope + place, steep, inside)
-            acc *= steep * 0.5
+                bits = tl.reshape((acc < 0).to(tl.int32), [BM, BN // 32, 32]) << tl.arange(0, 32)[None, None]
+                c = column // 32 + tl.arange(0, BN // 32)[None]
+                tl.store(signs + r * words + c, tl.sum(bits, 2), (r < M) & (c < words))
+            acc *= acc * tl.where(acc < 0, 0.25, 1.0)
         tl.store(out + place, acc, inside)
 
 @triton.jit
@@ -1943,10 +1949,18 @@ def launch_cross_entropy(z: Tensor, targets: Tensor, losses: Tensor, cap: float,
 
 
 def launch_matmul(
-    a: Tensor, b: Tensor, out: Tensor, slope: Tensor, mode: int, tiles: Sequence[int] = ()
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    signs: Tensor,
+    mode: int,
+    hidden: Tensor | None = None,
+    tiles: Sequence[int] = (),
 ) -> None:
-    """a [M, K] b [N, K]^T and an epilogue: leaky_relu^2 (mode 0), and its slope (1); times the slope (2).
+    """h = a [M, K] b [N, K]^T and an epilogue: leaky_relu^2 (mode 0), and the signs of h (1), 32 in a word.
 
+    Mode 2 multiplies by the slope of what mode 1 made, `hidden`: 2 h = 2 sqrt(hidden), negative h / 2 =
+    -sqrt(hidden). So a bit a number is all that is kept for the backward pass besides what it needs anyway.
     `tiles` are: tensor descriptors or pointers, block sizes of M, N and K, warps, stages. Persistent: each
     multiprocessor takes one tile after the other.
     """
@@ -1965,7 +1979,8 @@ def launch_matmul(
         a, b = TensorDescriptor.from_tensor(a, [bm, bk]), TensorDescriptor.from_tensor(b, [bn, bk])
     if programs:
         sizes = (rows, columns, inner, -(-count // programs), mode, bool(described), bm, bn, bk)
-        kernels().matmul[(programs,)](a, b, out, slope, *sizes, num_warps=warps, num_stages=stages)
+        tensors = a, b, out, out if hidden is None else hidden, signs
+        kernels().matmul[(programs,)](*tensors, *sizes, num_warps=warps, num_stages=stages)
 
 
 def launch_heads(
@@ -2101,29 +2116,31 @@ def fused_exclude(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return _exclude(*parts).view(y.shape)
 
 
-def _mlp_forward(y: Tensor, hidden: Tensor, slope: Tensor, x: Tensor, up: Tensor, down: Tensor, train: bool):
-    launch_matmul(x, up, hidden, slope, int(train))
+def _mlp_forward(y: Tensor, hidden: Tensor, signs: Tensor, x: Tensor, up: Tensor, down: Tensor, train: bool):
+    launch_matmul(x, up, hidden, signs, int(train))
     torch.mm(hidden, down.T, out=y)
 
 
 def _mlp_backward(ctx: object, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient before the activation is (dy down) * slope, without storing the product."""
-    x, up, down, hidden, slope = ctx.saved_tensors
-    dh = _mlp_grad(dy.contiguous(), down, slope)
+    x, up, down, hidden, signs = ctx.saved_tensors
+    dh = _mlp_grad(dy.contiguous(), down, hidden, signs)
     return dh @ up, dh.T @ x, dy.T @ hidden, None
 
 
 _mlp = _operator(
     "mlp(Tensor x, Tensor up, Tensor down, bool train) -> (Tensor, Tensor, Tensor)",
-    lambda x, up, down, train: tuple(
-        x.new_empty(len(x) * n, len(w)) for n, w in ((1, down), (1, up), (train, up))
+    lambda x, up, down, train: (
+        torch.empty_like(x),
+        x.new_empty(len(x), len(up)),
+        x.new_empty(len(x) * train, -(-len(up) // 32), dtype=torch.int32),
     ),
     _mlp_forward,
 )
 _mlp_grad = _operator(
-    "mlp_grad(Tensor dy, Tensor down, Tensor slope) -> Tensor",
-    lambda dy, down, slope: torch.empty_like(slope),
-    lambda out, dy, down, slope: launch_matmul(dy, down.T.contiguous(), out, slope, 2),
+    "mlp_grad(Tensor dy, Tensor down, Tensor hidden, Tensor signs) -> Tensor",
+    lambda dy, down, hidden, signs: torch.empty_like(hidden),
+    lambda out, dy, down, hidden, signs: launch_matmul(dy, down.T.contiguous(), out, signs, 2, hidden),
 )
 _mlp.register_autograd(
     _mlp_backward, setup_context=lambda ctx, inputs, output: _keep(ctx, *inputs[:3], *output[1:])

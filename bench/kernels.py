@@ -125,12 +125,13 @@ class Bench:
         self.time("up-projection", "library, no epilogue", lambda: a @ b.T, (), flops, a.nbytes + stored)
         if not self.cuda:
             return
-        out, slope = (torch.empty(self.tokens, len(b), device=a.device, dtype=a.dtype) for _ in range(2))
+        out, past = (torch.rand(self.tokens, len(b), device=a.device, dtype=a.dtype) for _ in range(2))
+        signs = torch.zeros(self.tokens, -(-len(b) // 32), dtype=torch.int32, device=a.device)
         hopper = torch.cuda.get_device_capability()[0] in (9, 10)
         for described in (True, False)[not hopper :]:
             for tile in TILES[described]:
                 for mode in (1, 2):
-                    run = lambda t=(described, *tile), m=mode: tg.launch_matmul(a, b, out, slope, m, t)  # noqa: E731
+                    run = lambda t=(described, *tile), m=mode: tg.launch_matmul(a, b, out, signs, m, past, t)  # noqa: E731
                     form = f"{'descriptors' if described else 'pointers'} {tile}"
                     self.time(f"matmul mode {mode}", form, run, (), flops, a.nbytes + 2 * stored)
 
@@ -277,7 +278,14 @@ def compile_only(every_tile: bool) -> list[dict]:
                     "BN": bn,
                     "BK": bk,
                 }
-                types = {**operands, "out": "*bf16", "slope": "*bf16", "M": "i32", "N": "i32"}
+                types = {
+                    **operands,
+                    "out": "*bf16",
+                    "hidden": "*bf16",
+                    "signs": "*i32",
+                    "M": "i32",
+                    "N": "i32",
+                }
                 types |= dict.fromkeys(constants, "")
                 compile_one(tg.kernels().matmul, arch, types, constants, num_warps=warps, num_stages=stages)
     return rows

@@ -260,7 +260,7 @@ def test_mlp_in_half_precision_with_float32_weights(tg):
         )
 
 
-def test_mlp_without_gradients_keeps_no_slope(tg):
+def test_mlp_without_gradients_keeps_no_signs(tg):
     x, up, down = mlp_inputs(9, 16, 24)
     assert tg._mlp(x, up, down, False)[2].numel() == 0
     with torch.no_grad():
@@ -269,24 +269,23 @@ def test_mlp_without_gradients_keeps_no_slope(tg):
         )
 
 
-@pytest.mark.parametrize("mode", [0, 1, 2])
-@pytest.mark.parametrize("tiles", [(0, 16, 32, 16, 4, 2), (1, 32, 16, 16, 4, 2)])
-def test_tiles_do_not_matter(tg, mode, tiles):
+@pytest.mark.parametrize("tiles", [(0, 16, 32, 16, 4, 2), (1, 32, 64, 16, 4, 2)])
+def test_tiles_do_not_matter(tg, tiles):
     """Pointers or tensor descriptors (Hopper), small tiles that do not divide the sizes."""
     if DEVICE == "cuda" and tiles[0] and torch.cuda.get_device_capability()[0] not in (9, 10):
         pytest.skip("tensor descriptors need Hopper")
-    a, b, _ = mlp_inputs(50, 24, 56)
-    out, slope = torch.full((50, 56), torch.nan, device=DEVICE), torch.rand(50, 56, device=DEVICE)
-    given = slope.clone()
-    tg.launch_matmul(a, b, out, slope, mode, tiles)
-    h = a @ b.T
-    expected = (
-        [h * given, given] if mode == 2 else [tg.leaky_relu_squared(h), torch.where(h > 0, 2 * h, h / 2)]
-    )
     close = {"rtol": 2e-2, "atol": 2e-2} if DEVICE == "cuda" else CLOSE
-    torch.testing.assert_close(out, expected[0], **close)
-    if mode:
-        torch.testing.assert_close(slope, expected[1], **close)
+    a, b, _ = mlp_inputs(50, 24, 72)
+    h, hidden = a @ b.T, torch.full((50, 72), torch.nan, device=DEVICE)
+    signs = torch.zeros(50, 3, dtype=torch.int32, device=DEVICE)
+    for mode in (0, 1):
+        tg.launch_matmul(a, b, hidden.fill_(torch.nan), signs, mode, tiles=tiles)
+        torch.testing.assert_close(hidden, tg.leaky_relu_squared(h), **close)
+    bits = (signs[..., None] >> torch.arange(32, device=DEVICE)) & 1
+    assert torch.equal(bits.flatten(1)[:, :72] == 1, h < 0)
+    out, grads = torch.full_like(hidden, torch.nan), torch.randn_like(a)
+    tg.launch_matmul(grads, b, out, signs, 2, hidden, tiles)
+    torch.testing.assert_close(out, (grads @ b.T) * torch.where(h > 0, 2 * h, h / 2), **close)
 
 
 def test_operators_are_registered_properly(tg):
@@ -297,7 +296,8 @@ def test_operators_are_registered_properly(tg):
         h, weight = (part.requires_grad_(train) for part in (z.detach(), logits(9, 20, 1.0)))
         torch.library.opcheck(tg._head_loss, (h, weight, targets, 30.0, train))
     torch.library.opcheck(tg._mlp, (x, up, down, True))
-    torch.library.opcheck(tg._mlp_grad, (x.detach(), down.detach(), torch.rand(6, 16, device=DEVICE)))
+    signs = torch.tensor([[5], [-1], [0], [7], [8], [9]], dtype=torch.int32, device=DEVICE)
+    torch.library.opcheck(tg._mlp_grad, (x.detach(), down.detach(), torch.rand(6, 16, device=DEVICE), signs))
     qkv, gain, *rope = heads_of(3, 2, 1, 8, 2)
     qkv, tables = qkv.flatten(0, 1), [table.flatten(1) for table in rope]
     torch.library.opcheck(tg._heads, (qkv.requires_grad_(), gain.requires_grad_(), *tables, 1))
