@@ -2531,7 +2531,8 @@ class GPT(nn.Module):
         skip = self.skip_weights[step].to(x.dtype) * skip
         if not self.cfg.skip_gates_enabled:
             return x + skip
-        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[step]).to(x.dtype))
+        gate = torch.sigmoid(self.skip_gates[step]).to(x.dtype)
+        return gate * x + (1 - gate) * skip
 
     @property
     def _head_name(self) -> str:
