@@ -754,6 +754,7 @@ class Ranks:
         )
         if cuda:
             torch.cuda.set_device(ranks.device)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # plans every shape anew; adaptation has thousands
         if world_size > 1:
             ranks._join("nccl" if cuda else "gloo")
         return ranks
