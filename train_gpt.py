@@ -1824,7 +1824,7 @@ def tile(x, row, k, ROWS, K, DESC: tl.constexpr, BM: tl.constexpr, BK: tl.conste
         part = tl.load(x + r.to(tl.int64) * K + c, (r < ROWS) & (c < K), 0.0)
     return part
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def matmul(a, b, out, hidden, signs, M, N, K: tl.constexpr, TURNS: tl.constexpr, MODE: tl.constexpr,
            DESC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     across = tl.cdiv(N, BN)
@@ -1854,13 +1854,14 @@ def matmul(a, b, out, hidden, signs, M, N, K: tl.constexpr, TURNS: tl.constexpr,
             acc *= acc * tl.where(acc < 0, 0.25, 1.0)
         tl.store(out + place, acc, inside)
 
-@triton.jit
-def heads(x, gain, cos, sin, q, k, v, dx, dgain, N, T, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+@triton.jit(do_not_specialize=["M", "T"])
+def heads(x, gain, cos, sin, q, k, v, dx, dgain, M, T, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
           HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr):
     head = tl.program_id(1)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = place.to(tl.int64)
     column = tl.arange(0, WIDTH)[None]
-    inside = (row < N) & (column < D)
+    inside = (row < M) & (column < D)
     whole = row * (H + 2 * G) * D + head * D
     if head < H:
         side = q + (row * H + head) * D
@@ -1875,7 +1876,7 @@ def heads(x, gain, cos, sin, q, k, v, dx, dgain, N, T, H: tl.constexpr, G: tl.co
             tl.store(side + column, tl.load(x + whole + column, inside), inside)
     else:
         turned = inside & (column < 2 * HALF)
-        table = row % T * HALF + column % HALF
+        table = place % T * HALF + column % HALF
         c = tl.load(cos + table, turned, 1.0).to(tl.float32)
         s = tl.load(sin + table, turned, 0.0).to(tl.float32) * tl.where(column < HALF, 1.0, -1.0)
         partner = tl.where(column < HALF, column + HALF, column - HALF)
@@ -1889,18 +1890,18 @@ def heads(x, gain, cos, sin, q, k, v, dx, dgain, N, T, H: tl.constexpr, G: tl.co
             dot = tl.sum(u * value, 1, True)
             tl.store(dx + whole + column, factor * scale * (u - value * dot / D), inside)
             if head < H:
-                tl.store(dgain + row * H + head, dot, row < N)
+                tl.store(dgain + row * H + head, dot, row < M)
         else:
             other = tl.load(x + whole + partner, turned, 0.0).to(tl.float32)
             tl.store(side + column, (value * c + other * s) * scale * factor, inside)
 
-@triton.jit
-def exclude(y, v, gate, dz, out, dv, dgate, N, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+@triton.jit(do_not_specialize=["M"])
+def exclude(y, v, gate, dz, out, dv, dgate, M, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
             ROWS: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr):
     group = tl.program_id(1)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     column = tl.arange(0, WIDTH)[None]
-    inside = (row < N) & (column < D)
+    inside = (row < M) & (column < D)
     at = (row * G + group) * D + column
     away = tl.load(v + at, inside, 0.0).to(tl.float32)
     length = tl.maximum(tl.sqrt(tl.sum(away * away, 1, True)), 1e-12)
@@ -1911,11 +1912,11 @@ def exclude(y, v, gate, dz, out, dv, dgate, N, H: tl.constexpr, G: tl.constexpr,
         place = head * D + column
         own = tl.load(y + place, inside, 0.0).to(tl.float32)
         dot = tl.sum(own * away, 1, True)
-        factor = tl.load(gate + head, row < N, 0.0).to(tl.float32)
+        factor = tl.load(gate + head, row < M, 0.0).to(tl.float32)
         rest = own - dot * away
         if BACKWARD:
             grad = tl.load(dz + place, inside, 0.0).to(tl.float32)
-            tl.store(dgate + head, tl.sum(grad * rest, 1, True), row < N)
+            tl.store(dgate + head, tl.sum(grad * rest, 1, True), row < M)
             grad *= factor
             along = tl.sum(grad * away, 1, True)
             tl.store(out + place, grad - along * away, inside)

@@ -207,7 +207,8 @@ def compile_only(every_tile: bool) -> list[dict]:
 
     def compile_one(kernel, arch: int, types: dict[str, str], constants: dict, **options: int) -> None:
         names = list(types)
-        aligned = [n for n in names if n not in ("targets", "cap") and not types[n].startswith("tensordesc")]
+        unknown = ("targets", "cap", "M", "T")
+        aligned = [n for n in names if n not in unknown and not types[n].startswith("tensordesc")]
         source = ASTSource(
             kernel,
             {n: "constexpr" if n in constants else t for n, t in types.items()},
@@ -252,12 +253,12 @@ def compile_only(every_tile: bool) -> list[dict]:
             ),
             (
                 "heads",
-                dict.fromkeys(halves[1:9]) | {"dgain": "*fp32", "N": "i32", "T": "i32"},
+                dict.fromkeys(halves[1:9]) | {"dgain": "*fp32", "M": "i32", "T": "i32"},
                 {"H": 8, "G": 4, "D": 64, "HALF": 8, "ROWS": 32, "WIDTH": 64, "BACKWARD": backward},
             ),
             (
                 "exclude",
-                dict.fromkeys(("y", "v", *halves[10:])) | {"N": "i32"},
+                dict.fromkeys(("y", "v", *halves[10:])) | {"M": "i32"},
                 {"H": 8, "G": 4, "D": 64, "ROWS": 32, "WIDTH": 64, "BACKWARD": backward},
             ),
         ):
