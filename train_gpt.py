@@ -2047,8 +2047,8 @@ def _head_loss_backward(ctx: object, grads: Tensor, _: Tensor) -> tuple[Tensor |
 _head_loss = _operator(
     "head_loss(Tensor h, Tensor weight, Tensor targets, float cap, bool train) -> (Tensor, Tensor)",
     lambda h, weight, targets, cap, train: (
-        h.new_empty(len(h), dtype=torch.float32),
-        h.new_empty(len(h) * train, len(weight)),
+        h.new_empty(h.size(0), dtype=torch.float32),
+        h.new_empty(h.size(0) if train else 0, len(weight)),
     ),
     _head_loss_forward,
 )
@@ -2067,14 +2067,14 @@ def fused_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, cap: float) 
 _heads = _operator(
     "heads(Tensor x, Tensor gain, Tensor cos, Tensor sin, int groups) -> (Tensor, Tensor, Tensor)",
     lambda x, gain, cos, sin, groups: tuple(
-        x.new_empty(len(x), n, x.size(1) // (len(gain) + 2 * groups)) for n in (len(gain), groups, groups)
+        x.new_empty(x.size(0), n, x.size(1) // (len(gain) + 2 * groups)) for n in (len(gain), groups, groups)
     ),
     lambda q, k, v, x, gain, cos, sin, groups: launch_heads(x, gain, cos, sin, q, k, v),
 )
 _heads_grad = _operator(
     "heads_grad(Tensor x, Tensor gain, Tensor cos, Tensor sin, Tensor dq, Tensor dk, Tensor dv)"
     " -> (Tensor, Tensor)",
-    lambda x, gain, *_: (torch.empty_like(x), x.new_empty(len(x), len(gain), dtype=torch.float32)),
+    lambda x, gain, *_: (torch.empty_like(x), x.new_empty(x.size(0), len(gain), dtype=torch.float32)),
     lambda dx, dgain, *inputs: launch_heads(*inputs, dx, dgain),
 )
 
@@ -2126,16 +2126,16 @@ def _mlp_forward(y: Tensor, hidden: Tensor, signs: Tensor, x: Tensor, up: Tensor
 def _mlp_backward(ctx: object, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient before the activation is (dy down) * slope, without storing the product."""
     x, up, down, hidden, signs = ctx.saved_tensors
-    dh = _mlp_grad(dy.contiguous(), down, hidden, signs)
-    return dh @ up, dh.T @ x, dy.T @ hidden, None
+    dh, (_, trains_up, trains_down, _) = _mlp_grad(dy.contiguous(), down, hidden, signs), ctx.needs_input_grad
+    return dh @ up, dh.T @ x if trains_up else None, dy.T @ hidden if trains_down else None, None
 
 
 _mlp = _operator(
     "mlp(Tensor x, Tensor up, Tensor down, bool train) -> (Tensor, Tensor, Tensor)",
     lambda x, up, down, train: (
         torch.empty_like(x),
-        x.new_empty(len(x), len(up)),
-        x.new_empty(len(x) * train, -(-len(up) // 32), dtype=torch.int32),
+        x.new_empty(x.size(0), len(up)),
+        x.new_empty(x.size(0) if train else 0, -(-len(up) // 32), dtype=torch.int32),
     ),
     _mlp_forward,
 )
@@ -2210,11 +2210,6 @@ class Pass(NamedTuple):
     tap: Tap | None
     wanted: Tensor | None = None
     past: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-
-    @property
-    def plain(self) -> bool:
-        """All positions and nothing besides the model itself: training, standard evaluation."""
-        return self.adapt is None and self.wanted is None and self.past is None
 
     def pick(self, x: Tensor) -> Tensor:
         """The rows of x [B, T, D] that are wanted."""
@@ -2310,7 +2305,7 @@ class Attention(nn.Module):
         cfg = self.cfg
         if run.tap is not None:
             run.tap(f"blocks.{self.layer}.attn.c_q.weight", n)
-        fused = run.plain and fuses(cfg, n)
+        fused = run.wanted is None and run.past is None and fuses(cfg, n)
         q_flat, q, k, v = (self._fused_heads if fused else self._heads)(n, w, run)
         own, n = run.pick(v.flatten(-2)).unflatten(-1, v.shape[-2:]), run.pick(n)
         if run.wanted is None and run.past is None:
@@ -2346,7 +2341,10 @@ class Attention(nn.Module):
 
     def _fused_heads(self, n: Tensor, w: LayerWeights, run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same by one product and one kernel."""
-        whole = F.linear(n, torch.cat([w.q, w.k, w.v]))
+        if run.adapt is None:
+            whole = F.linear(n, torch.cat([w.q, w.k, w.v]))
+        else:
+            whole = torch.cat(project_together(n, {"q": w.q, "k": w.k, "v": w.v}, run.adapt), -1)
         heads = fused_heads(whole, self.q_gain, run.rope, self.cfg.num_kv_heads)
         return whole[..., : len(w.q)], *heads
 
@@ -2393,13 +2391,15 @@ class Block(nn.Module):
 
     def _mlp(self, u: Tensor, w: LayerWeights, run: Pass) -> Tensor:
         n = rms_norm(u) * self.norm_scale
-        if run.tap is None and run.adapt is None and fuses(self.attn.cfg, n):
-            return self.mlp_scale.to(u.dtype) * fused_mlp(n, w.up, w.down)
-        hidden = leaky_relu_squared(F.linear(n, w.up))
-        if run.tap is not None:
-            run.tap(f"blocks.{self.layer}.mlp.fc.weight", n)
-            run.tap(f"blocks.{self.layer}.mlp.proj.weight", hidden)
-        return self.mlp_scale.to(u.dtype) * project(hidden, w.down, "mlp", run.adapt, adapter_input=n)
+        if run.tap is None and fuses(self.attn.cfg, n):
+            y = fused_mlp(n, w.up, w.down)
+        else:
+            hidden = leaky_relu_squared(F.linear(n, w.up))
+            y = F.linear(hidden, w.down)
+            if run.tap is not None:
+                run.tap(f"blocks.{self.layer}.mlp.fc.weight", n)
+                run.tap(f"blocks.{self.layer}.mlp.proj.weight", hidden)
+        return self.mlp_scale.to(u.dtype) * (y if run.adapt is None else y + run.adapt("mlp", n))
 
     def serial(self, x: Tensor, x0: Tensor, w: LayerWeights, run: Pass) -> Tensor:
         """Attention, then the MLP on its result."""
@@ -4631,6 +4631,7 @@ class ScoreFirstTTT:
                 done = [batch for earlier in parts[:phase] for batch in earlier]
                 self._global_phase(phase, self.boundaries[phase - 1], done)
                 reusable = self._new_lora(self.cfg.ttt_batch_size) if reusable else None
+        self.model.requires_grad_(True)
         self.meter.sum_over(self.ranks)
         return self.meter
 
@@ -4659,6 +4660,7 @@ class ScoreFirstTTT:
         return lora
 
     def _score_batch(self, batch: TTTBatch, lora: BatchedLoRA) -> None:
+        self.model.requires_grad_(False)  # a compiled backward pass would compute all that may be wanted
         cfg, optimizer = self.cfg, lora_optimizer(self.cfg, lora)
         cache = KeyValueCache() if cfg.ttt_cache_window else None
         longest, rows = batch.documents[-1][1][1], len(batch.documents)
@@ -4775,6 +4777,7 @@ def global_sgd(
 
     Returns the gradient norm before clipping and the learning rate of every step.
     """
+    model.requires_grad_(True)
     optimizer = global_optimizer(model, cfg)
     num_chunks = -(-(len(tokens) - 1) // cfg.global_ttt_chunk_tokens)
     norms, rates = [], []
@@ -4903,6 +4906,7 @@ def warm_up_ttt(model: GPT, cfg: Config, sizes: Iterable[int], looping: bool, ra
                     ttt = ScoreFirstTTT(model, val, dataclasses.replace(cfg, **changes), **options)
                     for batch in ttt.batches:
                         ttt._score_batch(batch, ttt._new_lora(len(batch.documents)))
+                model.requires_grad_(True)
                 if cfg.phased_ttt_prefix_docs:
                     windows = min(len(chunks), cfg.global_ttt_batch_seqs)
                     row = torch.randint(
@@ -4910,7 +4914,7 @@ def warm_up_ttt(model: GPT, cfg: Config, sizes: Iterable[int], looping: bool, ra
                     )
                     _global_losses(model, row, cfg, looping, ranks).sum().backward()
     finally:
-        model.zero_grad(set_to_none=True)
+        model.requires_grad_(True).zero_grad(set_to_none=True)
         model.load_state_dict(before)
     return compiled_graphs() - graphs
 

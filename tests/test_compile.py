@@ -140,12 +140,16 @@ SMALL_TTT = TINY | {"num_layers": 1, "num_loops": 0, "loop_end": 0, "xsa_last_n"
 SMALL_TTT |= {"ttt_q_lora": False, "ttt_v_lora": False, "ttt_o_lora": False}
 
 
-def test_compiled_adaptation_is_the_same_and_never_recompiles(tg):
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiled_adaptation_is_the_same_and_never_recompiles(tg, monkeypatch, fused):
     """Three graphs for any number of rows and tokens; warming them up leaves the weights as they were."""
+    if fused:
+        pytest.importorskip("triton")
     cfg = tg.Config(**SMALL_TTT)
     val = validation(tg, documents_stream())
     ranks = tg.Ranks(torch.device("cpu"))
     expected = tg.score_first_ttt(random_model(tg, cfg), val, cfg, looping=False)
+    monkeypatch.setattr(tg, "fuses", lambda cfg, x: fused)
     ranks.compiler = "aot_eager"
     model = ranks.place(random_model(tg, cfg))
     before = copy.deepcopy(model.state_dict())
@@ -158,6 +162,25 @@ def test_compiled_adaptation_is_the_same_and_never_recompiles(tg):
     assert tg.compiled_graphs() == graphs
     assert (actual.tokens, actual.bytes) == (expected.tokens, expected.bytes)
     assert actual.loss_sum == pytest.approx(expected.loss_sum, rel=1e-5)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_adaptation_computes_no_gradients_of_base_weights(tg, monkeypatch):
+    """A compiled backward pass computes all that may be wanted: of the weights nothing is, but by phases."""
+    cfg = tg.Config(**SMALL_TTT)
+    model, seen = random_model(tg, cfg), []
+    whole = tg.GPT.losses
+
+    def watch(self, *inputs, **options):
+        if options.get("lora") is not None:
+            seen.append({p.requires_grad for p in self.parameters()})
+        return whole(self, *inputs, **options)
+
+    monkeypatch.setattr(tg.GPT, "losses", watch)
+    tg.score_first_ttt(model, validation(tg, documents_stream()), cfg, looping=False)
+    assert len(seen) > 5
+    assert all(wanted == {False} for wanted in seen)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_adaptation_that_cannot_be_compiled_runs_without(tg, monkeypatch):
