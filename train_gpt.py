@@ -905,12 +905,17 @@ class Ranks:
     def _options(self) -> dict[str, object]:
         return {"backend": self.compiler, "fullgraph": True, "dynamic": False}
 
+    def put(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device. From pinned memory: nothing waits for what was launched before."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
     def send(self, x: Tensor, y: Tensor, segments: "Segments") -> "Batch":
         """A batch on the device. All rows of one length share a graph: only the number of segments varies."""
-        cu_seqlens = segments.cu_seqlens.to(self.device, non_blocking=True)
+        x, y, cu_seqlens = (self.put(part) for part in (x, y, segments.cu_seqlens))
         if self.compiler:
             torch._dynamo.mark_dynamic(cu_seqlens, 0)
-        x, y = (part.to(self.device, non_blocking=True) for part in (x, y))
         return x, y, Segments(cu_seqlens, segments.bound or segments.max_seqlen)
 
 
@@ -1187,10 +1192,6 @@ class Segments(NamedTuple):
     cu_seqlens: Tensor
     max_seqlen: int
     bound: int = 0  # a limit of max_seqlen that is the same for all rows, so that they share a graph
-
-    def to(self, device: torch.device) -> "Segments":
-        """The same on another device."""
-        return self._replace(cu_seqlens=self.cu_seqlens.to(device, non_blocking=True))
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
@@ -4647,7 +4648,7 @@ class ScoreFirstTTT:
             return self._new_lora(len(batch.documents))
         if reusable.active is not None and not bool(reusable.active.all()):
             reusable.draw_A()  # nobody inherits what has diverged
-        squares = sum(float(low_rank.A.detach().double().square().sum()) for low_rank in reusable.maps())
+        squares = float(sum(low_rank.A.detach().double().square().sum() for low_rank in reusable.maps()))
         self._on_event("lora_reset", a_l2=math.sqrt(squares), lora=reusable)
         reusable.reset_B()
         return reusable
@@ -4709,7 +4710,7 @@ class ScoreFirstTTT:
         That is where the mean loss of a chunk exceeds that of the document's chunks so far by TTT_GUARD: from
         the next chunk on the document is scored by the weights without them. What is scored stays as it is.
         """
-        valid, rows = part.valid.to(losses.device), len(part.documents)
+        valid, rows = self.ranks.put(part.valid), len(part.documents)
         scored = losses.detach() * valid
         mean, before = scored.sum(1) / valid.sum(1), calm[-rows:]
         if self.cfg.ttt_guard and chunk:
@@ -4720,7 +4721,7 @@ class ScoreFirstTTT:
         return scored.double().sum(), byte_sum, int(part.valid.sum())
 
     def _losses(self, part: ChunkBatch, lora: BatchedLoRA, cache: KeyValueCache | None) -> Tensor:
-        x, y, scored = (t.to(self.ranks.device) for t in (part.x, part.y, part.scored))
+        x, y, scored = (self.ranks.put(tensor) for tensor in (part.x, part.y, part.scored))
         with self.ranks.autocast():
             if self.ranks.compiler and torch.is_grad_enabled() and not cache:
                 return compiled_losses(self.model, x, y, scored, lora, self.looping)
@@ -4736,7 +4737,7 @@ class ScoreFirstTTT:
     ) -> None:
         """Optimiser steps on a scored chunk; the first takes the gradient of the scoring pass itself."""
         parameters = list(lora.parameters())
-        trains = part.trains.to(losses.device)
+        trains = self.ranks.put(part.trains)
         for step in range(self.cfg.ttt_grad_steps):
             losses = self._losses(part, lora, cache) if step else losses
             optimizer.zero_grad(set_to_none=True)
@@ -4842,14 +4843,14 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 def _global_losses(model: GPT, tokens: Tensor, cfg: Config, looping: bool, ranks: Ranks) -> Tensor:
     """Losses of consecutive windows: as one row with document segments, or as plain rows."""
     x, y, segments = packed_row(tokens, cfg.eval_seq_len)
-    if not cfg.global_ttt_respect_doc_boundaries:
-        x, y, segments = x.view(-1, cfg.eval_seq_len), y.view(-1, cfg.eval_seq_len), None
-    device = ranks.device
     with ranks.autocast():
-        if ranks.compiler and segments:
-            return compiled_row(model, ranks.send(x, y, segments), looping)
-        placed = segments and segments.to(device)
-        return model.losses(x.to(device), y.to(device), placed, looping=looping)
+        if not cfg.global_ttt_respect_doc_boundaries:
+            x, y = (ranks.put(part.view(-1, cfg.eval_seq_len)) for part in (x, y))
+            return model.losses(x, y, looping=looping)
+        batch = ranks.send(x, y, segments)
+        return (
+            compiled_row(model, batch, looping) if ranks.compiler else model.losses(*batch, looping=looping)
+        )
 
 
 # [if COMPILED]
@@ -4979,7 +4980,7 @@ def evaluate_sliding(
             y = torch.stack([val.tokens[span.start + 1 : span.stop + 1] for span in spans]).long()
             scored = torch.arange(batch[0].offset, batch[0].length).expand(len(batch), -1)
             with torch.no_grad(), ranks.autocast():
-                x, y, scored = (part.to(ranks.device) for part in (x, y, scored))
+                x, y, scored = (ranks.put(part) for part in (x, y, scored))
                 losses = model.losses(x, y, looping=looping, scored=scored).cpu()
             if on_event:
                 on_event("slid", windows=batch, losses=losses)

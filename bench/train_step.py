@@ -28,7 +28,8 @@ from common import (
 GROUPS = {  # kernel names -> what they do; the first that fits counts
     "attention": r"flash|fmha|attention|cudnn.*sdpa|flex",
     "fused MLP": r"^matmul$|pg0::mlp",
-    "cross entropy": r"^cross_entropy$|pg0::cross_entropy|log_softmax|nll_loss",
+    "heads and exclusion": r"^(heads|exclude)$|pg0::(heads|exclude)",
+    "cross entropy": r"^cross_entropy$|pg0::head_loss|log_softmax|nll_loss",
     "matrix products": r"gemm|cutlass|cublas|xmma|nvjet|aten::(mm|bmm|addmm)|splitK|wgmma",
     "communication": r"nccl",
     "optimiser": r"multi_tensor|adam|foreach|lerp",

@@ -282,7 +282,8 @@ def test_tiles_do_not_matter(tg, tiles):
         tg.launch_matmul(a, b, hidden.fill_(torch.nan), signs, mode, tiles=tiles)
         torch.testing.assert_close(hidden, tg.leaky_relu_squared(h), **close)
     bits = (signs[..., None] >> torch.arange(32, device=DEVICE)) & 1
-    assert torch.equal(bits.flatten(1)[:, :72] == 1, h < 0)
+    clear = h.abs() > (1e-2 if DEVICE == "cuda" else 0)  # tf32 may turn the sign of what is nearly zero
+    assert torch.equal((bits.flatten(1)[:, :72] == 1)[clear], (h < 0)[clear])
     out, grads = torch.full_like(hidden, torch.nan), torch.randn_like(a)
     tg.launch_matmul(grads, b, out, signs, 2, hidden, tiles)
     torch.testing.assert_close(out, (grads @ b.T) * torch.where(h > 0, 2 * h, h / 2), **close)
@@ -356,7 +357,8 @@ def test_model_with_kernels_equals_the_eager_model(tg, monkeypatch, looping):
     for fused in (False, True):
         monkeypatch.setattr(tg, "fuses", lambda cfg, x, fused=fused: fused)
         model.zero_grad()
-        losses = model.losses(x.to(DEVICE), y.to(DEVICE), segments.to(DEVICE), looping=looping)
+        batch = tg.Ranks(torch.device(DEVICE)).send(x, y, segments)
+        losses = model.losses(*batch, looping=looping)
         losses.mean().backward()
         results.append([losses.detach()] + [p.grad.clone() for p in model.parameters() if p.grad is not None])
     for eager, fused in zip(*results, strict=True):
