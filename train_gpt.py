@@ -113,8 +113,8 @@ class Range(NamedTuple):
         return (self.low < value if self.above else self.low <= value) and value <= self.high
 
     def __str__(self) -> str:
-        lower = f"{'above' if self.above else 'at least'} {self.low:g}"
-        return lower if self.high == math.inf else f"{lower}, at most {self.high:g}"
+        lower = f"{'above' if self.above else 'at least'} {self.low:.12g}"
+        return lower if self.high == math.inf else f"{lower}, at most {self.high:.12g}"
 
 
 Whole = Annotated[int, Range(0, 10**9)]
@@ -311,8 +311,8 @@ class Config:
             if file in ("", "..", "logs") or len(file) > 99 or [*outputs, *OUTPUTS].count(file) > 1:
                 raise ConfigError(f"{name}={getattr(self, name.lower())!r}: must name a file of its own")
         if 0 < self.max_wallclock_seconds < self.gptq_reserve_seconds + 0.001:
-            limit = f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}"
-            raise ConfigError(f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g}: must be below {limit}")
+            limit = f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:.12g}"
+            raise ConfigError(f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:.12g}: must be below {limit}")
         if 0 < self.fit_bytes < 1 << 15:
             raise ConfigError(
                 f"FIT_BYTES={self.fit_bytes}: must be 0 or at least {1 << 15} (code alone is more)"
