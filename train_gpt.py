@@ -199,10 +199,10 @@ class Config:
     gated_attn_enabled: bool = False  # dense gate that reads all of MODEL_DIM
 
     # Initial values
-    qk_gain_init: Real = 5.0  # initial gain of the normed queries
-    sparse_attn_gate_init_std: Amount = 0.0  # initial spread of the sparse gate's weights
-    gated_attn_init_std: Amount = 0.01  # initial spread of the dense gate's weights
-    tied_embed_init_std: Positive = 0.005  # initial spread of the tied embedding
+    qk_gain_init: Annotated[float, Range(-100, 100)] = 5.0  # initial gain of the normed queries
+    sparse_attn_gate_init_std: Rate = 0.0  # initial spread of the sparse gate's weights
+    gated_attn_init_std: Rate = 0.01  # initial spread of the dense gate's weights
+    tied_embed_init_std: Annotated[float, Range(1e-30, 100)] = 0.005  # initial spread of the tied embedding
 
     # Optimisation
     iterations: Count = 20_000  # most optimiser steps
@@ -286,7 +286,7 @@ class Config:
     ttt_o_lora: bool = True  # adapt output projections
     ttt_warm_start_a: bool = True  # keep the A factors from batch to batch; 0: draw them anew
     phased_ttt_prefix_docs: Whole = 2000  # scored documents after which the last global phase runs; 0: none
-    phased_ttt_num_phases: Count = 3  # global phases, evenly spread over the prefix
+    phased_ttt_num_phases: Annotated[int, Range(1, 1000)] = 3  # global phases, evenly spread over the prefix
     global_ttt_lr: Rate = 0.001  # SGD's learning rate on all base weights
     global_ttt_momentum: Beta = 0.9  # its momentum
     global_ttt_epochs: Count = 1  # passes over each chunk
@@ -1272,9 +1272,8 @@ class PackedLoader:
         largest = max((self._usable(read_shard(path)) for path in self._paths), default=0)
         if largest < self._need:
             where = self._paths[0].with_name("fineweb_train_*") if self._paths else "no shards"
-            raise DataError(
-                f"{where}: a batch takes {self._need} consecutive tokens, the largest shard has {largest}"
-            )
+            text = f"TRAIN_BATCH_TOKENS takes {self._need} consecutive tokens, the largest has {largest}"
+            raise DataError(f"{where}: {text}")
         self._open(0)
         check_vocabulary(self._tokens, vocab_size, self._paths[0])  # all of it while no clock runs
 
@@ -5399,12 +5398,16 @@ def bank_parameters(cfg: Config) -> int:
 
 
 def adapter_bytes(cfg: Config, documents: int) -> int:
-    """Memory of one batch of test-time training's adapters: factors, gradients and two moments, float32."""
+    """Memory of one batch of test-time training's adapters: factors, gradients and two moments, float32.
+
+    With TTT_WARM_START_A there are factors for a full batch, whether there is one or not.
+    """
     roles = cfg.ttt_q_lora + cfg.ttt_mlp_lora + cfg.ttt_o_lora
     widths = roles * 2 * cfg.model_dim
     widths += (cfg.ttt_k_lora + cfg.ttt_v_lora) * (cfg.model_dim + cfg.num_kv_heads * cfg.head_dim)
     widths = lora_slots(cfg, looping=True) * widths + cfg.model_dim + cfg.vocab_size
-    return 16 * widths * cfg.ttt_lora_rank * min(cfg.ttt_batch_size, documents)
+    rows = max(4 * min(cfg.ttt_batch_size, documents), cfg.ttt_batch_size * cfg.ttt_warm_start_a)
+    return 4 * widths * cfg.ttt_lora_rank * rows
 
 
 def free_memory(ranks: Ranks) -> int:
