@@ -6144,9 +6144,21 @@ class KeptRun(GuardedRun):
         if self.ranks.is_main:
             for path in [*self.log.folder.glob(".*.tmp"), *self.shelves.glob(".*.tmp")]:
                 path.unlink()
-        stages = ", ".join(self.stages) or "the start"
-        where = f"at step {self.trainer_state['step']}" if self.trainer_state else f"after {stages}"
+        where = self._place(self.stages, self.trainer_state)
         self.log.text(f"resumed {self.log.folder} {where}", console=True)
+
+    @staticmethod
+    def _place(stages: Mapping[str, object], trainer: Mapping | None) -> str:
+        return f"at step {trainer['step']}" if trainer else f"after {', '.join(stages) or 'the start'}"
+
+    def _what_is_kept(self) -> str:
+        """What a failure's message adds: the newest whole checkpoint, which a resumed run too may have."""
+        for path in Shelf(self.shelves, "run").paths()[::-1] if self.ranks.is_main else ():
+            with contextlib.suppress(ArtifactError):
+                values, trainer = read_kept(path)
+                place = self._place(values["stages"], trainer)
+                return f"; last checkpoint {path} {place}, the same command (RESUME=1) goes on from it"
+        return ""
 
     def _set_aside(self, damaged: Mapping[Path, str]) -> None:
         for path, text in damaged.items():
@@ -6378,8 +6390,7 @@ class KeptRun(GuardedRun):
             return code
         except RunError as error:  # a loss that is not finite, say
             self._settle()
-            kept = f"; the last checkpoint is {self.last_checkpoint}" if self.last_checkpoint else ""
-            raise RunError(f"{error}{kept}") from None
+            raise RunError(f"{error}{self._what_is_kept()}") from None
         finally:
             self._release()
 
