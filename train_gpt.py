@@ -5724,6 +5724,22 @@ class GuardedRun(Run):
                 write_whole(path, self.blob)
         return path
 
+    def adapt(self) -> None:
+        """As Run's; forms of a batch that no graph fitted, so that they ran eagerly, are counted and said."""
+        eager, forward = set(), self.model.forward
+
+        def noted(*batch: object, **options: object) -> Tensor:
+            if not torch.compiler.is_compiling():  # a graph leaves this out
+                eager.add(batch[0].shape)
+            return forward(*batch, **options)
+
+        self.model.forward = noted  # a hook would take the graph apart
+        super().adapt()
+        del self.model.forward
+        counts = self.ranks.gather(len(eager))
+        if self.ranks.compiler:
+            self.log.event("graphs", eager_shapes=sum(counts))
+
     def record(self, stage: str, meter: BpbMeter, documents: Sequence[tuple[int, int]]) -> None:
         """As Run's; a score that is not finite ends the run."""
         super().record(stage, meter, documents)
