@@ -113,8 +113,8 @@ class Range(NamedTuple):
         return (self.low < value if self.above else self.low <= value) and value <= self.high
 
     def __str__(self) -> str:
-        lower = f"{'above' if self.above else 'at least'} {self.low:g}"
-        return lower if self.high == math.inf else f"{lower}, at most {self.high:g}"
+        lower = f"{'above' if self.above else 'at least'} {self.low:.12g}"
+        return lower if self.high == math.inf else f"{lower}, at most {self.high:.12g}"
 
 
 Whole = Annotated[int, Range(0, 10**9)]
@@ -199,10 +199,10 @@ class Config:
     gated_attn_enabled: bool = False  # dense gate that reads all of MODEL_DIM
 
     # Initial values
-    qk_gain_init: Real = 5.0  # initial gain of the normed queries
-    sparse_attn_gate_init_std: Amount = 0.0  # initial spread of the sparse gate's weights
-    gated_attn_init_std: Amount = 0.01  # initial spread of the dense gate's weights
-    tied_embed_init_std: Positive = 0.005  # initial spread of the tied embedding
+    qk_gain_init: Annotated[float, Range(-100, 100)] = 5.0  # initial gain of the normed queries
+    sparse_attn_gate_init_std: Rate = 0.0  # initial spread of the sparse gate's weights
+    gated_attn_init_std: Rate = 0.01  # initial spread of the dense gate's weights
+    tied_embed_init_std: Annotated[float, Range(1e-30, 100)] = 0.005  # initial spread of the tied embedding
 
     # Optimisation
     iterations: Count = 20_000  # most optimiser steps
@@ -286,7 +286,7 @@ class Config:
     ttt_o_lora: bool = True  # adapt output projections
     ttt_warm_start_a: bool = True  # keep the A factors from batch to batch; 0: draw them anew
     phased_ttt_prefix_docs: Whole = 2000  # scored documents after which the last global phase runs; 0: none
-    phased_ttt_num_phases: Count = 3  # global phases, evenly spread over the prefix
+    phased_ttt_num_phases: Annotated[int, Range(1, 1000)] = 3  # global phases, evenly spread over the prefix
     global_ttt_lr: Rate = 0.001  # SGD's learning rate on all base weights
     global_ttt_momentum: Beta = 0.9  # its momentum
     global_ttt_epochs: Count = 1  # passes over each chunk
@@ -311,8 +311,8 @@ class Config:
             if file in ("", "..", "logs") or len(file) > 99 or [*outputs, *OUTPUTS].count(file) > 1:
                 raise ConfigError(f"{name}={getattr(self, name.lower())!r}: must name a file of its own")
         if 0 < self.max_wallclock_seconds < self.gptq_reserve_seconds + 0.001:
-            limit = f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}"
-            raise ConfigError(f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g}: must be below {limit}")
+            limit = f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:.12g}"
+            raise ConfigError(f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:.12g}: must be below {limit}")
         if 0 < self.fit_bytes < 1 << 15:
             raise ConfigError(
                 f"FIT_BYTES={self.fit_bytes}: must be 0 or at least {1 << 15} (code alone is more)"
@@ -1274,9 +1274,8 @@ class PackedLoader:
         largest = max((self._usable(read_shard(path)) for path in self._paths), default=0)
         if largest < self._need:
             where = self._paths[0].with_name("fineweb_train_*") if self._paths else "no shards"
-            raise DataError(
-                f"{where}: a batch takes {self._need} consecutive tokens, the largest shard has {largest}"
-            )
+            text = f"TRAIN_BATCH_TOKENS takes {self._need} consecutive tokens, the largest has {largest}"
+            raise DataError(f"{where}: {text}")
         self._open(0)
         check_vocabulary(self._tokens, vocab_size, self._paths[0])  # all of it while no clock runs
 
@@ -5603,12 +5602,16 @@ def bank_parameters(cfg: Config) -> int:
 
 
 def adapter_bytes(cfg: Config, documents: int) -> int:
-    """Memory of one batch of test-time training's adapters: factors, gradients and two moments, float32."""
+    """Memory of one batch of test-time training's adapters: factors, gradients and two moments, float32.
+
+    With TTT_WARM_START_A there are factors for a full batch, whether there is one or not.
+    """
     roles = cfg.ttt_q_lora + cfg.ttt_mlp_lora + cfg.ttt_o_lora
     widths = roles * 2 * cfg.model_dim
     widths += (cfg.ttt_k_lora + cfg.ttt_v_lora) * (cfg.model_dim + cfg.num_kv_heads * cfg.head_dim)
     widths = lora_slots(cfg, looping=True) * widths + cfg.model_dim + cfg.vocab_size
-    return 16 * widths * cfg.ttt_lora_rank * min(cfg.ttt_batch_size, documents)
+    rows = max(4 * min(cfg.ttt_batch_size, documents), cfg.ttt_batch_size * cfg.ttt_warm_start_a)
+    return 4 * widths * cfg.ttt_lora_rank * rows
 
 
 def free_memory(ranks: Ranks) -> int:
@@ -5924,6 +5927,22 @@ class GuardedRun(Run):
             if ranks.is_main:
                 write_whole(path, self.blob)
         return path
+
+    def adapt(self) -> None:
+        """As Run's; forms of a batch that no graph fitted, so that they ran eagerly, are counted and said."""
+        eager, forward = set(), self.model.forward
+
+        def noted(*batch: object, **options: object) -> Tensor:
+            if not torch.compiler.is_compiling():  # a graph leaves this out
+                eager.add(batch[0].shape)
+            return forward(*batch, **options)
+
+        self.model.forward = noted  # a hook would take the graph apart
+        super().adapt()
+        del self.model.forward
+        counts = self.ranks.gather(len(eager))
+        if self.ranks.compiler:
+            self.log.event("graphs", eager_shapes=sum(counts))
 
     def record(self, stage: str, meter: BpbMeter, documents: Sequence[tuple[int, int]]) -> None:
         """As Run's; a score that is not finite ends the run."""
@@ -6345,9 +6364,21 @@ class KeptRun(GuardedRun):
         if self.ranks.is_main:
             for path in [*self.log.folder.glob(".*.tmp"), *self.shelves.glob(".*.tmp")]:
                 path.unlink()
-        stages = ", ".join(self.stages) or "the start"
-        where = f"at step {self.trainer_state['step']}" if self.trainer_state else f"after {stages}"
+        where = self._place(self.stages, self.trainer_state)
         self.log.text(f"resumed {self.log.folder} {where}", console=True)
+
+    @staticmethod
+    def _place(stages: Mapping[str, object], trainer: Mapping | None) -> str:
+        return f"at step {trainer['step']}" if trainer else f"after {', '.join(stages) or 'the start'}"
+
+    def _what_is_kept(self) -> str:
+        """What a failure's message adds: the newest whole checkpoint, which a resumed run too may have."""
+        for path in Shelf(self.shelves, "run").paths()[::-1] if self.ranks.is_main else ():
+            with contextlib.suppress(ArtifactError):
+                values, trainer = read_kept(path)
+                place = self._place(values["stages"], trainer)
+                return f"; last checkpoint {path} {place}, the same command (RESUME=1) goes on from it"
+        return ""
 
     def _set_aside(self, damaged: Mapping[Path, str]) -> None:
         for path, text in damaged.items():
@@ -6579,8 +6610,7 @@ class KeptRun(GuardedRun):
             return code
         except RunError as error:  # a loss that is not finite, say
             self._settle()
-            kept = f"; the last checkpoint is {self.last_checkpoint}" if self.last_checkpoint else ""
-            raise RunError(f"{error}{kept}") from None
+            raise RunError(f"{error}{self._what_is_kept()}") from None
         finally:
             self._release()
 

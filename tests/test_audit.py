@@ -523,6 +523,38 @@ def test_d5_training_tokens_in_warm_up(copy):
     copy.fails("D5", r"\d+ runs of 8 warm-up tokens occur in the data")
 
 
+WARM_UP_TTT = "tokens = torch.randint(BOS + 1, cfg.vocab_size, (starts[-1],), generator=generator)"
+
+
+def test_d5_validation_files_in_warm_up_of_adaptation(copy):
+    taken = '_read_stream(shard_paths(cfg.data_folder, "val"))'
+    copy.script(WARM_UP_TTT, f"tokens = {taken}.repeat(9)[: starts[-1]].long()")
+    copy.fails("D5", "test-time training: warm-up opened .*fineweb_val_000000.bin")
+
+
+def test_d5_validation_tokens_in_warm_up_of_adaptation(copy):
+    """Those that the run has read before, so that no file is opened."""
+    call = "graphs = warm_up_ttt(run.model, cfg, sizes, run.looping, run.ranks)\n"
+    more = "score_first_ttt(copy.deepcopy(run.model), run.val, cfg, looping=run.looping)"
+    copy.script(call, f"import copy; {more}; {call}")
+    copy.fails("D5", r"test-time training: \d+ runs of 8 warm-up tokens occur in the data")
+
+
+def test_d5_warm_up_of_adaptation_that_trains(copy):
+    """The same updates undone afterwards are no fault."""
+    learnt = ".sum().backward(); [p.data.sub_(p.grad) for p in model.parameters() if p.grad is not None]\n"
+    copy.script("ranks).sum().backward()\n    finally:", f"ranks){learnt}    finally:")
+    assert copy.verdict("D5").status == "PASS"
+    copy.script("        model.load_state_dict(before)\n    return", "    return")
+    copy.fails("D5", "test-time training: weights or other state differ after the warm-up")
+
+
+def test_d5_warm_up_of_adaptation_that_fails_is_not_checked(copy):
+    copy.script(WARM_UP_TTT, "raise RuntimeError('no compiler here')")
+    status, evidence = copy.verdict("D5")
+    assert status == "NOT CHECKED" and "no compiler here" in evidence
+
+
 def shorten(result: dict) -> None:
     """Half the evaluation's time in a result."""
     half = result["eval_seconds"] / 2

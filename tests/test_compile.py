@@ -183,6 +183,40 @@ def test_adaptation_computes_no_gradients_of_base_weights(tg, monkeypatch):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_shapes_that_no_graph_fits_are_counted(tg, monkeypatch):
+    """Chunks of two sizes, of which the warm-up sees one: the other's shapes are all that run eagerly."""
+    cfg = tg.Config(**SMALL_TTT | {"ttt_chunk_by_length": "12:4"})
+    run, events, seen = object.__new__(tg.GuardedRun), [], {4: set(), 8: set()}
+    warm_up_ttt, compiled_losses = tg.warm_up_ttt, tg.compiled_losses
+
+    def noted(model, x, y, scored, lora, looping):
+        seen[scored.size(1)].add((lora.lm_head_lora.A.size(0), x.size(1)))
+        return compiled_losses(model, x, y, scored, lora, looping)
+
+    def warm_up(model, cfg, sizes, *rest):
+        assert sizes == {4, 8}
+        graphs = warm_up_ttt(model, cfg, [8], *rest)
+        monkeypatch.setattr(tg, "compiled_losses", noted)
+        return graphs
+
+    monkeypatch.setattr(tg, "warm_up_ttt", warm_up)
+    run.cfg, run.val, run.looping, run.ledger = cfg, validation(tg, documents_stream()), False, None
+    run.ranks, run.stages = tg.Ranks(torch.device("cpu")), {}
+    run.ranks.compiler, run.watch = "aot_eager", tg.Stopwatch(run.ranks)
+    run.model = run.ranks.place(random_model(tg, cfg))
+    silent = types.SimpleNamespace(update=lambda *_, **__: None)
+    run.log = types.SimpleNamespace(
+        event=lambda stage, **values: events.append(values) if stage == "graphs" else None,
+        progress=lambda *_: silent,
+    )
+    with torch.compiler.set_stance("default"):
+        run.adapt()
+    assert [values.get("ttt_warm_up", values.get("eager_shapes")) for values in events] == [3, len(seen[4])]
+    assert len(seen[4]) > 1 and len(seen[8]) > 1
+    expected = tg.score_first_ttt(random_model(tg, cfg), run.val, cfg, looping=False)
+    assert run.stages["ttt"]["val_loss"] == pytest.approx(expected.val_loss, rel=1e-5)
+
+
 def test_adaptation_that_cannot_be_compiled_runs_without(tg, monkeypatch):
     """The reason is in the log, nothing else changes."""
 

@@ -367,7 +367,14 @@ def test_out_of_range_is_refused_with_the_range(tg, fields):
             message = refusal(tg, {name: as_text(value)})
             assert message.startswith(f"{name}={kind(field)(value)!r}: must be "), message
             assert "above" in message if excluded else "at least" in message
-            assert all(f"{end:g}" in message for end in (low, high) if math.isfinite(end))
+            ends = [end for end in (low, high) if math.isfinite(end)]
+            written = [str(int(end)) if float(end).is_integer() else repr(end) for end in ends]
+            assert set(written) <= set(re.findall(r"[^ ,]+", message)), message
+
+
+def test_reserve_beyond_the_budget_is_refused_with_both_written_whole(tg):
+    message = refusal(tg, {"MAX_WALLCLOCK_SECONDS": "1000000", "GPTQ_RESERVE_SECONDS": "1e6"})
+    assert message == "GPTQ_RESERVE_SECONDS=1000000: must be below MAX_WALLCLOCK_SECONDS=1000000"
 
 
 def test_ends_of_the_range_are_allowed(tg, fields):
@@ -696,7 +703,7 @@ def test_config_error_is_one_line_and_code_2(tg, capsys):
     assert captured.out == ""
     assert (
         captured.err
-        == "train_gpt.py: error: ITERATIONS='many': must be a whole number, at least 1, at most 1e+09\n"
+        == "train_gpt.py: error: ITERATIONS='many': must be a whole number, at least 1, at most 1000000000\n"
     )
 
 

@@ -1,5 +1,6 @@
 """Preflight, speed probe, guards and signals: what a run looks at and what it survives."""
 
+import dataclasses
 import io
 import json
 import os
@@ -104,7 +105,11 @@ def test_preflight_counts_parameters_and_adapters_before_they_are_made(tg):
         large = [p.numel() for n, p in tg.GPT(cfg).named_parameters() if re.search("bank|tok_emb|lm_head", n)]
         assert tg.bank_parameters(cfg) == sum(large)
         lora = tg.BatchedLoRA(cfg, 2, tg.lora_slots(cfg, looping=True))
-        assert tg.adapter_bytes(cfg, 9) == 16 * sum(p.numel() for p in lora.parameters())
+        numbers = sum(p.numel() for p in lora.parameters())
+        assert cfg.ttt_batch_size == 2 and tg.adapter_bytes(cfg, 9) == 16 * numbers
+        many = dataclasses.replace(cfg, ttt_batch_size=200)  # of which nine are trained
+        assert tg.adapter_bytes(many, 9) == 4 * 100 * numbers
+        assert tg.adapter_bytes(dataclasses.replace(many, ttt_warm_start_a=False), 9) == 16 * numbers * 9 // 2
 
 
 def test_preflight_knows_a_process_limit(tg):

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -358,6 +359,31 @@ def test_checkpoint_faults_do_not_end_the_run(tg, work, reference, run, monkeypa
     assert (code, errors) == (0, "")
     assert output.count("checkpoint not written, going on without: ") > 10
     assert difference(work / "without", reference) == []
+
+
+def test_loss_that_is_not_finite_names_the_checkpoint_to_go_on_from(tg, work, reference, run, monkeypatch):
+    """Also where it was resumed and has none of its own yet; then the run ends as if nothing had been."""
+    whole, left = tg.Trainer._accumulate_gradients, [0]
+
+    def spoilt(trainer: object, batches: object) -> tuple:
+        loss, norm = whole(trainer, batches)
+        left[0] -= batches is None  # the warm-up's steps do not count
+        return (loss * torch.nan if left[0] == 0 else loss), norm
+
+    monkeypatch.setattr(tg.Trainer, "_accumulate_gradients", spoilt)
+    found = []
+    for count in (5, 1):
+        left[0] = count
+        code, output, errors = run("nan")
+        assert code == 1 and errors.count("\n") == 1, errors
+        found += re.findall(
+            r"step (\d+): .* stopped; last checkpoint (\S+) at step (\d+), .*RESUME=1", errors
+        )
+        assert tg.read_kept(Path(found[-1][1]))[1]["step"] == int(found[-1][2]) < int(found[-1][0])
+    assert f"resumed nan at step {found[0][2]}\n" in output and found[0][1:] == found[1][1:]
+    code, output, errors = run("nan")
+    assert (code, errors) == (0, "") and f"resumed nan at step {found[0][2]}\n" in output
+    assert difference(work / "nan", reference) == []
 
 
 def test_full_disk_faults_of_a_run(work, processes, monkeypatch):

@@ -3,8 +3,10 @@
 Most tests run a stand-in for the script, which writes the files of a run in milliseconds.
 """
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,7 +70,7 @@ def arguments(*sets: str, trials: int = 4, command: str = "stand_in.py", options
         *options.split(),
         "--",
         sys.executable,
-        command,
+        *command.split(),
     ]
 
 
@@ -101,6 +103,13 @@ def wait_for(condition, seconds: float = 120) -> object:
             return value
         time.sleep(0.1)
     raise AssertionError("waited in vain")
+
+
+def alive(process: int) -> bool:
+    """Whether a process is there and has not ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return " (zombie)" not in Path(f"/proc/{process}/status").read_text()
+    return False
 
 
 WRONG = {
@@ -299,7 +308,7 @@ def test_a_killed_sweep_is_taken_up_and_two_processes_share_a_study(work, capsys
     console = wait_for(lambda: next((p for p in work.glob("runs/*/*/console.txt") if p.read_text()), None))
     process.kill()
     process.communicate()
-    os.kill(int(console.read_text()), signal.SIGKILL)
+    wait_for(lambda: not alive(int(console.read_text())), seconds=15)
     both = [
         start(work, "TTT_LORA_RANK=96,90,91,92,93,94,95", trials=7, options="--sampler grid")
         for _ in range(2)
@@ -311,6 +320,39 @@ def test_a_killed_sweep_is_taken_up_and_two_processes_share_a_study(work, capsys
     last = run(capsys, "TTT_LORA_RANK=96,90,91,92,93,94,95", trials=7, options="--sampler grid")
     assert last["trials"] == {"complete": 7, "pruned": 0, "fail": 0, "running": 0}
     assert last["best"]["values"] == {"TTT_LORA_RANK": "90"}
+
+
+def test_guard_kills_what_does_not_end_when_told():
+    quiet = {"stdout": subprocess.PIPE, "start_new_session": True}
+    stubborn = subprocess.Popen(["sh", "-c", "trap '' TERM; echo; sleep 60"], **quiet)
+    stubborn.stdout.readline()
+    guard = subprocess.Popen(
+        ["sh", "-c", sweep.GUARD, "guard", str(stubborn.pid), "1"], stdin=subprocess.PIPE
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        stubborn.wait(2)  # as long as the pipe is open nothing happens
+    guard.stdin.close()
+    assert stubborn.wait(10) == -signal.SIGKILL and guard.wait(10) == 0
+
+
+RANKS = """
+import os, time
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_kill_9_ends_the_ranks_of_torchrun_too(work):
+    """Whose processes are sessions of their own, which no signal to the run's group reaches."""
+    (work / "ranks.py").write_text(RANKS)
+    torchrun = "-m torch.distributed.run --nproc-per-node 2 ranks.py"
+    process = start(work, "TTT_LORA_RANK=8,9", trials=1, command=torchrun)
+    console = wait_for(lambda: next(iter(work.glob("runs/*/*/console.txt")), None))
+    ranks = wait_for(lambda: len(pids := re.findall(r"^\d+$", console.read_text(), re.M)) == 2 and pids)
+    assert all(alive(int(rank)) for rank in ranks)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not any(alive(int(rank)) for rank in ranks), seconds=15)
 
 
 def test_a_real_sweep_of_the_script(work):

@@ -19,8 +19,9 @@ folder of its own (`--out`/trial_0000, ...; console.txt there is its console). D
 
 The first trial has the values that the settings have now, where they lie in the ranges. A trial that crashes
 is recorded as failed, with its last line, and the sweep goes on. Ctrl-C ends the run under way, whose values
-are tried again when the sweep goes on. At the end: the best settings as a line to paste, each variable's
-importance (fANOVA), sweep.png. A run over a limit of the contest never is the best while there is another.
+are tried again when the sweep goes on; kill -9 ends it too. At the end: the best settings as a line to paste,
+each variable's importance (fANOVA), sweep.png. A run over a limit of the contest never is the best while
+there is another.
 
 Exit code 0, 1 (no trial has a score), 2 (a mistake in the command, one line), 130 or 143 (stopped).
 """
@@ -66,7 +67,11 @@ OURS = ("ARTIFACT_DIR", "RUN_ID")  # each trial has its own
 TOTALS = ("val_bpb", "val_loss", "artifact_bytes", "code_bytes", "model_bytes")
 TOTALS += ("train_seconds", "calibrate_seconds", "eval_seconds")
 STAGES, STAGE_KEYS = ("prequant", "quantised", "sliding", "ttt"), ("val_bpb", "val_loss", "seconds")
-PATIENCE = 20  # seconds that a run has to end in once it is told to
+PATIENCE = 40  # seconds that a run has to end in once it is told to; torchrun gives its ranks 30
+GUARD = """read _  # the sweep writes nothing: this returns when it is gone, even by kill -9
+kill -TERM -$1 || exit
+for second in $(seq $2); do sleep 1; kill -0 -$1 || exit; done
+kill -KILL -$1"""
 MOST_CELLS = 10_000  # of a grid
 MOST_COMBINATIONS = 4096  # of the ends of other variables, looked at for one that allows a value
 
@@ -518,7 +523,7 @@ class Sweep:
                 )
             except OSError as error:
                 raise SweepError(f"{self.options.command[0]}: cannot be started ({error.strerror})") from None
-            try:
+            with guarded(process):
                 reported: set[int] = set()
                 while process.poll() is None:
                     if self.stop.signal:
@@ -526,9 +531,6 @@ class Sweep:
                     if worse := self._report(trial, folder, reported):
                         raise optuna.TrialPruned(worse)
                     time.sleep(0.2)
-            finally:
-                if process.poll() is None:
-                    end(process)
         self._report(trial, folder, reported)  # the last ones are what later trials are compared with
         return process.returncode
 
@@ -569,6 +571,20 @@ def last_line(path: Path) -> str:
     """The last line of a console that is not empty."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "no output")
+
+
+@contextlib.contextmanager
+def guarded(process: subprocess.Popen) -> Iterator[None]:
+    """End a run with the block, and even where the sweep is killed in it: a shell of its own sees to that."""
+    command = ["sh", "-c", GUARD, "guard", str(process.pid), str(PATIENCE)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **quiet) as guard:
+        try:
+            yield
+        finally:
+            if process.poll() is None:
+                end(process)
+            guard.kill()
 
 
 def end(process: subprocess.Popen) -> None:

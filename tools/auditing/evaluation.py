@@ -21,7 +21,7 @@ from auditing.replay import (
 )
 from auditing.run import BOS, Audit, NotChecked, check, digest, read_values, require
 from auditing.stream import once_each, one_order, others_once_each
-from auditing.training import SECONDS_LIMIT, is_validation, trained_unscored, warm_up
+from auditing.training import SECONDS_LIMIT, is_validation, trained_unscored, ttt_warm_up, warm_up
 
 GRAM = 8  # so many tokens in a row are the same text
 
@@ -201,20 +201,30 @@ def _grams(tokens: np.ndarray) -> set[bytes]:
 
 @check("D5", "warm-up on random tokens, nothing learnt")
 def d5_warm_up_tokens(audit: Audit) -> str:
-    """What the model saw while warming up occurs in no data file; the weights are the same afterwards."""
-    done = warm_up(audit)
-    if not len(done.ids):
-        raise NotChecked("the model was not called through tok_emb while warming up")
-    opened = sorted({name for name in done.files if is_validation(name)})
-    require(not opened, f"warm-up opened {', '.join(opened)}")
-    folder = audit.work / "warm-up"
-    known = set().union(*(_grams(read_values(path)) for path in sorted(folder.glob("fineweb_*.bin"))))
-    found = len(_grams(done.ids) & known)
-    require(not found, f"{found} runs of {GRAM} warm-up tokens occur in the data")
-    require(done.before == done.after, "weights or optimisers differ after the warm-up")
+    """What the model saw while warming up occurs in no data file; the weights are the same afterwards.
+
+    That is the warm-up of training and the one of test-time training, whether this run compiled or not.
+    """
+    warmed = {"training": warm_up} if audit.trained else {}
+    warmed |= {"test-time training": ttt_warm_up} if audit.adapted else {}
+    if not warmed:
+        raise NotChecked("this run did not train")
+    seen = []
+    for name, make in warmed.items():
+        done = make(audit)
+        if not len(done.ids):
+            raise NotChecked(f"{name}: the model was not called through tok_emb while warming up")
+        opened = sorted({path for path in done.files if is_validation(path)})
+        require(not opened, f"{name}: warm-up opened {', '.join(opened)}")
+        files = sorted((audit.work / "warm-up").glob("fineweb_*.bin"))
+        known = set().union(*(_grams(read_values(path)) for path in files))
+        found = len(_grams(done.ids) & known)
+        require(not found, f"{name}: {found} runs of {GRAM} warm-up tokens occur in the data")
+        require(done.before == done.after, f"{name}: weights or other state differ after the warm-up")
+        seen.append(f"{len(done.ids):,} ({name})")
     if audit.evaluator != "standard":
         same_start(audit)
-    return f"{len(done.ids):,} tokens seen, no {GRAM} in a row from the data; weights before = after"
+    return f"tokens seen: {', '.join(seen)}; no {GRAM} in a row from the data; weights before = after"
 
 
 @check("D6", "evaluation within 600 s, all of it timed")

@@ -5,7 +5,9 @@ import dataclasses
 import functools
 import hashlib
 import io
+import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +50,7 @@ def _small_data(audit: Audit, name: str, scramble: bool) -> Path:
     return folder
 
 
-def _small_run(audit: Audit, data: Path):
+def _small_run(audit: Audit, data: Path, **others: object):
     """A run of the script's with the run's settings, few steps and small batches, in a folder of its own."""
     cfg = audit.cfg
     changes = {
@@ -67,7 +69,7 @@ def _small_run(audit: Audit, data: Path):
         "allow_unverified_data": True,  # these few documents have no manifest
     }
     with contextlib.redirect_stdout(io.StringIO()):
-        return audit.script.Run(dataclasses.replace(cfg, **changes), audit.ranks, audit.source)
+        return audit.script.Run(dataclasses.replace(cfg, **changes | others), audit.ranks, audit.source)
 
 
 @functools.cache
@@ -138,8 +140,10 @@ def t2_training_seconds(audit: Audit) -> str:
     return f"training {training:.1f} s + calibration {calibration:.2f} s = {total:.1f} s of 600"
 
 
-def _cuda_state() -> list[Tensor]:
-    return [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+def _dice() -> list[object]:
+    """State of all random generators."""
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), random.getstate(), np.random.get_state(), *cuda]
 
 
 class WarmUp(NamedTuple):
@@ -151,6 +155,20 @@ class WarmUp(NamedTuple):
     files: list[str]
 
 
+def _watched(model: torch.nn.Module, state: Callable[[], str], act: Callable[[], None]) -> WarmUp:
+    """Do it and look on."""
+    seen: list[Tensor] = []
+    before = state()
+    with (
+        model.tok_emb.register_forward_pre_hook(lambda _, ids: seen.append(ids[0].cpu())),
+        opened().watch() as files,
+    ):
+        act()
+    data = [name for name in files if name.endswith(".bin")]
+    ids = torch.cat([part.flatten() for part in seen]).numpy() if seen else np.empty(0, np.int64)
+    return WarmUp(before, state(), ids, data)
+
+
 @functools.cache
 def warm_up(audit: Audit) -> WarmUp:
     """Warm up a fresh trainer on a small data set and look at everything that it could have changed."""
@@ -159,22 +177,43 @@ def warm_up(audit: Audit) -> WarmUp:
     run = _small_run(audit, _small_data(audit, "warm-up", scramble=False))
     with contextlib.closing(run.log):
         trainer = audit.script.Trainer(run.cfg, run.model, run.loader, run.ranks)
-        seen: list[Tensor] = []
-        hook = run.model.tok_emb.register_forward_pre_hook(lambda _, ids: seen.append(ids[0].cpu()))
 
         def state() -> str:
             parts = [trainer.model, trainer.muon, trainer.adamw]
-            dice = [torch.get_rng_state(), random.getstate(), np.random.get_state(), *_cuda_state()]
             switches = trainer.loader.state(), trainer.looping, trainer.model.training
-            return digest([part.state_dict() for part in parts], trainer.ema.averages, switches, dice)
+            return digest([part.state_dict() for part in parts], trainer.ema.averages, switches, _dice())
 
-        before = state()
-        with opened().watch() as files:
-            trainer.warm_up(1)
-        hook.remove()
-        data = [name for name in files if name.endswith(".bin")]
-        ids = torch.cat([part.flatten() for part in seen]).numpy() if seen else np.empty(0, np.int64)
-        return WarmUp(before, state(), ids, data)
+        return _watched(run.model, state, lambda: trainer.warm_up(1))
+
+
+@functools.cache
+def ttt_warm_up(audit: Audit) -> WarmUp:
+    """Warm up a fresh model's test-time training as a run that compiles does; eagerly, in short windows."""
+    if not hasattr(audit.script, "compile_adaptation"):
+        raise NotChecked("the script has no warm-up of test-time training by the name of compile_adaptation")
+    cfg = audit.cfg
+    window = max(2 * cfg.ttt_chunk_size, cfg.ttt_cache_window)
+    short = {
+        "ttt_batch_size": min(cfg.ttt_batch_size, 4),
+        "ttt_eval_seq_len": min(cfg.ttt_eval_seq_len, window),
+    }
+    run = _small_run(audit, _small_data(audit, "warm-up", scramble=False), **short)
+    with contextlib.closing(run.log), torch.compiler.set_stance("default"):
+        model = run.model
+
+        def state() -> str:
+            gradients = [parameter.grad for parameter in model.parameters()]
+            return digest(model.state_dict(), gradients, model.training, _dice())
+
+        def act() -> None:
+            with contextlib.redirect_stdout(io.StringIO()):
+                audit.script.compile_adaptation(run, run.val.documents)
+
+        done = _watched(model, state, act)
+        told = json.loads((run.log.folder / "metrics.jsonl").read_text().splitlines()[-1])
+        if "ttt_warm_up" not in told:
+            raise NotChecked(f"the warm-up of test-time training failed: {told.get('text')}")
+        return done
 
 
 @check("T3", "warm-up leaves no trace")
