@@ -9,7 +9,7 @@ needs g++ and Triton, but no GPU, no CUDA and no CUDA build of torch.
 
 Bytes: what a kernel must move if it reads nothing twice and finds nothing in a cache. A slice counts as large
 as it is, a value that stays inside a kernel not at all. Of an operator (a library's or ours) arguments and
-results are counted, not what it moves inside; it is one launch, whatever it launches inside.
+results are counted, and what one of ours moves inside; it is one launch, whatever it launches inside.
 Floor: of each kernel the larger of bytes / bandwidth and FLOPs / rate. The default rates are measured ones
 (3.0 TB/s, 650 TFLOP/s in matrix products, FIELD C2). It is for scale, and shows what is worth fusing; it is
 no prediction of a step's time. Not seen here: matrices that inductor pads after timing both on the device.
@@ -59,6 +59,10 @@ FLOPS: dict[str, Callable] = {  # of our operators, from the sizes of their argu
     "mlp_grad": lambda dy, down, slope: 2 * math.prod(dy) * down[1],
     "cross_entropy": lambda *_: 0,
     "cross_entropy_grad": lambda *_: 0,
+}
+INSIDE: dict[str, Callable] = {  # numbers that our operators move besides arguments and results
+    "mlp": lambda x, up, down: x[0] * up[0],  # the activations, which the second product reads
+    "mlp_grad": lambda dy, down, slope: 2 * math.prod(down),  # a transposed copy, written and read
 }
 
 
@@ -186,6 +190,8 @@ def count_operator(node: ir.ExternKernel, context: float, unknown: set[str]) -> 
             flops = float(FLOPS[short](*shapes))
         else:
             unknown.add(short)
+        if short in INSIDE:
+            moved += INSIDE[short](*shapes) * tensors[0].get_dtype().itemsize
     elif re.search(r"\b(add|b|badd)?mm(\.out)?$", name):
         group, flops = PRODUCTS, 2.0 * math.prod(sizes_of(node)) * shapes[-1][-2]
     elif re.search(r"attn|attention", name):
