@@ -10,6 +10,7 @@ needs g++ and Triton, but no GPU, no CUDA and no CUDA build of torch.
 Bytes: what a kernel must move if it reads nothing twice and finds nothing in a cache. A slice counts as large
 as it is, a value that stays inside a kernel not at all. Of an operator (a library's or ours) arguments and
 results are counted, and what one of ours moves inside; it is one launch, whatever it launches inside.
+Attention that is no operator (flex, plain) counts as the kernels it is compiled to.
 Floor: of each kernel the larger of bytes / bandwidth and FLOPs / rate. The default rates are measured ones
 (3.0 TB/s, 650 TFLOP/s in matrix products, FIELD C2). It is for scale, and shows what is worth fusing; it is
 no prediction of a step's time. Not seen here: matrices that inductor pads after timing both on the device.
@@ -338,7 +339,7 @@ def guarded() -> int:
     try:
         return main()
     except (tg.UserError, torch._dynamo.exc.TorchDynamoException, ImportError, RuntimeError) as error:
-        text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        text = " ".join(str(error).split())[:300] or type(error).__name__
         print(f"bench/hopper.py: {text}", file=sys.stderr)
         return 2
 
