@@ -26,6 +26,7 @@ if [ "$DEVICE" = cpu ]; then
 fi
 SETTINGS="DATA_PATH=$DATA TOKENIZER_PATH=${TOKENIZER_PATH:-$DATA/tokenizer.model} DEVICE=$DEVICE $SMALL"
 [ -z "${DATA_PATH:-}" ] && SETTINGS="$SETTINGS ALLOW_UNVERIFIED_DATA=1"  # synthetic shards have no manifest
+$PYTHON -c 'import brotli' 2>/dev/null || SETTINGS="$SETTINGS COMPRESSOR=lzma"  # the record's, where it is installed
 SHORT="MAX_WALLCLOCK_SECONDS=0 ENABLE_LOOPING_AT=0.5 TRAIN_LOG_EVERY=5 WARMUP_STEPS=3"
 
 step() {  # NAME COMMAND...: run it, unless it is not among STEPS
@@ -52,7 +53,7 @@ if [ "$DRY" != --dry-run ]; then
 fi
 
 step machine "nvidia-smi; nvidia-smi topo -m; $PYTHON -m pip list 2>/dev/null | grep -iE '^(torch|triton|flash|numpy|nvidia-cudnn)'; lscpu | head -20"
-step tests "$PYTHON -m pytest -q -x --durations 10 tests/test_kernels.py tests/test_attention.py tests/test_compile.py"
+step tests "$PYTHON -m pytest -q --durations 10 tests/test_kernels.py tests/test_attention.py tests/test_compile.py"
 step step "$PYTHON bench/train_step.py --device $DEVICE --json"
 peer() {  # NAME: both scripts once; the second round comes last
     if [ -n "${PEER_SCRIPT:-}" ] || [ "$DRY" = --dry-run ]; then
@@ -65,9 +66,7 @@ step kernels "$PYTHON bench/kernels.py --device $DEVICE --json"
 step ttt "$PYTHON bench/ttt.py --parts compiled --json"
 step variants "for variant in TRITON_KERNELS=0 ATTENTION_BACKEND=flex ATTENTION_BACKEND=torch_varlen COMPILE_BACKEND=off TRITON_KERNELS=1; do
         echo \"== \$variant\"; env \$variant $PYTHON bench/train_step.py --device $DEVICE; done"
-# The codec of the record, where it is installed.
-CODEC=$($PYTHON -c 'import brotli' 2>/dev/null && echo brotli || echo lzma)
-step run "env $SETTINGS $SHORT COMPRESSOR=$CODEC ITERATIONS=40 VAL_DOC_FRACTION=0.02 PHASED_TTT_PREFIX_DOCS=8 ARTIFACT_DIR=$OUT/work/run $PYTHON train_gpt.py"
+step run "env $SETTINGS $SHORT ITERATIONS=40 VAL_DOC_FRACTION=0.02 PHASED_TTT_PREFIX_DOCS=8 ARTIFACT_DIR=$OUT/work/run $PYTHON train_gpt.py"
 step memory "env $SETTINGS $SHORT ITERATIONS=10 PREQUANT_ONLY=1 ARTIFACT_DIR=$OUT/work/memory \
         PYTORCH_CUDA_ALLOC_CONF=per_process_memory_fraction:\${FRACTION:-0.3} $PYTHON train_gpt.py"
 peer peer_again
