@@ -57,13 +57,17 @@ MOVES += (
 DECORATION = r"^(aten|prims)\.|\.(default|Tensor|int|Scalar\w*)$"  # of operators' names
 FLOPS: dict[str, Callable] = {  # of our operators, from the sizes of their arguments
     "mlp": lambda x, up, down: 4 * math.prod(x) * up[0],
-    "mlp_grad": lambda dy, down, slope: 2 * math.prod(dy) * down[1],
-    "cross_entropy": lambda *_: 0,
-    "cross_entropy_grad": lambda *_: 0,
+    "mlp_grad": lambda dy, down, *_: 2 * math.prod(dy) * down[1],
+    "head_loss": lambda h, weight, targets: 2 * math.prod(h) * weight[0],
+    "heads": lambda *_: 0,
+    "heads_grad": lambda *_: 0,
+    "exclude": lambda *_: 0,
+    "exclude_grad": lambda *_: 0,
 }
 INSIDE: dict[str, Callable] = {  # numbers that our operators move besides arguments and results
     "mlp": lambda x, up, down: x[0] * up[0],  # the activations, which the second product reads
-    "mlp_grad": lambda dy, down, slope: 2 * math.prod(down),  # a transposed copy, written and read
+    "mlp_grad": lambda dy, down, *_: 2 * math.prod(down),  # a transposed copy, written and read
+    "head_loss": lambda h, weight, targets: 2 * h[0] * weight[0],  # the logits, read and overwritten
 }
 
 
