@@ -136,8 +136,7 @@ def test_fused_kernels_are_there_as_often_as_used_and_move_less(counted):
     names = [k["what"].split()[0] for part in ("forward", "backward") for k in kernels(fused, part)]
     twice = ("mlp", "mlp_grad", "heads", "heads_grad", "exclude", "exclude_grad", "_varlen_attn")
     uses = {
-        operator: sum(name.split(".")[-1] == operator for name in names)
-        for operator in (*twice, "head_loss")
+        operator: sum(name.split(".")[-1] == operator for name in names) for operator in (*twice, "head_loss")
     }
     assert uses == dict.fromkeys(twice, 2) | {"head_loss": 1}
     assert not kernels(eager, "forward", "operators of ours")
