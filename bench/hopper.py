@@ -1,6 +1,6 @@
 """What the compiler makes of a training step for a Hopper GPU, where there is none: kernels, bytes, FLOPs.
 
-    python bench/hopper.py [--json] [--kernels] [--tokens N] [--bandwidth TB/S] [--rate TFLOP/S]
+    python bench/hopper.py [--json] [--kernels] [--tokens N | --chunk LENGTH] [--bandwidth B] [--rate R]
 
 Settings come from the environment, as for train_gpt.py; ATTENTION_BACKEND is torch_varlen unless named. The
 model is built of fake tensors (shapes without data) on a pretended H100 (pretended_gpu.py) and goes through
@@ -14,6 +14,7 @@ Attention that is no operator (flex, plain) counts as the kernels it is compiled
 Floor: of each kernel the larger of bytes / bandwidth and FLOPs / rate. The default rates are measured ones
 (3.0 TB/s, 650 TFLOP/s in matrix products, FIELD C2). It is for scale, and shows what is worth fusing; it is
 no prediction of a step's time. Not seen here: matrices that inductor pads after timing both on the device.
+`--chunk` counts a chunk of test-time training instead: TTT_BATCH_SIZE windows scored and trained on.
 """
 
 import argparse
@@ -249,7 +250,10 @@ def touched(deps: Iterable) -> int:
     return sum(min(sum(parts.values()), storage(name)) for name, parts in slices.items())
 
 
-def compile_step(cfg: tg.Config, tokens: int) -> tuple[dict[bool, list[Graph]], float]:
+BEFORE, AFTER = "before looping", "after looping"
+
+
+def compile_step(cfg: tg.Config, tokens: int) -> tuple[dict[str, list[Graph]], float]:
     """Forward and backward graph of a micro-batch before and after looping, and the mean context."""
     row = text_row(cfg, tokens)
     counter, compiled = Counter(mean_context(row[2])), {}
@@ -262,8 +266,27 @@ def compile_step(cfg: tg.Config, tokens: int) -> tuple[dict[bool, list[Graph]], 
             graphs = counter.run(partial(micro_batch, model, ranks, batch, looping))
             if [graph.backward for graph in graphs] != [False, True]:
                 raise RuntimeError(f"{len(graphs)} graphs instead of a forward and a backward one")
-            compiled[looping] = graphs
+            compiled[AFTER if looping else BEFORE] = graphs
     return compiled, counter.context
+
+
+def compile_chunk(cfg: tg.Config, length: int) -> tuple[dict[str, list[Graph]], float]:
+    """The same of a chunk of test-time training: a whole batch of windows of one length."""
+    counter, ranks = Counter((length + 1) / 2), tg.Ranks(torch.device("cuda", 0))
+    ranks.compiler = counter
+    with pretended_gpu.pretended(), FakeTensorMode(allow_non_fake_inputs=True):
+        model, rows = ranks.place(tg.GPT(cfg)).requires_grad_(False), cfg.ttt_batch_size
+        lora = tg.BatchedLoRA(cfg, rows, tg.lora_slots(cfg, bool(cfg.num_loops))).to(ranks.device)
+        lora.active = torch.ones(rows, dtype=torch.bool, device=ranks.device)
+        sizes = (rows, length), (rows, length), (rows, cfg.ttt_chunk_size)
+        parts = [torch.zeros(size, dtype=torch.long, device=ranks.device) for size in sizes]
+
+        def chunk() -> None:
+            with ranks.autocast():
+                losses = tg.compiled_losses(model, *parts, lora, bool(cfg.num_loops))
+            losses.sum().backward()
+
+        return {"adapting": counter.run(chunk)}, counter.context
 
 
 def table(part: str, kernels: Sequence[Kernel], bandwidth: float, rate: float) -> list[dict]:
@@ -291,6 +314,7 @@ def options() -> argparse.Namespace:
     args = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     args.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args.add_argument("--tokens", type=int, default=98304, help="tokens of a micro-batch (default 98304)")
+    args.add_argument("--chunk", type=int, default=0, help="adapt windows of this length instead of training")
     args.add_argument("--kernels", action="store_true", help="list every kernel and what is fused in it")
     args.add_argument("--bandwidth", type=float, default=3.0, help="TB/s of memory (default 3.0)")
     args.add_argument("--rate", type=float, default=650.0, help="TFLOP/s of products (default 650)")
@@ -304,27 +328,27 @@ def main() -> int:
     """Compile, count, print."""
     args = options()
     cfg = settings(dict(os.environ))
-    compiled, context = compile_step(cfg, args.tokens)
+    size = {"windows": f"{cfg.ttt_batch_size} x {args.chunk}"} if args.chunk else {"tokens": args.tokens}
+    compiled, context = compile_chunk(cfg, args.chunk) if args.chunk else compile_step(cfg, args.tokens)
     rates = (1e12 * args.bandwidth, 1e12 * args.rate)
     rows, kernels, totals = [], {}, {}
-    result: dict[str, object] = {"pretended": pretended_gpu.H100.name, "tokens": args.tokens}
+    result: dict[str, object] = {"pretended": pretended_gpu.H100.name} | size
     result["mean_context"] = context
     result |= {"attention": cfg.attention_backend, "triton_kernels": cfg.triton_kernels}
     result |= {"tb_per_second": args.bandwidth, "tflop_per_second": args.rate}
-    for looping, graphs in compiled.items():
-        when = "after looping" if looping else "before looping"
+    for when, graphs in compiled.items():
         for graph in graphs:
             part = f"{'backward' if graph.backward else 'forward'} {when}"
             kernels[part] = graph.kernels
             rows += table(part, graph.kernels, *rates)
         whole = table(f"both {when}", [kernel for graph in graphs for kernel in graph.kernels], *rates)
         rows += whole
-        totals[looping] = whole[-1] | {"saved_gb": graphs[0].saved / 1e9}
-        result[f"saved_gb {when}"] = totals[looping]["saved_gb"]
-    if True in totals:
+        totals[when] = whole[-1] | {"saved_gb": graphs[0].saved / 1e9}
+        result[f"saved_gb {when}"] = totals[when]["saved_gb"]
+    if AFTER in totals:
         layers = tg.lora_slots(cfg, True) - tg.lora_slots(cfg, False)
         for key in ("launches", "gb", "gflop", "floor_ms", "saved_gb"):
-            result[f"{key} per virtual layer"] = (totals[True][key] - totals[False][key]) / layers
+            result[f"{key} per virtual layer"] = (totals[AFTER][key] - totals[BEFORE][key]) / layers
     unknown = sorted(set().union(*(graph.unknown for graphs in compiled.values() for graph in graphs)))
     if unknown:
         result["FLOPs unknown, counted as none"] = ", ".join(unknown)

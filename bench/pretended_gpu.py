@@ -101,6 +101,15 @@ def _on_cpu(function: Callable) -> Callable:
     return run
 
 
+def _attend(q: object, k: object, v: object, mask: object = None, **options: object) -> object:
+    """Attention of padded rows by CUDA's kernels: to choose them, torch would ask the device."""
+    import torch
+
+    if mask is None and options.get("is_causal"):
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+    return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, mask, **options)[0]
+
+
 class TritonDriver:
     """What Triton and inductor ask of the driver of the pretended GPU."""
 
@@ -155,6 +164,8 @@ def pretended() -> Iterator[None]:
             stack.enter_context(mock.patch.object(place, "get_device_properties", properties))
         stack.enter_context(mock.patch.object(torch.nn.Module, "to", _move))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor))
+        functional = torch.nn.functional
+        stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", _attend))
         folded = _on_cpu(UniformValueConstantFolder.run)
         stack.enter_context(mock.patch.object(UniformValueConstantFolder, "run", folded))
         # Fake tensors are to stay fake: else an empty tensor is put onto the GPU to wake it.
