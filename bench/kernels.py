@@ -197,98 +197,65 @@ class Bench:
                 self.time(f"newton-schulz {shape}", "compiled", lambda b=bank, f=compiled: f(b), (), flops, 0)
 
 
-def compile_only(every_tile: bool) -> list[dict]:
-    """Compile the Triton kernels for GPUs that are not here: as they are launched, or with all tiles."""
+def compile_one(kernel: object, arch: int, types: dict[str, str], constants: dict, **options: int) -> dict:
+    """Compile a Triton kernel for a GPU that is not here: registers, spilled bytes, shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    types = types | dict.fromkeys(constants, "constexpr")
+    names, unknown = list(types), ("targets", "cap", "M", "T")
+    aligned = [n for n in names if n not in unknown and not types[n].startswith("tensordesc")]
+    source = ASTSource(
+        kernel,
+        types,
+        {(names.index(n),): value for n, value in constants.items()},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if n not in constants},
+    )
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(built.asm["ptx"])
+        file.flush()
+        target = f"-arch=sm_{arch}{'a' * (arch == 90)}"
+        command = [triton.knobs.nvidia.ptxas.path, "-v", target, file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True).stderr
+    row = {"kernel": kernel.__name__, "arch": arch, **constants, **options, "shared": built.metadata.shared}
+    for key, pattern in (("registers", r"Used (\d+)"), ("spilled", r"(\d+) bytes spill st")):
+        row[key] = int(re.search(pattern, said)[1])
+    return row | {"wgmma": "wgmma" in built.asm["ptx"]}
+
+
+def compile_rowwise() -> list[dict]:
+    """The kernels that work on rows, as they are launched at the record's sizes, both passes."""
+    kernels = tg.kernels()
+    logits = {"z": "*bf16", "targets": "*i64", "losses": "*fp32", "cap": "fp32"}
+    heads = dict.fromkeys(("x", "gain", "cos", "sin", "q", "k", "v", "dx"), "*bf16")
+    heads |= {"dgain": "*fp32", "M": "i32", "T": "i32"}
+    exclude = dict.fromkeys(("y", "v", "gate", "dz", "out", "dv", "dgate"), "*bf16") | {"M": "i32"}
+    turned = {"H": 8, "G": 4, "D": 64, "HALF": 8, "ROWS": 32, "WIDTH": 64}
+    straight = {name: size for name, size in turned.items() if name != "HALF"}
     rows = []
+    for back in (False, True):
+        constants = {"V": 8192, "BLOCK": 4096, "TRAIN": back}
+        rows.append(compile_one(kernels.cross_entropy, 90, logits, constants, num_warps=8))
+        rows.append(compile_one(kernels.heads, 90, heads, turned | {"BACKWARD": back}, num_warps=4))
+        rows.append(compile_one(kernels.exclude, 90, exclude, straight | {"BACKWARD": back}, num_warps=4))
+    return rows
 
-    def compile_one(kernel, arch: int, types: dict[str, str], constants: dict, **options: int) -> None:
-        names = list(types)
-        unknown = ("targets", "cap", "M", "T")
-        aligned = [n for n in names if n not in unknown and not types[n].startswith("tensordesc")]
-        source = ASTSource(
-            kernel,
-            {n: "constexpr" if n in constants else t for n, t in types.items()},
-            {(names.index(n),): value for n, value in constants.items()},
-            {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if n not in constants},
-        )
-        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(built.asm["ptx"])
-            file.flush()
-            command = [
-                triton.knobs.nvidia.ptxas.path,
-                "-v",
-                f"-arch=sm_{arch}{'a' * (arch == 90)}",
-                file.name,
-            ]
-            said = subprocess.run([*command, "-o", "/dev/null"], capture_output=True, text=True).stderr
-        numbers = {
-            key: re.search(p, said)
-            for key, p in (("registers", r"Used (\d+)"), ("spilled", r"(\d+) bytes spill st"))
-        }
-        row = {
-            "kernel": kernel.__name__,
-            "arch": arch,
-            **constants,
-            **options,
-            "shared": built.metadata.shared,
-        }
-        rows.append(
-            row
-            | {key: int(found[1]) for key, found in numbers.items()}
-            | {"wgmma": "wgmma" in built.asm["ptx"]}
-        )
 
-    halves = ("z", "x", "gain", "cos", "sin", "q", "k", "v", "dx", "y", "gate", "dz", "out", "dv", "dgate")
-    for backward in (False, True):
-        for kernel, types, constants in (
-            (
-                "cross_entropy",
-                {"z": "", "targets": "*i64", "losses": "*fp32", "cap": "fp32"},
-                {"V": 8192, "BLOCK": 4096, "TRAIN": backward},
-            ),
-            (
-                "heads",
-                dict.fromkeys(halves[1:9]) | {"dgain": "*fp32", "M": "i32", "T": "i32"},
-                {"H": 8, "G": 4, "D": 64, "HALF": 8, "ROWS": 32, "WIDTH": 64, "BACKWARD": backward},
-            ),
-            (
-                "exclude",
-                dict.fromkeys(("y", "v", *halves[10:])) | {"M": "i32"},
-                {"H": 8, "G": 4, "D": 64, "ROWS": 32, "WIDTH": 64, "BACKWARD": backward},
-            ),
-        ):
-            types = {name: kind or "*bf16" for name, kind in types.items()} | dict.fromkeys(constants, "")
-            warps = 8 if kernel == "cross_entropy" else 4
-            compile_one(getattr(tg.kernels(), kernel), 90, types, constants, num_warps=warps)
+def compile_only(every_tile: bool) -> list[dict]:
+    """Compile the Triton kernels for GPUs that are not here: as they are launched, or with all tiles."""
+    rows = compile_rowwise()
     for arch, described in ((90, True), (89, False), (80, False)):
         for bm, bn, bk, warps, stages in TILES[described][: None if every_tile else 1]:
+            operands = {name: f"tensordesc<bf16[{size},{bk}]>" for name, size in (("a", bm), ("b", bn))}
+            types = operands if described else dict.fromkeys("ab", "*bf16")
+            types |= {"out": "*bf16", "hidden": "*bf16", "signs": "*i32", "M": "i32", "N": "i32"}
             for mode in (0, 1, 2):
-                operands = {name: f"tensordesc<bf16[{size},{bk}]>" for name, size in (("a", bm), ("b", bn))}
-                operands = operands if described else dict.fromkeys("ab", "*bf16")
-                constants = {
-                    "K": 512,
-                    "TURNS": 94,
-                    "MODE": mode,
-                    "DESC": described,
-                    "BM": bm,
-                    "BN": bn,
-                    "BK": bk,
-                }
-                types = {
-                    **operands,
-                    "out": "*bf16",
-                    "hidden": "*bf16",
-                    "signs": "*i32",
-                    "M": "i32",
-                    "N": "i32",
-                }
-                types |= dict.fromkeys(constants, "")
-                compile_one(tg.kernels().matmul, arch, types, constants, num_warps=warps, num_stages=stages)
+                constants = {"K": 512, "TURNS": 94, "MODE": mode, "DESC": described}
+                constants |= {"BM": bm, "BN": bn, "BK": bk}
+                options = {"num_warps": warps, "num_stages": stages}
+                rows.append(compile_one(tg.kernels().matmul, arch, types, constants, **options))
     return rows
 
 
