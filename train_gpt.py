@@ -1824,11 +1824,11 @@ def tile(x, row, k, ROWS, K, DESC: tl.constexpr, BM: tl.constexpr, BK: tl.conste
         part = tl.load(x + r.to(tl.int64) * K + c, (r < ROWS) & (c < K), 0.0)
     return part
 
-@triton.jit(do_not_specialize=["M"])
-def matmul(a, b, out, hidden, signs, M, N, K: tl.constexpr, TURNS: tl.constexpr, MODE: tl.constexpr,
-           DESC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+@triton.jit(do_not_specialize=["M", "turns"])
+def matmul(a, b, out, hidden, signs, M, turns, N, K: tl.constexpr, MODE: tl.constexpr, DESC: tl.constexpr,
+           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     across = tl.cdiv(N, BN)
-    for turn in tl.range(0, TURNS, flatten=DESC):
+    for turn in tl.range(0, turns, flatten=DESC):
         t = turn * tl.num_programs(0) + tl.program_id(0)
         row = t // across * BM
         column = t % across * BN
@@ -1980,7 +1980,7 @@ def launch_matmul(
 
         a, b = TensorDescriptor.from_tensor(a, [bm, bk]), TensorDescriptor.from_tensor(b, [bn, bk])
     if programs:
-        sizes = (rows, columns, inner, -(-count // programs), mode, bool(described), bm, bn, bk)
+        sizes = (rows, -(-count // programs), columns, inner, mode, bool(described), bm, bn, bk)
         tensors = a, b, out, out if hidden is None else hidden, signs
         kernels().matmul[(programs,)](*tensors, *sizes, num_warps=warps, num_stages=stages)
 

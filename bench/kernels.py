@@ -204,7 +204,7 @@ def compile_one(kernel: object, arch: int, types: dict[str, str], constants: dic
     from triton.compiler import ASTSource
 
     types = types | dict.fromkeys(constants, "constexpr")
-    names, unknown = list(types), ("targets", "cap", "M", "T")
+    names, unknown = list(types), ("targets", "cap", "M", "T", "turns")
     aligned = [n for n in names if n not in unknown and not types[n].startswith("tensordesc")]
     source = ASTSource(
         kernel,
@@ -250,9 +250,9 @@ def compile_only(every_tile: bool) -> list[dict]:
         for bm, bn, bk, warps, stages in TILES[described][: None if every_tile else 1]:
             operands = {name: f"tensordesc<bf16[{size},{bk}]>" for name, size in (("a", bm), ("b", bn))}
             types = operands if described else dict.fromkeys("ab", "*bf16")
-            types |= {"out": "*bf16", "hidden": "*bf16", "signs": "*i32", "M": "i32", "N": "i32"}
+            types |= {"out": "*bf16", "hidden": "*bf16", "signs": "*i32", "M": "i32", "turns": "i32", "N": "i32"}
             for mode in (0, 1, 2):
-                constants = {"K": 512, "TURNS": 94, "MODE": mode, "DESC": described}
+                constants = {"K": 512, "MODE": mode, "DESC": described}
                 constants |= {"BM": bm, "BN": bn, "BK": bk}
                 options = {"num_warps": warps, "num_stages": stages}
                 rows.append(compile_one(tg.kernels().matmul, arch, types, constants, **options))
