@@ -154,7 +154,7 @@ class Config:
 
     # Speed
     attention_backend: Backend = "auto"  # auto: the first of the others that works on the device
-    triton_kernels: bool = True  # fused kernels, on CUDA where Triton is installed; 0: their eager forms
+    triton_kernels: str = "loss,mlp,heads,exclude"  # fused kernels, on CUDA with Triton; 1: all; 0: none
     compile_backend: Literal["auto", "off", "aot_eager", "inductor"] = "auto"  # inductor on CUDA
 
     # Data
@@ -321,7 +321,7 @@ class Config:
         self._check_shapes()
         self._check_layers()
         if not LEFT_OUT:
-            check_evaluators(self)
+            check_rest(self)
         self._check_exclusive("SPARSE_ATTN_GATE_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED")
         self._check_exclusive("PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY")
 
@@ -612,8 +612,8 @@ def translate(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 # [if WHOLE]
-def check_evaluators(cfg: Config) -> None:
-    """Settings of evaluators that a packed record lacks. Raises ConfigError; the whole script asks for it."""
+def check_rest(cfg: Config) -> None:
+    """Settings that a packed record lacks or leaves alone. Raises ConfigError; the whole script asks."""
     if cfg.ttt_cache_window and not cfg.ttt_chunk_size <= cfg.ttt_cache_window <= cfg.ttt_eval_seq_len:
         limits = f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size} to TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}"
         raise ConfigError(f"TTT_CACHE_WINDOW={cfg.ttt_cache_window}: must be 0 or {limits}")
@@ -621,6 +621,9 @@ def check_evaluators(cfg: Config) -> None:
         limit = f"EVAL_SEQ_LEN={cfg.eval_seq_len}"
         raise ConfigError(f"EVAL_STRIDE={cfg.eval_stride}: must be at most {limit}")
     cfg.chunk_size(0)
+    kernels, known = cfg.triton_kernels, Config.triton_kernels
+    if kernels not in ("", "0", "1") and not {*kernels.split(",")} <= {*known.split(",")}:
+        raise ConfigError(f"TRITON_KERNELS={kernels!r}: must be 0, 1, or some of {known} with commas between")
 
 
 # [end]
@@ -1950,6 +1953,42 @@ def launch_cross_entropy(z: Tensor, targets: Tensor, losses: Tensor, cap: float,
         kernels().cross_entropy[(rows,)](*arguments, num_warps=8)
 
 
+TILES = {  # of the persistent product: tensor descriptors (Hopper) or pointers, M, N, K, warps, stages
+    True: ((1, 128, 128, 64, 8, 4), (1, 128, 256, 64, 8, 3), (1, 64, 256, 64, 8, 4), (1, 128, 128, 64, 4, 3)),
+    False: ((0, 128, 128, 32, 8, 3), (0, 128, 128, 64, 8, 3), (0, 128, 64, 32, 4, 4), (0, 64, 128, 32, 4, 4)),
+}
+
+
+@functools.cache
+def fastest_tiles(
+    device: torch.device, dtype: torch.dtype, inner: int, columns: int, mode: int
+) -> tuple[int, ...]:
+    """The tiles that this GPU is fastest with, by five products of 16,384 rows; on a CPU simply the first."""
+    if device.type != "cuda":
+        return TILES[False][0]
+    hopper = torch.cuda.get_device_capability(device)[0] in (9, 10)
+    described = hopper and dtype.itemsize == 2 and inner % 8 == 0
+    generator, rows = torch.Generator(device).manual_seed(0), 1 << 14
+    shapes = (rows, inner), (columns, inner), (rows, columns), (rows, columns)
+    a, b, out, hidden = (torch.rand(s, generator=generator, device=device).to(dtype) for s in shapes)
+    signs = torch.zeros(rows, -(-columns // 32), dtype=torch.int32, device=device)
+
+    def milliseconds(tiles: tuple[int, ...]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        try:
+            for turn in range(6):
+                if turn == 1:  # the first builds the kernel
+                    start.record()
+                launch_matmul(a, b, out, signs, mode, hidden, tiles)
+        except Exception:  # more registers or shared memory than there are; if all fail, the first says so
+            return math.inf
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return min(TILES[described], key=milliseconds)
+
+
 def launch_matmul(
     a: Tensor,
     b: Tensor,
@@ -1963,15 +2002,11 @@ def launch_matmul(
 
     Mode 2 multiplies by the slope of what mode 1 made, `hidden`: 2 h = 2 sqrt(hidden), negative h / 2 =
     -sqrt(hidden). So a bit a number is all that is kept for the backward pass besides what it needs anyway.
-    `tiles` are: tensor descriptors or pointers, block sizes of M, N and K, warps, stages. Persistent: each
-    multiprocessor takes one tile after the other.
+    `tiles`: of TILES, else the fastest. Persistent: each multiprocessor takes one after the other.
     """
     (rows, inner), columns = a.shape, len(b)
-    hopper = a.is_cuda and torch.cuda.get_device_capability(a.device)[0] in (9, 10)
-    hopper = hopper and a.element_size() == 2 and inner % 8 == 0
-    described, bm, bn, bk, warps, stages = tiles or (
-        (1, 128, 128, 64, 8, 4) if hopper else (0, 128, 128, 32, 8, 3)
-    )
+    tiles = tiles or fastest_tiles(a.device, a.dtype, inner, columns, mode)
+    described, bm, bn, bk, warps, stages = tiles
     programs = count = -(-rows // bm) * -(-columns // bn)
     if a.is_cuda:
         programs = min(count, torch.cuda.get_device_properties(a.device).multi_processor_count)
@@ -2159,20 +2194,25 @@ def fused_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 # [end]
 
 
-def fuses(cfg: Config, x: Tensor) -> bool:
-    """Whether the fused kernels are to be used on a tensor."""
-    return cfg.triton_kernels and x.is_cuda
+def fuses(cfg: Config, x: Tensor, kernel: str) -> bool:
+    """Whether a fused kernel is to be used on a tensor."""
+    return kernel in cfg.triton_kernels and x.is_cuda
+
+
+def choose_kernels(cfg: Config, ranks: Ranks) -> list[str]:
+    """The fused kernels that are wanted: none but on CUDA, where Triton is installed."""
+    if ranks.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return []
+    wanted = {"0": "", "1": Config.triton_kernels}.get(cfg.triton_kernels, cfg.triton_kernels)
+    return wanted.split(",") if wanted else []
 
 
 def choose_backends(cfg: Config, ranks: Ranks) -> Config:
     """The settings with what the device and the installed packages allow in place of `auto`."""
-    fused = (
-        cfg.triton_kernels and ranks.device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    )
-    attention = choose_attention(cfg.attention_backend, ranks)
+    attention, kernels = choose_attention(cfg.attention_backend, ranks), ",".join(choose_kernels(cfg, ranks))
     compiler = ranks.compiler or "off"
     return dataclasses.replace(
-        cfg, attention_backend=attention, triton_kernels=fused, compile_backend=compiler
+        cfg, attention_backend=attention, triton_kernels=kernels, compile_backend=compiler
     )
 
 
@@ -2305,17 +2345,18 @@ class Attention(nn.Module):
         cfg = self.cfg
         if run.tap is not None:
             run.tap(f"blocks.{self.layer}.attn.c_q.weight", n)
-        fused = run.wanted is None and run.past is None and fuses(cfg, n)
+        whole = run.wanted is None and run.past is None
+        fused = whole and fuses(cfg, n, "heads")
         q_flat, q, k, v = (self._fused_heads if fused else self._heads)(n, w, run)
         own, n = run.pick(v.flatten(-2)).unflatten(-1, v.shape[-2:]), run.pick(n)
-        if run.wanted is None and run.past is None:
+        if whole:
             y = attend(q, k, v, run.segments, cfg.attention_backend)
         else:
             keys, values = (k, v) if run.past is None else run.past(k, v)
             wanted = torch.arange(k.size(1), device=k.device)[None] if run.wanted is None else run.wanted
             y = attend_from(q, wanted + keys.size(1) - k.size(1), keys, values)
         gate = self._gate(n, q_flat)
-        if fused and self.excludes_self and gate is not None:
+        if self.excludes_self and gate is not None and fuses(cfg, n, "exclude"):
             y = fused_exclude(y, own, gate)
         else:
             y = self._exclude_self(y, own) if self.excludes_self else y
@@ -2391,7 +2432,7 @@ class Block(nn.Module):
 
     def _mlp(self, u: Tensor, w: LayerWeights, run: Pass) -> Tensor:
         n = rms_norm(u) * self.norm_scale
-        if run.tap is None and fuses(self.attn.cfg, n):
+        if run.tap is None and fuses(self.attn.cfg, n, "mlp"):
             y = fused_mlp(n, w.up, w.down)
         else:
             hidden = leaky_relu_squared(F.linear(n, w.up))
@@ -2568,7 +2609,7 @@ class GPT(nn.Module):
         if scored is not None:
             target_ids = target_ids.gather(1, scored)
         cap = self.cfg.logit_softcap
-        if lora is None and fuses(self.cfg, h):
+        if lora is None and fuses(self.cfg, h, "loss"):
             return fused_cross_entropy(h, self._head_weight, target_ids, cap)
         return softcapped_cross_entropy(self._head(h, lora), target_ids, cap)
 
@@ -4247,7 +4288,7 @@ def packed_script(cfg: Config, source: bytes) -> tuple[bytes, bool]:  # noqa: F8
     off += ["WHOLE", "CHECKPOINT_SECONDS"]  # what only the whole script has
     off += ["ANS"] * (cfg.compressor != "ans") + ["PLAIN_TEXT"] * cfg.caseops_enabled
     off += ["COMPILED"] * (cfg.compile_backend == "off")
-    names = _NAMES[_NAMES.index("caseops_enabled") :]
+    names = ["triton_kernels", *_NAMES[_NAMES.index("caseops_enabled") :]]
     dropped = (*names, "checkpoint_seconds")
     row = {name: value for name, value in PRESETS[cfg.preset].items() if name not in dropped}
     row |= {name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(Config, name)}
@@ -5309,6 +5350,7 @@ class Run:
             "ranks": self.ranks.world_size,
             "attention": self.cfg.attention_backend,
             "compiler": self.ranks.compiler or "off",
+            "kernels": self.cfg.triton_kernels,
             "commit": commit,
             "source_sha256": hashlib.sha256(self.source).hexdigest(),
             "data_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else "",
@@ -5639,6 +5681,60 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, short."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def try_compiler(ranks: Ranks) -> str:
+    """What is wrong with the compiler (no C compiler, say); empty: nothing. One small graph, both passes."""
+    x = torch.linspace(-1, 1, 100, device=ranks.device).requires_grad_()
+    try:
+        ranks.compile(lambda x: x.sin().square().sum())(x).backward()
+    except Exception as error:  # compilers raise anything
+        return one_line(error)
+    right = torch.allclose(x.grad, (2 * x).sin(), atol=1e-4)
+    return "" if right else "its results are wrong"
+
+
+def try_kernels(cfg: Config, ranks: Ranks) -> dict[str, str]:
+    """What is wrong with the fused kernels, by name; those that work are not in it.
+
+    Losses and gradients of one layer of the model's widths on 200 random tokens must be hardly further from
+    float32's than those of the eager forms in the run's precision. (A single number may be so by chance.)
+    """
+    sizes = {"num_layers": 1, "num_loops": 0, "parallel_start_layer": 0, "xsa_last_n": 1}
+    cfg = dataclasses.replace(cfg, **sizes, attention_backend="plain")
+    ranks, generator = Ranks(ranks.device), torch.Generator().manual_seed(0)  # nothing is compiled
+    model, batch = GPT(cfg).to(ranks.device), ranks.send(*random_row(cfg, 200, 50, generator))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(ranks.device))
+
+    def results(kernel: str) -> list[Tensor]:
+        model.cfg = model.blocks[0].attn.cfg = dataclasses.replace(cfg, triton_kernels=kernel)
+        model.zero_grad()
+        losses = model.losses(*batch, looping=False)
+        losses.mean().backward()
+        gradients = (p.grad.float() for p in model.parameters() if p.grad is not None)
+        return [losses.detach(), *(gradient for gradient in gradients if gradient.numel() > 1)]
+
+    exact, wrong = results("0"), {}
+    ranks.place(model)
+    with ranks.autocast():
+        limits = [
+            0.02 * x.norm() + 3 * torch.dist(x, eager) for x, eager in zip(exact, results("0"), strict=True)
+        ]
+        for kernel in Config.triton_kernels.split(","):
+            try:
+                ours = results(kernel)
+                if not all(torch.dist(x, y) <= most for x, y, most in zip(exact, ours, limits, strict=True)):
+                    wrong[kernel] = "its results are wrong"
+            except Exception as error:  # neither Triton nor its compilers say what they may raise
+                wrong[kernel] = one_line(error)
+    return wrong
+
+
 class Preflight:
     """What a run needs, compared with what is there, before time is spent; its speed, before the clock runs.
 
@@ -5646,7 +5742,7 @@ class Preflight:
     """
 
     def __init__(self, cfg: Config, ranks: Ranks):
-        self.cfg, self.ranks, self.facts = cfg, ranks, {}
+        self.cfg, self.ranks, self.facts, self.notices = cfg, ranks, {}, []
         self._hashing: threading.Thread | None = None
         self._wrong: list[str] = []  # of this rank's training shards
         try:
@@ -5675,6 +5771,31 @@ class Preflight:
         if not right:
             built = ", ".join(torch.cuda.get_arch_list())
             raise ConfigError(f"DEVICE=cuda: {name} does not compute ({reason}); this torch is for {built}")
+
+    def usable(self, cfg: Config) -> Config:
+        """The settings without what fails on this machine, which is noted: the compiler, fused kernels.
+
+        Raises ConfigError where just that was asked for.
+        """
+        ranks, chosen = self.ranks, choose_kernels(cfg, self.ranks)
+        wrong = {"compiler": try_compiler(ranks)} if ranks.compiler else {}
+        try:
+            wrong |= try_kernels(cfg, ranks) if chosen else {}
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(f"DEVICE=cuda: no memory left for a single layer ({one_line(error)})") from None
+        ranks.meet("backends")
+        wrong = {name: text for part in ranks.gather(wrong) for name, text in part.items() if text}
+        if text := wrong.get("compiler"):
+            if cfg.compile_backend != "auto":
+                raise ConfigError(f"COMPILE_BACKEND={cfg.compile_backend}: does not work here ({text})")
+            self.notices.append(f"nothing is compiled, which is slow: {text}")
+            ranks.stop_compiling()
+        for kernel in [name for name in chosen if name in wrong]:
+            if cfg.triton_kernels not in ("1", Config.triton_kernels):
+                raise ConfigError(f"TRITON_KERNELS={cfg.triton_kernels}: {kernel}: {wrong[kernel]}")
+            self.notices.append(f"fused kernel {kernel} is not used: {wrong[kernel]}")
+        left = ",".join(name for name in chosen if name not in wrong)
+        return dataclasses.replace(cfg, triton_kernels=left)
 
     def check_disk(self, trains: bool, targets: int) -> None:
         """Room for all outputs, and whether a file can be written where they go. Rank 0's business."""
@@ -5873,7 +5994,7 @@ class GuardedRun(Run):
 
     def __init__(self, cfg: Config, ranks: Ranks, source: bytes):
         self.preflight = Preflight(cfg, ranks)
-        super().__init__(cfg, ranks, source)
+        super().__init__(self.preflight.usable(cfg), ranks, source)
 
     def _first_model(self) -> GPT:
         check, cfg = self.preflight, self.cfg
@@ -5897,6 +6018,8 @@ class GuardedRun(Run):
         super()._log_head()
         facts, ranks = self.preflight.facts, self.ranks
         self.log.event("preflight", **facts)
+        for text in self.preflight.notices:
+            self.log.event("notice", text=text)
         if facts.get("gpus", 0) > ranks.world_size:
             start = f"torchrun --standalone --nproc_per_node={facts['gpus']} train_gpt.py"
             self.log.event("notice", text=f"{ranks.world_size} of {facts['gpus']} GPUs used; all: {start}")

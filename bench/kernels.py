@@ -250,7 +250,14 @@ def compile_only(every_tile: bool) -> list[dict]:
         for bm, bn, bk, warps, stages in TILES[described][: None if every_tile else 1]:
             operands = {name: f"tensordesc<bf16[{size},{bk}]>" for name, size in (("a", bm), ("b", bn))}
             types = operands if described else dict.fromkeys("ab", "*bf16")
-            types |= {"out": "*bf16", "hidden": "*bf16", "signs": "*i32", "M": "i32", "turns": "i32", "N": "i32"}
+            types |= {
+                "out": "*bf16",
+                "hidden": "*bf16",
+                "signs": "*i32",
+                "M": "i32",
+                "turns": "i32",
+                "N": "i32",
+            }
             for mode in (0, 1, 2):
                 constants = {"K": 512, "MODE": mode, "DESC": described}
                 constants |= {"BM": bm, "BN": bn, "BK": bk}

@@ -3,10 +3,13 @@
 The interpreter truncates to bfloat16 instead of rounding, and its products of bfloat16 are wrong.
 """
 
+import functools
 import importlib.util
+import inspect
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -365,7 +368,7 @@ def test_model_with_kernels_equals_the_eager_model(tg, monkeypatch, looping):
     x, y, segments = tg.packed_row(tokens, 16)
     results = []
     for fused in (False, True):
-        monkeypatch.setattr(tg, "fuses", lambda cfg, x, fused=fused: fused)
+        monkeypatch.setattr(tg, "fuses", lambda cfg, x, kernel, fused=fused: fused)
         model.zero_grad()
         batch = tg.Ranks(torch.device(DEVICE)).send(x, y, segments)
         losses = model.losses(*batch, looping=looping)
@@ -374,6 +377,91 @@ def test_model_with_kernels_equals_the_eager_model(tg, monkeypatch, looping):
     for eager, fused in zip(*results, strict=True):
         tolerance = 2e-2 if DEVICE == "cuda" else 1e-4
         torch.testing.assert_close(fused, eager, rtol=tolerance, atol=tolerance * float(eager.abs().max()))
+
+
+BROKEN = {
+    "loss": ("tl.where(column == target, 1.0, 0.0)", "tl.where(column == target, 1.1, 0.0)"),
+    "mlp": ("== 1, -1.0, 2.0)", "== 1, -2.0, 2.0)"),
+    "heads": ("u -= tl.load(side + partner", "u += tl.load(side + partner"),
+    "exclude": ("turn -= dot * grad + along * own", "turn -= dot * grad"),
+}
+SINGLE = {"model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 200, "mlp_mult": 2.0}
+
+
+@pytest.fixture
+def tried(tg, monkeypatch):
+    """Function: source of the kernels -> what is wrong with which of them."""
+    monkeypatch.setattr(tg, "fuses", lambda cfg, x, kernel: kernel in cfg.triton_kernels)
+    monkeypatch.setattr(tg, "kernels", functools.cache(tg.kernels.__wrapped__))
+
+    def try_them(source: str = tg.KERNELS, **settings) -> dict[str, str]:
+        monkeypatch.setattr(tg, "KERNELS", source)
+        tg.kernels.cache_clear()
+        return tg.try_kernels(tg.Config(**SINGLE | settings), tg.Ranks(torch.device(DEVICE)))
+
+    return try_them
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"sparse_attn_gate_enabled": False, "gated_attn_enabled": True},
+        {"tie_embeddings": False, "xsa_last_n": 0, "smear_gate_enabled": False},
+        {"parallel_style": "single", "plain_windows": True, "rope_dims": 0},
+    ],
+)
+def test_kernels_that_work_pass_the_trial_at_the_start(tried, settings):
+    assert tried(**settings) == {}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_kernel_is_found_at_the_start(tg, tried, name):
+    """A wrong sign, slope or factor in one backward pass: that kernel is named, no other."""
+    before, after = BROKEN[name]
+    assert tg.KERNELS.count(before) == 1
+    assert tried(tg.KERNELS.replace(before, after)) == {name: "its results are wrong"}
+
+
+def test_a_kernel_that_cannot_be_built_is_found_at_the_start(tg, tried):
+    wrong = tried(tg.KERNELS.replace("at = (row * G + group)", "at = (row * unknown + group)"))
+    assert list(wrong) == ["exclude"]
+    assert "unknown" in wrong["exclude"]
+    assert len(wrong["exclude"]) <= 200
+
+
+class Recorder:
+    """Stands in for a kernel: keeps the arguments of its launches."""
+
+    def __init__(self, kernel):
+        self.names = list(inspect.signature(kernel.fn).parameters.values())
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *values, **options: self.launches.append(
+            [v for p, v in zip(self.names, values, strict=True) if "constexpr" in str(p.annotation)]
+            + [options]
+        )
+
+
+def test_number_of_rows_is_no_constant_of_a_kernel(tg, monkeypatch):
+    """Adaptation has thousands of numbers of rows; a kernel is built once for all of them."""
+    recorders = {
+        name: Recorder(getattr(tg.kernels(), name))
+        for name in ("matmul", "cross_entropy", "heads", "exclude")
+    }
+    monkeypatch.setattr(tg, "kernels", lambda: SimpleNamespace(**recorders))
+    for rows in (1, 7, 1024, 50_000):
+        x, up, down = (torch.empty(*shape, device=DEVICE) for shape in ((rows, 8), (16, 8), (8, 16)))
+        tg.fused_mlp(x, up, down)
+        targets = torch.zeros(rows, dtype=torch.long, device=DEVICE)
+        tg.fused_cross_entropy(x, up, targets, 30.0)
+        rope = [torch.empty(rows, 1, 2, device=DEVICE)] * 2
+        q, _, v = tg.fused_heads(x[None], torch.empty(2, device=DEVICE), rope, 1)
+        tg.fused_exclude(q, v[..., :1, :], torch.empty(1, rows, 2, device=DEVICE))
+    for name, recorder in recorders.items():
+        assert len(recorder.launches) == 4, name
+        assert all(launch == recorder.launches[0] for launch in recorder.launches), name
 
 
 def test_kernels_of_the_packed_script_work(tg, tmp_path):
