@@ -595,6 +595,8 @@ def translate(environ: Mapping[str, str]) -> dict[str, str]:
     if given.get("COMPRESSOR") == "pergroup":
         given["COMPRESSOR"] = "ans"
         notices.append("COMPRESSOR=pergroup: COMPRESSOR=ans, this script's entropy coder (no lrzip needed)")
+    if given.get("TRITON_KERNELS") == "1":
+        given["TRITON_KERNELS"] = Config.triton_kernels
     notices += [f"{name}={given.pop(name)}: no published script reads it" for name in UNREAD if name in given]
     scale = given.pop("SCALE", "full")
     if scale not in ("full", "demo"):
@@ -1953,7 +1955,7 @@ def launch_cross_entropy(z: Tensor, targets: Tensor, losses: Tensor, cap: float,
         kernels().cross_entropy[(rows,)](*arguments, num_warps=8)
 
 
-TILES = {  # of the persistent product: tensor descriptors (Hopper) or pointers, M, N, K, warps, stages
+TILES = {  # of the persistent product: tensor descriptors (Hopper) or pointers; M, N, K; warps; stages
     True: ((1, 128, 128, 64, 8, 4), (1, 128, 256, 64, 8, 3), (1, 64, 256, 64, 8, 4), (1, 128, 128, 64, 4, 3)),
     False: ((0, 128, 128, 32, 8, 3), (0, 128, 128, 64, 8, 3), (0, 128, 64, 32, 4, 4), (0, 64, 128, 32, 4, 4)),
 }
@@ -2203,8 +2205,8 @@ def choose_kernels(cfg: Config, ranks: Ranks) -> list[str]:
     """The fused kernels that are wanted: none but on CUDA, where Triton is installed."""
     if ranks.device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return []
-    wanted = {"0": "", "1": Config.triton_kernels}.get(cfg.triton_kernels, cfg.triton_kernels)
-    return wanted.split(",") if wanted else []
+    known, asked = Config.triton_kernels.split(","), cfg.triton_kernels.split(",")
+    return [name for name in known if name in asked or asked == ["1"]]
 
 
 def choose_backends(cfg: Config, ranks: Ranks) -> Config:
@@ -5791,7 +5793,7 @@ class Preflight:
             self.notices.append(f"nothing is compiled, which is slow: {text}")
             ranks.stop_compiling()
         for kernel in [name for name in chosen if name in wrong]:
-            if cfg.triton_kernels not in ("1", Config.triton_kernels):
+            if cfg.triton_kernels != Config.triton_kernels:
                 raise ConfigError(f"TRITON_KERNELS={cfg.triton_kernels}: {kernel}: {wrong[kernel]}")
             self.notices.append(f"fused kernel {kernel} is not used: {wrong[kernel]}")
         left = ",".join(name for name in chosen if name not in wrong)

@@ -14,7 +14,7 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu_suite}
 LIMIT=${LIMIT:-480}
 DEVICE=${DEVICE:-auto}
-STEPS=${STEPS:-machine tests step peer kernels ttt variants run memory peer_again}
+STEPS=${STEPS:-machine tests step peer kernels ttt variants each_kernel run memory peer_again}
 DRY=${1:-}
 DATA=${DATA_PATH:-$OUT/work/data}
 SMALL=""
@@ -66,6 +66,8 @@ step kernels "$PYTHON bench/kernels.py --device $DEVICE --json"
 step ttt "$PYTHON bench/ttt.py --parts compiled --json"
 step variants "for variant in TRITON_KERNELS=0 ATTENTION_BACKEND=flex ATTENTION_BACKEND=torch_varlen COMPILE_BACKEND=off TRITON_KERNELS=1; do
         echo \"== \$variant\"; env \$variant $PYTHON bench/train_step.py --device $DEVICE; done"
+step each_kernel "for left in mlp,heads,exclude loss,heads,exclude loss,mlp,exclude loss,mlp,heads; do
+        echo \"== \$left\"; env TRITON_KERNELS=\$left $PYTHON bench/train_step.py --device $DEVICE; done"
 step run "env $SETTINGS $SHORT ITERATIONS=40 VAL_DOC_FRACTION=0.02 PHASED_TTT_PREFIX_DOCS=8 ARTIFACT_DIR=$OUT/work/run $PYTHON train_gpt.py"
 step memory "env $SETTINGS $SHORT ITERATIONS=10 PREQUANT_ONLY=1 ARTIFACT_DIR=$OUT/work/memory \
         PYTORCH_CUDA_ALLOC_CONF=per_process_memory_fraction:\${FRACTION:-0.3} $PYTHON train_gpt.py"

@@ -17,17 +17,6 @@ import torch
 import torch.nn.functional as F
 from common import environment, mean_context, measure, parser, peaks, report, setup, text_row, tg
 
-TILES = {  # of the persistent product: tensor descriptors (Hopper) or pointers, M, N, K, warps, stages
-    True: [
-        (128, 128, 64, 8, 4),
-        (128, 128, 64, 8, 3),
-        (128, 128, 64, 4, 3),
-        (64, 256, 64, 8, 4),
-        (128, 256, 64, 8, 3),
-    ],
-    False: [(128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 64, 32, 4, 4), (64, 128, 32, 4, 4)],
-}
-
 
 class Bench:
     """Times functions and sets them beside the roofline."""
@@ -128,12 +117,12 @@ class Bench:
         out, past = (torch.rand(self.tokens, len(b), device=a.device, dtype=a.dtype) for _ in range(2))
         signs = torch.zeros(self.tokens, -(-len(b) // 32), dtype=torch.int32, device=a.device)
         hopper = torch.cuda.get_device_capability()[0] in (9, 10)
-        for described in (True, False)[not hopper :]:
-            for tile in TILES[described]:
-                for mode in (1, 2):
-                    run = lambda t=(described, *tile), m=mode: tg.launch_matmul(a, b, out, signs, m, past, t)  # noqa: E731
-                    form = f"{'descriptors' if described else 'pointers'} {tile}"
-                    self.time(f"matmul mode {mode}", form, run, (), flops, a.nbytes + 2 * stored)
+        for tile in (tg.TILES[True] if hopper else ()) + tg.TILES[False]:
+            for mode in (1, 2):
+                run = lambda t=tile, m=mode: tg.launch_matmul(a, b, out, signs, m, past, t)  # noqa: E731
+                chosen = tg.fastest_tiles(a.device, a.dtype, a.size(1), len(b), mode) == tile
+                form = f"{'descriptors' if tile[0] else 'pointers'} {tile[1:]}{' (chosen)' * chosen}"
+                self.time(f"matmul mode {mode}", form, run, (), flops, a.nbytes + 2 * stored)
 
     def attention(self) -> None:
         """Every backend that works, on packed documents and on padded rows."""
@@ -247,7 +236,7 @@ def compile_only(every_tile: bool) -> list[dict]:
     """Compile the Triton kernels for GPUs that are not here: as they are launched, or with all tiles."""
     rows = compile_rowwise()
     for arch, described in ((90, True), (89, False), (80, False)):
-        for bm, bn, bk, warps, stages in TILES[described][: None if every_tile else 1]:
+        for _, bm, bn, bk, warps, stages in tg.TILES[described][: None if every_tile else 1]:
             operands = {name: f"tensordesc<bf16[{size},{bk}]>" for name, size in (("a", bm), ("b", bn))}
             types = operands if described else dict.fromkeys("ab", "*bf16")
             types |= {

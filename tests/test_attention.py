@@ -241,4 +241,4 @@ def test_auto_takes_the_best_that_works(tg, monkeypatch, works):
 
 def test_auto_is_plain_and_eager_on_a_cpu(tg):
     chosen = tg.choose_backends(tg.Config(), tg.CPU)
-    assert (chosen.attention_backend, chosen.triton_kernels) == ("plain", False)
+    assert (chosen.attention_backend, chosen.triton_kernels) == ("plain", "")

@@ -161,6 +161,7 @@ def test_suite_prints_its_plan(tmp_path):
         "kernels",
         "ttt",
         "variants",
+        "each_kernel",
         "run",
         "memory",
         "peer_again",

@@ -107,7 +107,7 @@ def test_tail_of_a_stream_is_scored_without_a_graph_of_its_own(tg, make_trainer)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", ["0", "1"])
 def test_inductor_trains_the_model_whole_on_a_gpu(tg, fused):
     """The compiler of a real run, with and without fused kernels: one graph, gradients as in eager mode."""
     cfg = tg.Config(**SIZES | {"model_dim": 128, "train_seq_len": 64, "triton_kernels": fused})
@@ -149,7 +149,7 @@ def test_compiled_adaptation_is_the_same_and_never_recompiles(tg, monkeypatch, f
     val = validation(tg, documents_stream())
     ranks = tg.Ranks(torch.device("cpu"))
     expected = tg.score_first_ttt(random_model(tg, cfg), val, cfg, looping=False)
-    monkeypatch.setattr(tg, "fuses", lambda cfg, x: fused)
+    monkeypatch.setattr(tg, "fuses", lambda cfg, x, kernel: fused)
     ranks.compiler = "aot_eager"
     model = ranks.place(random_model(tg, cfg))
     before = copy.deepcopy(model.state_dict())

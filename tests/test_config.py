@@ -162,6 +162,7 @@ COMPANIONS = {
 OTHER_VALUES = {  # where twice the default is out of range or makes no sense
     "TTT_CHUNK_BY_LENGTH": "256:8,2000:24",
     "FIT_BYTES": "16000000",
+    "TRITON_KERNELS": "loss,mlp",
     "PRESET": "pr1855",
     "LOOP_START": "4",
     "LOOP_END": "4",
@@ -580,6 +581,10 @@ def test_exclusive_settings(tg, names):
         ({"GATE_WINDOW": "513"}, ["GATE_WINDOW=513", "MODEL_DIM=512"]),
         ({"MLP_MULT": "0.001"}, ["MLP_MULT=0.001"]),
         ({"TTT_CHUNK_SIZE": "4096"}, ["TTT_CHUNK_SIZE=4096", "TTT_EVAL_SEQ_LEN=2048"]),
+        (
+            {"TRITON_KERNELS": "mlp,head"},
+            ["TRITON_KERNELS='mlp,head'", "0, 1, or some of loss,mlp,heads,exc"],
+        ),
         ({"LOOP_END": "11"}, ["LOOP_END=11", "NUM_LAYERS=11"]),
         ({"LOOP_START": "6"}, ["LOOP_START=6", "LOOP_END=5"]),
         ({"PARALLEL_START_LAYER": "5"}, ["PARALLEL_START_LAYER=5", "LOOP_END=5"]),

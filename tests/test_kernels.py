@@ -17,16 +17,6 @@ import torch
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":  # as a loop's bound the interpreter asks numpy for what numpy 2.4 no longer gives
-    from triton.runtime import interpreter
-
-    _patch = interpreter._patch_lang_tensor
-
-    def _patch_more(tensor, scope) -> None:
-        _patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = _patch_more
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 
@@ -300,6 +290,66 @@ def test_tiles_do_not_matter(tg, tiles):
     out, grads = torch.full_like(hidden, torch.nan), torch.randn_like(a)
     tg.launch_matmul(grads, b, out, signs, 2, hidden, tiles)
     torch.testing.assert_close(out, (grads @ b.T) * torch.where(h > 0, 2 * h, h / 2), **close)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")
+def test_all_tiles_give_the_same_numbers_on_a_gpu(tg):
+    """At the record's widths; a choice by time must not change a run's numbers."""
+    hopper = torch.cuda.get_device_capability()[0] in (9, 10)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    shapes = (3000, 512), (2048, 512), (3000, 2048)
+    a, b, hidden = (torch.rand(s, generator=generator, device=DEVICE).bfloat16() - 0.3 for s in shapes)
+    for mode in (0, 1, 2):
+        results = []
+        for tiles in tg.TILES[hopper]:
+            out = torch.empty_like(hidden)
+            signs = torch.arange(3000 * 64, dtype=torch.int32, device=DEVICE).view(3000, 64) * 77_777
+            tg.launch_matmul(a, b, out, signs, mode, hidden.abs(), tiles)
+            results.append((out, signs))
+        for out, signs in results[1:]:
+            assert torch.equal(out, results[0][0]) and torch.equal(signs, results[0][1])
+
+
+def test_tiles_are_chosen_by_time(tg, monkeypatch):
+    """The fastest of those that can be built, by launches that are timed; the first one of each is not."""
+    clock, took = [0.0], dict(zip(tg.TILES[True], (5.0, 3.0, 1.0, 4.0), strict=True))
+    broken, launches = tg.TILES[True][2], []
+
+    def launch(a, b, out, signs, mode, hidden, tiles):
+        assert (a.shape, b.shape, out.shape, mode) == ((1 << 14, 64), (32, 64), (1 << 14, 32), 1)
+        launches.append(tiles)
+        if tiles == broken:
+            raise RuntimeError("out of shared memory")
+        clock[0] += took[tiles] if launches.count(tiles) > 1 else 1000.0
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    for name in ("rand", "zeros"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, device, make=make, **options: make(*a, **options))
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda _: generator())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(tg, "launch_matmul", launch)
+    choose = tg.fastest_tiles.__wrapped__
+    gpu = SimpleNamespace(type="cuda")
+    assert choose(gpu, torch.bfloat16, 64, 32, 1) == tg.TILES[True][1]
+    assert choose(SimpleNamespace(type="cpu"), torch.bfloat16, 64, 32, 1) == tg.TILES[False][0]
+    took |= dict.fromkeys(tg.TILES[False], 2.0) | {tg.TILES[False][2]: 1.0}
+    assert choose(gpu, torch.float32, 64, 32, 1) == tg.TILES[False][2]  # descriptors are for half precision
 
 
 def test_operators_are_registered_properly(tg):

@@ -150,6 +150,58 @@ def test_preflight_tries_the_gpu(tg, monkeypatch):
             tg.Preflight(cfg, ranks)
 
 
+def usable(tg, asked: dict[str, str], compiler: str = "") -> tuple:
+    """Settings that are left, notices, and the compiler that is left."""
+    cfg, ranks = tg.Config.from_env(TINY | asked), tg.Ranks(torch.device("cpu"))
+    ranks.compiler = compiler
+    preflight = tg.Preflight(cfg, ranks)
+    return preflight.usable(cfg), preflight.notices, ranks.compiler
+
+
+def test_compiler_that_fails_is_given_up_or_refused(tg, run, monkeypatch):
+    monkeypatch.setattr(tg, "try_compiler", lambda ranks: "no g++")
+    assert usable(tg, {}, "inductor")[1:] == (["nothing is compiled, which is slow: no g++"], "")
+    code, said, error = run(COMPILE_BACKEND="aot_eager")
+    assert (code, said) == (2, "")
+    assert error == "train_gpt.py: error: COMPILE_BACKEND=aot_eager: does not work here (no g++)\n"
+
+
+def test_what_is_wrong_with_a_compiler_is_said_in_a_line(tg, monkeypatch):
+    from torch._inductor import config
+    from torch._inductor.utils import fresh_cache
+
+    ranks = tg.Ranks(torch.device("cpu"))
+    for ranks.compiler in ("aot_eager", "eager"):
+        assert tg.try_compiler(ranks) == ""
+    ranks.compiler = "inductor"
+    monkeypatch.setattr(config.cpp, "cxx", ("/nowhere/g++",))
+    torch.compiler.reset()
+    with fresh_cache():
+        wrong = tg.try_compiler(ranks)
+    assert wrong and len(wrong) <= 200 and len(wrong.splitlines()) == 1
+    ranks.compile = lambda function: lambda x: x.sum()
+    assert tg.try_compiler(ranks) == "its results are wrong"
+
+
+def test_kernel_that_fails_is_left_out_or_refused(tg, monkeypatch):
+    monkeypatch.setattr(tg, "choose_kernels", lambda cfg, _: cfg.triton_kernels.split(","))
+    monkeypatch.setattr(tg, "try_kernels", lambda *_: {"mlp": "bad PTX"})
+    cfg, notices, _ = usable(tg, {"TRITON_KERNELS": "1"})
+    assert cfg.triton_kernels == "loss,heads,exclude"
+    assert notices == ["fused kernel mlp is not used: bad PTX"]
+    assert usable(tg, {"TRITON_KERNELS": "loss,heads"})[0].triton_kernels == "loss,heads"
+    with pytest.raises(tg.ConfigError, match="TRITON_KERNELS=loss,mlp: mlp: bad PTX"):
+        usable(tg, {"TRITON_KERNELS": "loss,mlp"})
+
+
+def test_notices_of_the_machine_are_in_the_log(tg, run, monkeypatch):
+    monkeypatch.setattr(
+        tg.Preflight, "usable", lambda self, cfg: self.notices.append("no compiler today") or cfg
+    )
+    code, said, _ = run(PREFLIGHT_ONLY=1)
+    assert code == 0 and "\nnotice text:no compiler today\n" in said
+
+
 # -- speed
 
 

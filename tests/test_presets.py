@@ -39,7 +39,10 @@ OTHER_NAMES = {  # printed name -> our setting; those of commands are aliases in
     "fused_ce_enabled": "triton_kernels",
     "embedding_dim": "model_dim",
 }
-OTHER_VALUES = {("compressor", "pergroup"): "ans"}  # their entropy coder -> ours
+OTHER_VALUES = {  # their entropy coder -> ours, and the one fused kernel that a setting of theirs turns off
+    ("compressor", "pergroup"): "ans",
+    ("fused_ce_enabled", "True"): "loss,mlp,heads,exclude",
+}
 OF_THE_RUN = [
     "artifact_dir",
     "data_dir",

@@ -180,7 +180,7 @@ class Audit:
         self.script = self._import_script()
         here = {"data_path": str(self.data_folder), "audit": False, "compile_backend": "off"}
         if not torch.cuda.is_available():
-            here |= {"device": "auto", "attention_backend": "auto", "triton_kernels": False}
+            here |= {"device": "auto", "attention_backend": "auto", "triton_kernels": ""}
         self.cfg = dataclasses.replace(self._run_settings(), **here)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.ranks = self.script.Ranks.from_env(self.cfg, {})
