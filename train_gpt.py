@@ -93,6 +93,11 @@ class ArtifactError(UserError):
     """A model file that is truncated, corrupted or foreign."""
 
 
+def one_line(error: Exception) -> str:
+    """What an exception of a foreign library says, short."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # 2. Configuration
 #
@@ -1756,9 +1761,8 @@ def choose_attention(wanted: str, ranks: Ranks) -> str:
             return backend
         except Exception as error:  # foreign libraries raise anything
             if wanted != "auto":
-                reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
                 needs = f"it needs {ATTENTION[backend]}"
-                raise ConfigError(f"ATTENTION_BACKEND={backend}: {needs} ({reason})") from None
+                raise ConfigError(f"ATTENTION_BACKEND={backend}: {needs} ({one_line(error)})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2193,14 +2197,6 @@ def fused_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return y.view(x.shape)
 
 
-# [end]
-
-
-def fuses(cfg: Config, x: Tensor, kernel: str) -> bool:
-    """Whether a fused kernel is to be used on a tensor."""
-    return kernel in cfg.triton_kernels and x.is_cuda
-
-
 def choose_kernels(cfg: Config, ranks: Ranks) -> list[str]:
     """The fused kernels that are wanted: none but on CUDA, where Triton is installed."""
     if ranks.device.type != "cuda" or importlib.util.find_spec("triton") is None:
@@ -2209,9 +2205,18 @@ def choose_kernels(cfg: Config, ranks: Ranks) -> list[str]:
     return [name for name in known if name in asked or asked == ["1"]]
 
 
+# [end]
+
+
+def fuses(cfg: Config, x: Tensor, kernel: str) -> bool:
+    """Whether a fused kernel is to be used on a tensor."""
+    return kernel in cfg.triton_kernels and x.is_cuda
+
+
 def choose_backends(cfg: Config, ranks: Ranks) -> Config:
     """The settings with what the device and the installed packages allow in place of `auto`."""
-    attention, kernels = choose_attention(cfg.attention_backend, ranks), ",".join(choose_kernels(cfg, ranks))
+    attention = choose_attention(cfg.attention_backend, ranks)
+    kernels = "" if "TRITON_KERNELS" in LEFT_OUT else ",".join(choose_kernels(cfg, ranks))
     compiler = ranks.compiler or "off"
     return dataclasses.replace(
         cfg, attention_backend=attention, triton_kernels=kernels, compile_backend=compiler
@@ -4290,7 +4295,7 @@ def packed_script(cfg: Config, source: bytes) -> tuple[bytes, bool]:  # noqa: F8
     off += ["WHOLE", "CHECKPOINT_SECONDS"]  # what only the whole script has
     off += ["ANS"] * (cfg.compressor != "ans") + ["PLAIN_TEXT"] * cfg.caseops_enabled
     off += ["COMPILED"] * (cfg.compile_backend == "off")
-    names = ["triton_kernels", *_NAMES[_NAMES.index("caseops_enabled") :]]
+    names = ["triton_kernels"] * (cfg.triton_kernels > "") + _NAMES[_NAMES.index("caseops_enabled") :]
     dropped = (*names, "checkpoint_seconds")
     row = {name: value for name, value in PRESETS[cfg.preset].items() if name not in dropped}
     row |= {name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(Config, name)}
@@ -4972,8 +4977,7 @@ def compile_adaptation(run: "Run", documents: Sequence[tuple[int, int]]) -> None
             torch.compiler.set_stance("eager_on_recompile")
             run.log.event("graphs", ttt_warm_up=graphs, seconds=run.watch.elapsed("ttt_warm_up"))
         except Exception as error:  # compilers raise anything
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            run.log.event("notice", text=f"test-time training is not compiled ({reason})")
+            run.log.event("notice", text=f"test-time training is not compiled ({one_line(error)})")
             run.ranks.stop_compiling()
         run.ranks.meet("ttt_warm_up")
 
@@ -5396,13 +5400,12 @@ class Run:
         self.log.event("saved", file=str(path), train_seconds=self.watch.seconds["train"])
 
     def _prepare_training(self) -> Trainer:
-        model = self.model
-        parameters = sum(p.numel() for p in model.parameters())
+        parameters = sum(p.numel() for p in self.model.parameters())
         slots = lora_slots(self.cfg, looping=True)
         self.log.event("model", parameters=parameters, layers=self.cfg.num_layers, virtual_layers=slots)
         if self.ranks.device.type == "cuda":
             self._fit_memory()
-        return self.new_trainer(self.cfg, model, self.loader, self.ranks)
+        return self.new_trainer(self.cfg, self.model, self.loader, self.ranks)
 
     def evaluate(self, stage: str, looping: bool | None = None) -> None:
         """Standard evaluation."""
@@ -5681,11 +5684,6 @@ def sha256_of(path: Path) -> str:
     """Hash of a file, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, short."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def try_compiler(ranks: Ranks) -> str:
@@ -6032,6 +6030,20 @@ class GuardedRun(Run):
         trainer = super()._prepare_training()
         trainer.warmed = self._warmed
         return trainer
+
+    def _fit_memory(self) -> None:
+        """As Run's; a model that the compiler fails on is trained without it, unless it was asked for."""
+        try:
+            super()._fit_memory()
+        except Exception as error:  # compilers raise anything
+            asked = self.preflight.cfg.compile_backend != "auto" or isinstance(error, (UserError, RunError))
+            if asked or not self.ranks.compiler:
+                raise
+            self.log.event("notice", text=f"the model is not compiled, which is slow: {one_line(error)}")
+            self.ranks.stop_compiling()
+            self.result["environment"]["compiler"] = "off"
+            self.model = self.new_model(self.cfg)
+            super()._fit_memory()
 
     def _warmed(self, trainer: GuardedTrainer) -> None:
         self.preflight.wait_for_hashes()

@@ -194,6 +194,37 @@ def test_kernel_that_fails_is_left_out_or_refused(tg, monkeypatch):
         usable(tg, {"TRITON_KERNELS": "loss,mlp"})
 
 
+@pytest.mark.parametrize("asked, goes_on", [("auto", True), ("aot_eager", False)])
+def test_model_that_the_compiler_fails_on_is_trained_without(tg, work, monkeypatch, asked, goes_on):
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(tg, "packed_script", lambda *_: (b"packed", True))
+    cfg, ranks = tg.Config.from_env(TINY | {"COMPILE_BACKEND": asked}), tg.Ranks(torch.device("cpu"))
+    ranks.compiler = "aot_eager"
+    run = tg.GuardedRun(cfg, ranks, b"")
+
+    def fit(cfg, model, ranks):
+        if ranks.compiler:
+            raise RuntimeError("inductor: a bug\nand its trace")
+        return cfg
+
+    monkeypatch.setattr(tg, "fit_memory", fit)
+    assert run.model._compiled_call_impl is not None
+    if not goes_on:
+        with pytest.raises(RuntimeError, match="a bug"):
+            run._fit_memory()
+        return
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    run._fit_memory()
+    assert run.model._compiled_call_impl is None and ranks.compiler == ""
+    assert run.result["environment"]["compiler"] == "off"
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.model.state_dict().items())
+    notice = (
+        "notice text:the model is not compiled, which is slow: RuntimeError: inductor: a bug and its trace"
+    )
+    assert notice in (run.log.folder / "logs" / f"{run.log.run_id}.txt").read_text()
+    assert run.train() is None and run.result["steps"] == cfg.iterations
+
+
 def test_notices_of_the_machine_are_in_the_log(tg, run, monkeypatch):
     monkeypatch.setattr(
         tg.Preflight, "usable", lambda self, cfg: self.notices.append("no compiler today") or cfg
