@@ -40,31 +40,58 @@ H100 = SimpleNamespace(  # torch.cuda.get_device_properties of an H100 SXM
 )
 
 
+CUDA = {  # what functions of torch.cuda say of it
+    "is_available": True,
+    "is_initialized": False,  # so nobody looks at its random numbers
+    "device_count": 1,
+    "current_device": 0,
+    "get_device_properties": H100,
+    "get_device_capability": (H100.major, H100.minor),
+    "get_device_name": H100.name,
+    "is_bf16_supported": True,
+    "_lazy_init": None,
+    "get_rng_state": None,
+    "set_rng_state": None,
+    "set_device": None,
+    "synchronize": None,
+    "_exchange_device": 0,
+    "_maybe_exchange_device": 0,
+}
+
+
+def always(value: object) -> Callable:
+    """A function that returns this, whatever it is asked."""
+    return lambda *_, **__: value
+
+
 class Unavailable(Exception):
     """This machine cannot pretend; the message says what is missing."""
 
 
-def load() -> None:
-    """Build and load the C++ side. Before torch is imported: torch takes hooks once. Raises Unavailable."""
+def load(*more: Path) -> None:
+    """Build and load the C++ side, with more sources. Before torch is imported: it takes hooks once.
+
+    Raises Unavailable.
+    """
     if "torch" in sys.modules:
         raise Unavailable("torch was imported before the pretended GPU")
     found, compiler = importlib.util.find_spec("torch"), shutil.which("g++")
     if not found or not compiler:
         raise Unavailable("needs g++" if found else "needs torch")
     folder = Path(found.submodule_search_locations[0])
-    source, libraries = Path(__file__).with_suffix(".cpp"), folder / "lib"
+    sources, libraries = [Path(__file__).with_suffix(".cpp"), *more], folder / "lib"
     with tempfile.TemporaryDirectory() as work:
         target = Path(work) / "pretended_gpu.so"
-        command = [compiler, "-std=c++20", "-shared", "-fPIC", f"-I{folder / 'include'}", source]
+        command = [compiler, "-std=c++20", "-shared", "-fPIC", f"-I{folder / 'include'}", *sources]
         command += ["-o", target, f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lc10", "-ltorch_cpu"]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if done.returncode:
             error = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
-            raise Unavailable(f"g++ cannot build {source.name} ({error})")
+            raise Unavailable(f"g++ cannot build {sources[-1].name} ({error})")
         try:
             library = ctypes.CDLL(str(target))
         except OSError as error:
-            raise Unavailable(f"{source.name}: {error}") from None
+            raise Unavailable(f"{sources[-1].name}: {error}") from None
     import torch  # noqa: F401 - a CUDA build registers its own guard now
 
     library.register_guard()
@@ -133,29 +160,9 @@ def pretended() -> Iterator[None]:
     from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
     from torch._subclasses import fake_tensor
 
-    def always(value: object) -> object:
-        return lambda *_, **__: value
-
-    cuda = {
-        "is_available": True,
-        "is_initialized": False,  # so nobody looks at its random numbers
-        "device_count": 1,
-        "current_device": 0,
-        "get_device_properties": H100,
-        "get_device_capability": (H100.major, H100.minor),
-        "get_device_name": H100.name,
-        "is_bf16_supported": True,
-        "_lazy_init": None,
-        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
-        "set_rng_state": None,
-        "set_device": None,
-        "synchronize": None,
-        "_exchange_device": 0,
-        "_maybe_exchange_device": 0,
-    }
     interface = {"is_available": True, "get_compute_capability": 10 * H100.major + H100.minor}
     with contextlib.ExitStack() as stack:
-        for name, value in cuda.items():
+        for name, value in (CUDA | {"get_rng_state": torch.zeros(16, dtype=torch.uint8)}).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, always(value)))
         for name, value in interface.items():
             stack.enter_context(mock.patch.object(CudaInterface, name, staticmethod(always(value))))

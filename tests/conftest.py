@@ -11,19 +11,12 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
-    if importlib.util.find_spec("triton"):
-        from triton.runtime import interpreter
-
-        _patch = interpreter._patch_lang_tensor
-
-        def _patch_more(tensor, scope) -> None:
-            """For the bound of a loop it asks numpy for what numpy 2.4 no longer gives."""
-            _patch(tensor, scope)
-            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-        interpreter._patch_lang_tensor = _patch_more
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from bench import interpreter
+
+    interpreter.mend()
 
 
 def _outside_folder(variable: str, default: str) -> Path:

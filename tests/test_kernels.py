@@ -1,7 +1,4 @@
-"""Triton kernels against float64: compiled on CUDA, in Triton's interpreter (see conftest.py) on a CPU.
-
-The interpreter truncates to bfloat16 instead of rounding, and its products of bfloat16 are wrong.
-"""
+"""Triton kernels against float64: compiled on CUDA, in the interpreter (bench/interpreter.py) on a CPU."""
 
 import functools
 import importlib.util
@@ -250,11 +247,10 @@ def test_mlp_of_no_tokens(tg):
 def test_mlp_in_half_precision_with_float32_weights(tg):
     """As in a training step: gradients of the banks arrive in float32."""
     x, up, down = mlp_inputs(65, 64, 96)
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
-    x = x.to(dtype).view(5, 13, 64)
+    x = x.bfloat16().view(5, 13, 64)
     leaves = [x.requires_grad_(), up.requires_grad_(), down.requires_grad_()]
     tg.fused_mlp(*leaves).float().sum().backward()
-    assert [leaf.grad.dtype for leaf in leaves] == [dtype, torch.float32, torch.float32]
+    assert [leaf.grad.dtype for leaf in leaves] == [torch.bfloat16, torch.float32, torch.float32]
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     exact_mlp(*wide).sum().backward()
     for ours, exact in zip(leaves, wide, strict=True):

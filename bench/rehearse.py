@@ -1,0 +1,59 @@
+"""Run a Python script as if this machine had an H100: every path that asks for CUDA, computed by the CPU.
+
+    DEVICE=cuda ATTENTION_BACKEND=plain COMPILE_BACKEND=off PRESET=demo python bench/rehearse.py train_gpt.py
+
+Tensors on `cuda` are CUDA's to torch (dispatch, autocast, types, no mixed devices) and lie in the
+CPU's memory; operators run the CPU's kernels (rehearse.cpp, built here with g++), Triton kernels Triton's
+interpreter. It finds what a CPU run cannot: mixed devices and types, branches for CUDA. It says nothing of
+speed, of memory, of streams, or of what real kernels round.
+"""
+
+import contextlib
+import os
+import runpy
+import sys
+from pathlib import Path
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))
+import pretended_gpu  # noqa: E402
+
+
+class Event:
+    """Stands in for torch.cuda.Event: everything has happened when a call returns."""
+
+    def __init__(self, **_: object):
+        self.at = 0.0
+
+    def record(self) -> None:
+        """Nothing is under way."""
+
+    def synchronize(self) -> None:
+        """Nothing is under way."""
+
+    def elapsed_time(self, _: "Event") -> float:
+        """No time is measured."""
+        return 0.0
+
+
+def main() -> None:
+    """Run the script with its arguments."""
+    pretended_gpu.load(Path(__file__).with_suffix(".cpp"))
+    import interpreter
+    import torch
+
+    interpreter.mend()
+    said = pretended_gpu.CUDA | {"get_rng_state": torch.zeros(16, dtype=torch.uint8)}
+    said |= {"mem_get_info": (70 << 30, 80 << 30), "max_memory_allocated": 0, "empty_cache": None}
+    with contextlib.ExitStack() as stack:
+        for name, value in said.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, pretended_gpu.always(value)))
+        stack.enter_context(mock.patch.object(torch.cuda, "Event", Event))
+        stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor))
+        script, sys.argv = sys.argv[1], sys.argv[1:]
+        runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
