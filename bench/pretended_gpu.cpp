@@ -4,13 +4,22 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
+#include <cstdlib>
+
 namespace {
 
+// Of several ranks each has the device of its number, as under torchrun.
+c10::DeviceIndex number(const char* name, int otherwise) {
+  const char* text = std::getenv(name);
+  return static_cast<c10::DeviceIndex>(text ? std::atoi(text) : otherwise);
+}
+
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
-  static c10::Device device() { return {c10::DeviceType::CUDA, 0}; }
+  static c10::Device device() { return {c10::DeviceType::CUDA, number("LOCAL_RANK", 0)}; }
   static c10::Stream stream() { return c10::Stream(c10::Stream::DEFAULT, device()); }
   c10::Device exchangeDevice(c10::Device) const override { return device(); }
   c10::Device getDevice() const override { return device(); }
+  c10::DeviceIndex deviceCount() const noexcept override { return number("LOCAL_WORLD_SIZE", 1); }
   c10::Stream getStream(c10::Device) const noexcept override { return stream(); }
   c10::Stream exchangeStream(c10::Stream) const noexcept override { return stream(); }
 };
@@ -22,10 +31,10 @@ struct Hooks final : at::CUDAHooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return false; }
-  c10::DeviceIndex deviceCount() const override { return 1; }
-  c10::DeviceIndex getCurrentDevice() const override { return 0; }
-  c10::DeviceIndex current_device() const override { return 0; }
-  int getNumGPUs() const override { return 1; }
+  c10::DeviceIndex deviceCount() const override { return number("LOCAL_WORLD_SIZE", 1); }
+  c10::DeviceIndex getCurrentDevice() const override { return number("LOCAL_RANK", 0); }
+  c10::DeviceIndex current_device() const override { return number("LOCAL_RANK", 0); }
+  int getNumGPUs() const override { return number("LOCAL_WORLD_SIZE", 1); }
   c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetAllocator(c10::DeviceType::CPU); }
   at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::detail::createCPUGenerator(); }
 };

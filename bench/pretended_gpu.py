@@ -11,12 +11,13 @@ GPU, with a CUDA build. Nothing in train_gpt.py knows of this.
 
 import contextlib
 import ctypes
+import hashlib
 import importlib.util
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -68,6 +69,27 @@ class Unavailable(Exception):
     """This machine cannot pretend; the message says what is missing."""
 
 
+def _built(sources: Sequence[Path], compiler: str, torch: Path) -> Path:
+    """The library made of the sources, which is kept beside what Python itself compiles."""
+    text = b"".join(source.read_bytes() for source in sources) + (torch / "version.py").read_bytes()
+    target = (
+        Path(__file__).parent / "__pycache__" / f"pretended_gpu-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    )
+    if target.exists():
+        return target
+    target.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+        made = Path(work) / target.name
+        command = [compiler, "-std=c++20", "-shared", "-fPIC", f"-I{torch / 'include'}", *sources]
+        command += ["-o", made, f"-L{torch / 'lib'}", f"-Wl,-rpath,{torch / 'lib'}", "-lc10", "-ltorch_cpu"]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if done.returncode:
+            error = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+            raise Unavailable(f"g++ cannot build {sources[-1].name} ({error})")
+        made.replace(target)
+    return target
+
+
 def load(*more: Path) -> None:
     """Build and load the C++ side, with more sources. Before torch is imported: it takes hooks once.
 
@@ -78,20 +100,12 @@ def load(*more: Path) -> None:
     found, compiler = importlib.util.find_spec("torch"), shutil.which("g++")
     if not found or not compiler:
         raise Unavailable("needs g++" if found else "needs torch")
-    folder = Path(found.submodule_search_locations[0])
-    sources, libraries = [Path(__file__).with_suffix(".cpp"), *more], folder / "lib"
-    with tempfile.TemporaryDirectory() as work:
-        target = Path(work) / "pretended_gpu.so"
-        command = [compiler, "-std=c++20", "-shared", "-fPIC", f"-I{folder / 'include'}", *sources]
-        command += ["-o", target, f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lc10", "-ltorch_cpu"]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        if done.returncode:
-            error = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
-            raise Unavailable(f"g++ cannot build {sources[-1].name} ({error})")
-        try:
-            library = ctypes.CDLL(str(target))
-        except OSError as error:
-            raise Unavailable(f"{sources[-1].name}: {error}") from None
+    sources = [Path(__file__).with_suffix(".cpp"), *more]
+    library = _built(sources, compiler, Path(found.submodule_search_locations[0]))
+    try:
+        library = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise Unavailable(f"{sources[-1].name}: {error}") from None
     import torch  # noqa: F401 - a CUDA build registers its own guard now
 
     library.register_guard()

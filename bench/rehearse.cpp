@@ -2,6 +2,7 @@
 // torch) runs the CPU's on aliases of them, and what comes back is called CUDA's again. Loaded by rehearse.py.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
 #include <unordered_map>
@@ -10,6 +11,8 @@
 namespace {
 
 constexpr auto kGPU = c10::DeviceType::CUDA;
+
+c10::Device gpu() { return c10::impl::getDeviceGuardImpl(kGPU)->getDevice(); }
 
 // The memory of a storage under the other device's name; it keeps that storage alive.
 c10::Storage renamed(const c10::Storage& storage, c10::Device device) {
@@ -44,7 +47,7 @@ struct Call {
 
   c10::Storage to_gpu(const c10::Storage& storage) {
     auto* key = storage.unsafeGetStorageImpl();
-    return home.count(key) ? home.at(key) : renamed(storage, {kGPU, 0});
+    return home.count(key) ? home.at(key) : renamed(storage, gpu());
   }
 
   at::Tensor to_cpu(const at::Tensor& tensor) {
@@ -98,9 +101,9 @@ struct Call {
   void follow() {
     for (auto& [key, storage] : away) {
       if (storage.data() == key->data() && storage.nbytes() == key->nbytes()) continue;
-      auto fresh = renamed(storage, {kGPU, 0});
+      auto fresh = renamed(storage, gpu());
       key->set_nbytes(storage.nbytes());
-      key->set_data_ptr_noswap(fresh.unsafeGetStorageImpl()->set_data_ptr({nullptr, {kGPU, 0}}));
+      key->set_data_ptr_noswap(fresh.unsafeGetStorageImpl()->set_data_ptr({nullptr, gpu()}));
     }
     for (auto& [alias, tensor] : given) {
       auto* impl = tensor.unsafeGetTensorImpl();
@@ -128,6 +131,18 @@ void on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 // Operators with one form for all devices that looks for CUDA's kernels further in.
 TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   for (const char* name : {"copy_"}) library.impl(name, torch::CppFunction::makeFromBoxedFunction<&on_cpu>());
+}
+
+struct Silent final : c10::WarningHandler {
+  void process(const c10::Warning&) override {}
+};
+
+// Collectives, by gloo in place of NCCL. That they replace torch's own is no news.
+TORCH_LIBRARY_IMPL(c10d, CUDA, library) {
+  Silent silent;
+  c10::WarningUtils::WarningHandlerGuard guard(&silent);
+  for (const char* name : {"allreduce_", "_reduce_scatter_base_", "_allgather_base_", "broadcast_", "allgather_"})
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&on_cpu>());
 }
 
 TORCH_LIBRARY_IMPL(_, CUDA, library) { library.fallback(torch::CppFunction::makeFromBoxedFunction<&on_cpu>()); }

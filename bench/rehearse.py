@@ -1,6 +1,6 @@
-"""Run a Python script as if this machine had an H100: every path that asks for CUDA, computed by the CPU.
+"""Run train_gpt.py as if this machine had an H100: every path that asks for CUDA, computed by the CPU.
 
-    DEVICE=cuda ATTENTION_BACKEND=plain COMPILE_BACKEND=off PRESET=demo python bench/rehearse.py train_gpt.py
+    DEVICE=cuda ATTENTION_BACKEND=plain COMPILE_BACKEND=off PRESET=demo python bench/rehearse.py
 
 Tensors on `cuda` are CUDA's to torch (dispatch, autocast, types, no mixed devices) and lie in the
 CPU's memory; operators run the CPU's kernels (rehearse.cpp, built here with g++), Triton kernels Triton's
@@ -10,13 +10,12 @@ speed, of memory, of streams, or of what real kernels round.
 
 import contextlib
 import os
-import runpy
 import sys
 from pathlib import Path
 from unittest import mock
 
-os.environ["TRITON_INTERPRET"] = "1"
-sys.path.insert(0, str(Path(__file__).parent))
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import pretended_gpu  # noqa: E402
 
 
@@ -37,23 +36,30 @@ class Event:
         return 0.0
 
 
-def main() -> None:
-    """Run the script with its arguments."""
+def main() -> int:
+    """Run the script with its arguments; returns its exit code."""
     pretended_gpu.load(Path(__file__).with_suffix(".cpp"))
     import interpreter
     import torch
 
     interpreter.mend()
     said = pretended_gpu.CUDA | {"get_rng_state": torch.zeros(16, dtype=torch.uint8)}
+    said |= {"device_count": int(os.environ.get("LOCAL_WORLD_SIZE", "1"))}
+    said |= {"current_device": int(os.environ.get("LOCAL_RANK", "0"))}
     said |= {"mem_get_info": (70 << 30, 80 << 30), "max_memory_allocated": 0, "empty_cache": None}
     with contextlib.ExitStack() as stack:
         for name, value in said.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, pretended_gpu.always(value)))
         stack.enter_context(mock.patch.object(torch.cuda, "Event", Event))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor))
-        script, sys.argv = sys.argv[1], sys.argv[1:]
-        runpy.run_path(script, run_name="__main__")
+        join = torch.distributed.init_process_group
+        gloo = lambda _, **options: join("cpu:gloo,cuda:gloo", **options)  # noqa: E731
+        stack.enter_context(mock.patch.object(torch.distributed, "init_process_group", gloo))
+        import train_gpt
+
+        train_gpt.TILE_ROWS = 256  # timed in an interpreter
+        return train_gpt.main(sys.argv[1:], os.environ)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

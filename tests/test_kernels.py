@@ -313,11 +313,12 @@ def test_tiles_are_chosen_by_time(tg, monkeypatch):
     broken, launches = tg.TILES[True][2], []
 
     def launch(a, b, out, signs, mode, hidden, tiles):
-        assert (a.shape, b.shape, out.shape, mode) == ((1 << 14, 64), (32, 64), (1 << 14, 32), 1)
+        assert (a.shape, b.shape, out.shape, mode) == ((256, 64), (32, 64), (256, 32), 1)
         launches.append(tiles)
         if tiles == broken:
             raise RuntimeError("out of shared memory")
-        clock[0] += took[tiles] if launches.count(tiles) > 1 else 1000.0
+        first_round = len(set(launches)) < 4  # the clock of an idle card is slow
+        clock[0] += (took[tiles] if launches.count(tiles) > 1 else 1000.0) * (9 if first_round else 1)
 
     class Event:
         def __init__(self, enable_timing):
@@ -340,6 +341,7 @@ def test_tiles_are_chosen_by_time(tg, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(tg, "launch_matmul", launch)
+    monkeypatch.setattr(tg, "TILE_ROWS", 256)
     choose = tg.fastest_tiles.__wrapped__
     gpu = SimpleNamespace(type="cuda")
     assert choose(gpu, torch.bfloat16, 64, 32, 1) == tg.TILES[True][1]
