@@ -335,6 +335,16 @@ def test_rank_that_does_not_exist(refused, ranks):
     assert f"RANK={ranks['RANK']}".replace("=x", "='x'") in refused(**ranks)
 
 
+def test_mistake_that_only_another_rank_meets_is_said(tg, monkeypatch, capsys):
+    """A damaged GPU among eight, say. What all meet is said once: torchrun ends the others while they wait."""
+    slept = []
+    monkeypatch.setattr(tg.time, "sleep", slept.append)
+    for rank in "10":
+        assert tg.main([], {"NUM_LAYERS": "many", "LOCAL_RANK": rank}) == 2
+        assert capsys.readouterr().err.startswith("train_gpt.py: error: NUM_LAYERS='many': must be")
+    assert slept == [2]
+
+
 def test_cuda_without_cuda(refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "DEVICE=cuda" in refused(DEVICE="cuda")
