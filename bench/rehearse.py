@@ -1,6 +1,7 @@
-"""Run train_gpt.py as if this machine had an H100: every path that asks for CUDA, computed by the CPU.
+"""Run train_gpt.py, or what uses it, as if this machine had an H100: every path that asks for CUDA, computed by the CPU.
 
     DEVICE=cuda ATTENTION_BACKEND=plain COMPILE_BACKEND=off PRESET=demo python bench/rehearse.py
+    ... python bench/rehearse.py bench/train_step.py --device cuda     # or another script that uses it
 
 Tensors on `cuda` are CUDA's to torch (dispatch, autocast, types, no mixed devices) and lie in the
 CPU's memory; operators run the CPU's kernels (rehearse.cpp, built here with g++), Triton kernels Triton's
@@ -10,6 +11,7 @@ speed, of memory, of streams, or of what real kernels round.
 
 import contextlib
 import os
+import runpy
 import sys
 from pathlib import Path
 from unittest import mock
@@ -58,7 +60,11 @@ def main() -> int:
         import train_gpt
 
         train_gpt.TILE_ROWS = 256  # timed in an interpreter
-        return train_gpt.main(sys.argv[1:], os.environ)
+        if len(sys.argv) == 1:
+            return train_gpt.main([], os.environ)
+        sys.argv = sys.argv[1:]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return 0
 
 
 if __name__ == "__main__":

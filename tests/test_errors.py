@@ -336,7 +336,7 @@ def test_rank_that_does_not_exist(refused, ranks):
 
 
 def test_mistake_that_only_another_rank_meets_is_said(tg, monkeypatch, capsys):
-    """A damaged GPU among eight, say. What all meet is said once: torchrun ends the others while they wait."""
+    """A damaged GPU, say. What all meet is said once: torchrun ends the others while they wait."""
     slept = []
     monkeypatch.setattr(tg.time, "sleep", slept.append)
     for rank in "10":
