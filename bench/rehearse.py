@@ -1,4 +1,4 @@
-"""Run train_gpt.py, or what uses it, as if this machine had an H100: every path that asks for CUDA, computed by the CPU.
+"""Run train_gpt.py, or what uses it, as if here were an H100: all that asks for CUDA, computed by the CPU.
 
     DEVICE=cuda ATTENTION_BACKEND=plain COMPILE_BACKEND=off PRESET=demo python bench/rehearse.py
     ... python bench/rehearse.py bench/train_step.py --device cuda     # or another script that uses it
@@ -49,6 +49,7 @@ def main() -> int:
     said |= {"device_count": int(os.environ.get("LOCAL_WORLD_SIZE", "1"))}
     said |= {"current_device": int(os.environ.get("LOCAL_RANK", "0"))}
     said |= {"mem_get_info": (70 << 30, 80 << 30), "max_memory_allocated": 0, "empty_cache": None}
+    said |= {"reset_peak_memory_stats": None}
     with contextlib.ExitStack() as stack:
         for name, value in said.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, pretended_gpu.always(value)))
@@ -57,6 +58,9 @@ def main() -> int:
         join = torch.distributed.init_process_group
         gloo = lambda _, **options: join("cpu:gloo,cuda:gloo", **options)  # noqa: E731
         stack.enter_context(mock.patch.object(torch.distributed, "init_process_group", gloo))
+        profile, activities = torch.profiler.profile, [torch.profiler.ProfilerActivity.CPU]
+        on_cpu = lambda **_: profile(activities=activities)  # noqa: E731
+        stack.enter_context(mock.patch.object(torch.profiler, "profile", on_cpu))
         import train_gpt
 
         train_gpt.TILE_ROWS = 256  # timed in an interpreter
