@@ -5039,7 +5039,9 @@ def score_first_sgd(
 
 
 def evaluate_stream(run: "Run", stage: str, evaluate: Callable[..., BpbMeter]) -> None:
-    """A stage of a run that evaluates the stream as one: by sliding windows alone, or with SGD between."""
+    """A stage that evaluates the stream as one, unless it has been: by sliding windows, or with SGD between."""
+    if stage in run.stages:
+        return
     progress, done = run.log.progress(stage, run.val.num_targets / run.ranks.world_size), 0
 
     def on_event(kind: str, **data: object) -> None:
@@ -6530,8 +6532,12 @@ class KeptRun(GuardedRun):
         """Standard evaluation, if it has not been made."""
         if stage not in self.stages:
             super().evaluate(stage, looping)
-            if stage in ("prequant", "quantised"):  # the others are part of the training
-                self.keep()
+
+    def record(self, stage: str, meter: BpbMeter, documents: Sequence[tuple[int, int]]) -> None:
+        """As GuardedRun's; what has been scored is kept (a stage that polls keeps more, by itself)."""
+        super().record(stage, meter, documents)
+        if not self.ranks.polls:
+            self.keep()
 
     def quantise(self) -> Path:
         """Make the artifact, or take the one that is there."""
@@ -6547,18 +6553,6 @@ class KeptRun(GuardedRun):
         """Pack the script, if that has not been done."""
         if "code_bytes" not in self.result or not (self.log.folder / "train_gpt.packed.py").is_file():
             super().count_bytes()
-
-    def slide(self) -> None:
-        """Sliding windows, if they have not been scored."""
-        if "sliding" not in self.stages:
-            super().slide()
-            self.keep()
-
-    def adapt_by_sgd(self) -> None:
-        """Test-time training by SGD, if it has not been done; cut off, it begins again."""
-        if "ttt" not in self.stages:
-            super().adapt_by_sgd()
-            self.keep()
 
     def adapt(self) -> None:
         """Test-time training, from where it was."""

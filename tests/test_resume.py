@@ -147,6 +147,30 @@ def test_resume_repeats_no_work(work, reference, cut_off, run):
     assert difference(work / "late", reference) == []
 
 
+STREAM = {"SLIDING_WINDOW_ENABLED": "1", "TTT_SGD": "1", "TTT_CHUNK_TOKENS": "512", "EVAL_STRIDE": "32"}
+
+
+def test_resume_does_not_slide_or_train_by_sgd_again(tg, work, cut_off, run, monkeypatch):
+    """PRESET=pr1493's two stages: each is kept when it has been scored, with what the ledger says of it."""
+    assert run("stream-undisturbed", **STREAM)[0] == 0
+    reference, calls = contents(work / "stream-undisturbed"), []
+    assert {row["kind"] for row in reference["ledger"]} == {"start", "slide", "end", "sgd"}
+    for name in ("evaluate_windows", "score_first_sgd"):
+        whole = getattr(tg, name)
+
+        def counted(*arguments: object, name: str = name, whole: object = whole, **options: object) -> object:
+            calls.append(name)
+            return whole(*arguments, **options)
+
+        monkeypatch.setattr(tg, name, counted)
+    cut_off("stream", "Run.record", 6, **STREAM)  # untrained, step_4, prequant, quantised, sliding, ttt
+    assert calls == ["evaluate_windows", "score_first_sgd"]
+    cut_off("stream", "Run.finish", 1, **STREAM)
+    assert calls[2:] == ["score_first_sgd"], "it was cut off, so it began again; nothing was slid again"
+    assert run("stream", **STREAM)[0] == 0 and not calls[3:]
+    assert difference(work / "stream", reference) == []
+
+
 @pytest.mark.parametrize("ranks, kills", [(1, 3), (2, 2)])
 def test_resume_after_sigkill(work, processes, ranks, kills):
     """The real thing: processes killed at random moments, on two ranks sometimes only one of them."""
