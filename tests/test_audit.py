@@ -183,6 +183,34 @@ def test_honest_runs_on_the_stream_pass_every_check(streams, name):
     assert learns in verdicts["D3"].evidence
 
 
+CUT_OFF = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt
+keep = train_gpt.KeptRun.keep_weights
+train_gpt.KeptRun.keep_weights = lambda *arguments: (keep(*arguments), os._exit(9))
+train_gpt.main([], os.environ)
+"""
+
+
+def test_honest_run_that_was_resumed_and_watched_passes_every_check(honest, tmp_path):
+    """Checkpoints after every batch, killed in the adaptation; the audit adds nothing to its TensorBoard."""
+    (tmp_path / "cut_off.py").write_text(CUT_OFF)
+    settings = SETTINGS | {"CHECKPOINT_SECONDS": 1e-9, "TENSORBOARD_DIR": "board", "ARTIFACT_DIR": "run"}
+    settings |= {"DATA_PATH": honest / "data", "RUN_ID": "tiny"}
+    assert command(tmp_path / "cut_off.py", tmp_path, **settings).returncode == 9
+    process = command(SCRIPT, tmp_path, **settings)
+    assert process.returncode == 0 and "resumed ttt after " in process.stdout, process.stderr
+    board = sorted((tmp_path / "board").rglob("*.*"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        judged = audit.Audit(tmp_path / "run")
+        verdicts = audit.judge(judged)
+        judged.close()
+    assert {verdict.status for verdict in verdicts.values()} == {"PASS"}, audit.table(verdicts)
+    assert board and sorted((tmp_path / "board").rglob("*.*")) == board
+
+
 def test_fail_is_exit_code_1_and_in_audit_json(copy, capsys):
     copy.result(lambda result: result.update(val_bpb=1.0))
     arguments = [str(copy.run), "--data", str(copy.data), "--only", "R1,R2,R3"]
