@@ -5081,7 +5081,7 @@ class Ledger:
         self._run, self._open = run, True
         self.records: list[dict] = []
         self.accesses: dict[tuple[str, str, str], float] = {}  # stage, kind and name -> when first
-        self.base, self.lora, self._adapters = 0, [-1, 0], None
+        self.order, self.base, self.lora, self._adapters = 0, 0, [-1, 0], None
         self.losses: dict[str, np.ndarray] = {}  # stage -> loss of each document
         self._scored: list[tuple[list[int], Tensor]] = []  # the batch's chunks: places and losses
         self.start = time.perf_counter()
@@ -5150,9 +5150,10 @@ class Ledger:
 
     def _add(self, kind: str, **values: object) -> None:
         rank, seconds = self._run.ranks.rank, round(time.perf_counter() - self.start, 6)
-        place = {"rank": rank, "order": len(self.records), "stage": self._run.watch.current}
+        place = {"rank": rank, "order": self.order, "stage": self._run.watch.current}
         head = place | {"kind": kind, "seconds": seconds}
         self.records.append(head | {"base": self.base, "lora": list(self.lora)} | values)
+        self.order += 1
 
     @staticmethod
     def _token_digest(tokens: Tensor) -> str:
@@ -6241,6 +6242,14 @@ class KeptRun(GuardedRun):
 
     # -- which run the command goes on with
 
+    def _exists(self, field: str) -> Path | None:
+        """As Run's; what this command's unfinished run has trained is not what PREQUANT_ONLY=1 evaluates."""
+        path = super()._exists(field)
+        if path and self.cfg.prequant_only and self.cfg.resume:
+            values, _ = next(Shelf(path.parent / "checkpoints", "run").whole({}), ({}, None))
+            path = None if values and "ended" not in values else path
+        return path
+
     def _open_log(self, cfg: Config, ranks: Ranks, *_: object) -> RunLog:
         """The log of the run that is to go on, or of a new one."""
         folder, refusal = None, ""
@@ -6361,24 +6370,25 @@ class KeptRun(GuardedRun):
         self.result = before["result"] | {"environment": self.result["environment"]}
         self.result["resumed"] = self.result.get("resumed", 0) + 1
         self.watch.seconds |= before["seconds"]
-        for state in before["ledgers"][self.ranks.rank : self.ranks.rank + 1]:
-            self.load_ledger(state)
+        self.load_ledger(*before["ledgers"][self.ranks.rank :: self.ranks.world_size])
         if self.ranks.is_main:
             for path in [*self.log.folder.glob(".*.tmp"), *self.shelves.glob(".*.tmp")]:
                 path.unlink()
-        where = self._place(self.stages, self.trainer_state)
+        where = self._place(before, self.trainer_state)
         self.log.text(f"resumed {self.log.folder} {where}", console=True)
 
     @staticmethod
-    def _place(stages: Mapping[str, object], trainer: Mapping | None) -> str:
-        return f"at step {trainer['step']}" if trainer else f"after {', '.join(stages) or 'the start'}"
+    def _place(values: Mapping[str, Mapping], trainer: Mapping | None) -> str:
+        trained = "steps" in values["result"] and "prequant" not in values["stages"]
+        done = ", ".join([*values["stages"], *["training"] * trained]) or "the start"
+        return f"at step {trainer['step']}" if trainer else f"after {done}"
 
     def _what_is_kept(self) -> str:
         """What a failure's message adds: the newest whole checkpoint, which a resumed run too may have."""
         for path in Shelf(self.shelves, "run").paths()[::-1] if self.ranks.is_main else ():
             with contextlib.suppress(ArtifactError):
                 values, trainer = read_kept(path)
-                place = self._place(values["stages"], trainer)
+                place = self._place(values, trainer)
                 return f"; last checkpoint {path} {place}, the same command (RESUME=1) goes on from it"
         return ""
 
@@ -6469,17 +6479,26 @@ class KeptRun(GuardedRun):
             return {}
         ledger, clock = self.ledger, time.perf_counter() - self.ledger.start
         accesses = [[*key, when] for key, when in list(ledger.accesses.items())]
-        state = {"records": list(ledger.records), "base": ledger.base, "lora": list(ledger.lora)}
+        state = {"records": list(ledger.records), "order": ledger.order}
+        state |= {"base": ledger.base, "lora": list(ledger.lora)}
         losses = {stage: sums.tolist() for stage, sums in ledger.losses.items()}
         return state | {"losses": losses, "clock": clock, "accesses": accesses}
 
-    def load_ledger(self, state: dict) -> None:
-        """Give the ledger back its records, its counters and its clock, and what was opened before."""
-        if self.ledger and state:
-            ledger, now = self.ledger, time.perf_counter()
-            ledger.records, ledger.base, ledger.lora = state["records"], state["base"], state["lora"]
-            ledger.losses = {stage: np.array(sums) for stage, sums in state["losses"].items()}
-            ledger.start = now - state["clock"]
+    def load_ledger(self, *states: dict) -> None:
+        """Give the ledger back its records, its counters and its clock, and what was opened before.
+
+        Behind this rank's state may stand those of ranks that are gone: their records and losses join in.
+        """
+        if not (self.ledger and states):
+            return
+        ledger, (own, *_) = self.ledger, states
+        ledger.order, ledger.base, ledger.lora = own["order"], own["base"], own["lora"]
+        ledger.start = time.perf_counter() - own["clock"]
+        ledger.records, ledger.losses = [], {}
+        for state in states:
+            ledger.records += state["records"]
+            for stage, sums in state["losses"].items():
+                ledger.losses[stage] = ledger.losses.get(stage, 0.0) + np.array(sums)
             for *key, when in state["accesses"]:
                 ledger.accesses.setdefault(tuple(key), when)
 

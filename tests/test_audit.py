@@ -183,22 +183,20 @@ def test_honest_runs_on_the_stream_pass_every_check(streams, name):
     assert learns in verdicts["D3"].evidence
 
 
-CUT_OFF = f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train_gpt
-keep = train_gpt.KeptRun.keep_weights
-train_gpt.KeptRun.keep_weights = lambda *arguments: (keep(*arguments), os._exit(9))
-train_gpt.main([], os.environ)
-"""
+def cut_off(folder: Path, change: str) -> Path:
+    """A script that runs the real one, changed so that it is cut off somewhere."""
+    start = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_gpt\n"
+    (folder / "cut_off.py").write_text(f"{start}{change}\ntrain_gpt.main([], os.environ)\n")
+    return folder / "cut_off.py"
 
 
 def test_honest_run_that_was_resumed_and_watched_passes_every_check(honest, tmp_path):
     """Checkpoints after every batch, killed in the adaptation; the audit adds nothing to its TensorBoard."""
-    (tmp_path / "cut_off.py").write_text(CUT_OFF)
+    keep = "keep = train_gpt.KeptRun.keep_weights\ntrain_gpt.KeptRun.keep_weights = "
+    script = cut_off(tmp_path, f"{keep}lambda *arguments: (keep(*arguments), os._exit(9))")
     settings = SETTINGS | {"CHECKPOINT_SECONDS": 1e-9, "TENSORBOARD_DIR": "board", "ARTIFACT_DIR": "run"}
     settings |= {"DATA_PATH": honest / "data", "RUN_ID": "tiny"}
-    assert command(tmp_path / "cut_off.py", tmp_path, **settings).returncode == 9
+    assert command(script, tmp_path, **settings).returncode == 9
     process = command(SCRIPT, tmp_path, **settings)
     assert process.returncode == 0 and "resumed ttt after " in process.stdout, process.stderr
     board = sorted((tmp_path / "board").rglob("*.*"))
@@ -255,6 +253,24 @@ def test_ledgers_of_two_ranks_are_one(honest):
     for stage in ("quantised", "ttt"):
         score = judged.result["stages"][stage]
         assert sum(losses[stage]) == pytest.approx(score["val_loss"] * score["targets"], abs=0.01)
+
+
+def test_ledger_of_a_rank_that_is_gone_stays(honest, tmp_path):
+    """Two ranks evaluate and slide, one goes on: what the other scored is still in ledger and documents."""
+    settings = SETTINGS | {"CHECKPOINT_SECONDS": 1e6, "SLIDING_WINDOW_ENABLED": 1, "RUN_ID": "gone"}
+    settings |= {"TTT_EVAL_ONLY": 1, "QUANTIZED_MODEL_PATH": honest / "run" / ARTIFACT}
+    script = cut_off(tmp_path, "train_gpt.KeptRun.adapt = lambda run: (run.ranks.meet('cut'), os._exit(9))")
+    two = launch(honest, "gone", *ONE_NODE, script=script, **settings)
+    assert "sliding val_loss" in two.communicate(timeout=120)[0] and two.returncode == 1
+    one = command(SCRIPT, honest, DATA_PATH="data", ARTIFACT_DIR="gone", **settings)
+    assert one.returncode == 0 and "resumed gone after quantised, sliding" in one.stdout, one.stderr
+    judged = audit.Audit(honest / "gone")
+    verdict = audit.judge(judged, ["D4"])["D4"]
+    judged.close()
+    assert verdict.status == "PASS" and "once each in stage sliding too" in verdict.evidence, verdict
+    losses = json.loads((honest / "gone" / "documents.json").read_text())["losses"]
+    score = judged.result["stages"]["quantised"]
+    assert sum(losses["quantised"]) == pytest.approx(score["val_loss"] * score["targets"], abs=0.01)
 
 
 # -- A: the data

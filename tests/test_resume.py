@@ -276,6 +276,17 @@ def test_resume_finds_the_unfinished_run_without_a_name(work, reference, cut_off
     assert difference(folder, reference) == []
 
 
+def test_resume_of_a_run_that_only_trains(work, cut_off, run):
+    """PREQUANT_ONLY=1 evaluates the MODEL_PATH that is there, but not what its own unfinished run has left."""
+    settings = {"PREQUANT_ONLY": 1, "VAL_LOSS_EVERY": 0}
+    cut_off("only", "Run.evaluate", 1, **settings)
+    code, output, errors = run("only", **settings)
+    assert code == 0 and "resumed only after training\n" in output and "train step" not in output, errors
+    assert json.loads((work / "only/result.json").read_text())["steps"] == 6
+    code, output, _ = run("only", **settings)  # now it is there
+    assert code == 0 and "prequant val_loss" in output and (work / "only+2/result.json").is_file()
+
+
 def test_resume_with_other_settings_or_data_is_refused(work, cut_off, run):
     shutil.copytree(work / "data", work / "copy")
     cut_off("fixed", "Trainer.step", 6, DATA_PATH="copy")
