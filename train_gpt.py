@@ -5999,7 +5999,10 @@ def run_guarded(cfg: Config, ranks: Ranks, source: bytes) -> int:
     except Stopped as stopped:
         ranks.say(f"stage {stopped.stage}: {stopped}")
         return stopped.code
-    except OSError as error:  # before the first stage; `_run` says the later ones
+    except RunError as error:  # before the first stage, as below; `_run` says the later ones
+        ranks.say(f"stage start: {error}")
+        return 1
+    except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be used ({error.strerror})") from None
 
 

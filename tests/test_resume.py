@@ -383,6 +383,18 @@ def test_full_disk_faults_name_the_file(tg, tmp_path, monkeypatch, call):
     assert [p.name for p in tmp_path.iterdir()] == ["final_model.pt"] and path.read_bytes() == b"earlier"
 
 
+def test_full_disk_faults_before_the_first_stage(tg, run, monkeypatch):
+    """The log's head does not fit: one line, as later."""
+
+    def full(file: object, line: str) -> None:
+        with tg.writing(file.name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tg.RunLog, "_write", staticmethod(full))
+    line = "rank 0 of 1, stage start: headless/logs/tiny.txt: cannot be written (No space left on device)"
+    assert run("headless") == (1, "", f"train_gpt.py: {line}\n")
+
+
 def test_checkpoint_faults_do_not_end_the_run(tg, work, reference, run, monkeypatch):
     """No checkpoint can be written: said each time, and the run is what it would have been."""
 
