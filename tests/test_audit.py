@@ -694,6 +694,16 @@ def test_r3_hidden_run(copy):
     copy.fails("R3", "does not list the runs with seeds 7")
 
 
+def test_r4_micro_batches_that_were_made_smaller_are_no_other_setting(copy):
+    """On a device whose memory asks for it; the log says so after its table of settings."""
+    copy.result(lambda result: result["settings"].update(GRAD_ACCUM_STEPS=4))
+    copy.ledger(lambda head, records: head["settings"].update(GRAD_ACCUM_STEPS=4))
+    copy.fails("R4", "GRAD_ACCUM_STEPS=2 in the log, 4 in result.json")
+    log = copy.run / "logs" / "tiny.txt"
+    log.write_text(log.read_text() + "notice text:GRAD_ACCUM_STEPS=4: 2 do not fit\n")
+    assert copy.verdict("R4").status == "PASS"
+
+
 def test_r4_seeds_of_other_settings(copy):
     other = copy.run.parent / "other"
     shutil.copytree(copy.run, other)
