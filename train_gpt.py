@@ -5133,6 +5133,8 @@ class Ledger:
         elif kind == "slid":
             windows, loss_sum = data["windows"], float(data["losses"].double().sum())
             spans = [[window.start + window.offset, window.targets] for window in windows]
+            places = [place for first, count in spans for place in range(first, first + count)]
+            self.charge(self._run.watch.current, places, data["losses"])
             self._add("slide", spans=spans, loss_sum=loss_sum)
         elif kind == "trained_span":
             self.base += 1

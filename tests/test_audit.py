@@ -255,6 +255,17 @@ def test_ledgers_of_two_ranks_are_one(honest):
         assert sum(losses[stage]) == pytest.approx(score["val_loss"] * score["targets"], abs=0.01)
 
 
+@pytest.mark.parametrize("name, stages", [("sliding", ["sliding"]), ("sgd", ["sliding", "ttt"])])
+def test_documents_have_their_losses_of_every_stage(streams, name, stages):
+    """Also of those whose windows slide over the stream."""
+    losses = json.loads((streams / name / "documents.json").read_text())["losses"]
+    scores = json.loads((streams / name / "result.json").read_text())["stages"]
+    assert list(losses) == ["quantised", *stages] == list(scores)
+    for stage, score in scores.items():
+        assert len(losses[stage]) == score["documents"] and min(losses[stage]) > 0
+        assert sum(losses[stage]) == pytest.approx(score["val_loss"] * score["targets"], abs=0.01)
+
+
 def test_ledger_of_a_rank_that_is_gone_stays(honest, tmp_path):
     """Two ranks evaluate and slide, one goes on: what the other scored is still in ledger and documents."""
     settings = SETTINGS | {"CHECKPOINT_SECONDS": 1e6, "SLIDING_WINDOW_ENABLED": 1, "RUN_ID": "gone"}
