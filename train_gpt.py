@@ -5515,10 +5515,10 @@ class Run:
         settings = self.model.cfg.as_env()
         extra = {"broken_limits": broken, "stages": self.stages, "seconds": seconds, "settings": settings}
         result = {"run": self.log.run_id, "final_stage": final, **summary, **self.result, **extra}
-        if self.ranks.is_main:
-            write_whole(self.log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
         if self.ledger:
             self.ledger.write()
+        if self.ranks.is_main:  # the last file: where it is, all are
+            write_whole(self.log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
         for reason in broken:
             self.log.event("limit", text=reason)
         self.log.event("final", **summary)

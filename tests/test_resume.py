@@ -171,6 +171,12 @@ def test_resume_does_not_slide_or_train_by_sgd_again(tg, work, cut_off, run, mon
     assert difference(work / "stream", reference) == []
 
 
+def test_a_result_is_there_when_all_other_files_are(work, cut_off):
+    """Who finds result.json takes the run for finished: report, sweep, reproduce."""
+    cut_off("unfinished", "ledger.jsonl", 1)
+    assert (work / "unfinished/documents.json").exists() and not (work / "unfinished/result.json").exists()
+
+
 @pytest.mark.parametrize("ranks, kills", [(1, 3), (2, 2)])
 def test_resume_after_sigkill(work, processes, ranks, kills):
     """The real thing: processes killed at random moments, on two ranks sometimes only one of them."""

@@ -142,6 +142,14 @@ def test_our_log_alone_tells_the_same_as_its_result():
     assert both.audit["counts"].keys() == {"PASS"}
 
 
+def test_the_log_of_a_resumed_run_tells_its_script_twice(tmp_path):
+    text, log = DEMO.read_text(encoding="utf-8"), tmp_path / "resumed.txt"
+    head, source, rest = text.split(f"{runs.RULE}\n")
+    cut = rest.index("\ntrain step:100 ") + 1
+    log.write_text(runs.RULE.join([head, f"\n{source}", f"\n{rest[:cut]}{head}", f"\n{source}", f"\n{rest[cut:]}"]))
+    assert runs.read_log(log).events == runs.read_log(DEMO).events
+
+
 @pytest.mark.parametrize("name", ["demo", "demo.v2"])
 @pytest.mark.parametrize("key, value", [("val_bpb", 2.2), ("artifact_bytes", 1), ("legal", False)])
 def test_a_result_that_its_log_contradicts_is_refused(tmp_path, key, value, name):

@@ -302,6 +302,7 @@ def _read_ours(path: Path, text: str) -> RunRecord:
     if not whole:
         raise _cut_off(path, text, "the end of the script's source")
     settings = _our_settings(head)
+    rest = re.sub(rf"(?ms)^{RULE}\n.*?^{RULE}\n", "", rest)  # a resumed run has its script in its log again
     events = [event for line in rest.splitlines() if (event := _event(line))]
     final = next((event for event in reversed(events) if event["stage"] == "final"), None)
     if final is None or not isinstance(final.get("legal"), bool) or not text.endswith("\n"):
