@@ -5039,7 +5039,7 @@ def score_first_sgd(
 
 
 def evaluate_stream(run: "Run", stage: str, evaluate: Callable[..., BpbMeter]) -> None:
-    """A stage that evaluates the stream as one, unless it has been: by sliding windows, or with SGD between."""
+    """A stage that evaluates the stream as one, unless it was: by sliding windows, or with SGD between."""
     if stage in run.stages:
         return
     progress, done = run.log.progress(stage, run.val.num_targets / run.ranks.world_size), 0

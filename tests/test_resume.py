@@ -283,7 +283,7 @@ def test_resume_finds_the_unfinished_run_without_a_name(work, reference, cut_off
 
 
 def test_resume_of_a_run_that_only_trains(work, cut_off, run):
-    """PREQUANT_ONLY=1 evaluates the MODEL_PATH that is there, but not what its own unfinished run has left."""
+    """PREQUANT_ONLY=1 evaluates the MODEL_PATH that is there, but not what its unfinished run has left."""
     settings = {"PREQUANT_ONLY": 1, "VAL_LOSS_EVERY": 0}
     cut_off("only", "Run.evaluate", 1, **settings)
     code, output, errors = run("only", **settings)

@@ -146,7 +146,8 @@ def test_the_log_of_a_resumed_run_tells_its_script_twice(tmp_path):
     text, log = DEMO.read_text(encoding="utf-8"), tmp_path / "resumed.txt"
     head, source, rest = text.split(f"{runs.RULE}\n")
     cut = rest.index("\ntrain step:100 ") + 1
-    log.write_text(runs.RULE.join([head, f"\n{source}", f"\n{rest[:cut]}{head}", f"\n{source}", f"\n{rest[cut:]}"]))
+    parts = head, source, rest[:cut] + head, source, rest[cut:]
+    log.write_text(f"{runs.RULE}\n".join(parts))
     assert runs.read_log(log).events == runs.read_log(DEMO).events
 
 
