@@ -14,7 +14,7 @@ class MarkError(ValueError):
 
 
 def replaced(text: str, begin: str, end: str, part: str) -> str:
-    """The README's text with another part between its marks. Raises MarkError unless they stand there once."""
+    """The README's text with another part between its marks. Raises MarkError unless they stand once."""
     before, _, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not closed or text.count(begin) != 1:
