@@ -6624,10 +6624,11 @@ class KeptRun(GuardedRun):
             return self._before["ended"]
         try:
             code = super().execute()
+            self._settle()  # all ranks, before the first of them removes anything
             if self.keep(ended=code):
-                own = "*" if self.ranks.is_main else f"ttt-{self.ranks.rank}.*"
-                for path in sorted(self.shelves.glob(own)):
-                    if str(path) != self.last_checkpoint:
+                main = self.ranks.is_main
+                for path in sorted(self.shelves.glob("*" if main else f"ttt-{self.ranks.rank}.*")):
+                    if not main or str(path) != self.last_checkpoint:
                         path.unlink(missing_ok=True)
             return code
         except RunError as error:  # a loss that is not finite, say

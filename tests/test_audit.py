@@ -658,6 +658,20 @@ def test_d8_attention_across_documents(copy):
     copy.fails("D8", "losses of other documents in the row change")
 
 
+def test_d8_plain_windows_read_what_came_before(honest, tmp_path):
+    """The standard evaluation of PLAIN_WINDOWS=1: said as it is, and no further than the window."""
+    settings = SETTINGS | {"TTT_EVAL_ONLY": 1, "QUANTIZED_MODEL_PATH": f"run/{ARTIFACT}", "RUN_ID": "tiny"}
+    settings |= {"PLAIN_WINDOWS": 1, "TTT_ENABLED": 0}
+    process = command(SCRIPT, honest, DATA_PATH="data", ARTIFACT_DIR="plain", **settings)
+    assert process.returncode == 0, process.stderr
+    shutil.copy(honest / "run" / ARTIFACT, honest / "plain")
+    copy = Copy(honest, tmp_path, "plain")
+    status, evidence = copy.verdict("D8")
+    assert status == "PASS" and re.search(r"[1-9]\d* later losses within a window change", evidence), evidence
+    copy.script("    if segments is not None:\n        lengths", "    if False:\n        lengths")
+    copy.fails("D8", "more than a window after the document")
+
+
 def test_d9_last_chunk_trained_on(copy):
     copy.script("(chunk + 1) * size < length - 1", "True")
     copy.fails("D9", r"replay: documents \[0, 1, 2, 3\] were trained on their last chunk")

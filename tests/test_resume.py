@@ -8,7 +8,10 @@ import random
 import re
 import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,6 +214,20 @@ def test_resume_after_a_signal(tg, work, reference, run, monkeypatch, number, co
     whole = {"Trainer.step": 2 + 6, "ScoreFirstTTT._score_batch": 4}[place]
     assert len(calls) - again == whole > done
     assert difference(work / name, reference) == []
+
+
+def test_a_rank_removes_what_it_is_still_writing_at_the_end(tg, tmp_path, monkeypatch):
+    run = object.__new__(tg.KeptRun)
+    run.ranks, run.shelves = SimpleNamespace(is_main=False, rank=1), tmp_path
+    run._before, run._pool, run.keep = {}, ThreadPoolExecutor(1), lambda ended: ended == 0
+
+    def write() -> Path:
+        time.sleep(0.3)
+        return tg.Shelf(tmp_path, "ttt-1").add({})
+
+    run._writing = run._pool.submit(write)
+    monkeypatch.setattr(tg.GuardedRun, "execute", lambda self: 0)
+    assert run.execute() == 0 and list(tmp_path.iterdir()) == []
 
 
 def test_state_is_that_of_any_number_of_ranks(tg):

@@ -319,6 +319,8 @@ def d8_documents_apart(audit: Audit) -> str:
     """Perturb a document: losses of the next in the same row, and of all others being adapted, stay."""
     if audit.streams:
         return stream.documents_apart(audit)
+    if audit.evaluator == "standard" and getattr(audit.cfg, "plain_windows", False):
+        return stream.windows_apart(audit)
     tokens = toy_stream(audit)
     starts = (tokens == BOS).nonzero().flatten().tolist()
     model = audit.model(0.02)
