@@ -275,7 +275,7 @@ def windows_apart(audit: Audit) -> str:
 
 
 def _apart(audit: Audit, losses: Callable[[Tensor], Tensor], reach: Callable[[int], int]) -> str:
-    """Perturb a document that ends at `end`: losses from its start up to `reach(end)` may change, no others."""
+    """Perturb a document that ends at `end`: losses from its start to `reach(end)` may change, no others."""
     tokens = toy_stream(audit)
     starts = (tokens == BOS).nonzero().flatten().tolist()
     places = range(starts[1] + 1, starts[2])
