@@ -5269,7 +5269,7 @@ class Run:
             model = self._model_of_artifact(self.artifact)
             if self.blob.startswith(ARTIFACT_MAGIC):  # what made it is what the counted code needs
                 codec = CODECS[PREFIX.unpack_from(self.blob)[2]]
-                self.cfg = dataclasses.replace(self.cfg, compressor=codec, fit_bytes=model.cfg.fit_bytes)
+                self.cfg = dataclasses.replace(model.cfg, compressor=codec)
             return model
         if self.checkpoint:
             return model_of_checkpoint(self, self.checkpoint)
