@@ -460,7 +460,7 @@ def test_d1_attention_sees_the_future(copy):
 
 
 def test_d1_chunks_that_are_one_document_start(copy):
-    """Smaller chunks for short documents: the last one's only target may be the start of the next document."""
+    """Smaller chunks for short documents: the last one may be the start of the next document alone."""
     copy.result(lambda result: result["settings"].update(TTT_CHUNK_BY_LENGTH="64:8"))
     assert copy.verdict("D1").status == "PASS"
 

@@ -58,7 +58,7 @@ def d1_causal(audit: Audit) -> str:
 
 
 def _a_token(tokens: torch.Tensor, entries: Sequence[Entry], number: int) -> tuple[int, int]:
-    """A scored chunk, the one of that number or before it, and a token in it; some have but a document start."""
+    """A scored chunk, of that number or before it, and a token in it: some hold a document start alone."""
     while True:
         places = [first + 1 + count // 2 for _, first, count in reversed(entries[number].spans)]
         place = next((place for place in places if int(tokens[place]) != BOS), None)
