@@ -627,6 +627,9 @@ def check_rest(cfg: Config) -> None:
     if cfg.sliding_window_enabled + cfg.ttt_sgd and cfg.eval_stride > cfg.eval_seq_len:
         limit = f"EVAL_SEQ_LEN={cfg.eval_seq_len}"
         raise ConfigError(f"EVAL_STRIDE={cfg.eval_stride}: must be at most {limit}")
+    if cfg.ttt_sgd and cfg.ttt_chunk_tokens < cfg.eval_seq_len:
+        limit = f"EVAL_SEQ_LEN={cfg.eval_seq_len} (a chunk is whole windows)"
+        raise ConfigError(f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens}: must be at least {limit}")
     cfg.chunk_size(0)
     kernels, known = cfg.triton_kernels, Config.triton_kernels
     if kernels not in ("", "0", "1") and not {*kernels.split(",")} <= {*known.split(",")}:
@@ -5089,7 +5092,9 @@ def score_first_sgd(
 
 
 def evaluate_stream(run: "Run", stage: str, evaluate: Callable[..., BpbMeter]) -> None:
-    """A stage of a run that evaluates the stream as one: by sliding windows alone, or with SGD between."""
+    """A stage that evaluates the stream as one, unless it was: by sliding windows, or with SGD between."""
+    if stage in run.stages:
+        return
     progress, done = run.log.progress(stage, run.val.num_targets / run.ranks.world_size), 0
 
     def on_event(kind: str, **data: object) -> None:
@@ -5129,7 +5134,7 @@ class Ledger:
         self._run, self._open = run, True
         self.records: list[dict] = []
         self.accesses: dict[tuple[str, str, str], float] = {}  # stage, kind and name -> when first
-        self.base, self.lora, self._adapters = 0, [-1, 0], None
+        self.order, self.base, self.lora, self._adapters = 0, 0, [-1, 0], None
         self.losses: dict[str, np.ndarray] = {}  # stage -> loss of each document
         self._scored: list[tuple[list[int], Tensor]] = []  # the batch's chunks: places and losses
         self.start = time.perf_counter()
@@ -5181,6 +5186,8 @@ class Ledger:
         elif kind == "slid":
             windows, loss_sum = data["windows"], float(data["losses"].double().sum())
             spans = [[window.start + window.offset, window.targets] for window in windows]
+            places = [place for first, count in spans for place in range(first, first + count)]
+            self.charge(self._run.watch.current, places, data["losses"])
             self._add("slide", spans=spans, loss_sum=loss_sum)
         elif kind == "trained_span":
             self.base += 1
@@ -5198,9 +5205,10 @@ class Ledger:
 
     def _add(self, kind: str, **values: object) -> None:
         rank, seconds = self._run.ranks.rank, round(time.perf_counter() - self.start, 6)
-        place = {"rank": rank, "order": len(self.records), "stage": self._run.watch.current}
+        place = {"rank": rank, "order": self.order, "stage": self._run.watch.current}
         head = place | {"kind": kind, "seconds": seconds}
         self.records.append(head | {"base": self.base, "lora": list(self.lora)} | values)
+        self.order += 1
 
     @staticmethod
     def _token_digest(tokens: Tensor) -> str:
@@ -5311,7 +5319,7 @@ class Run:
             model = self._model_of_artifact(self.artifact)
             if self.blob.startswith(ARTIFACT_MAGIC):  # what made it is what the counted code needs
                 codec = CODECS[PREFIX.unpack_from(self.blob)[2]]
-                self.cfg = dataclasses.replace(self.cfg, compressor=codec, fit_bytes=model.cfg.fit_bytes)
+                self.cfg = dataclasses.replace(model.cfg, compressor=codec)
             return model
         if self.checkpoint:
             return model_of_checkpoint(self, self.checkpoint)
@@ -5560,10 +5568,10 @@ class Run:
         settings = self.model.cfg.as_env()
         extra = {"broken_limits": broken, "stages": self.stages, "seconds": seconds, "settings": settings}
         result = {"run": self.log.run_id, "final_stage": final, **summary, **self.result, **extra}
-        if self.ranks.is_main:
-            write_whole(self.log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
         if self.ledger:
             self.ledger.write()
+        if self.ranks.is_main:  # the last file: where it is, all are
+            write_whole(self.log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
         for reason in broken:
             self.log.event("limit", text=reason)
         self.log.event("final", **summary)
@@ -5754,6 +5762,8 @@ class Preflight:
             pass
         except OSError as error:
             raise ConfigError(f"DATA_PATH={cfg.data_folder}: cannot be read ({error.strerror})") from None
+        if cfg.compressor == "ans" and importlib.util.find_spec("brotli") is None:
+            raise ConfigError("COMPRESSOR=ans: needs the Python package brotli too, for all but the matrices")
         most = 4 * (os.cpu_count() or 1)  # far more than CPUs, and they wait for each other for minutes
         if cfg.cpu_threads > most:
             raise ConfigError(f"CPU_THREADS={cfg.cpu_threads}: must be at most {most} on this machine")
@@ -6136,7 +6146,10 @@ def run_guarded(cfg: Config, ranks: Ranks, source: bytes) -> int:
     except Stopped as stopped:
         ranks.say(f"stage {stopped.stage}: {stopped}")
         return stopped.code
-    except OSError as error:  # before the first stage; `_run` says the later ones
+    except RunError as error:  # before the first stage, as below; `_run` says the later ones
+        ranks.say(f"stage start: {error}")
+        return 1
+    except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be used ({error.strerror})") from None
 
 
@@ -6379,6 +6392,14 @@ class KeptRun(GuardedRun):
 
     # -- which run the command goes on with
 
+    def _exists(self, field: str) -> Path | None:
+        """As Run's; what this command's unfinished run has trained is not what PREQUANT_ONLY=1 evaluates."""
+        path = super()._exists(field)
+        if path and self.cfg.prequant_only and self.cfg.resume:
+            values, _ = next(Shelf(path.parent / "checkpoints", "run").whole({}), ({}, None))
+            path = None if values and "ended" not in values else path
+        return path
+
     def _open_log(self, cfg: Config, ranks: Ranks, *_: object) -> RunLog:
         """The log of the run that is to go on, or of a new one."""
         folder, refusal = None, ""
@@ -6499,24 +6520,25 @@ class KeptRun(GuardedRun):
         self.result = before["result"] | {"environment": self.result["environment"]}
         self.result["resumed"] = self.result.get("resumed", 0) + 1
         self.watch.seconds |= before["seconds"]
-        for state in before["ledgers"][self.ranks.rank : self.ranks.rank + 1]:
-            self.load_ledger(state)
+        self.load_ledger(*before["ledgers"][self.ranks.rank :: self.ranks.world_size])
         if self.ranks.is_main:
             for path in [*self.log.folder.glob(".*.tmp"), *self.shelves.glob(".*.tmp")]:
                 path.unlink()
-        where = self._place(self.stages, self.trainer_state)
+        where = self._place(before, self.trainer_state)
         self.log.text(f"resumed {self.log.folder} {where}", console=True)
 
     @staticmethod
-    def _place(stages: Mapping[str, object], trainer: Mapping | None) -> str:
-        return f"at step {trainer['step']}" if trainer else f"after {', '.join(stages) or 'the start'}"
+    def _place(values: Mapping[str, Mapping], trainer: Mapping | None) -> str:
+        trained = "steps" in values["result"] and "prequant" not in values["stages"]
+        done = ", ".join([*values["stages"], *["training"] * trained]) or "the start"
+        return f"at step {trainer['step']}" if trainer else f"after {done}"
 
     def _what_is_kept(self) -> str:
         """What a failure's message adds: the newest whole checkpoint, which a resumed run too may have."""
         for path in Shelf(self.shelves, "run").paths()[::-1] if self.ranks.is_main else ():
             with contextlib.suppress(ArtifactError):
                 values, trainer = read_kept(path)
-                place = self._place(values["stages"], trainer)
+                place = self._place(values, trainer)
                 return f"; last checkpoint {path} {place}, the same command (RESUME=1) goes on from it"
         return ""
 
@@ -6588,8 +6610,8 @@ class KeptRun(GuardedRun):
     def keep_ttt(self, values: dict, tensors: dict, wait: bool) -> None:
         """Write where this rank's adaptation is."""
         values |= {"artifact": self._artifact_digest(), "world": self.ranks.world_size}
-        events = self._metrics.read_bytes()[self._ttt_events :].decode() if self.ranks.is_main else ""
-        values |= {"ledger": self._ledger_state(), "events": events} | self._position()
+        self._told.seek(self._ttt_events)
+        values |= {"ledger": self._ledger_state(), "events": self._told.read().decode()} | self._position()
         self._write(f"ttt-{self.ranks.rank}", values, tensors, wait)
 
     def keep_weights(self, phase: int) -> None:
@@ -6607,17 +6629,26 @@ class KeptRun(GuardedRun):
             return {}
         ledger, clock = self.ledger, time.perf_counter() - self.ledger.start
         accesses = [[*key, when] for key, when in list(ledger.accesses.items())]
-        state = {"records": list(ledger.records), "base": ledger.base, "lora": list(ledger.lora)}
+        state = {"records": list(ledger.records), "order": ledger.order}
+        state |= {"base": ledger.base, "lora": list(ledger.lora)}
         losses = {stage: sums.tolist() for stage, sums in ledger.losses.items()}
         return state | {"losses": losses, "clock": clock, "accesses": accesses}
 
-    def load_ledger(self, state: dict) -> None:
-        """Give the ledger back its records, its counters and its clock, and what was opened before."""
-        if self.ledger and state:
-            ledger, now = self.ledger, time.perf_counter()
-            ledger.records, ledger.base, ledger.lora = state["records"], state["base"], state["lora"]
-            ledger.losses = {stage: np.array(sums) for stage, sums in state["losses"].items()}
-            ledger.start = now - state["clock"]
+    def load_ledger(self, *states: dict) -> None:
+        """Give the ledger back its records, its counters and its clock, and what was opened before.
+
+        Behind this rank's state may stand those of ranks that are gone: their records and losses join in.
+        """
+        if not (self.ledger and states):
+            return
+        ledger, (own, *_) = self.ledger, states
+        ledger.order, ledger.base, ledger.lora = own["order"], own["base"], own["lora"]
+        ledger.start = time.perf_counter() - own["clock"]
+        ledger.records, ledger.losses = [], {}
+        for state in states:
+            ledger.records += state["records"]
+            for stage, sums in state["losses"].items():
+                ledger.losses[stage] = ledger.losses.get(stage, 0.0) + np.array(sums)
             for *key, when in state["accesses"]:
                 ledger.accesses.setdefault(tuple(key), when)
 
@@ -6670,8 +6701,12 @@ class KeptRun(GuardedRun):
         """Standard evaluation, if it has not been made."""
         if stage not in self.stages:
             super().evaluate(stage, looping)
-            if stage in ("prequant", "quantised"):  # the others are part of the training
-                self.keep()
+
+    def record(self, stage: str, meter: BpbMeter, documents: Sequence[tuple[int, int]]) -> None:
+        """As GuardedRun's; what has been scored is kept (a stage that polls keeps more, by itself)."""
+        super().record(stage, meter, documents)
+        if not self.ranks.polls:
+            self.keep()
 
     def quantise(self) -> Path:
         """Make the artifact, or take the one that is there."""
@@ -6688,24 +6723,14 @@ class KeptRun(GuardedRun):
         if "code_bytes" not in self.result or not (self.log.folder / "train_gpt.packed.py").is_file():
             super().count_bytes()
 
-    def slide(self) -> None:
-        """Sliding windows, if they have not been scored."""
-        if "sliding" not in self.stages:
-            super().slide()
-            self.keep()
-
-    def adapt_by_sgd(self) -> None:
-        """Test-time training by SGD, if it has not been done; cut off, it begins again."""
-        if "ttt" not in self.stages:
-            super().adapt_by_sgd()
-            self.keep()
-
     def adapt(self) -> None:
         """Test-time training, from where it was."""
         if "ttt" not in self.stages:
             self._find_ttt()
             self.ranks.polls = True
-            super().adapt()
+            # opened here, as the evaluation itself opens nothing that training wrote (check S4 of the audit)
+            with open(self._metrics if self.ranks.is_main else os.devnull, "rb") as self._told:
+                super().adapt()
             self._stop_polling()
 
     def _find_ttt(self) -> None:
@@ -6742,10 +6767,11 @@ class KeptRun(GuardedRun):
             return self._before["ended"]
         try:
             code = super().execute()
+            self._settle()  # all ranks, before the first of them removes anything
             if self.keep(ended=code):
-                own = "*" if self.ranks.is_main else f"ttt-{self.ranks.rank}.*"
-                for path in sorted(self.shelves.glob(own)):
-                    if str(path) != self.last_checkpoint:
+                main = self.ranks.is_main
+                for path in sorted(self.shelves.glob("*" if main else f"ttt-{self.ranks.rank}.*")):
+                    if not main or str(path) != self.last_checkpoint:
                         path.unlink(missing_ok=True)
             return code
         except RunError as error:  # a loss that is not finite, say

@@ -165,7 +165,7 @@ def check(cfg: tg.Config, options: argparse.Namespace) -> None:
     """Refuse settings with which there would be nothing to study."""
     if options.frozen > cfg.num_layers:
         raise tg.ConfigError(f"--frozen {options.frozen}: must be at most NUM_LAYERS={cfg.num_layers}")
-    for name in ("prequant_only", "ttt_eval_only"):
+    for name in ("prequant_only", "ttt_eval_only", "preflight_only"):
         if getattr(cfg, name):
             raise tg.ConfigError(f"{name.upper()}=1: must be 0 here, the model has to be quantised after")
 

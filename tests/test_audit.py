@@ -183,6 +183,32 @@ def test_honest_runs_on_the_stream_pass_every_check(streams, name):
     assert learns in verdicts["D3"].evidence
 
 
+def cut_off(folder: Path, change: str) -> Path:
+    """A script that runs the real one, changed so that it is cut off somewhere."""
+    start = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_gpt\n"
+    (folder / "cut_off.py").write_text(f"{start}{change}\ntrain_gpt.main([], os.environ)\n")
+    return folder / "cut_off.py"
+
+
+def test_honest_run_that_was_resumed_and_watched_passes_every_check(honest, tmp_path):
+    """Checkpoints after every batch, killed in the adaptation; the audit adds nothing to its TensorBoard."""
+    keep = "keep = train_gpt.KeptRun.keep_weights\ntrain_gpt.KeptRun.keep_weights = "
+    script = cut_off(tmp_path, f"{keep}lambda *arguments: (keep(*arguments), os._exit(9))")
+    settings = SETTINGS | {"CHECKPOINT_SECONDS": 1e-9, "TENSORBOARD_DIR": "board", "ARTIFACT_DIR": "run"}
+    settings |= {"DATA_PATH": honest / "data", "RUN_ID": "tiny"}
+    assert command(script, tmp_path, **settings).returncode == 9
+    process = command(SCRIPT, tmp_path, **settings)
+    assert process.returncode == 0 and "resumed ttt after " in process.stdout, process.stderr
+    board = sorted((tmp_path / "board").rglob("*.*"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        judged = audit.Audit(tmp_path / "run")
+        verdicts = audit.judge(judged)
+        judged.close()
+    assert {verdict.status for verdict in verdicts.values()} == {"PASS"}, audit.table(verdicts)
+    assert board and sorted((tmp_path / "board").rglob("*.*")) == board
+
+
 def test_fail_is_exit_code_1_and_in_audit_json(copy, capsys):
     copy.result(lambda result: result.update(val_bpb=1.0))
     arguments = [str(copy.run), "--data", str(copy.data), "--only", "R1,R2,R3"]
@@ -227,6 +253,35 @@ def test_ledgers_of_two_ranks_are_one(honest):
     for stage in ("quantised", "ttt"):
         score = judged.result["stages"][stage]
         assert sum(losses[stage]) == pytest.approx(score["val_loss"] * score["targets"], abs=0.01)
+
+
+@pytest.mark.parametrize("name, stages", [("sliding", ["sliding"]), ("sgd", ["sliding", "ttt"])])
+def test_documents_have_their_losses_of_every_stage(streams, name, stages):
+    """Also of those whose windows slide over the stream."""
+    losses = json.loads((streams / name / "documents.json").read_text())["losses"]
+    scores = json.loads((streams / name / "result.json").read_text())["stages"]
+    assert list(losses) == ["quantised", *stages] == list(scores)
+    for stage, score in scores.items():
+        assert len(losses[stage]) == score["documents"] and min(losses[stage]) > 0
+        assert sum(losses[stage]) == pytest.approx(score["val_loss"] * score["targets"], abs=0.01)
+
+
+def test_ledger_of_a_rank_that_is_gone_stays(honest, tmp_path):
+    """Two ranks evaluate and slide, one goes on: what the other scored is still in ledger and documents."""
+    settings = SETTINGS | {"CHECKPOINT_SECONDS": 1e6, "SLIDING_WINDOW_ENABLED": 1, "RUN_ID": "gone"}
+    settings |= {"TTT_EVAL_ONLY": 1, "QUANTIZED_MODEL_PATH": honest / "run" / ARTIFACT}
+    script = cut_off(tmp_path, "train_gpt.KeptRun.adapt = lambda run: (run.ranks.meet('cut'), os._exit(9))")
+    two = launch(honest, "gone", *ONE_NODE, script=script, **settings)
+    assert "sliding val_loss" in two.communicate(timeout=120)[0] and two.returncode == 1
+    one = command(SCRIPT, honest, DATA_PATH="data", ARTIFACT_DIR="gone", **settings)
+    assert one.returncode == 0 and "resumed gone after quantised, sliding" in one.stdout, one.stderr
+    judged = audit.Audit(honest / "gone")
+    verdict = audit.judge(judged, ["D4"])["D4"]
+    judged.close()
+    assert verdict.status == "PASS" and "once each in stage sliding too" in verdict.evidence, verdict
+    losses = json.loads((honest / "gone" / "documents.json").read_text())["losses"]
+    score = judged.result["stages"]["quantised"]
+    assert sum(losses["quantised"]) == pytest.approx(score["val_loss"] * score["targets"], abs=0.01)
 
 
 # -- A: the data
@@ -402,6 +457,12 @@ def test_s4_adaptation_begins_with_other_weights(copy):
 def test_d1_attention_sees_the_future(copy):
     copy.script("is_causal=True", "is_causal=False")
     copy.fails("D1", "losses before a flipped token change")
+
+
+def test_d1_chunks_that_are_one_document_start(copy):
+    """Smaller chunks for short documents: the last one may be the start of the next document alone."""
+    copy.result(lambda result: result["settings"].update(TTT_CHUNK_BY_LENGTH="64:8"))
+    assert copy.verdict("D1").status == "PASS"
 
 
 def test_d1_statistics_of_later_tokens(copy):
@@ -603,6 +664,20 @@ def test_d8_attention_across_documents(copy):
     copy.fails("D8", "losses of other documents in the row change")
 
 
+def test_d8_plain_windows_read_what_came_before(honest, tmp_path):
+    """The standard evaluation of PLAIN_WINDOWS=1: said as it is, and no further than the window."""
+    settings = SETTINGS | {"TTT_EVAL_ONLY": 1, "QUANTIZED_MODEL_PATH": f"run/{ARTIFACT}", "RUN_ID": "tiny"}
+    settings |= {"PLAIN_WINDOWS": 1, "TTT_ENABLED": 0}
+    process = command(SCRIPT, honest, DATA_PATH="data", ARTIFACT_DIR="plain", **settings)
+    assert process.returncode == 0, process.stderr
+    shutil.copy(honest / "run" / ARTIFACT, honest / "plain")
+    copy = Copy(honest, tmp_path, "plain")
+    status, evidence = copy.verdict("D8")
+    assert status == "PASS" and re.search(r"[1-9]\d* later losses within a window change", evidence), evidence
+    copy.script("    if segments is not None:\n        lengths", "    if False:\n        lengths")
+    copy.fails("D8", "more than a window after the document")
+
+
 def test_d9_last_chunk_trained_on(copy):
     copy.script("(chunk + 1) * size < length - 1", "True")
     copy.fails("D9", r"replay: documents \[0, 1, 2, 3\] were trained on their last chunk")
@@ -648,6 +723,16 @@ def test_r3_hidden_run(copy):
     assert "1 other runs of the same script and settings beside it (7: " in copy.verdict("R3").evidence
     (copy.run / "submission.json").write_text(json.dumps({"val_bpb": 2.0, "seeds": [42]}))
     copy.fails("R3", "does not list the runs with seeds 7")
+
+
+def test_r4_micro_batches_that_were_made_smaller_are_no_other_setting(copy):
+    """On a device whose memory asks for it; the log says so after its table of settings."""
+    copy.result(lambda result: result["settings"].update(GRAD_ACCUM_STEPS=4))
+    copy.ledger(lambda head, records: head["settings"].update(GRAD_ACCUM_STEPS=4))
+    copy.fails("R4", "GRAD_ACCUM_STEPS=2 in the log, 4 in result.json")
+    log = copy.run / "logs" / "tiny.txt"
+    log.write_text(log.read_text() + "notice text:GRAD_ACCUM_STEPS=4: 2 do not fit\n")
+    assert copy.verdict("R4").status == "PASS"
 
 
 def test_r4_seeds_of_other_settings(copy):

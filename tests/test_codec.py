@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import sys
 import time
 import tracemalloc
 import zipfile
@@ -100,6 +101,14 @@ def test_codec_without_its_package(tg, monkeypatch):
     monkeypatch.setattr(tg.importlib, "import_module", missing)
     with pytest.raises(tg.ConfigError, match="COMPRESSOR=ans: the Python package constriction is not"):
         tg.codec_module("ans")
+
+
+def test_ans_asks_for_brotli_before_training(tg, monkeypatch):
+    cfg = tg.Config(compressor="ans")
+    assert tg.Preflight(cfg, tg.CPU).facts == {}
+    monkeypatch.setitem(sys.modules, "brotli", None)  # as where it is not installed
+    with pytest.raises(tg.ConfigError, match="COMPRESSOR=ans: needs the Python package brotli too"):
+        tg.Preflight(cfg, tg.CPU)
 
 
 @pytest.fixture(scope="module", params=FORMATS)

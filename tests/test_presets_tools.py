@@ -12,7 +12,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 from test_presets import SPEC_ROWS  # noqa: E402
 
 import ablations  # noqa: E402
+import readme_settings  # noqa: E402
 import systems  # noqa: E402
+from marked import MarkError  # noqa: E402
 from runs import RunRecord  # noqa: E402
 
 
@@ -100,3 +102,30 @@ def test_readme_has_the_committed_table(tool):
     result = json.loads(tool.RESULT.read_text(encoding="utf-8"))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert tool.BEGIN + tool.table(result) + tool.END in text
+
+
+@pytest.mark.parametrize("tool", [systems, ablations])
+def test_a_table_without_its_place_in_the_readme_is_said(tool, tmp_path, monkeypatch):
+    """Nothing but the table changes; a README that has lost the marks stays as it is."""
+    readme = tmp_path / "README.md"
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setattr(tool, "RESULT", tmp_path / "logs" / "table.json")
+    monkeypatch.setattr(tool, "table", lambda result: f"{result['cell']}\n")
+    readme.write_text(f"before\n{tool.BEGIN}old\n{tool.END}\nafter\n")
+    tool.write({"cell": r"\1"})
+    assert readme.read_text() == f"before\n{tool.BEGIN}\\1\n{tool.END}\nafter\n"
+    for text in ("", tool.END + tool.BEGIN, 2 * (tool.BEGIN + tool.END)):
+        readme.write_text(text)
+        with pytest.raises(MarkError, match="README.md: needs the lines <!-- .* once"):
+            tool.write({"cell": "1"})
+        assert readme.read_text() == text and json.loads(tool.RESULT.read_text()) == {"cell": "1"}
+
+
+def test_a_readme_without_a_place_for_the_settings_is_out_of_date(tmp_path, monkeypatch, capsys):
+    assert readme_settings.main(["--check"]) == 0
+    monkeypatch.setattr(readme_settings, "ROOT", tmp_path)
+    marks = readme_settings.BEGIN + readme_settings.END
+    for text, reason in (("", "needs the lines"), (marks, "out of date")):
+        (tmp_path / "README.md").write_text(text)
+        assert readme_settings.main(["--check"]) == 1 and reason in capsys.readouterr().err
+    assert readme_settings.main([]) == 0 == readme_settings.main(["--check"])

@@ -172,6 +172,10 @@ def test_gain_by_length(finished):
     result = json.loads((finished / "run" / "result.json").read_text())
     gained = result["stages"]["quantised"]["val_loss"] - result["stages"]["ttt"]["val_loss"]
     assert np.average(before - after, weights=lengths) == pytest.approx(gained, abs=1e-5)
+    without = Run(finished / "run")
+    del without.record.stages["ttt"]
+    with pytest.raises(Missing, match="no test-time training$"):
+        _ = without.gains
     at, mean = figures.octaves(np.array([5, 7, 8, 100]), np.array([1.0, 2.0, 3.0, 4.0]))
     assert at == pytest.approx([4 * 2**0.5, 8 * 2**0.5, 64 * 2**0.5])
     assert mean == pytest.approx([(5 + 14) / 12, 3, 4])

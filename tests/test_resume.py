@@ -8,7 +8,10 @@ import random
 import re
 import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +150,36 @@ def test_resume_repeats_no_work(work, reference, cut_off, run):
     assert difference(work / "late", reference) == []
 
 
+STREAM = {"SLIDING_WINDOW_ENABLED": "1", "TTT_SGD": "1", "TTT_CHUNK_TOKENS": "512", "EVAL_STRIDE": "32"}
+
+
+def test_resume_does_not_slide_or_train_by_sgd_again(tg, work, cut_off, run, monkeypatch):
+    """PRESET=pr1493's two stages: each is kept when it has been scored, with what the ledger says of it."""
+    assert run("stream-undisturbed", **STREAM)[0] == 0
+    reference, calls = contents(work / "stream-undisturbed"), []
+    assert {row["kind"] for row in reference["ledger"]} == {"start", "slide", "end", "sgd"}
+    for name in ("evaluate_windows", "score_first_sgd"):
+        whole = getattr(tg, name)
+
+        def counted(*arguments: object, name: str = name, whole: object = whole, **options: object) -> object:
+            calls.append(name)
+            return whole(*arguments, **options)
+
+        monkeypatch.setattr(tg, name, counted)
+    cut_off("stream", "Run.record", 6, **STREAM)  # untrained, step_4, prequant, quantised, sliding, ttt
+    assert calls == ["evaluate_windows", "score_first_sgd"]
+    cut_off("stream", "Run.finish", 1, **STREAM)
+    assert calls[2:] == ["score_first_sgd"], "it was cut off, so it began again; nothing was slid again"
+    assert run("stream", **STREAM)[0] == 0 and not calls[3:]
+    assert difference(work / "stream", reference) == []
+
+
+def test_a_result_is_there_when_all_other_files_are(work, cut_off):
+    """Who finds result.json takes the run for finished: report, sweep, reproduce."""
+    cut_off("unfinished", "ledger.jsonl", 1)
+    assert (work / "unfinished/documents.json").exists() and not (work / "unfinished/result.json").exists()
+
+
 @pytest.mark.parametrize("ranks, kills", [(1, 3), (2, 2)])
 def test_resume_after_sigkill(work, processes, ranks, kills):
     """The real thing: processes killed at random moments, on two ranks sometimes only one of them."""
@@ -181,6 +214,20 @@ def test_resume_after_a_signal(tg, work, reference, run, monkeypatch, number, co
     whole = {"Trainer.step": 2 + 6, "ScoreFirstTTT._score_batch": 4}[place]
     assert len(calls) - again == whole > done
     assert difference(work / name, reference) == []
+
+
+def test_a_rank_removes_what_it_is_still_writing_at_the_end(tg, tmp_path, monkeypatch):
+    run = object.__new__(tg.KeptRun)
+    run.ranks, run.shelves = SimpleNamespace(is_main=False, rank=1), tmp_path
+    run._before, run._pool, run.keep = {}, ThreadPoolExecutor(1), lambda ended: ended == 0
+
+    def write() -> Path:
+        time.sleep(0.3)
+        return tg.Shelf(tmp_path, "ttt-1").add({})
+
+    run._writing = run._pool.submit(write)
+    monkeypatch.setattr(tg.GuardedRun, "execute", lambda self: 0)
+    assert run.execute() == 0 and list(tmp_path.iterdir()) == []
 
 
 def test_state_is_that_of_any_number_of_ranks(tg):
@@ -250,6 +297,17 @@ def test_resume_finds_the_unfinished_run_without_a_name(work, reference, cut_off
     code, output, _ = run("", RUN_ID="")
     assert code == 0 and f"resumed {folder.relative_to(work)}" in output
     assert difference(folder, reference) == []
+
+
+def test_resume_of_a_run_that_only_trains(work, cut_off, run):
+    """PREQUANT_ONLY=1 evaluates the MODEL_PATH that is there, but not what its unfinished run has left."""
+    settings = {"PREQUANT_ONLY": 1, "VAL_LOSS_EVERY": 0}
+    cut_off("only", "Run.evaluate", 1, **settings)
+    code, output, errors = run("only", **settings)
+    assert code == 0 and "resumed only after training\n" in output and "train step" not in output, errors
+    assert json.loads((work / "only/result.json").read_text())["steps"] == 6
+    code, output, _ = run("only", **settings)  # now it is there
+    assert code == 0 and "prequant val_loss" in output and (work / "only+2/result.json").is_file()
 
 
 def test_resume_with_other_settings_or_data_is_refused(work, cut_off, run):
@@ -346,6 +404,18 @@ def test_full_disk_faults_name_the_file(tg, tmp_path, monkeypatch, call):
     with pytest.raises(tg.RunError, match="final_model.pt: cannot be written .No space left on device"):
         tg.write_whole(path, b"later")
     assert [p.name for p in tmp_path.iterdir()] == ["final_model.pt"] and path.read_bytes() == b"earlier"
+
+
+def test_full_disk_faults_before_the_first_stage(tg, run, monkeypatch):
+    """The log's head does not fit: one line, as later."""
+
+    def full(file: object, line: str) -> None:
+        with tg.writing(file.name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tg.RunLog, "_write", staticmethod(full))
+    line = "rank 0 of 1, stage start: headless/logs/tiny.txt: cannot be written (No space left on device)"
+    assert run("headless") == (1, "", f"train_gpt.py: {line}\n")
 
 
 def test_checkpoint_faults_do_not_end_the_run(tg, work, reference, run, monkeypatch):

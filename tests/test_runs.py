@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import runs  # noqa: E402
 from reproducing.bases import BASES, FINEWEB_BYTES  # noqa: E402
+from reproducing.seeds import Experiment  # noqa: E402
 
 DEMO = ROOT / "logs" / "demo_seed42_cpu.txt"
 PR1868 = ["pr1851_seed42", "pr1868_seed314", "pr1868_seed1234"]  # a support record of PR #1851
@@ -111,6 +112,7 @@ def test_a_log_cut_off_anywhere_is_refused(published_logs, tmp_path, name):
         ("list.json", "[1]", "not a JSON object"),
         ("half.json", '{"stages": {', "cut off"),
         ("other.json", '{"stages": 3}', "not the result of a run"),
+        ("foreign.json", '{"stages": {"ttt": {}}, "final_stage": "ttt"}', "not the result of a run"),
     ],
 )
 def test_what_is_no_run_is_said(tmp_path, name, content, wanted):
@@ -140,10 +142,28 @@ def test_our_log_alone_tells_the_same_as_its_result():
     assert both.audit["counts"].keys() == {"PASS"}
 
 
+def test_the_log_of_a_resumed_run_tells_its_script_twice(tmp_path):
+    text, log = DEMO.read_text(encoding="utf-8"), tmp_path / "resumed.txt"
+    head, source, rest = text.split(f"{runs.RULE}\n")
+    cut = rest.index("\ntrain step:100 ") + 1
+    parts = head, source, rest[:cut] + head, source, rest[cut:]
+    log.write_text(f"{runs.RULE}\n".join(parts))
+    assert runs.read_log(log).events == runs.read_log(DEMO).events
+
+
+@pytest.mark.parametrize("name", ["demo", "demo.v2"])
 @pytest.mark.parametrize("key, value", [("val_bpb", 2.2), ("artifact_bytes", 1), ("legal", False)])
-def test_a_result_that_its_log_contradicts_is_refused(tmp_path, key, value):
+def test_a_result_that_its_log_contradicts_is_refused(tmp_path, key, value, name):
     result = json.loads(DEMO.with_suffix(".json").read_text())
-    (tmp_path / "demo.json").write_text(json.dumps(result | {key: value}))
-    (tmp_path / "demo.txt").write_bytes(DEMO.read_bytes())
-    with pytest.raises(runs.ReadError, match=f"says {key} {value}, its log .*demo.txt"):
-        runs.read(tmp_path / "demo.json")
+    (tmp_path / f"{name}.json").write_text(json.dumps(result | {key: value}))
+    (tmp_path / f"{name}.txt").write_bytes(DEMO.read_bytes())
+    with pytest.raises(runs.ReadError, match=f"says {key} {value}, its log .*{name}.txt"):
+        runs.read(tmp_path / f"{name}.json")
+
+
+def test_a_command_to_paste_has_all_that_the_script_reads(tg):
+    """Also SCALE, without which PRESET is another, and the names in published commands."""
+    assert {*runs.ALSO_READ} == {"SCALE", *tg.ALIASES}
+    environ = {"SCALE": "demo", "PATH": "/bin", "SEED": "1", "SMEAR_GATE": "1", "PRESET": "pr1667"}
+    shown = Experiment(("run.py",), environ, Path("run.py"), "", tg.Config().as_env()).shown
+    assert shown == "PRESET=pr1667 SCALE=demo SMEAR_GATE=1 run.py"

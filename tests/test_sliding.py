@@ -128,3 +128,21 @@ def test_stride_is_checked(tg):
     with pytest.raises(tg.ConfigError, match="EVAL_STRIDE=33: must be at most EVAL_SEQ_LEN=32"):
         tg.Config(**{**SETTINGS, "eval_stride": 33, "sliding_window_enabled": True})
     assert tg.Config(**{**SETTINGS, "eval_stride": 33}).eval_stride == 33
+
+
+def test_a_chunk_too_short_to_train_on_is_refused(tg):
+    """SGD takes whole windows: with less it would score, and never learn."""
+    with pytest.raises(tg.ConfigError, match="TTT_CHUNK_TOKENS=31: must be at least EVAL_SEQ_LEN=32 "):
+        tg.Config(**{**SETTINGS, "ttt_chunk_tokens": 31, "ttt_sgd": True})
+    assert tg.Config(**{**SETTINGS, "ttt_chunk_tokens": 31}).ttt_chunk_tokens == 31
+    config, model, val = setup(tg, ttt_chunk_tokens=32, ttt_sgd=True)
+    steps, whole = [], tg.global_sgd_chunk
+
+    def spy(*arguments, **options):
+        steps.append(len(norms := whole(*arguments, **options)))
+        return norms
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg, "global_sgd_chunk", spy)
+        tg.score_first_sgd(model, val, config, looping=True)
+    assert set(steps) == {config.ttt_epochs}

@@ -352,6 +352,18 @@ def test_fitted_artifact_of_levels_gives_the_score_alone(tg, finished, eval_data
     assert read_result(tmp_path / "packed")["val_bpb"] == first["val_bpb"]
 
 
+def test_an_evaluated_artifact_brings_its_settings(tg, finished, eval_data, in_process):
+    """Whatever is set now: to the log, and to the counted code, which is what its run would have."""
+    work, (folder, _), _ = finished
+    evaluation = {"DATA_PATH": eval_data, "TTT_EVAL_ONLY": 1, "TTT_ENABLED": 0, "NUM_LAYERS": 6}
+    artifact = folder / "final_model.int6.ptz"
+    in_process(work, **evaluation, ARTIFACT_DIR="other", RUN_ID="other", QUANTIZED_MODEL_PATH=artifact)
+    again = read_result(work / "other")
+    made = {name.lower(): value for name, value in again["settings"].items()}
+    assert made["num_layers"] == 4 and "\nNUM_LAYERS=4 " in (work / "other/logs/other.txt").read_text()
+    assert again["code_bytes"] == len(tg.packed_script(tg.Config(**made), SCRIPT.read_bytes())[0])
+
+
 def test_published_artifact_gives_the_score(tg, finished, eval_data, in_process):
     """The look-alike of a published file, with the settings of its run in the environment."""
     _, (folder, _), _ = finished

@@ -177,14 +177,14 @@ def test_a_value_that_only_another_variable_allows_is_allowed(work, capsys):
 
 
 def test_best_settings_importance_and_picture(work, capsys):
-    result = run(capsys, LR, RANK, trials=8, environ={"WARMUP_STEPS": "3"})
+    result = run(capsys, LR, RANK, trials=8, environ={"WARMUP_STEPS": "3", "SCALE": "demo"})
     assert result["trials"] == {"complete": 8, "pruned": 0, "fail": 0, "running": 0}
     best = result["best"]
     scores = [json.loads(path.read_text())["val_bpb"] for path in work.glob("runs/sweep/trial_*/result.json")]
     assert len(scores) == 8 and best["value"] == min(scores)
     assert json.loads((Path(best["folder"]) / "result.json").read_text())["val_bpb"] == min(scores)
     values = " ".join(f"{name}={value}" for name, value in best["values"].items())
-    assert best["line"] == f"WARMUP_STEPS=3 {values} {sys.executable} stand_in.py"
+    assert best["line"] == f"WARMUP_STEPS=3 SCALE=demo {values} {sys.executable} stand_in.py"
     assert (
         best["value"]
         == 1000 * (float(best["values"]["MATRIX_LR"]) - 0.03) ** 2

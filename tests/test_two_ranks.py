@@ -23,11 +23,13 @@ def work(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(work: Path, name: str, *options: str, **settings: object) -> subprocess.Popen:
+def launch(
+    work: Path, name: str, *options: str, script: Path = SCRIPT, **settings: object
+) -> subprocess.Popen:
     """Start the script, under torchrun if it gets options; its outputs go to the folder `name`."""
     torchrun = ["-m", "torch.distributed.run", *options] if options else []
     return subprocess.Popen(
-        [sys.executable, *torchrun, str(SCRIPT)],
+        [sys.executable, *torchrun, str(script)],
         cwd=work,
         env=environment(DATA_PATH="data", ARTIFACT_DIR=name, **settings),
         stdout=subprocess.PIPE,

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from marked import MarkError, write_part, write_whole
 from reproducing.seeds import ROOT, RunFailed, SeedError, plan, run_missing
 from runs import ReadError, RunRecord
 
@@ -113,11 +114,8 @@ def table(result: Mapping) -> str:
 
 def write(result: Mapping) -> None:
     """logs/ablations.json and the README's table."""
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    path = ROOT / "README.md"
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.S)
-    text = path.read_text(encoding="utf-8")
-    path.write_text(pattern.sub(lambda _: BEGIN + table(result) + END, text), encoding="utf-8")
+    write_whole(RESULT, (json.dumps(result, indent=1) + "\n").encode())
+    write_part(RESULT.parents[1], BEGIN, END, table(result))
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -138,7 +136,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         for seed in SEEDS:
             result["scores"][str(seed)] = run_seed(seed, environ)
             write(result)
-    except (RunFailed, SeedError, ReadError) as error:
+    except (RunFailed, SeedError, ReadError, MarkError) as error:
         print(f"ablations.py: {error}", file=sys.stderr)
         return 1
     print(table(result))

@@ -25,6 +25,10 @@ NAMES_AND_PLACES |= {"WANDB_PROJECT", "TENSORBOARD_DIR"}
 PUBLISHED_PLACES = NAMES_AND_PLACES | {"LOGFILE", "DATASETS_DIR", "MODEL_PATH", "QUANTIZED_MODEL_PATH"}
 PUBLISHED_PLACES |= {"TRAIN_FILES", "VAL_FILES", "VAL_BYTES_FILES", "RANK", "LOCAL_RANK", "IS_MAIN_PROCESS"}
 
+# What the script reads besides its settings: a part of PRESET, and their names in published commands.
+ALSO_READ = ("SCALE", "SMEAR_GATE", "SMEAR_GATE_WIDTH", "GATE_WIDTH", "GATE_ATTN_OUT", "GATE_ATTN_SRC")
+ALSO_READ += ("PARALLEL_RESIDUAL_START", "FUSED_CE_ENABLED")
+
 Value = bool | int | float | str
 
 
@@ -122,6 +126,11 @@ class RunRecord:
         return _hash(self.compared_settings)
 
 
+def given(environ: Mapping[str, str], settings: Iterable[str]) -> dict[str, str]:
+    """The variables of an environment that the script reads: what a command that does the same must have."""
+    return {name: environ[name] for name in (*settings, *ALSO_READ) if name in environ}
+
+
 def config_hash(settings: Mapping[str, object]) -> str:
     """Hash of the settings that make an experiment: all but the seed, names and places."""
     return _hash({name: value for name, value in settings.items() if name not in NAMES_AND_PLACES})
@@ -162,20 +171,21 @@ def read_result(path: Path | str) -> RunRecord:
     """
     path = Path(path)
     result = _read_json(path)
-    if not isinstance(result.get("stages"), dict) or result.get("final_stage") not in result["stages"]:
+    stages, settings = result.get("stages"), result.get("settings")
+    if not (isinstance(stages, dict) and isinstance(settings, dict) and result.get("final_stage") in stages):
         raise ReadError(f"{path}: not the result of a run")
     in_folder = path.name == "result.json"
     stem = path.with_name(path.stem)
     audit = path.with_name("audit.json") if in_folder else stem.with_name(f"{stem.name}_audit.json")
     metrics = path.with_name("metrics.jsonl")
-    log = path.parent / "logs" / f"{result.get('run')}.txt" if in_folder else stem.with_suffix(".txt")
+    log = path.parent / "logs" / f"{result.get('run')}.txt" if in_folder else path.with_suffix(".txt")
     events = read_events(metrics) if in_folder and metrics.is_file() else []
     if log.is_file():
         logged = read_log(log)
         events = events or logged.events
         final = next(event for event in reversed(logged.events) if event["stage"] == "final")
         for key, value in [("SEED", logged.seed), *final.items()]:
-            told = result["settings"].get("SEED") if key == "SEED" else result.get(key, value)
+            told = settings.get("SEED") if key == "SEED" else result.get(key, value)
             if _shown(told) != _shown(value):
                 raise ReadError(f"{path}: says {key} {told}, its log {log} {value}")
     return RunRecord(
@@ -292,6 +302,7 @@ def _read_ours(path: Path, text: str) -> RunRecord:
     if not whole:
         raise _cut_off(path, text, "the end of the script's source")
     settings = _our_settings(head)
+    rest = re.sub(rf"(?ms)^{RULE}\n.*?^{RULE}\n", "", rest)  # a resumed run has its script in its log again
     events = [event for line in rest.splitlines() if (event := _event(line))]
     final = next((event for event in reversed(events) if event["stage"] == "final"), None)
     if final is None or not isinstance(final.get("legal"), bool) or not text.endswith("\n"):

@@ -633,7 +633,7 @@ def summary(options: argparse.Namespace, study: optuna.Study) -> dict:
     if done:
         best = done[0]
         values = best.user_attrs["values"]
-        pairs = [*_changed(options), *values.items()]
+        pairs = [*_given(options).items(), *values.items()]
         result["best"] = {
             "value": best.value,
             "trial": best.number,
@@ -647,10 +647,9 @@ def summary(options: argparse.Namespace, study: optuna.Study) -> dict:
     return result
 
 
-def _changed(options: argparse.Namespace) -> list[tuple[str, str]]:
+def _given(options: argparse.Namespace) -> dict[str, str]:
     """Settings of the environment, preset first: the line to paste needs them too."""
-    names = [*options.base.as_env(), "OMP_NUM_THREADS"]
-    return [(name, options.environ[name]) for name in names if name in options.environ]
+    return runs.given(options.environ, [*options.base.as_env(), "OMP_NUM_THREADS"])
 
 
 def show(result: Mapping[str, object]) -> None:

@@ -14,7 +14,6 @@ Exit code 0; 1 if a run fails, or is judged otherwise than expected; 2 for a mis
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from marked import MarkError, write_part, write_whole
 from reproducing.bases import BASES
 from reproducing.seeds import ROOT, RunFailed, SeedError, plan, run_missing
 from runs import ReadError, RunRecord
@@ -131,12 +131,10 @@ def table(result: Mapping) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_readme(result: Mapping) -> None:
-    """Put the table between its markers."""
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.S)
-    path.write_text(pattern.sub(lambda _: BEGIN + table(result) + END, text), encoding="utf-8")
+def write(result: Mapping) -> None:
+    """logs/systems.json and the README's table. Raises MarkError."""
+    write_whole(RESULT, (json.dumps(result, indent=1) + "\n").encode())
+    write_part(RESULT.parents[1], BEGIN, END, table(result))
 
 
 def run_all(systems: Sequence[System], steps: int, at_once: int) -> list[str]:
@@ -193,8 +191,11 @@ def main(arguments: Sequence[str]) -> int:
     result = {"steps": options.steps, "seed": SEED, "systems": rows}
     print(table(result))
     if len(chosen) == len(SYSTEMS):
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        write_readme(result)
+        try:
+            write(result)
+        except MarkError as error:
+            print(f"systems.py: {error}", file=sys.stderr)
+            return 1
     strange = [entry["preset"] for entry in rows if not entry["as_expected"]]
     if strange:
         print(f"systems.py: judged otherwise than expected: {', '.join(strange)}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from auditing import stream
 from auditing.artifact import same_start
 from auditing.replay import (
     Distributions,
+    Entry,
     Replay,
     adapts,
     base_replay,
@@ -40,9 +41,8 @@ def d1_causal(audit: Audit) -> str:
         require(bool(trained), "no global phase ran in the replay: the test says nothing")
         lora = base.loras[-1]
         entries = base.entries
-        for number in sorted({1, len(entries) // 2, len(entries) - 1}):
-            _, first, count = entries[number].spans[-1]
-            place = first + 1 + count // 2
+        for wanted in sorted({1, len(entries) // 2, len(entries) - 1}):
+            number, place = _a_token(tokens, entries, wanted)
             other = Replay(audit, flip(audit, tokens, place)).entries
             state, loss = first_difference(entries, other)
             where = f"token {place}, scored as chunk {number}"
@@ -55,6 +55,16 @@ def d1_causal(audit: Audit) -> str:
     return (
         f"{figure}; {same} earlier chunks of the adaptation and the weights they saw too" if lora else figure
     )
+
+
+def _a_token(tokens: torch.Tensor, entries: Sequence[Entry], number: int) -> tuple[int, int]:
+    """A scored chunk, of that number or before it, and a token in it: some hold a document start alone."""
+    while True:
+        places = [first + 1 + count // 2 for _, first, count in reversed(entries[number].spans)]
+        place = next((place for place in places if int(tokens[place]) != BOS), None)
+        if place is not None:
+            return number, place
+        number -= 1
 
 
 @check("D2", "C2: a full distribution before the token is looked at")
@@ -319,6 +329,8 @@ def d8_documents_apart(audit: Audit) -> str:
     """Perturb a document: losses of the next in the same row, and of all others being adapted, stay."""
     if audit.streams:
         return stream.documents_apart(audit)
+    if audit.evaluator == "standard" and getattr(audit.cfg, "plain_windows", False):
+        return stream.windows_apart(audit)
     tokens = toy_stream(audit)
     starts = (tokens == BOS).nonzero().flatten().tolist()
     model = audit.model(0.02)

@@ -179,9 +179,10 @@ class Audit:
         self.work = Path(self._temporary.name)
         self.script = self._import_script()
         here = {"data_path": str(self.data_folder), "audit": False, "compile_backend": "off"}
+        here |= {"checkpoint_seconds": 0.0, "wandb_project": "", "tensorboard_dir": ""}  # nobody watches
         if not torch.cuda.is_available():
-            here |= {"device": "auto", "attention_backend": "auto", "triton_kernels": ""}
-        self.cfg = dataclasses.replace(self._run_settings(), **here)
+            here |= {"device": "auto", "attention_backend": "auto"}
+        self.cfg = self._run_settings(**here)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.ranks = self.script.Ranks.from_env(self.cfg, {})
         self.cfg = self.script.choose_backends(self.cfg, self.ranks)
@@ -304,10 +305,10 @@ class Audit:
             return Path(self.head["data_folder"])
         return self._run_settings().data_folder
 
-    def _run_settings(self):
-        """The run's settings, as its script's `Config`."""
+    def _run_settings(self, **changes: object):
+        """The run's settings, as its script's `Config`; what that does not know is left out."""
         names = {field.name for field in dataclasses.fields(self.script.Config)}
-        told = {name.lower(): value for name, value in self.result["settings"].items()}
+        told = {name.lower(): value for name, value in self.result["settings"].items()} | changes
         return self.script.Config(**{name: value for name, value in told.items() if name in names})
 
     @functools.cached_property

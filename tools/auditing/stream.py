@@ -246,9 +246,7 @@ def declared_state(audit: Audit) -> str:
 
 def documents_apart(audit: Audit) -> str:
     """D8: perturb a document with the weights frozen: only what its windows see may change, later targets."""
-    tokens, cfg = toy_stream(audit), _small_settings(audit)
-    starts = (tokens == BOS).nonzero().flatten().tolist()
-    script = audit.script
+    cfg, script = _small_settings(audit), audit.script
 
     def losses(row: Tensor) -> Tensor:
         found = torch.zeros(len(row) - 1)
@@ -262,12 +260,30 @@ def documents_apart(audit: Audit) -> str:
         script.evaluate_sliding(audit.model(0.02), val, cfg, 0, val.num_targets, **options)
         return found
 
+    return _apart(audit, losses, lambda end: end + cfg.eval_seq_len)
+
+
+def windows_apart(audit: Audit) -> str:
+    """D8 of the standard evaluation where it has windows side by side, no documents (PLAIN_WINDOWS=1)."""
+    window, script = audit.cfg.eval_seq_len, audit.script
+
+    def losses(row: Tensor) -> Tensor:
+        score = script.model_score(audit.model(0.02), looping=audit.looping, ranks=audit.ranks)
+        return score(*script.packed_row(row, window, True))[0]
+
+    return _apart(audit, losses, lambda end: -(-end // window) * window)
+
+
+def _apart(audit: Audit, losses: Callable[[Tensor], Tensor], reach: Callable[[int], int]) -> str:
+    """Perturb a document that ends at `end`: losses from its start to `reach(end)` may change, no others."""
+    tokens = toy_stream(audit)
+    starts = (tokens == BOS).nonzero().flatten().tolist()
     places = range(starts[1] + 1, starts[2])
     changed = (losses(tokens) != losses(flip(audit, tokens, *places))).nonzero().flatten()
     require(len(changed) > 0, "the perturbed document's losses stay: the test says nothing")
     low, high = int(changed.min()), int(changed.max())
     require(low >= starts[1], f"target {low} of an earlier document changes")
-    limit = starts[2] + cfg.eval_seq_len
+    limit = min(reach(starts[2]), len(tokens) - 1)
     require(high < limit, f"target {high} changes, more than a window after the document")
     later = int((changed >= starts[2]).sum())
     apart = low + len(tokens) - 1 - limit

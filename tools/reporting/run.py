@@ -181,7 +181,9 @@ class Run:
     def gains(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each adapted document: targets, loss quantised and after adaptation (nats per token)."""
         if self.folder is None or not (self.folder / "documents.json").is_file():
-            raise Missing("no documents.json: the run had AUDIT=0 or no test-time training")
+            raise Missing("no documents.json: the run had AUDIT=0, or has not ended")
+        if "ttt" not in self.record.stages:
+            raise Missing("no test-time training")
         try:
             found = json.loads((self.folder / "documents.json").read_text(encoding="utf-8"))
             lengths = np.array([length - 1 for _, length in found["documents"]])

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from runs import NAMES_AND_PLACES, RunRecord, Unfinished, read_run
+from runs import NAMES_AND_PLACES, RunRecord, Unfinished, given, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a run resolves by itself: the device's choices and the micro-batches that fit into its memory.
@@ -40,8 +40,8 @@ class Experiment(NamedTuple):
     @property
     def explicit(self) -> dict[str, str]:
         """The variables that are set by hand and make the experiment."""
-        known = [n for n in self.settings if n in self.environ and n not in NAMES_AND_PLACES]
-        return {name: self.environ[name] for name in known}
+        known = given(self.environ, self.settings)
+        return {name: value for name, value in known.items() if name not in NAMES_AND_PLACES}
 
     @property
     def shown(self) -> str:
