@@ -3219,7 +3219,7 @@ def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[i
     graphs = compiled_graphs() if trainer.ranks.compiler else 0
     allowance = max(cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds, 0.0)
     capped = cfg.max_wallclock_seconds > 0
-    step, agreed, previous = trainer.position
+    step, agreed, report = trainer.position
     progress = log.progress("train", allowance if capped else cfg.iterations)  # seconds or steps
     with watch.stage("train"):
         while step < cfg.iterations and not (capped and _spent(agreed, step) >= allowance):
@@ -3227,7 +3227,7 @@ def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[i
                 validate(step)
             was_looping = trainer.looping
             frac = _spent(agreed, step) / allowance if capped else step / cfg.iterations
-            report = trainer.step(step, frac, elapsed=watch.elapsed("train"))
+            previous, report = report, trainer.step(step, frac, elapsed=watch.elapsed("train"))
             step += 1
             if report.looping and not was_looping:
                 encoder, decoder = layer_order(cfg, looping=True)
@@ -3235,7 +3235,6 @@ def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[i
             if step <= 5 or step % cfg.train_log_every == 0:
                 _log_step(log, cfg, report, watch.elapsed("train"))
             agreed = previous.elapsed if previous else 0.0
-            previous = report
             progress.update(agreed if capped else step)
         report.elapsed  # noqa: B018 - raises if the last step was not finite
     if trainer.ranks.compiler:

@@ -394,6 +394,17 @@ def test_cap_shorter_than_a_step_stops_after_three(tg, make_trainer, run_log, st
     assert tg.train(trainer, log, stopwatch(trainer, 100.0), lambda step: None) == 3
 
 
+def test_training_resumed_at_its_end_ends(tg, make_trainer, run_log):
+    """A run told to stop in the last two steps: by its agreed clock there is no step left to make."""
+    trainer = make_trainer(max_wallclock_seconds=5.0, gptq_reserve_seconds=0.0)
+    trainer.position = 4, 3.0, trainer.step(3, 0.0)
+    log, events = run_log(trainer.cfg)
+    assert tg.train(trainer, log, tg.Stopwatch(tg.CPU), lambda step: None) == 4
+    assert not events("train")
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, trainer.ema.averages[name])
+
+
 def test_validation_and_warm_up_are_off_the_clock(tg, make_trainer, run_log, stopwatch):
     trainer = make_trainer(
         iterations=1000,
