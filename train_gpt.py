@@ -3045,7 +3045,8 @@ class Trainer:
         Each micro-batch is clipped by itself, as on each of eight published ranks, so that the number of
         ranks does not matter (or none is, CLIP_GLOBAL=1).
         """
-        device, limit = self.ranks.device, self.cfg.grad_clip_norm or math.inf
+        device = self.ranks.device
+        limit = math.inf if self.cfg.clip_global else self.cfg.grad_clip_norm or math.inf
         loss_sum, norm_sum = torch.zeros(2, device=device)
         sums: list[Tensor] = []
         for micro in range(self.micro_batches):
@@ -3055,8 +3056,7 @@ class Trainer:
             loss = losses.mean()
             loss.backward()
             loss_sum += loss.detach()
-            if not self.cfg.clip_global:
-                norm_sum += nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+            norm_sum += nn.utils.clip_grad_norm_(self.model.parameters(), limit)
             used = [p for p in self.model.parameters() if p.grad is not None]
             gradients = [p.grad for p in used]
             if sums:

@@ -339,6 +339,20 @@ def test_gradient_that_is_not_finite_is_not_used(tg, make_trainer, monkeypatch, 
     assert spoilt == zeros
 
 
+@pytest.mark.parametrize("clip_global", [False, True])
+def test_gradient_alone_that_is_not_finite_is_this_ranks(tg, make_trainer, monkeypatch, clip_global):
+    """The loss is finite; the message does not look for the fault on another rank."""
+    trainer = make_trainer(clip_global=clip_global)
+    losses, parameter = trainer.model.losses, trainer.model.smear_lambda
+    monkeypatch.setattr(
+        trainer.model, "losses", lambda *a, **o: losses(*a, **o) + (0 * parameter.sum()).sqrt()
+    )
+    report = trainer.step(0, 0.0)
+    assert math.isfinite(report.train_loss)
+    with pytest.raises(tg.RunError, match="grad_norm nan: not finite .this rank's"):
+        report.elapsed  # noqa: B018 - a property that raises
+
+
 # -- the loop
 
 
