@@ -1,5 +1,9 @@
 """Shards, loaders and validation sets on synthetic shards: every stream against a plain list of tokens."""
 
+import dataclasses
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -291,3 +295,23 @@ def test_unverified_data_are_used_when_asked_for(tg, tmp_path, monkeypatch):
         tg.check_data(tg.Config(**settings))
     manifest = tg.check_data(tg.Config(**settings, allow_unverified_data=True))
     assert manifest == {"unverified": f"{tmp_path}/manifest.json: missing"}
+
+
+@pytest.mark.parametrize("key, said, holds", [("tokens", 4, 3), ("bytes", 12, 11)])
+def test_split_at_odds_with_the_manifest_is_used_when_asked_for(tg, tmp_path, monkeypatch, key, said, holds):
+    """Tokens and original bytes of validation: refused in one way, and used in one way."""
+    values = {"train": [BOS, 5, 6], "val": [BOS, 5, 6], "val_bytes": [0, 5, 6]}
+    for split, part in values.items():
+        write_shard(tmp_path / f"fineweb_{split}_000000.bin", part)
+    files = {f"fineweb_{split}_000000.bin": {"tokens": 3} for split in values}
+    val = {"tokens": 3, "bytes": 11} | {key: said}
+    manifest = {"transform": "lossless_caps_caseops_v1", "files": files, "splits": {"val": val}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(tg, "load_tokenizer", lambda cfg: None)
+    cfg = tg.Config(data_path=str(tmp_path), vocab_size=256)
+    told = rf"fineweb_val_.*: {holds} {key}, .*manifest.json says {said}"
+    with pytest.raises(tg.DataError, match=f"{told}; .*ALLOW_UNVERIFIED_DATA=1 overrides"):
+        tg.check_data(cfg)
+    asked = dataclasses.replace(cfg, allow_unverified_data=True)
+    assert re.search(told, tg.check_data(asked)["unverified"])
+    assert tg.load_validation(asked).target_bytes.tolist() == [5, 6]
