@@ -1491,8 +1491,8 @@ def load_validation(cfg: Config) -> ValidationSet:
         val = ValidationSet.from_tables(
             tokens, ByteTables.from_sentencepiece(load_tokenizer(cfg), cfg.vocab_size)
         )
-    if not val.documents:
-        raise DataError(f"{folder}/fineweb_val_*: no document, must hold a BOS (token {BOS}) before each")
+    if tokens[0] != BOS:  # some targets would belong to no document
+        raise DataError(f"{folder}/fineweb_val_*: begins with token {tokens[0]}, must be a BOS ({BOS})")
     return val
 
 

@@ -257,6 +257,15 @@ def test_sidecar_of_another_length_is_refused_by_name(tg, tmp_path, entries):
         tg.check_data(tg.Config(data_path=str(tmp_path), vocab_size=256))
 
 
+@pytest.mark.parametrize("tokens", [[5, 6, BOS, 7, 8], [5, 6, 7]])
+def test_validation_that_begins_inside_a_document_is_refused(tg, tmp_path, tokens):
+    """Its first targets belong to no document: found before training, not by the count of its scores."""
+    write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
+    write_shard(tmp_path / "fineweb_val_bytes_000000.bin", tokens)
+    with pytest.raises(tg.DataError, match="fineweb_val_.*begins with token 5, must be a BOS"):
+        load_validation(tg, tmp_path)
+
+
 def test_token_beyond_the_vocabulary_is_refused(tg, tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", [BOS, 5, 256])
     write_shard(tmp_path / "fineweb_val_bytes_000000.bin", [0, 1, 1])
