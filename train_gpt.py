@@ -620,6 +620,12 @@ def check_evaluators(cfg: Config) -> None:
     if cfg.sliding_window_enabled + cfg.ttt_sgd and cfg.eval_stride > cfg.eval_seq_len:
         limit = f"EVAL_SEQ_LEN={cfg.eval_seq_len}"
         raise ConfigError(f"EVAL_STRIDE={cfg.eval_stride}: must be at most {limit}")
+    if cfg.ttt_sgd and cfg.ttt_chunk_tokens < cfg.eval_seq_len:
+        limit = f"EVAL_SEQ_LEN={cfg.eval_seq_len} (a chunk is whole windows)"
+        raise ConfigError(f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens}: must be at least {limit}")
+    if cfg.val_doc_fraction < 1 and not (cfg.ttt_enabled and not cfg.ttt_sgd):
+        reason = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"
+        raise ConfigError(f"VAL_DOC_FRACTION={cfg.val_doc_fraction:g}: {reason}")
     cfg.chunk_size(0)
 
 
