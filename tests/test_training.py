@@ -387,8 +387,9 @@ def test_looping_may_stay_off(tg, make_trainer, run_log, stopwatch, num_loops, e
 def test_schedules_follow_the_step_number_without_a_cap(tg, make_trainer, run_log, stopwatch):
     trainer = make_trainer(iterations=8, warmdown_frac=0.5, min_lr=0.1, train_log_every=1)
     log, events = run_log(trainer.cfg)
-    tg.train(trainer, log, stopwatch(trainer, 1.0), lambda step: None)
+    tg.train(trainer, log, stopwatch(trainer, 2.0), lambda step: None)
     assert [event["lr_multiplier"] for event in events("train")] == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert {event["tokens_per_second"] for event in events("train")} == {64}  # 128 in two seconds
 
 
 @pytest.mark.parametrize("seconds_per_step, steps", [(1.0, 10), (3.0, 4), (4.0, 3)])
