@@ -1349,25 +1349,28 @@ class ShuffledLoader:
         count = max(0, (num_tokens - 1 - phase) // self._seq_len)
         return (phase + self._rng.permutation(count) * self._seq_len).tolist()
 
-    def _next_window(self) -> np.ndarray:
+    def _draw(self) -> tuple[int, int]:
+        """Shard and start of the next window."""
         left = np.array([len(windows) for windows in self._windows], np.float64)
         if not left.sum():
             self._reset()
-            return self._next_window()
+            return self._draw()
         shard = int(self._rng.choice(len(left), p=left / left.sum()))
-        start = self._windows[shard].pop()
+        return shard, self._windows[shard].pop()
+
+    def _read(self, shard: int, start: int) -> np.ndarray:
         window = self._shards[shard][start : start + self._seq_len + 1]
         check_vocabulary(window, self._vocab_size, self._paths[shard])
         return window
 
     def skip(self, rows: int) -> None:
-        """Leave a batch to another rank."""
+        """Leave a batch to another rank, unread: windows lie all over the files."""
         for _ in range(rows):
-            self._next_window()
+            self._draw()
 
     def next(self, rows: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each [rows, seq_len]."""
-        windows = np.stack([self._next_window() for _ in range(rows)]).astype(np.int64)
+        windows = np.stack([self._read(*self._draw()) for _ in range(rows)]).astype(np.int64)
         tokens = torch.from_numpy(windows)
         return tokens[:, :-1], tokens[:, 1:]
 
@@ -3721,7 +3724,7 @@ def fit_state(
     log: "RunLog",
     ranks: Ranks = CPU,
 ) -> dict[str, QuantizedTensor]:
-    """Store every tensor so that the artifact has at most `budget` bytes, and at least 2,000 less.
+    """Store every tensor so that the artifact has at most `budget` bytes, if it can be at most 2,000 less.
 
     Raises ConfigError when no step is coarse enough.
     """

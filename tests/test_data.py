@@ -229,6 +229,18 @@ def test_shuffled_loader_without_a_shard_for_a_rank(tg, tmp_path):
         assert x.shape == (3, 32)
 
 
+def test_windows_of_other_ranks_are_not_read(tg, tmp_path):
+    """What a rank skips it draws, and that is all: each read is a place of its own on the disk."""
+    path = tmp_path / "fineweb_train_000000.bin"
+    write_shard(path, random_tokens(0, 400))
+    one, other = (tg.ShuffledLoader([path], 1, 0, 32) for _ in range(2))
+    one.next(4)
+    other._shards = None
+    other.skip(4)
+    other._shards = one._shards
+    assert torch.equal(one.next(3)[0], other.next(3)[0])
+
+
 def test_document_straddling_shards_is_one_document(tg, tmp_path):
     tokens = [BOS, 5, 6, 7, BOS, *range(10, 30), BOS, 8, 9]
     sidecar = [0 if token == BOS else token % 7 for token in tokens]
