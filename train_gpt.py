@@ -2883,11 +2883,8 @@ def parameter_table(cfg: Config, model: GPT) -> dict[str, dict]:
         "lr": cfg.matrix_lr,
         "weight_decay": cfg.muon_wd,
         "momentum": cfg.muon_momentum,
-    }
-    muon |= {
-        "backend_steps": cfg.muon_backend_steps,
-        "nesterov": True,
         "row_normalize": cfg.muon_row_normalize,
+        "steps": cfg.muon_backend_steps,
     }
     adam = {"betas": [cfg.beta1, cfg.beta2], "eps": cfg.adam_eps}
     embed = {
@@ -2895,7 +2892,7 @@ def parameter_table(cfg: Config, model: GPT) -> dict[str, dict]:
         "weight_decay": cfg.embed_wd,
     } | adam
     scalar = {"optimizer": "adamw_scalar", "lr": cfg.scalar_lr, "weight_decay": cfg.adam_wd} | adam
-    table = {name: muon | {"update_scale": update_scale(shapes[name])} for name in banks}
+    table = dict.fromkeys(banks, muon)
     table["tok_emb.weight"] = {"optimizer": "adamw_tok"} | embed
     if not cfg.tie_embeddings:
         table["lm_head.weight"] = {"optimizer": "adamw_head"} | embed
@@ -2988,23 +2985,13 @@ class Trainer:
         self.looping = False
         self.micro_batches = cfg.micro_batches(ranks.world_size)
         parameters = dict(model.named_parameters())
-        table = parameter_table(cfg, model)
-        coefficients = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC}[cfg.muon_coefficients]
-        self.muon = Muon(
-            [parameters[name] for name, row in table.items() if row["optimizer"] == "muon"],
-            cfg.matrix_lr,
-            cfg.muon_momentum,
-            cfg.muon_wd,
-            row_normalize=cfg.muon_row_normalize,
-            coefficients=coefficients,
-            steps=cfg.muon_backend_steps,
-            ranks=ranks,
-        )
         groups = {}
-        for name, row in table.items():
-            if row["optimizer"] != "muon":
-                rates = {key: row[key] for key in ("lr", "weight_decay", "betas", "eps")}
-                groups.setdefault(row["optimizer"], rates | {"params": []})["params"].append(parameters[name])
+        for name, row in parameter_table(cfg, model).items():
+            group = groups.setdefault(row["optimizer"], row | {"params": []})
+            group["params"].append(parameters[name])
+            group.pop("optimizer", 0)
+        coefficients = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC}[cfg.muon_coefficients]
+        self.muon = Muon(**groups.pop("muon"), coefficients=coefficients, ranks=ranks)
         self.adamw = torch.optim.AdamW(list(groups.values()), fused=True)
         self._small = [p for group in groups.values() for p in group["params"]]  # averaged as one buffer
         for group in self._groups():
