@@ -2987,9 +2987,8 @@ class Trainer:
         parameters = dict(model.named_parameters())
         groups = {}
         for name, row in parameter_table(cfg, model).items():
-            group = groups.setdefault(row["optimizer"], row | {"params": []})
-            group["params"].append(parameters[name])
-            group.pop("optimizer", 0)
+            group = {"params": []} | row
+            groups.setdefault(group.pop("optimizer"), group)["params"].append(parameters[name])
         coefficients = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC}[cfg.muon_coefficients]
         self.muon = Muon(**groups.pop("muon"), coefficients=coefficients, ranks=ranks)
         self.adamw = torch.optim.AdamW(list(groups.values()), fused=True)
