@@ -447,7 +447,8 @@ def test_real_clock_and_real_cap(tg, make_trainer, run_log):
     watch = tg.Stopwatch(tg.CPU)
     steps = tg.train(trainer, log, watch, lambda step: None)
     assert 1 < steps < 100_000
-    assert 0.5 <= watch.seconds["train"] < 0.5 + 1.0
+    known = (steps - 2) / steps  # the last two steps are taken to be as long as those before them
+    assert 0.5 * known <= watch.seconds["train"] < 0.5 + 1.0
 
 
 def test_cap_without_room_for_a_step_is_refused(tg):
