@@ -630,6 +630,9 @@ def check_rest(cfg: Config) -> None:
     if cfg.ttt_sgd and cfg.ttt_chunk_tokens < cfg.eval_seq_len:
         limit = f"EVAL_SEQ_LEN={cfg.eval_seq_len} (a chunk is whole windows)"
         raise ConfigError(f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens}: must be at least {limit}")
+    if cfg.val_doc_fraction < 1 and not (cfg.ttt_enabled and not cfg.ttt_sgd):
+        reason = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"
+        raise ConfigError(f"VAL_DOC_FRACTION={cfg.val_doc_fraction:g}: {reason}")
     cfg.chunk_size(0)
     kernels, known = cfg.triton_kernels, Config.triton_kernels
     if kernels not in ("", "0", "1") and not {*kernels.split(",")} <= {*known.split(",")}:
@@ -1356,25 +1359,28 @@ class ShuffledLoader:
         count = max(0, (num_tokens - 1 - phase) // self._seq_len)
         return (phase + self._rng.permutation(count) * self._seq_len).tolist()
 
-    def _next_window(self) -> np.ndarray:
+    def _draw(self) -> tuple[int, int]:
+        """Shard and start of the next window."""
         left = np.array([len(windows) for windows in self._windows], np.float64)
         if not left.sum():
             self._reset()
-            return self._next_window()
+            return self._draw()
         shard = int(self._rng.choice(len(left), p=left / left.sum()))
-        start = self._windows[shard].pop()
+        return shard, self._windows[shard].pop()
+
+    def _read(self, shard: int, start: int) -> np.ndarray:
         window = self._shards[shard][start : start + self._seq_len + 1]
         check_vocabulary(window, self._vocab_size, self._paths[shard])
         return window
 
     def skip(self, rows: int) -> None:
-        """Leave a batch to another rank."""
+        """Leave a batch to another rank, unread: windows lie all over the files."""
         for _ in range(rows):
-            self._next_window()
+            self._draw()
 
     def next(self, rows: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each [rows, seq_len]."""
-        windows = np.stack([self._next_window() for _ in range(rows)]).astype(np.int64)
+        windows = np.stack([self._read(*self._draw()) for _ in range(rows)]).astype(np.int64)
         tokens = torch.from_numpy(windows)
         return tokens[:, :-1], tokens[:, 1:]
 
@@ -1504,13 +1510,8 @@ def load_validation(cfg: Config) -> ValidationSet:
         val = ValidationSet.from_tables(
             tokens, ByteTables.from_sentencepiece(load_tokenizer(cfg), cfg.vocab_size)
         )
-    if not val.documents:
-        raise DataError(f"{folder}/fineweb_val_*: no document, must hold a BOS (token {BOS}) before each")
-    charged = read_manifest(folder).get("splits", {}).get("val", {}).get("bytes")
-    if charged not in (None, int(val.target_bytes.sum())) and cfg.caseops_enabled:
-        raise DataError(
-            f"{folder}/fineweb_val_bytes_*: {val.target_bytes.sum()} bytes, manifest.json says {charged}"
-        )
+    if tokens[0] != BOS:  # some targets would belong to no document
+        raise DataError(f"{folder}/fineweb_val_*: begins with token {tokens[0]}, must be a BOS ({BOS})")
     return val
 
 
@@ -1629,11 +1630,14 @@ def _check_manifest(cfg: Config, manifest: dict, counts: dict[str, int], totals:
         if counts.get(name) != said:
             found = f"holds {counts[name]} tokens" if name in counts else "missing"
             raise DataError(f"{cfg.data_folder / name}: {found}, {path} says {said}")
-    splits = manifest.get("splits", {})
-    if splits.get("val", {}).get("tokens", totals["val"]) != totals["val"]:
-        raise DataError(
-            f"{path}: says {splits['val']['tokens']} validation tokens, the shards hold {totals['val']}"
-        )
+    holds = {"val": ("tokens", totals["val"])}
+    if cfg.caseops_enabled:
+        carried = (read_shard(path).sum() for path in shard_paths(cfg.data_folder, "val_bytes"))
+        holds["val_bytes"] = "bytes", int(sum(carried))
+    for split, (key, count) in holds.items():
+        said = manifest.get("splits", {}).get("val", {}).get(key, count)
+        if said != count:
+            raise DataError(f"{cfg.data_folder}/fineweb_{split}_*: {count} {key}, {path} says {said}")
     if not os.path.isfile(tokenizer_file(cfg)):
         return
     digest = hashlib.sha256(tokenizer_file(cfg).read_bytes()).hexdigest()
@@ -2930,11 +2934,8 @@ def parameter_table(cfg: Config, model: GPT) -> dict[str, dict]:
         "lr": cfg.matrix_lr,
         "weight_decay": cfg.muon_wd,
         "momentum": cfg.muon_momentum,
-    }
-    muon |= {
-        "backend_steps": cfg.muon_backend_steps,
-        "nesterov": True,
         "row_normalize": cfg.muon_row_normalize,
+        "steps": cfg.muon_backend_steps,
     }
     adam = {"betas": [cfg.beta1, cfg.beta2], "eps": cfg.adam_eps}
     embed = {
@@ -2942,7 +2943,7 @@ def parameter_table(cfg: Config, model: GPT) -> dict[str, dict]:
         "weight_decay": cfg.embed_wd,
     } | adam
     scalar = {"optimizer": "adamw_scalar", "lr": cfg.scalar_lr, "weight_decay": cfg.adam_wd} | adam
-    table = {name: muon | {"update_scale": update_scale(shapes[name])} for name in banks}
+    table = dict.fromkeys(banks, muon)
     table["tok_emb.weight"] = {"optimizer": "adamw_tok"} | embed
     if not cfg.tie_embeddings:
         table["lm_head.weight"] = {"optimizer": "adamw_head"} | embed
@@ -3035,23 +3036,12 @@ class Trainer:
         self.looping = False
         self.micro_batches = cfg.micro_batches(ranks.world_size)
         parameters = dict(model.named_parameters())
-        table = parameter_table(cfg, model)
-        coefficients = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC}[cfg.muon_coefficients]
-        self.muon = Muon(
-            [parameters[name] for name, row in table.items() if row["optimizer"] == "muon"],
-            cfg.matrix_lr,
-            cfg.muon_momentum,
-            cfg.muon_wd,
-            row_normalize=cfg.muon_row_normalize,
-            coefficients=coefficients,
-            steps=cfg.muon_backend_steps,
-            ranks=ranks,
-        )
         groups = {}
-        for name, row in table.items():
-            if row["optimizer"] != "muon":
-                rates = {key: row[key] for key in ("lr", "weight_decay", "betas", "eps")}
-                groups.setdefault(row["optimizer"], rates | {"params": []})["params"].append(parameters[name])
+        for name, row in parameter_table(cfg, model).items():
+            group = {"params": []} | row
+            groups.setdefault(group.pop("optimizer"), group)["params"].append(parameters[name])
+        coefficients = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC}[cfg.muon_coefficients]
+        self.muon = Muon(**groups.pop("muon"), coefficients=coefficients, ranks=ranks)
         self.adamw = torch.optim.AdamW(list(groups.values()), fused=True)
         self._small = [p for group in groups.values() for p in group["params"]]  # averaged as one buffer
         for group in self._groups():
@@ -3099,7 +3089,8 @@ class Trainer:
         Each micro-batch is clipped by itself, as on each of eight published ranks, so that the number of
         ranks does not matter (or none is, CLIP_GLOBAL=1).
         """
-        device, limit = self.ranks.device, self.cfg.grad_clip_norm or math.inf
+        device = self.ranks.device
+        limit = math.inf if self.cfg.clip_global else self.cfg.grad_clip_norm or math.inf
         loss_sum, norm_sum = torch.zeros(2, device=device)
         sums: list[Tensor] = []
         for micro in range(self.micro_batches):
@@ -3109,8 +3100,7 @@ class Trainer:
             loss = losses.mean()
             loss.backward()
             loss_sum += loss.detach()
-            if not self.cfg.clip_global:
-                norm_sum += nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+            norm_sum += nn.utils.clip_grad_norm_(self.model.parameters(), limit)
             used = [p for p in self.model.parameters() if p.grad is not None]
             gradients = [p.grad for p in used]
             if sums:
@@ -3273,7 +3263,7 @@ def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[i
     graphs = compiled_graphs() if trainer.ranks.compiler else 0
     allowance = max(cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds, 0.0)
     capped = cfg.max_wallclock_seconds > 0
-    step, agreed, previous = trainer.position
+    step, agreed, report = trainer.position
     progress = log.progress("train", allowance if capped else cfg.iterations)  # seconds or steps
     with watch.stage("train"):
         while step < cfg.iterations and not (capped and _spent(agreed, step) >= allowance):
@@ -3281,7 +3271,7 @@ def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[i
                 validate(step)
             was_looping = trainer.looping
             frac = _spent(agreed, step) / allowance if capped else step / cfg.iterations
-            report = trainer.step(step, frac, elapsed=watch.elapsed("train"))
+            previous, report = report, trainer.step(step, frac, elapsed=watch.elapsed("train"))
             step += 1
             if report.looping and not was_looping:
                 encoder, decoder = layer_order(cfg, looping=True)
@@ -3289,7 +3279,6 @@ def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[i
             if step <= 5 or step % cfg.train_log_every == 0:
                 _log_step(log, cfg, report, watch.elapsed("train"))
             agreed = previous.elapsed if previous else 0.0
-            previous = report
             progress.update(agreed if capped else step)
         report.elapsed  # noqa: B018 - raises if the last step was not finite
     if trainer.ranks.compiler:
@@ -3772,7 +3761,7 @@ def fit_state(
     log: "RunLog",
     ranks: Ranks = CPU,
 ) -> dict[str, QuantizedTensor]:
-    """Store every tensor so that the artifact has at most `budget` bytes, and at least 2,000 less.
+    """Store every tensor so that the artifact has at most `budget` bytes, if it can be at most 2,000 less.
 
     Raises ConfigError when no step is coarse enough.
     """

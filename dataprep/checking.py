@@ -132,8 +132,9 @@ class Checker:
 
     def scanned(self) -> dict:
         """A manifest of what the folder holds, as far as that can be seen."""
+        keys = ("documents", "tokens", *["operator_tokens"] * (not self._plain()))
         splits = {
-            split: {key: scan.counts[key] for key in ("documents", "tokens", "operator_tokens")}
+            split: {key: scan.counts[key] for key in keys}
             for split, scan in self.scans.items()
             if split != "val_bytes"
         }

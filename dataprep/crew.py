@@ -66,6 +66,7 @@ class Worker:
         counts = Counter(empty_documents=len(documents) - len(filled), bad_documents=len(bad))
         result = self._validation(filled) if self._held_out is None else self._training(filled)
         operator = result.tokens - np.uint16(FIRST_OPERATOR_ID) < OPERATOR_COUNT
+        operator &= not self._encoder.tokenizer.plain  # there the same numbers are of other pieces
         counts.update(
             result.counts,
             documents=len(result.lengths),

@@ -165,9 +165,11 @@ def check(cfg: tg.Config, options: argparse.Namespace) -> None:
     """Refuse settings with which there would be nothing to study."""
     if options.frozen > cfg.num_layers:
         raise tg.ConfigError(f"--frozen {options.frozen}: must be at most NUM_LAYERS={cfg.num_layers}")
-    for name in ("prequant_only", "ttt_eval_only", "preflight_only"):
-        if getattr(cfg, name):
-            raise tg.ConfigError(f"{name.upper()}=1: must be 0 here, the model has to be quantised after")
+    reasons = dict.fromkeys(("prequant_only", "ttt_eval_only"), "the model has to be quantised after")
+    reasons |= dict.fromkeys(("preflight_only", "checkpoint_seconds"), "only train_gpt.py itself can do that")
+    for name, reason in reasons.items():
+        if value := getattr(cfg, name):
+            raise tg.ConfigError(f"{name.upper()}={value:g}: must be 0 here, {reason}")
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:

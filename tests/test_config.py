@@ -633,6 +633,21 @@ def test_global_chunk_shorter_than_a_window_is_refused(tg):
     assert "GLOBAL_TTT_CHUNK_TOKENS=2000" in message and "EVAL_SEQ_LEN" in message
 
 
+def test_sgd_chunk_shorter_than_a_window_is_refused(tg):
+    """It would hold no window either; without TTT_SGD=1 it is not used."""
+    message = refusal(tg, {"TTT_CHUNK_TOKENS": "2000", "TTT_SGD": "1"})
+    assert "TTT_CHUNK_TOKENS=2000" in message and "EVAL_SEQ_LEN=2048" in message
+    tg.Config.from_env({"TTT_CHUNK_TOKENS": "2000"})
+
+
+@pytest.mark.parametrize("evaluator", [{"TTT_ENABLED": "0"}, {"TTT_SGD": "1"}])
+def test_sample_of_documents_that_nothing_would_take_is_refused(tg, evaluator):
+    """All would be scored, and the result would say that it was a sample."""
+    assert "VAL_DOC_FRACTION=0.5: must be 1" in refusal(tg, {"VAL_DOC_FRACTION": "0.5"} | evaluator)
+    tg.Config.from_env({"VAL_DOC_FRACTION": "0.5"})
+    tg.Config.from_env(evaluator)
+
+
 def test_config_is_frozen(tg, fields):
     cfg = tg.Config()
     for field in fields.values():

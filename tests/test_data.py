@@ -1,5 +1,9 @@
 """Shards, loaders and validation sets on synthetic shards: every stream against a plain list of tokens."""
 
+import dataclasses
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -225,6 +229,18 @@ def test_shuffled_loader_without_a_shard_for_a_rank(tg, tmp_path):
         assert x.shape == (3, 32)
 
 
+def test_windows_of_other_ranks_are_not_read(tg, tmp_path):
+    """What a rank skips it draws, and that is all: each read is a place of its own on the disk."""
+    path = tmp_path / "fineweb_train_000000.bin"
+    write_shard(path, random_tokens(0, 400))
+    one, other = (tg.ShuffledLoader([path], 1, 0, 32) for _ in range(2))
+    one.next(4)
+    other._shards = None
+    other.skip(4)
+    other._shards = one._shards
+    assert torch.equal(one.next(3)[0], other.next(3)[0])
+
+
 def test_document_straddling_shards_is_one_document(tg, tmp_path):
     tokens = [BOS, 5, 6, 7, BOS, *range(10, 30), BOS, 8, 9]
     sidecar = [0 if token == BOS else token % 7 for token in tokens]
@@ -251,6 +267,15 @@ def test_sidecar_of_another_length_is_refused_by_name(tg, tmp_path, entries):
         load_validation(tg, tmp_path)
     with pytest.raises(tg.DataError, match=f"{tmp_path}/fineweb_val_bytes_.*{entries} entries"):
         tg.check_data(tg.Config(data_path=str(tmp_path), vocab_size=256))
+
+
+@pytest.mark.parametrize("tokens", [[5, 6, BOS, 7, 8], [5, 6, 7]])
+def test_validation_that_begins_inside_a_document_is_refused(tg, tmp_path, tokens):
+    """Its first targets belong to no document: found before training, not by the count of its scores."""
+    write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
+    write_shard(tmp_path / "fineweb_val_bytes_000000.bin", tokens)
+    with pytest.raises(tg.DataError, match="fineweb_val_.*begins with token 5, must be a BOS"):
+        load_validation(tg, tmp_path)
 
 
 def test_token_beyond_the_vocabulary_is_refused(tg, tmp_path):
@@ -291,3 +316,23 @@ def test_unverified_data_are_used_when_asked_for(tg, tmp_path, monkeypatch):
         tg.check_data(tg.Config(**settings))
     manifest = tg.check_data(tg.Config(**settings, allow_unverified_data=True))
     assert manifest == {"unverified": f"{tmp_path}/manifest.json: missing"}
+
+
+@pytest.mark.parametrize("key, said, holds", [("tokens", 4, 3), ("bytes", 12, 11)])
+def test_split_at_odds_with_the_manifest_is_used_when_asked_for(tg, tmp_path, monkeypatch, key, said, holds):
+    """Tokens and original bytes of validation: refused in one way, and used in one way."""
+    values = {"train": [BOS, 5, 6], "val": [BOS, 5, 6], "val_bytes": [0, 5, 6]}
+    for split, part in values.items():
+        write_shard(tmp_path / f"fineweb_{split}_000000.bin", part)
+    files = {f"fineweb_{split}_000000.bin": {"tokens": 3} for split in values}
+    val = {"tokens": 3, "bytes": 11} | {key: said}
+    manifest = {"transform": "lossless_caps_caseops_v1", "files": files, "splits": {"val": val}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(tg, "load_tokenizer", lambda cfg: None)
+    cfg = tg.Config(data_path=str(tmp_path), vocab_size=256)
+    told = rf"fineweb_val_.*: {holds} {key}, .*manifest.json says {said}"
+    with pytest.raises(tg.DataError, match=f"{told}; .*ALLOW_UNVERIFIED_DATA=1 overrides"):
+        tg.check_data(cfg)
+    asked = dataclasses.replace(cfg, allow_unverified_data=True)
+    assert re.search(told, tg.check_data(asked)["unverified"])
+    assert tg.load_validation(asked).target_bytes.tolist() == [5, 6]

@@ -56,6 +56,33 @@ def test_optimizers_hold_every_parameter_once(tg, variant):
     assert set(held) == {id(parameter) for parameter in model.parameters()}
 
 
+def test_optimizers_do_what_the_table_says(tg, monkeypatch):
+    """Every number of a row reaches its optimiser: none is told a second time elsewhere."""
+    config, original = tg.Config(**TINY), tg.parameter_table
+
+    def changed(*arguments) -> dict:
+        table = {name: dict(row) for name, row in original(*arguments).items()}
+        for row in table.values():
+            row |= {"lr": 2 * row["lr"], "weight_decay": 0.5}
+            if row["optimizer"] == "muon":
+                row |= {"momentum": 0.25, "row_normalize": False, "steps": 3}
+            else:
+                row |= {"betas": [0.5, 0.25], "eps": 0.125}
+        return table
+
+    monkeypatch.setattr(tg, "parameter_table", changed)
+    trainer = tg.Trainer(config, model := tg.GPT(config), loader=None)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    table, seen = changed(config, model), 0
+    for optimizer in (trainer.muon, trainer.adamw):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                row, seen = table[names[id(parameter)]], seen + 1
+                told = row.keys() - {"optimizer", "steps"}
+                assert {key: group[key] for key in told} == {key: row[key] for key in told}
+    assert seen == len(table) and len(trainer.muon._coefficients) == 3
+
+
 def scalar_polynomial(tg, values: torch.Tensor) -> torch.Tensor:
     """What the steps do to singular values in exact arithmetic: s -> a s + b s^3 + c s^5, five times."""
     for a, b, c in tg.POLAR_EXPRESS:

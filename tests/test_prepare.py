@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import lossless_caps
 import prepare_caseops_data as prepare
 from dataprep import demo, reading
+from dataprep.checking import check_folder
 from dataprep.encoding import OPERATORS, Encoder, tokenise, tokenise_validation, tokenizer_texts
 from dataprep.reading import Document
 from dataprep.shards import DataFolder
@@ -179,6 +180,20 @@ def test_manifest(prepared, model):
             "operator_tokens": operators("fineweb_val_0*.bin"),
         },
     }
+
+
+def test_plain_data_hold_no_operators(tmp_path):
+    """Pieces 4 to 7 of a plain tokenizer are bytes; neither the preparation nor a check counts them."""
+    texts = [*TEXTS, "bytes \0 \1 \2 \3"]
+    model = prepare.train_tokenizer(texts, VOCAB, plain=True)
+    tokenizer = prepare.make_tokenizer("plain.model", model, plain=True)
+    manifest = prepare.prepare(documents(texts), tokenizer, tmp_path, VAL_DOCS)
+    assert np.isin(read_stream(tmp_path, "fineweb_train_*.bin"), range(4, 8)).any()
+    (tmp_path / "manifest.json").unlink()
+    for told in (manifest, check_folder(tmp_path, write_manifest=True)[1]):
+        assert told["transform"] == "none"
+        assert not any(split.get("operator_tokens") for split in told["splits"].values())
+        assert [split["operator_share"] for split in told["report"].values()] == [0, 0]
 
 
 def test_last_line_is_a_summary(docs, model, tmp_path):

@@ -198,6 +198,7 @@ def test_prequant_starts_from_a_trained_model(work):
         ([], {"ALLOW_ILLEGAL": "1", "PREQUANT_ONLY": "1"}, "PREQUANT_ONLY=1: must be 0 here"),
         ([], {"ALLOW_ILLEGAL": "1", "TTT_EVAL_ONLY": "1"}, "TTT_EVAL_ONLY=1: must be 0 here"),
         ([], {"ALLOW_ILLEGAL": "1", "PREFLIGHT_ONLY": "1"}, "PREFLIGHT_ONLY=1: must be 0 here"),
+        ([], {"ALLOW_ILLEGAL": "1", "PRESET": "one_gpu"}, "CHECKPOINT_SECONDS=300: must be 0 here"),
         ([], {"ALLOW_ILLEGAL": "1", "NUM_LAYER": "4"}, "NUM_LAYER='4': no such setting"),
         (["--what"], {"ALLOW_ILLEGAL": "1"}, "unrecognized arguments: --what"),
     ],

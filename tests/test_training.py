@@ -339,6 +339,20 @@ def test_gradient_that_is_not_finite_is_not_used(tg, make_trainer, monkeypatch, 
     assert spoilt == zeros
 
 
+@pytest.mark.parametrize("clip_global", [False, True])
+def test_gradient_alone_that_is_not_finite_is_this_ranks(tg, make_trainer, monkeypatch, clip_global):
+    """The loss is finite; the message does not look for the fault on another rank."""
+    trainer = make_trainer(clip_global=clip_global)
+    losses, parameter = trainer.model.losses, trainer.model.smear_lambda
+    monkeypatch.setattr(
+        trainer.model, "losses", lambda *a, **o: losses(*a, **o) + (0 * parameter.sum()).sqrt()
+    )
+    report = trainer.step(0, 0.0)
+    assert math.isfinite(report.train_loss)
+    with pytest.raises(tg.RunError, match="grad_norm nan: not finite .this rank's"):
+        report.elapsed  # noqa: B018 - a property that raises
+
+
 # -- the loop
 
 
@@ -373,8 +387,9 @@ def test_looping_may_stay_off(tg, make_trainer, run_log, stopwatch, num_loops, e
 def test_schedules_follow_the_step_number_without_a_cap(tg, make_trainer, run_log, stopwatch):
     trainer = make_trainer(iterations=8, warmdown_frac=0.5, min_lr=0.1, train_log_every=1)
     log, events = run_log(trainer.cfg)
-    tg.train(trainer, log, stopwatch(trainer, 1.0), lambda step: None)
+    tg.train(trainer, log, stopwatch(trainer, 2.0), lambda step: None)
     assert [event["lr_multiplier"] for event in events("train")] == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert {event["tokens_per_second"] for event in events("train")} == {64}  # 128 in two seconds
 
 
 @pytest.mark.parametrize("seconds_per_step, steps", [(1.0, 10), (3.0, 4), (4.0, 3)])
@@ -392,6 +407,17 @@ def test_cap_shorter_than_a_step_stops_after_three(tg, make_trainer, run_log, st
     trainer = make_trainer(iterations=1000, max_wallclock_seconds=10.5, gptq_reserve_seconds=0.5)
     log, _ = run_log(trainer.cfg)
     assert tg.train(trainer, log, stopwatch(trainer, 100.0), lambda step: None) == 3
+
+
+def test_training_resumed_at_its_end_ends(tg, make_trainer, run_log):
+    """A run told to stop in the last two steps: by its agreed clock there is no step left to make."""
+    trainer = make_trainer(max_wallclock_seconds=5.0, gptq_reserve_seconds=0.0)
+    trainer.position = 4, 3.0, trainer.step(3, 0.0)
+    log, events = run_log(trainer.cfg)
+    assert tg.train(trainer, log, tg.Stopwatch(tg.CPU), lambda step: None) == 4
+    assert not events("train")
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, trainer.ema.averages[name])
 
 
 def test_validation_and_warm_up_are_off_the_clock(tg, make_trainer, run_log, stopwatch):
@@ -421,7 +447,8 @@ def test_real_clock_and_real_cap(tg, make_trainer, run_log):
     watch = tg.Stopwatch(tg.CPU)
     steps = tg.train(trainer, log, watch, lambda step: None)
     assert 1 < steps < 100_000
-    assert 0.5 <= watch.seconds["train"] < 0.5 + 1.0
+    known = (steps - 2) / steps  # the last two steps are taken to be as long as those before them
+    assert 0.5 * known <= watch.seconds["train"] < 0.5 + 1.0
 
 
 def test_cap_without_room_for_a_step_is_refused(tg):

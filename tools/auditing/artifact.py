@@ -153,7 +153,7 @@ def _settings_alone(audit: Audit, part: bool) -> dict[str, object]:
     return dataclasses.replace(cfg, **few).as_env() | {
         "TTT_ENABLED": cfg.ttt_enabled and (audit.adapted or final),
         "SLIDING_WINDOW_ENABLED": cfg.sliding_window_enabled and final,
-        "VAL_DOC_FRACTION": _sample_fraction(audit),
+        "VAL_DOC_FRACTION": _sample_fraction(audit) if audit.adapted else 1.0,
     }
 
 
