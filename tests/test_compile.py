@@ -128,6 +128,24 @@ def test_inductor_trains_the_model_whole_on_a_gpu(tg, fused):
     assert (results[0] - results[1]).norm() < 0.05 * results[1].norm()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_hessians_of_a_gpu_are_those_of_a_cpu(tg):
+    """Sums of products by TF32, which is given back afterwards."""
+    cfg = tg.Config(**SIZES | {"gptq_calibration_batches": 2})
+    rows = torch.randint(2, cfg.vocab_size, (4096, cfg.train_seq_len + 1))
+    results = []
+    for device in ("cpu", "cuda"):
+        loader = types.SimpleNamespace(next=lambda count: (rows[:count, :-1], rows[:count, 1:]))
+        ranks = tg.Ranks(torch.device(device))
+        torch.manual_seed(0)
+        model = ranks.place(tg.GPT(cfg))
+        results.append(tg.calibrate(model, cfg, loader, looping=True, ranks=ranks))
+    assert torch.get_float32_matmul_precision() == "highest"
+    for name, expected in results[0].items():
+        assert torch.dist(results[1][name].cpu(), expected) < 0.02 * expected.norm(), name
+
+
 def test_compiled_newton_schulz_is_the_same(tg, make_trainer):
     matrices = torch.randn(2, 8, 24)
     ours = make_trainer("aot_eager").muon._orthogonalise(matrices, tg.POLAR_EXPRESS, 5)
