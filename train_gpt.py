@@ -5449,8 +5449,8 @@ class Run:
         """Calibrate, quantise, write the artifact."""
         cfg, ranks, seconds = self.cfg, self.ranks, self.watch.seconds
         paths = shard_paths(cfg.data_folder, "train")
-        loader = ShuffledLoader(paths, 1, 0, cfg.train_seq_len, cfg.vocab_size)
         with self.watch.stage("calibrate"):
+            loader = ShuffledLoader(paths, 1, 0, cfg.train_seq_len, cfg.vocab_size)
             hessians = calibrate(self.model, cfg, loader, looping=self.looping, ranks=ranks)
             if cfg.fit_bytes:
                 options = {"looping": self.looping, "ranks": ranks}
@@ -5555,7 +5555,7 @@ class Run:
             "calibrate_seconds": seconds.get("calibrate", 0.0),
             "eval_seconds": seconds[final],
         }
-        broken = self._broken_limits(summary, final)
+        broken = self._broken_limits(summary)
         summary["legal"] = not broken and summary["artifact_bytes"] > 0
         settings = self.model.cfg.as_env()
         extra = {"broken_limits": broken, "stages": self.stages, "seconds": seconds, "settings": settings}
@@ -5569,7 +5569,7 @@ class Run:
         self.log.event("final", **summary)
         return 3 if broken else 0
 
-    def _broken_limits(self, summary: Mapping[str, float], final: str) -> list[str]:
+    def _broken_limits(self, summary: Mapping[str, float]) -> list[str]:
         training = summary["train_seconds"] + summary["calibrate_seconds"]
         evaluation, size = summary["eval_seconds"], summary["artifact_bytes"]
         fraction = self.cfg.val_doc_fraction
@@ -6559,6 +6559,7 @@ class KeptRun(GuardedRun):
 
         All ranks call it, rank 0 writes. False where that failed.
         """
+        self.ranks.meet("keep")  # rank 0 may have had a long ledger to write
         ledgers = self.ranks.gather(self._ledger_state())
         values = self._position() | {
             "identity": self.identity if self.ranks.is_main else {},

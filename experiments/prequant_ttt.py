@@ -127,8 +127,8 @@ class PrequantRun(tg.Run):
         self.evaluate("prequant_ttt")
         return super().quantise()
 
-    def _broken_limits(self, summary: Mapping[str, float], final: str) -> list[str]:
-        return [NOTICE, *super()._broken_limits(summary, final)]
+    def _broken_limits(self, summary: Mapping[str, float]) -> list[str]:
+        return [NOTICE, *super()._broken_limits(summary)]
 
     def finish(self) -> int:
         """Write the result; the last line says again what it is worth."""
