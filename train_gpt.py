@@ -1972,7 +1972,7 @@ TILES = {  # of the persistent product: tensor descriptors (Hopper) or pointers;
 }
 
 
-TILE_ROWS = 1 << 16  # of the products that are timed: much longer than it takes to launch them
+TILE_ROWS = 1 << 15  # of the products that are timed: longer than it takes to launch them
 
 
 @functools.cache
@@ -1986,7 +1986,7 @@ def fastest_tiles(
     described = hopper and dtype.itemsize == 2 and inner % 8 == 0
     generator = torch.Generator(device).manual_seed(0)
     shapes = (TILE_ROWS, inner), (columns, inner), (TILE_ROWS, columns), (TILE_ROWS, columns)
-    a, b, out, hidden = (torch.rand(s, generator=generator, device=device).to(dtype) for s in shapes)
+    a, b, out, hidden = (torch.rand(s, generator=generator, dtype=dtype, device=device) for s in shapes)
     signs = torch.zeros(TILE_ROWS, -(-columns // 32), dtype=torch.int32, device=device)
 
     def milliseconds(tiles: tuple[int, ...]) -> float:
@@ -6828,10 +6828,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
             return 0
         return (_run if LEFT_OUT else run_guarded)(cfg, Ranks.from_env(cfg, environ), source)
     except UserError as error:
-        if (
-            environ.get("LOCAL_RANK", "0") != "0"
-        ):  # meanwhile torchrun ends it, if rank 0 met the same mistake
-            time.sleep(2)
+        if environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(2)  # torchrun ends this rank meanwhile, if rank 0 has met the same mistake
         print(f"train_gpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
