@@ -394,7 +394,7 @@ def test_t4_connection(copy):
 
 
 def test_t5_calibration_on_validation(copy):
-    old = 'paths = shard_paths(cfg.data_folder, "train")\n        loader = ShuffledLoader'
+    old = 'paths = shard_paths(cfg.data_folder, "train")\n        with self.watch.stage("calibrate"):'
     copy.script(old, old.replace("train", "val"))
     copy.fails("T5", "the artifact depends on the validation tokens")
 
