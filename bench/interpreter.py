@@ -46,8 +46,5 @@ def mend() -> None:
         return dot(self, a, b, *rest)
 
     cast_impl.mended = True
-    interpreter._patch_lang_tensor, builder.cast_impl, builder.create_dot = (
-        patch_lang_tensor,
-        cast_impl,
-        create_dot,
-    )
+    interpreter._patch_lang_tensor = patch_lang_tensor
+    builder.cast_impl, builder.create_dot = cast_impl, create_dot

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -41,28 +42,33 @@ H100 = SimpleNamespace(  # torch.cuda.get_device_properties of an H100 SXM
 )
 
 
-CUDA = {  # what functions of torch.cuda say of it
-    "is_available": True,
-    "is_initialized": False,  # so nobody looks at its random numbers
-    "device_count": 1,
-    "current_device": 0,
-    "get_device_properties": H100,
-    "get_device_capability": (H100.major, H100.minor),
-    "get_device_name": H100.name,
-    "is_bf16_supported": True,
-    "_lazy_init": None,
-    "get_rng_state": None,
-    "set_rng_state": None,
-    "set_device": None,
-    "synchronize": None,
-    "_exchange_device": 0,
-    "_maybe_exchange_device": 0,
-}
-
-
 def always(value: object) -> Callable:
     """A function that returns this, whatever it is asked."""
     return lambda *_, **__: value
+
+
+def answers() -> dict[str, object]:
+    """What functions of torch.cuda say of it. Of several ranks each has the device of its number."""
+    import torch
+
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return {
+        "is_available": True,
+        "is_initialized": False,  # so nobody looks at its random numbers
+        "device_count": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "current_device": rank,
+        "get_device_properties": H100,
+        "get_device_capability": (H100.major, H100.minor),
+        "get_device_name": H100.name,
+        "is_bf16_supported": True,
+        "_lazy_init": None,
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": None,
+        "set_device": None,
+        "synchronize": None,
+        "_exchange_device": rank,
+        "_maybe_exchange_device": rank,
+    }
 
 
 class Unavailable(Exception):
@@ -176,7 +182,7 @@ def pretended() -> Iterator[None]:
 
     interface = {"is_available": True, "get_compute_capability": 10 * H100.major + H100.minor}
     with contextlib.ExitStack() as stack:
-        for name, value in (CUDA | {"get_rng_state": torch.zeros(16, dtype=torch.uint8)}).items():
+        for name, value in answers().items():
             stack.enter_context(mock.patch.object(torch.cuda, name, always(value)))
         for name, value in interface.items():
             stack.enter_context(mock.patch.object(CudaInterface, name, staticmethod(always(value))))

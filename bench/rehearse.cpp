@@ -1,6 +1,5 @@
 // CUDA tensors that live in the CPU's memory: every operator that CUDA has no kernel for (all, in a CPU build of
 // torch) runs the CPU's on aliases of them, and what comes back is called CUDA's again. Loaded by rehearse.py.
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
@@ -128,10 +127,8 @@ void on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (auto i = stack->size() - op.schema().returns().size(); i < stack->size(); ++i) (*stack)[i] = call.out((*stack)[i]);
 }
 
-// Operators with one form for all devices that looks for CUDA's kernels further in.
-TORCH_LIBRARY_IMPL(aten, CUDA, library) {
-  for (const char* name : {"copy_"}) library.impl(name, torch::CppFunction::makeFromBoxedFunction<&on_cpu>());
-}
+// Has one form for all devices, which looks for CUDA's kernels further in.
+TORCH_LIBRARY_IMPL(aten, CUDA, library) { library.impl("copy_", torch::CppFunction::makeFromBoxedFunction<&on_cpu>()); }
 
 struct Silent final : c10::WarningHandler {
   void process(const c10::Warning&) override {}

@@ -24,8 +24,8 @@ import pretended_gpu  # noqa: E402
 class Event:
     """Stands in for torch.cuda.Event: everything has happened when a call returns."""
 
-    def __init__(self, **_: object):
-        self.at = 0.0
+    def __init__(self, enable_timing: bool = False):
+        """The flag is for real ones."""
 
     def record(self) -> None:
         """Nothing is under way."""
@@ -45,13 +45,10 @@ def main() -> int:
     import torch
 
     interpreter.mend()
-    said = pretended_gpu.CUDA | {"get_rng_state": torch.zeros(16, dtype=torch.uint8)}
-    said |= {"device_count": int(os.environ.get("LOCAL_WORLD_SIZE", "1"))}
-    said |= {"current_device": int(os.environ.get("LOCAL_RANK", "0"))}
-    said |= {"mem_get_info": (70 << 30, 80 << 30), "max_memory_allocated": 0, "empty_cache": None}
-    said |= {"reset_peak_memory_stats": None}
+    memory = {"mem_get_info": (70 << 30, 80 << 30), "max_memory_allocated": 0, "empty_cache": None}
+    answers = pretended_gpu.answers() | memory | {"reset_peak_memory_stats": None}
     with contextlib.ExitStack() as stack:
-        for name, value in said.items():
+        for name, value in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, pretended_gpu.always(value)))
         stack.enter_context(mock.patch.object(torch.cuda, "Event", Event))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor))
