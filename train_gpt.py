@@ -4334,11 +4334,21 @@ def pack_code(
         text, minified = source, False
     else:
         options = {"remove_literal_statements": True, "rename_globals": True, "hoist_literals": False}
-        text, minified = python_minifier.minify(_positional_only(source.decode()), **options).encode(), True
+        text = source.decode().replace(KERNELS, pack_kernels(KERNELS))
+        text, minified = python_minifier.minify(_positional_only(text), **options).encode(), True
     codec = "lzma" if codec == "lzma" else "brotli"
     data = compress(text, codec).replace(b"\\", rb"\\").replace(b"\r", rb"\r").replace(b'"""', rb'""\"')
     data = re.sub(rb"\0(?=[0-7])", rb"\\x00", data).replace(b"\0", rb"\0")
     return WRAPPER % (codec.encode(), data + b"\\\n" * data.endswith(b'"')), minified
+
+
+def pack_kernels(source: str) -> str:
+    """Triton's source minified, but for parameters: a constant by another name is a tensor to Triton."""
+    import python_minifier
+
+    parameters = [node.arg for node in ast.walk(ast.parse(source)) if isinstance(node, ast.arg)]
+    options = {"remove_annotations": False, "hoist_literals": False, "preserve_locals": parameters}
+    return python_minifier.minify(source, **options)
 
 
 def _positional_only(source: str) -> str:

@@ -463,6 +463,15 @@ def test_kernels_that_work_pass_the_trial_at_the_start(tried, settings):
     assert tried(**settings) == {}
 
 
+def test_kernels_of_the_packed_script_pass_it_too(tg, tried):
+    """There they are minified."""
+    packed, _ = tg.pack_code(f'KERNELS = """{tg.KERNELS}"""\nseen.append(KERNELS)'.encode(), "lzma")
+    seen = []
+    exec(packed, {"seen": seen})
+    assert len(seen[0]) < 0.7 * len(tg.KERNELS)
+    assert tried(seen[0]) == {}
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_kernel_is_found_at_the_start(tg, tried, name):
     """A wrong sign, slope or factor in one backward pass: that kernel is named, no other."""
