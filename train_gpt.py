@@ -1654,7 +1654,7 @@ def _check_manifest(cfg: Config, manifest: dict, counts: dict[str, int], totals:
 
 ATTENTION = {  # backends, the best first, and what each needs
     "fa3": "FlashAttention 3 (build hopper/ of Dao-AILab/flash-attention) and a Hopper GPU",
-    "fa4": "FlashAttention 4 (pip install flash-attn-4) and a Hopper or Blackwell GPU",
+    "fa4": "FlashAttention 4 (pip install --pre flash-attn-4) and a Hopper or Blackwell GPU",
     "torch_varlen": "torch 2.11 and a GPU of capability 8.0",
     "flex": "a GPU",
     "plain": "nothing",
@@ -1668,8 +1668,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, backend: 
     segment only. The backends agree; `plain` is right on every device, one segment after the other.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)
-    if backend in ("fa3", "fa4"):
-        return _flash_attend(q, k, v, segments, backend)
+    if backend == "fa3":
+        return _flash_attend(q, k, v, segments)
+    if backend == "fa4":
+        return _fa4_attend(q, k, v, segments)
     if segments is not None and backend == "torch_varlen":
         return _varlen_attend(q, k, v, segments)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -1690,22 +1692,126 @@ def attend_from(q: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
 
 
-def _flash_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, backend: str) -> Tensor:
-    """FlashAttention 3 or 4."""
-    if backend == "fa3":
-        import flash_attn_interface as flash
-    else:
-        from flash_attn import cute as flash
+# [if FA3 or FA4]
+def _limits(cu_seqlens: Tensor | None, limit: int) -> dict[str, object]:
+    """Segments as FlashAttention is told of them."""
+    if cu_seqlens is None:
+        return {}
+    ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    return ends | {"max_seqlen_q": limit, "max_seqlen_k": limit}
+
+
+# [end]
+
+
+# [if FA3]
+def _flash_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
+    """FlashAttention 3."""
+    import flash_attn_interface as flash
+
     if segments is None:
         y = flash.flash_attn_func(q, k, v, causal=True)
         return y[0] if isinstance(y, tuple) else y
-    cu, limit = segments.cu_seqlens, segments.max_seqlen
-    limits = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": limit, "max_seqlen_k": limit}
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # x[0] would copy the gradient
-    y = flash.flash_attn_varlen_func(q, k, v, causal=True, **limits)
+    y = flash.flash_attn_varlen_func(
+        q, k, v, causal=True, **_limits(segments.cu_seqlens, segments.max_seqlen)
+    )
     return (y[0] if isinstance(y, tuple) else y)[None]
 
 
+# [end]
+
+
+# [if TRITON_KERNELS or FA4]
+def _operator(schema: str, allocate: Callable, fill: Callable) -> Callable:
+    """An operator that torch.compile keeps whole: makes its results, then writes them (`fill`)."""
+
+    def run(*inputs: object) -> Tensor | tuple[Tensor, ...]:
+        results = allocate(*inputs)
+        fill(*(results if isinstance(results, tuple) else (results,)), *inputs)
+        return results
+
+    name, bracket, rest = schema.partition("(")
+    # A name of its own where the script is loaded twice: else the second takes the operator from the first.
+    spaces = (f"pg{n}" for n in itertools.count())
+    space = next(space for space in spaces if not hasattr(getattr(torch.ops, space), name))
+    operator = torch.library.custom_op(f"{space}::{name}", run, mutates_args=(), schema=bracket + rest)
+    operator.register_fake(allocate)
+    return operator
+
+
+def _keep(ctx: object, *tensors: Tensor) -> None:
+    ctx.save_for_backward(*tensors)
+
+
+# [end]
+
+
+# [if FA4]
+# FlashAttention 4 compiles its kernels while it runs, which torch.compile cannot follow: here it is two
+# operators, made of the functions that torch.nn.attention too takes from the package.
+
+
+def _fa4_forward(y: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *segments: object) -> None:
+    """`segments`: boundaries or None, limit of their lengths. `lse`: logarithms of the rows' sums."""
+    from flash_attn.cute import interface
+
+    options = {"causal": True, "return_lse": True} | _limits(*segments)
+    interface._flash_attn_fwd(q, k, v, out=y, lse=lse, **options)
+
+
+def _fa4_backward(dq: Tensor, dk: Tensor, dv: Tensor, *inputs: object) -> None:
+    """`inputs`: q, k, v, the result, its gradient, `lse`, segments."""
+    from flash_attn.cute import interface
+
+    *tensors, cu_seqlens, limit = inputs
+    options = {"causal": True} | _limits(cu_seqlens, limit)
+    interface._flash_attn_bwd(*tensors, dq=dq, dk=dk, dv=dv, **options)
+
+
+_fa4 = _operator(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, int limit) -> (Tensor, Tensor)",
+    lambda q, *_: (
+        q.new_empty(q.shape),
+        q.new_empty(*q.shape[:-3], q.size(-2), q.size(-3), dtype=torch.float32),
+    ),
+    _fa4_forward,
+)
+_fa4_grad = _operator(
+    "attention_backward(Tensor q, Tensor k, Tensor v, Tensor y, Tensor dy, Tensor lse, Tensor? cu_seqlens, "
+    "int limit) -> (Tensor, Tensor, Tensor)",
+    lambda *inputs: tuple(x.new_empty(x.shape) for x in inputs[:3]),
+    _fa4_backward,
+)
+
+
+def _fa4_keep(ctx: object, *tensors: object) -> None:
+    *before, ctx.limit = tensors[:5]
+    _keep(ctx, *before, *tensors[5:])
+
+
+def _fa4_gradients(ctx: object, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, cu_seqlens, y, lse = ctx.saved_tensors
+    return *_fa4_grad(q, k, v, y, dy.contiguous(), lse, cu_seqlens, ctx.limit), None, None
+
+
+_fa4.register_autograd(
+    _fa4_gradients, setup_context=lambda ctx, inputs, output: _fa4_keep(ctx, *inputs, *output)
+)
+
+
+def _fa4_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
+    """FlashAttention 4."""
+    if segments is None:
+        return _fa4(q, k, v, None, 0)[0]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    return _fa4(q, k, v, segments.cu_seqlens, segments.max_seqlen)[0][None]
+
+
+# [end]
+
+
+# [if TORCH_VARLEN]
 def _varlen_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """Torch's own kernels for packed rows; those of 2.11 take fewer key heads unasked."""
     from torch.nn.attention.varlen import varlen_attn
@@ -1714,6 +1820,9 @@ def _varlen_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tenso
     grouped = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # x[0] would copy the gradient
     return varlen_attn(q, k, v, cu, cu, limit, limit, window_size=(-1, 0), **grouped)[None]
+
+
+# [end]
 
 
 def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: str) -> Tensor:
@@ -1736,8 +1845,8 @@ def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend:
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
 
-def try_attention(backend: str, ranks: Ranks) -> None:
-    """Forward and backward of a small row, compared with `plain`. Raises whatever it meets."""
+def try_attention(backend: str, cfg: Config, ranks: Ranks) -> None:
+    """Forward and backward of a short row of the model's heads beside `plain`. Raises whatever it meets."""
     dtype, run = torch.float32, attend
     if ranks.device.type == "cuda":
         dtype = torch.bfloat16
@@ -1745,7 +1854,8 @@ def try_attention(backend: str, ranks: Ranks) -> None:
         torch.compiler.reset()  # a limited number of forms is compiled for each function
         run = torch.compile(attend, backend="aot_eager", fullgraph=True)
     generator = torch.Generator().manual_seed(0)
-    qkv = [torch.randn(1, 32, n, 64, generator=generator).to(ranks.device, dtype) for n in (4, 2, 2)]
+    heads = cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads
+    qkv = [torch.randn(1, 32, n, cfg.head_dim, generator=generator).to(ranks.device, dtype) for n in heads]
     cu_seqlens = torch.tensor([0, 1, 20, 32, 32], dtype=torch.int32, device=ranks.device)
     for segments in (None, Segments(cu_seqlens, 32)):
         results = []
@@ -1758,13 +1868,14 @@ def try_attention(backend: str, ranks: Ranks) -> None:
             raise RuntimeError("its results are wrong")
 
 
-def choose_attention(wanted: str, ranks: Ranks) -> str:
+def choose_attention(cfg: Config, ranks: Ranks) -> str:
     """The backend asked for, or the first that works. Raises ConfigError when one asked for does not."""
+    wanted = cfg.attention_backend
     if wanted == "auto" and ranks.device.type == "cpu":
         return "plain"
     for backend in ATTENTION if wanted == "auto" else [wanted]:
         try:
-            try_attention(backend, ranks)
+            try_attention(backend, cfg, ranks)
             return backend
         except Exception as error:  # foreign libraries raise anything
             if wanted != "auto":
@@ -2060,27 +2171,6 @@ def launch_exclude(y: Tensor, v: Tensor, gate: Tensor, out: Tensor, *grads: Tens
         kernels().exclude[grid](y, v, gate, dz, out, dv, dgate, *sizes, bool(grads))
 
 
-def _operator(schema: str, allocate: Callable, fill: Callable) -> Callable:
-    """An operator that torch.compile keeps whole: makes its results, then writes them (`fill`)."""
-
-    def run(*inputs: object) -> Tensor | tuple[Tensor, ...]:
-        results = allocate(*inputs)
-        fill(*(results if isinstance(results, tuple) else (results,)), *inputs)
-        return results
-
-    name, bracket, rest = schema.partition("(")
-    # A name of its own where the script is loaded twice: else the second takes the operator from the first.
-    spaces = (f"pg{n}" for n in itertools.count())
-    space = next(space for space in spaces if not hasattr(getattr(torch.ops, space), name))
-    operator = torch.library.custom_op(f"{space}::{name}", run, mutates_args=(), schema=bracket + rest)
-    operator.register_fake(allocate)
-    return operator
-
-
-def _keep(ctx: object, *tensors: Tensor) -> None:
-    ctx.save_for_backward(*tensors)
-
-
 def _head_loss_forward(
     losses: Tensor, dz: Tensor, h: Tensor, weight: Tensor, targets: Tensor, cap: float, train: bool
 ) -> None:
@@ -2225,7 +2315,7 @@ def fuses(cfg: Config, x: Tensor, kernel: str) -> bool:
 
 def choose_backends(cfg: Config, ranks: Ranks) -> Config:
     """The settings with what the device and the installed packages allow in place of `auto`."""
-    attention = choose_attention(cfg.attention_backend, ranks)
+    attention = choose_attention(cfg, ranks)
     kernels = "" if "TRITON_KERNELS" in LEFT_OUT else ",".join(choose_kernels(cfg, ranks))
     compiler = ranks.compiler or "off"
     return dataclasses.replace(
@@ -4293,6 +4383,7 @@ def packed_script(cfg: Config, source: bytes) -> tuple[bytes, bool]:  # noqa: F8
     off += ["WHOLE", "CHECKPOINT_SECONDS"]  # what only the whole script has
     off += ["ANS"] * (cfg.compressor != "ans") + ["PLAIN_TEXT"] * cfg.caseops_enabled
     off += ["COMPILED"] * (cfg.compile_backend == "off")
+    off += [name.upper() for name in ATTENTION if name != cfg.attention_backend]
     names = ["triton_kernels"] * (cfg.triton_kernels > "") + _NAMES[_NAMES.index("caseops_enabled") :]
     dropped = (*names, "checkpoint_seconds")
     row = {name: value for name, value in PRESETS[cfg.preset].items() if name not in dropped}

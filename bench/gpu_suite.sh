@@ -6,6 +6,7 @@
 #   PEER_SCRIPT=path/train_gpt.py bash bench/gpu_suite.sh  # all of it
 #   STEPS="step kernels" bash bench/gpu_suite.sh           # some of it
 #
+# carry/fa4.tar.xz (`python bench/fa4.py --carry carry`): FlashAttention 4, unpacked to /opt and used.
 # OUT: folder of the results. DATA_PATH and TOKENIZER_PATH: real shards; without them synthetic ones are made.
 # DEVICE=cpu: a rehearsal with small sizes. The run ends with exit code 3: it scores a sample only.
 set -uo pipefail
@@ -45,6 +46,11 @@ step() {  # NAME COMMAND...: run it, unless it is not among STEPS
 
 if [ "$DRY" != --dry-run ]; then
     mkdir -p "$OUT/work"
+    if [ -e carry/fa4.tar.xz ]; then
+        [ -e /opt/fa4 ] || tar -xf carry/fa4.tar.xz -C /opt
+        PYTHONPATH=$($PYTHON bench/fa4.py --path /opt/fa4)${PYTHONPATH:+:$PYTHONPATH}
+        export PYTHONPATH
+    fi
     if [ -z "${DATA_PATH:-}" ] && [ ! -e "$DATA/tokenizer.model" ]; then
         SIZES="--tokens 20000000"
         [ "$DEVICE" = cpu ] && SIZES="--tokens 200000 --val-tokens 9000 --vocab 512"
@@ -52,7 +58,7 @@ if [ "$DRY" != --dry-run ]; then
     fi
 fi
 
-step machine "nvidia-smi; nvidia-smi topo -m; $PYTHON -m pip list 2>/dev/null | grep -iE '^(torch|triton|flash|numpy|nvidia-cudnn)'; lscpu | head -20"
+step machine "nvidia-smi; nvidia-smi topo -m; $PYTHON -m pip list 2>/dev/null | grep -iE '^(torch|triton|flash|numpy|nvidia-cu)'; lscpu | head -20"
 step tests "$PYTHON -m pytest -q --durations 10 tests/test_kernels.py tests/test_attention.py tests/test_compile.py"
 step step "$PYTHON bench/train_step.py --device $DEVICE --json"
 peer() {  # NAME: both scripts once; the second round comes last
@@ -64,7 +70,7 @@ peer() {  # NAME: both scripts once; the second round comes last
 peer peer
 step kernels "$PYTHON bench/kernels.py --device $DEVICE --json"
 step ttt "$PYTHON bench/ttt.py --parts compiled --json"
-step variants "for variant in TRITON_KERNELS=0 ATTENTION_BACKEND=flex ATTENTION_BACKEND=torch_varlen COMPILE_BACKEND=off TRITON_KERNELS=1; do
+step variants "for variant in TRITON_KERNELS=0 ATTENTION_BACKEND=flex ATTENTION_BACKEND=torch_varlen ATTENTION_BACKEND=fa4 COMPILE_BACKEND=off TRITON_KERNELS=1; do
         echo \"== \$variant\"; env \$variant $PYTHON bench/train_step.py --device $DEVICE; done"
 step each_kernel "for left in mlp,heads,exclude loss,heads,exclude loss,mlp,exclude loss,mlp,heads; do
         echo \"== \$left\"; env TRITON_KERNELS=\$left $PYTHON bench/train_step.py --device $DEVICE; done"

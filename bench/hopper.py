@@ -190,7 +190,10 @@ def count_operator(node: ir.ExternKernel, context: float, unknown: set[str]) -> 
     moved = sum(view_bytes(part) for part in tensors + results)
     moved += sum(storage(changed) for changed in node.get_mutation_names())
     group, flops = OTHER, 0.0
-    if re.match(r"pg\d+\.", name):
+    if re.search(r"attn|attention", name):
+        products = 5 if "backward" in name else 2  # backward computes the scores once more
+        group, flops = ATTENTION, 2.0 * products * math.prod(shapes[0]) * context
+    elif re.match(r"pg\d+\.", name):
         group, short = OURS, name.split(".")[1]
         if short in FLOPS:
             flops = float(FLOPS[short](*shapes))
@@ -200,9 +203,6 @@ def count_operator(node: ir.ExternKernel, context: float, unknown: set[str]) -> 
             moved += INSIDE[short](*shapes) * tensors[0].get_dtype().itemsize
     elif re.search(r"\b(add|b|badd)?mm(\.out)?$", name):
         group, flops = PRODUCTS, 2.0 * math.prod(sizes_of(node)) * shapes[-1][-2]
-    elif re.search(r"attn|attention", name):
-        products = 5 if "backward" in name else 2  # backward computes the scores once more
-        group, flops = ATTENTION, 2.0 * products * math.prod(shapes[0]) * context
     return Kernel(node.get_name(), group, 1, moved, flops, f"{name} {' '.join(map(str, shapes))}")
 
 

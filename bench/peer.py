@@ -151,14 +151,8 @@ def pick_backend(folder: Path) -> tuple[str, str]:
     ranks = tg.Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     ranks.compiler = "aot_eager" if torch.cuda.is_available() else ""
     if importlib.util.find_spec("flash_attn_interface"):
-        return tg.choose_attention("fa3", ranks), ""
-    backend = "plain"
-    for name in ("torch_varlen", "flex") if torch.cuda.is_available() else ():
-        try:
-            backend = tg.choose_attention(name, ranks)
-            break
-        except tg.ConfigError:
-            continue
+        return tg.choose_attention(tg.Config(attention_backend="fa3"), ranks), ""
+    backend = tg.choose_attention(tg.Config(), ranks)
     folder.mkdir(parents=True, exist_ok=True)
     text = STAND_IN.format(script=str(ROOT / "train_gpt.py"), backend=backend)
     (folder / "flash_attn_interface.py").write_text(text)

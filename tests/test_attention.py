@@ -1,6 +1,8 @@
 """The attention ladder: every backend against an oracle in float64, how it is called, how one is chosen."""
 
+import runpy
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -64,6 +66,10 @@ def segment_numbers(cu_seqlens, tokens: int):
     return torch.searchsorted(cu_seqlens, torch.arange(tokens, dtype=torch.int32), right=True)
 
 
+def choose(tg, backend: str, ranks=None) -> str:
+    return tg.choose_attention(tg.Config(attention_backend=backend), ranks or tg.CPU)
+
+
 def record(calls: list, **call: object) -> None:
     """Keep the arguments of a call; not while torch.compile traces it, which would guard on the list."""
     if not torch.compiler.is_compiling():
@@ -72,7 +78,10 @@ def record(calls: list, **call: object) -> None:
 
 @pytest.fixture
 def flash(monkeypatch):
-    """Stand-ins for FlashAttention 3 and 4 with the real signatures; `calls` holds what they were given."""
+    """Stand-ins for FlashAttention 3 and 4 with the real signatures; `calls` holds what they were given.
+
+    Those of 4 are the functions that `bench/fa4.py` compiles for an H100.
+    """
     calls = []
 
     def flash_attn_func(q, k, v, softmax_scale=None, causal=False, **options):
@@ -88,19 +97,49 @@ def flash(monkeypatch):
         record(calls, causal=causal, shape=tuple(q.shape), max=limits, **options)
         return dense_attention(q, k, v, segment_numbers(cu_seqlens_q, len(q)))
 
-    interface, package, cute = (
-        ModuleType("flash_attn_interface"),
-        ModuleType("flash_attn"),
-        ModuleType("cute"),
-    )
-    interface.flash_attn_func, interface.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
-    cute.flash_attn_func = lambda *args, **options: (flash_attn_func(*args, **options), "logsumexp")
-    cute.flash_attn_varlen_func = lambda *args, **options: (
-        flash_attn_varlen_func(*args, **options),
-        "logsumexp",
-    )
-    package.cute = cute
-    modules = {"flash_attn_interface": interface, "flash_attn": package, "flash_attn.cute": cute}
+    def scores_of(q, k, number):
+        """Scaled products [..., H, T, T], and the keys and values' heads repeated by the second result."""
+        repeats = q.size(-2) // k.size(-2)
+        scores = (
+            torch.einsum("...ihd,...jhd->...hij", q, k.repeat_interleave(repeats, -2)) / q.size(-1) ** 0.5
+        )
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if number is not None:
+            visible &= number[:, None] == number
+        return scores.masked_fill(~visible, -torch.inf), repeats
+
+    def forward(q, k, v, *, out, lse, causal=False, return_lse=False, cu_seqlens_q=None, **options):
+        assert return_lse
+        assert options.pop("cu_seqlens_k", None) is cu_seqlens_q
+        limits = (options.pop("max_seqlen_q", None), options.pop("max_seqlen_k", None))
+        options |= {} if cu_seqlens_q is None else {"max": limits}
+        record(calls, causal=causal, shape=tuple(q.shape), **options)
+        number = None if cu_seqlens_q is None else segment_numbers(cu_seqlens_q, len(q))
+        out.copy_(dense_attention(q, k, v, number))
+        lse.copy_(scores_of(q, k, number)[0].logsumexp(-1))
+        return out, lse, None, None, None
+
+    def backward(q, k, v, out, dout, lse, *, dq, dk, dv, causal=False, cu_seqlens_q=None, **_):
+        """By hand: inside an operator there is no autograd."""
+        assert causal
+        number = None if cu_seqlens_q is None else segment_numbers(cu_seqlens_q, len(q))
+        scores, repeats = scores_of(q, k, number)
+        shares = (scores - lse[..., None]).exp()
+        wide = v.repeat_interleave(repeats, -2)
+        slopes = torch.einsum("...ihd,...jhd->...hij", dout, wide)
+        slopes = shares * (slopes - (dout * out).sum(-1).mT[..., None]) / q.size(-1) ** 0.5
+        dq.copy_(torch.einsum("...hij,...jhd->...ihd", slopes, k.repeat_interleave(repeats, -2)))
+        for grad, weights, x in ((dk, slopes, q), (dv, shares, dout)):
+            whole = torch.einsum("...hij,...ihd->...jhd", weights, x)
+            grad.copy_(whole.unflatten(-2, (-1, repeats)).sum(-2))
+        return dq, dk, dv
+
+    names = ("flash_attn_interface", "flash_attn", "flash_attn.cute", "flash_attn.cute.interface")
+    modules = {name: ModuleType(name) for name in names}
+    fa3, package, cute, interface = modules.values()
+    fa3.flash_attn_func, fa3.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+    interface._flash_attn_fwd, interface._flash_attn_bwd = forward, backward
+    package.cute, cute.interface = cute, interface
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     return calls
@@ -157,6 +196,19 @@ def test_flash_attention_is_called_as_it_wants(tg, flash, backend):
     assert flash[1:] == [{"causal": True, "shape": (3, 24, 4, 8)}]
 
 
+def test_flash_attention_of_a_packed_script(tg, flash, tmp_path):
+    """Torch calls what belongs to an operator by the names of its parameters, which packing must leave."""
+    packed, _ = tg.pack_code(Path(tg.__file__).read_bytes(), "lzma")
+    path = tmp_path / "packed.py"
+    path.write_bytes(packed)
+    module = runpy.run_path(str(path))
+    operator = next(value for value in module.values() if getattr(value, "_name", "") == "attention")
+    cu_seqlens, limit, _ = make_segments(tg)
+    packed_attend = lambda q, k, v: operator(q[0], k[0], v[0], cu_seqlens, limit)[0][None]  # noqa: E731
+    qkv = make_inputs()
+    assert_same(results(packed_attend, *qkv), results(oracle, *qkv, LENGTHS))
+
+
 def test_torch_varlen_is_called_as_it_wants(tg, varlen):
     qkv = make_inputs()
     ours = results(tg.attend, *qkv, make_segments(tg), "torch_varlen")
@@ -205,37 +257,36 @@ def test_backend_that_cannot_work_is_one_line(tg, capsys, backend):
 
 def test_missing_package_is_named(tg):
     with pytest.raises(tg.ConfigError, match="FlashAttention 3.*No module named 'flash_attn_interface'"):
-        tg.choose_attention("fa3", tg.CPU)
+        choose(tg, "fa3")
 
 
 def test_backend_that_computes_something_else_is_refused(tg, flash, monkeypatch):
     interface = sys.modules["flash_attn_interface"]
     monkeypatch.setattr(interface, "flash_attn_varlen_func", lambda q, k, v, **options: q + k.sum() + v.sum())
     with pytest.raises(tg.ConfigError, match="ATTENTION_BACKEND=fa3: .*results are wrong"):
-        tg.choose_attention("fa3", tg.CPU)
+        choose(tg, "fa3")
 
 
 @pytest.mark.parametrize("compiler", ["", "aot_eager"])
 def test_backend_that_works_is_taken(tg, flash, compiler):
     ranks = tg.Ranks(torch.device("cpu"))
     ranks.compiler = compiler
-    assert tg.choose_attention("fa3", ranks) == "fa3"
-    assert tg.choose_attention("fa4", ranks) == "fa4"
-    assert tg.choose_attention("plain", ranks) == "plain"
+    for backend in ("fa3", "fa4", "plain"):
+        assert choose(tg, backend, ranks) == backend
 
 
 @pytest.mark.parametrize("works", ["fa3", "fa4", "torch_varlen", "flex", "plain"])
 def test_auto_takes_the_best_that_works(tg, monkeypatch, works):
     order, tried = list(tg.ATTENTION), []
 
-    def attempt(backend, ranks):
+    def attempt(backend, cfg, ranks):
         tried.append(backend)
         if order.index(backend) < order.index(works):
             raise ImportError("not here")
 
     monkeypatch.setattr(tg, "try_attention", attempt)
     ranks = SimpleNamespace(device=torch.device("cuda"))
-    assert tg.choose_attention("auto", ranks) == works
+    assert choose(tg, "auto", ranks) == works
     assert tried == order[: order.index(works) + 1]
 
 
