@@ -119,17 +119,17 @@ def flash(monkeypatch):
         lse.copy_(scores_of(q, k, number)[0].logsumexp(-1))
         return out, lse, None, None, None
 
-    def backward(q, k, v, out, dout, lse, *, dq, dk, dv, causal=False, cu_seqlens_q=None, **_):
+    def backward(q, k, v, out, dy, lse, *, dq, dk, dv, causal=False, cu_seqlens_q=None, **_):
         """By hand: inside an operator there is no autograd."""
         assert causal
         number = None if cu_seqlens_q is None else segment_numbers(cu_seqlens_q, len(q))
         scores, repeats = scores_of(q, k, number)
         shares = (scores - lse[..., None]).exp()
         wide = v.repeat_interleave(repeats, -2)
-        slopes = torch.einsum("...ihd,...jhd->...hij", dout, wide)
-        slopes = shares * (slopes - (dout * out).sum(-1).mT[..., None]) / q.size(-1) ** 0.5
+        slopes = torch.einsum("...ihd,...jhd->...hij", dy, wide)
+        slopes = shares * (slopes - (dy * out).sum(-1).mT[..., None]) / q.size(-1) ** 0.5
         dq.copy_(torch.einsum("...hij,...jhd->...ihd", slopes, k.repeat_interleave(repeats, -2)))
-        for grad, weights, x in ((dk, slopes, q), (dv, shares, dout)):
+        for grad, weights, x in ((dk, slopes, q), (dv, shares, dy)):
             whole = torch.einsum("...hij,...ihd->...jhd", weights, x)
             grad.copy_(whole.unflatten(-2, (-1, repeats)).sum(-2))
         return dq, dk, dv
