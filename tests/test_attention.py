@@ -39,7 +39,7 @@ def results(function, *arguments) -> list[torch.Tensor]:
     qkv, rest = arguments[:3], arguments[3:]
     qkv = [x.detach().clone().requires_grad_() for x in qkv]
     y = function(*qkv, *rest)
-    weights = torch.arange(y.numel(), dtype=torch.float64).cos().view(y.shape)
+    weights = torch.arange(y.numel(), dtype=torch.float64).cos().view(y.shape).to(y.device)
     return [
         y.detach().double(),
         *(g.double() for g in torch.autograd.grad((y.double() * weights).sum(), qkv)),
@@ -253,6 +253,30 @@ def test_backend_that_cannot_work_is_one_line(tg, capsys, backend):
     assert output.out == ""
     assert output.err.count("\n") == 1
     assert f"ATTENTION_BACKEND={backend}: it needs {tg.ATTENTION[backend]}" in output.err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("backend", ["fa3", "fa4", "torch_varlen", "flex"])
+def test_backends_of_a_gpu_equal_the_oracle(tg, backend):
+    """At the record's heads, compiled as in a run; segments of one token, empty ones, a whole window."""
+    ranks = tg.Ranks(torch.device("cuda"))
+    ranks.compiler = "inductor"
+    try:
+        choose(tg, backend, ranks)
+    except tg.ConfigError as error:
+        pytest.skip(str(error))
+    lengths = [1, 2048, 0, 77, 128, 129, 1, 640]
+    generator, tokens = torch.Generator().manual_seed(0), sum(lengths)
+    segments = make_segments(tg, lengths)
+    segments = segments._replace(cu_seqlens=segments.cu_seqlens.cuda())
+    compiled = torch.compile(tg.attend, fullgraph=True, dynamic=False)
+    for rows, part, spans in ((1, segments, lengths), (5, None, None)):
+        shapes = [(rows, tokens if part else 300, heads, 64) for heads in (8, 4, 4)]
+        qkv = [torch.randn(shape, generator=generator).bfloat16().cuda() for shape in shapes]
+        expected = results(oracle, *(x.cpu() for x in qkv), spans)
+        for ours, exact in zip(results(compiled, *qkv, part, backend), expected, strict=True):
+            assert torch.dist(ours.cpu(), exact) < 0.01 * exact.norm()
 
 
 def test_missing_package_is_named(tg):
