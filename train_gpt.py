@@ -1697,7 +1697,7 @@ def _limits(cu_seqlens: Tensor | None, limit: int) -> dict[str, object]:
     """Segments as FlashAttention is told of them."""
     if cu_seqlens is None:
         return {}
-    ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens.view(-1)}  # one given twice is not traced
     return ends | {"max_seqlen_q": limit, "max_seqlen_k": limit}
 
 
@@ -5839,6 +5839,21 @@ def try_kernels(cfg: Config, ranks: Ranks) -> dict[str, str]:
     return wrong
 
 
+def unused_attention(cfg: Config, ranks: Ranks) -> list[str]:
+    """What is wrong with attention backends that are installed and better than the one in the settings."""
+    texts = []
+    for name, module in (("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute")):
+        if name == cfg.attention_backend:
+            break
+        with contextlib.suppress(ImportError):
+            if importlib.util.find_spec(module):
+                try:
+                    try_attention(name, cfg, ranks)
+                except Exception as error:  # foreign libraries raise anything
+                    texts.append(f"attention {name} is installed and not used: {one_line(error)}")
+    return texts
+
+
 class Preflight:
     """What a run needs, compared with what is there, before time is spent; its speed, before the clock runs.
 
@@ -6122,9 +6137,11 @@ class GuardedRun(Run):
 
     def _log_head(self) -> None:
         super()._log_head()
-        facts, ranks = self.preflight.facts, self.ranks
+        facts, ranks, notices = self.preflight.facts, self.ranks, self.preflight.notices
         self.log.event("preflight", **facts)
-        for text in self.preflight.notices:
+        if self.preflight.cfg.attention_backend == "auto" and ranks.device.type == "cuda":
+            notices += unused_attention(self.cfg, ranks)
+        for text in notices:
             self.log.event("notice", text=text)
         if facts.get("gpus", 0) > ranks.world_size:
             start = f"torchrun --standalone --nproc_per_node={facts['gpus']} train_gpt.py"

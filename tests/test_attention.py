@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -84,19 +85,6 @@ def flash(monkeypatch):
     """
     calls = []
 
-    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, **options):
-        record(calls, causal=causal, shape=tuple(q.shape), **options)
-        return dense_attention(q, k, v)
-
-    def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False, **options
-    ):
-        assert cu_seqlens_q is cu_seqlens_k
-        assert cu_seqlens_q.dtype == torch.int32
-        limits = (max_seqlen_q, max_seqlen_k)
-        record(calls, causal=causal, shape=tuple(q.shape), max=limits, **options)
-        return dense_attention(q, k, v, segment_numbers(cu_seqlens_q, len(q)))
-
     def scores_of(q, k, number):
         """Scaled products [..., H, T, T], and the keys and values' heads repeated by the second result."""
         repeats = q.size(-2) // k.size(-2)
@@ -110,7 +98,8 @@ def flash(monkeypatch):
 
     def forward(q, k, v, *, out, lse, causal=False, return_lse=False, cu_seqlens_q=None, **options):
         assert return_lse
-        assert options.pop("cu_seqlens_k", None) is cu_seqlens_q
+        cu_seqlens_k = options.pop("cu_seqlens_k", None)
+        assert cu_seqlens_k is cu_seqlens_q or torch.equal(cu_seqlens_k, cu_seqlens_q)
         limits = (options.pop("max_seqlen_q", None), options.pop("max_seqlen_k", None))
         options |= {} if cu_seqlens_q is None else {"max": limits}
         record(calls, causal=causal, shape=tuple(q.shape), **options)
@@ -134,6 +123,36 @@ def flash(monkeypatch):
             grad.copy_(whole.unflatten(-2, (-1, repeats)).sum(-2))
         return dq, dk, dv
 
+    class FlashAttnVarlenFunc(torch.autograd.Function):
+        """As there: torch.compile traces it, and refuses a tensor that is given twice (torch 2.13)."""
+
+        @staticmethod
+        def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k):
+            number = None if cu_seqlens_q is None else segment_numbers(cu_seqlens_q, len(q))
+            y, lse = dense_attention(q, k, v, number), scores_of(q, k, number)[0].logsumexp(-1)
+            ctx.save_for_backward(q, k, v, y, lse, cu_seqlens_q)
+            return y
+
+        @staticmethod
+        def backward(ctx, dy):
+            q, k, v, y, lse, cu_seqlens = ctx.saved_tensors
+            dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+            backward(q, k, v, y, dy, lse, dq=dq, dk=dk, dv=dv, causal=True, cu_seqlens_q=cu_seqlens)
+            return dq, dk, dv, None, None
+
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, **options):
+        record(calls, causal=causal, shape=tuple(q.shape), **options)
+        return FlashAttnVarlenFunc.apply(q, k, v, None, None)
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False, **options
+    ):
+        assert cu_seqlens_q.dtype == torch.int32
+        assert torch.compiler.is_compiling() or torch.equal(cu_seqlens_q, cu_seqlens_k)
+        limits = (max_seqlen_q, max_seqlen_k)
+        record(calls, causal=causal, shape=tuple(q.shape), max=limits, **options)
+        return FlashAttnVarlenFunc.apply(q, k, v, cu_seqlens_q, cu_seqlens_k)
+
     names = ("flash_attn_interface", "flash_attn", "flash_attn.cute", "flash_attn.cute.interface")
     modules = {name: ModuleType(name) for name in names}
     fa3, package, cute, interface = modules.values()
@@ -141,6 +160,7 @@ def flash(monkeypatch):
     interface._flash_attn_fwd, interface._flash_attn_bwd = forward, backward
     package.cute, cute.interface = cute, interface
     for name, module in modules.items():
+        module.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
     return calls
 
@@ -289,6 +309,26 @@ def test_backend_that_computes_something_else_is_refused(tg, flash, monkeypatch)
     monkeypatch.setattr(interface, "flash_attn_varlen_func", lambda q, k, v, **options: q + k.sum() + v.sum())
     with pytest.raises(tg.ConfigError, match="ATTENTION_BACKEND=fa3: .*results are wrong"):
         choose(tg, "fa3")
+
+
+def test_backend_that_is_installed_and_not_used_is_noted(tg, flash, monkeypatch):
+    """The automatic choice passes over what does not work; a slower run should not be a riddle."""
+
+    def notices(chosen: str) -> list[str]:
+        return tg.unused_attention(tg.Config(attention_backend=chosen), tg.CPU)
+
+    assert notices("plain") == []  # both work
+    interface = sys.modules["flash_attn.cute.interface"]
+    monkeypatch.setattr(interface, "_flash_attn_bwd", lambda *tensors, dq, dk, dv, **options: None)
+    assert notices("fa4") == []
+    wrong = "attention fa4 is installed and not used: RuntimeError: its results are wrong"
+    assert notices("torch_varlen") == [wrong]
+    monkeypatch.setattr(sys.modules["flash_attn_interface"], "flash_attn_varlen_func", None)
+    assert notices("fa3") == []
+    assert [text.split()[1] for text in notices("flex")] == ["fa3", "fa4"]
+    for name in [name for name in sys.modules if name.startswith("flash_attn")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert notices("plain") == []
 
 
 @pytest.mark.parametrize("compiler", ["", "aot_eager"])
