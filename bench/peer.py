@@ -151,7 +151,10 @@ def pick_backend(folder: Path) -> tuple[str, str]:
     ranks = tg.Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     ranks.compiler = "aot_eager" if torch.cuda.is_available() else ""
     if importlib.util.find_spec("flash_attn_interface"):
-        return tg.choose_attention(tg.Config(attention_backend="fa3"), ranks), ""
+        try:
+            return tg.choose_attention(tg.Config(attention_backend="fa3"), ranks), ""
+        except tg.ConfigError as error:
+            sys.exit(f"bench: {error}")
     backend = tg.choose_attention(tg.Config(), ranks)
     folder.mkdir(parents=True, exist_ok=True)
     text = STAND_IN.format(script=str(ROOT / "train_gpt.py"), backend=backend)
