@@ -70,7 +70,7 @@ peer() {  # NAME: both scripts once; the second round comes last
 peer peer
 step kernels "$PYTHON bench/kernels.py --device $DEVICE --json"
 step ttt "$PYTHON bench/ttt.py --parts compiled --json"
-step variants "for variant in TRITON_KERNELS=0 ATTENTION_BACKEND=flex ATTENTION_BACKEND=torch_varlen ATTENTION_BACKEND=fa4 COMPILE_BACKEND=off TRITON_KERNELS=1; do
+step variants "for variant in TRITON_KERNELS=0 ATTENTION_BACKEND=torch_varlen ATTENTION_BACKEND=fa4 ATTENTION_BACKEND=flex COMPILE_BACKEND=off TRITON_KERNELS=1; do
         echo \"== \$variant\"; env \$variant $PYTHON bench/train_step.py --device $DEVICE; done"
 step each_kernel "for left in mlp,heads,exclude loss,heads,exclude loss,mlp,exclude loss,mlp,heads; do
         echo \"== \$left\"; env TRITON_KERNELS=\$left $PYTHON bench/train_step.py --device $DEVICE; done"
