@@ -14,7 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
+
+import pretended_gpu
 
 PACKAGES = (  # what the GPU machine lacks; einops, protobuf and CUDA's bindings are there
     "flash-attn-4==4.0.0b36",
@@ -71,14 +74,13 @@ def carry(folder: Path) -> None:
 
 
 def compile_calls() -> None:
-    """Compile forward and backward of every form of call."""
-    import pretended_gpu
-
+    """Compile both passes of every form of call. Raises Unavailable, or ImportError without the package."""
     os.environ |= {
         "FLASH_ATTENTION_ARCH": "sm_90a",
         "CUTE_DSL_ARCH": "sm_90a",
         "FLASH_ATTENTION_NUM_SMS": "132",
     }
+    warnings.simplefilter("ignore", UserWarning)  # of the DSL, at every kernel
     pretended_gpu.load()
     import torch
     from common import tg
@@ -109,7 +111,11 @@ def main() -> None:
     wanted.add_argument("--compile", action="store_true", help="compile all calls for an H100")
     args = options.parse_args()
     if args.compile:
-        compile_calls()
+        try:
+            compile_calls()
+        except (pretended_gpu.Unavailable, ImportError) as error:
+            print(f"bench/fa4.py: {error}", file=sys.stderr)
+            sys.exit(2)
     elif args.path:
         print(path_of(args.path))
     else:
