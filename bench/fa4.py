@@ -1,7 +1,7 @@
 """FlashAttention 4 for a GPU machine without a network; and do its kernels take the calls of train_gpt.py?
 
-    python bench/fa4.py --carry carry      # carry/fa4.tar.xz: all that Python 3.12 and CUDA 13 need besides
-    tar -xf carry/fa4.tar.xz -C /opt       # there; bench/gpu_suite.sh does so by itself
+    python bench/fa4.py --carry carry                # carry/fa4.tar.xz: what Python 3.12 and CUDA 13 need besides
+    python -m tarfile -e carry/fa4.tar.xz /opt       # there; bench/gpu_suite.sh does so by itself
     PYTHONPATH=$(python bench/fa4.py --path /opt/fa4) python bench/fa4.py --compile
 
 `--compile` needs the package, g++ and no GPU: forward and backward are compiled for a pretended H100 on fake

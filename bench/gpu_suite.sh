@@ -47,7 +47,7 @@ step() {  # NAME COMMAND...: run it, unless it is not among STEPS
 if [ "$DRY" != --dry-run ]; then
     mkdir -p "$OUT/work"
     if [ -e carry/fa4.tar.xz ]; then
-        [ -e /opt/fa4 ] || tar -xf carry/fa4.tar.xz -C /opt
+        [ -e /opt/fa4 ] || $PYTHON -m tarfile -e carry/fa4.tar.xz /opt  # there may be no xz
         PYTHONPATH=$($PYTHON bench/fa4.py --path /opt/fa4)${PYTHONPATH:+:$PYTHONPATH}
         export PYTHONPATH
     fi
