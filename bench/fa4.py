@@ -1,6 +1,6 @@
 """FlashAttention 4 for a GPU machine without a network; and do its kernels take the calls of train_gpt.py?
 
-    python bench/fa4.py --carry carry                # carry/fa4.tar.xz: what Python 3.12 and CUDA 13 need besides
+    python bench/fa4.py --carry carry                # carry/fa4.tar.xz: what Python 3.12, CUDA 13 lack
     python -m tarfile -e carry/fa4.tar.xz /opt       # there; bench/gpu_suite.sh does so by itself
     PYTHONPATH=$(python bench/fa4.py --path /opt/fa4) python bench/fa4.py --compile
 
