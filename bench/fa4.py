@@ -48,19 +48,9 @@ def carry(folder: Path) -> None:
     target = folder / "fa4.tar.xz"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-deps",
-            "--no-compile",
-            "--only-binary=:all:",
-        ]
-        pip += ["--python-version", "3.12", "--implementation", "cp", "--target", f"{work}/fa4"]
-        for platform in PLATFORMS:
-            pip += ["--platform", platform]
+        words = "-q --no-deps --no-compile --only-binary=:all: --python-version 3.12 --implementation cp"
+        pip = [sys.executable, "-m", "pip", "install", *words.split(), "--target", f"{work}/fa4"]
+        pip += [word for platform in PLATFORMS for word in ("--platform", platform)]
         subprocess.run([*pip, *PACKAGES], check=True)
         options = ["--exclude=include", "--exclude=iket", "--exclude=*.a", "-C", work, "-c", "fa4"]
         archive = subprocess.Popen(["tar", *options], stdout=subprocess.PIPE)
@@ -68,7 +58,7 @@ def carry(folder: Path) -> None:
             command = ["xz", "--x86", "--lzma2=preset=9e,dict=256MiB"]
             subprocess.run(command, stdin=archive.stdout, stdout=file, check=True)
         if archive.wait():
-            sys.exit("bench/fa4.py: tar failed")
+            raise OSError("tar failed")
         os.replace(f"{work}/packed", target)
     print(f"{target}: {target.stat().st_size:,} bytes")
 
@@ -110,16 +100,16 @@ def main() -> None:
     wanted.add_argument("--path", type=Path, metavar="DIR", help="print PYTHONPATH for an unpacked archive")
     wanted.add_argument("--compile", action="store_true", help="compile all calls for an H100")
     args = options.parse_args()
-    if args.compile:
-        try:
+    try:
+        if args.compile:
             compile_calls()
-        except (pretended_gpu.Unavailable, ImportError) as error:
-            print(f"bench/fa4.py: {error}", file=sys.stderr)
-            sys.exit(2)
-    elif args.path:
-        print(path_of(args.path))
-    else:
-        carry(args.carry)
+        elif args.path:
+            print(path_of(args.path))
+        else:
+            carry(args.carry)
+    except (pretended_gpu.Unavailable, ImportError, OSError, subprocess.CalledProcessError) as error:
+        print(f"bench/fa4.py: {str(error)[:300]}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
