@@ -337,7 +337,7 @@ def test_guard_kills_what_does_not_end_when_told():
 
 RANKS = """
 import os, time
-print(os.getpid(), flush=True)
+os.write(1, f"{os.getpid()}\\n".encode())  # at once: the ranks share the console
 time.sleep(60)
 """
 
