@@ -61,9 +61,14 @@ def test_run_on_cuda_scores_as_on_a_cpu(work, plain):
     assert weights["tok_emb.weight"].dtype == torch.bfloat16
 
 
-def test_kernels_pass_their_trial_and_serve_a_whole_run(work, plain):
-    """All four, in training, evaluation and adaptation, with autocast's types, tiles timed on the way."""
-    said, result = rehearse(work, "kernels", AUDIT=1)
+def test_kernels_pass_their_trial_and_serve_a_whole_run(work):
+    """All four, in training, evaluation and adaptation, with autocast's types, tiles timed on the way.
+
+    With two heads a gradient of two numbers may by chance be further off than the trial allows (1 in 40).
+    """
+    sizes = {"MODEL_DIM": 64, "NUM_HEADS": 8, "NUM_KV_HEADS": 4}
+    _, plain = rehearse(work, "eager", TRITON_KERNELS=0, **sizes)
+    said, result = rehearse(work, "kernels", AUDIT=1, **sizes)
     assert "fused kernel" not in said
     assert result["environment"]["kernels"] == "loss,mlp,heads,exclude"
     for stage, values in plain["stages"].items():
