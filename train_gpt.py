@@ -5810,6 +5810,7 @@ def try_kernels(cfg: Config, ranks: Ranks) -> dict[str, str]:
     sizes = {"num_layers": 1, "num_loops": 0, "parallel_start_layer": 0, "xsa_last_n": 1}
     cfg = dataclasses.replace(cfg, **sizes, attention_backend="plain")
     ranks, generator = Ranks(ranks.device), torch.Generator().manual_seed(0)  # nothing is compiled
+    torch.manual_seed(cfg.seed)  # the same verdict at every start
     model, batch = GPT(cfg).to(ranks.device), ranks.send(*random_row(cfg, 200, 50, generator))
     with torch.no_grad():
         for parameter in model.parameters():
