@@ -66,7 +66,7 @@ from torch import Tensor, nn
 
 BOS = 1  # first token of every document, fixed by the tokenizer
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
-LEFT_OUT = ()  # settings whose sections a packed script is without
+COUNTED = False  # True in the script as it is counted, which is without what only helps its users
 SIZE_LIMIT = 16_000_000  # decimal bytes, code plus model
 TRAIN_LIMIT = EVAL_LIMIT = 600.0  # seconds
 CONTEST_MICRO_BATCHES = 8  # a step is eight micro-batches, shared by the ranks
@@ -322,11 +322,10 @@ class Config:
             raise ConfigError(
                 f"FIT_BYTES={self.fit_bytes}: must be 0 or at least {1 << 15} (code alone is more)"
             )
-        self.micro_batches(world_size=1)  # what one rank cannot divide, more cannot either
+        check_micro_batches(self, world_size=1)  # what one rank cannot divide, more cannot either
         self._check_shapes()
         self._check_layers()
-        if not LEFT_OUT:
-            check_rest(self)
+        check_optional_settings(self)
         self._check_exclusive("SPARSE_ATTN_GATE_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED")
         self._check_exclusive("PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY")
 
@@ -390,24 +389,6 @@ class Config:
         """Targets of a document of so many that are scored before each adaptation step."""
         return chunk_by_length(self, targets) if self.ttt_chunk_by_length else self.ttt_chunk_size
 
-    def micro_batches(self, world_size: int) -> int:
-        """Micro-batches of a step on each rank; refuses a batch that does not divide."""
-        total = self.grad_accum_steps
-        if total % world_size and world_size % total:
-            raise ConfigError(
-                f"WORLD_SIZE={world_size}: must divide GRAD_ACCUM_STEPS={total} or be its multiple"
-            )
-        shared, tokens = max(total, world_size), self.train_batch_tokens
-        if tokens % shared or tokens // shared < self.train_seq_len:
-            least = f"each at least TRAIN_SEQ_LEN={self.train_seq_len} tokens (GRAD_ACCUM_STEPS={total})"
-            raise ConfigError(f"TRAIN_BATCH_TOKENS={tokens}: must be {shared} equal micro-batches, {least}")
-        return shared // world_size
-
-    @property
-    def plain_text(self) -> bool:
-        """Text as it is; its bytes are counted by tables of the tokenizer's pieces."""
-        return not self.caseops_enabled
-
     @property
     def data_folder(self) -> Path:
         """Folder of the shards."""
@@ -437,9 +418,6 @@ class Config:
             ConfigError: a wrong type, choice, range or combination, or a name that is almost one of ours.
         """
         fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
-        if len(PRESETS) > 1:
-            environ = translate(environ)
-        _refuse_unknown_names(environ, list(fields))
         preset = environ.get("PRESET", next(iter(PRESETS)))
         values = {"preset": preset, **PRESETS.get(preset, {})}
         for name, field in fields.items():
@@ -458,68 +436,63 @@ MODEL_SETTINGS = (
 
 # A preset is a row of differences from the defaults; explicit variables win over it. The authority for a
 # published run is its log (SPEC section 8). A packed script has one row, all that its run differed in.
-PRESETS: dict[str, dict[str, object]] = {"pr1851": {}}
+PRESETS: dict[str, dict[str, object]] = {
+    "pr1851": {},
+    "demo": {  # every component, small enough for two CPU cores
+        "cpu_threads": 1,
+        "data_path": "data/demo",
+        "vocab_size": 1024,
+        "train_seq_len": 256,
+        "train_batch_tokens": 4096,
+        "grad_accum_steps": 2,
+        "num_layers": 6,
+        "model_dim": 128,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "mlp_mult": 3.0,
+        "num_loops": 1,
+        "loop_start": 2,
+        "loop_end": 3,
+        "parallel_start_layer": 4,
+        "xsa_last_n": 6,
+        "iterations": 150,
+        "max_wallclock_seconds": 0.0,
+        "warmup_steps": 1,
+        "muon_momentum_warmup_steps": 50,
+        "train_log_every": 20,
+        "val_loss_every": 150,
+        "ema_decay": 0.95,
+        "float16_max_elements": 4096,
+        "gptq_calibration_batches": 4,
+        "val_batch_tokens": 32_768,
+        "eval_seq_len": 256,
+        "ttt_eval_seq_len": 256,
+        "ttt_batch_size": 16,
+        "ttt_lora_rank": 8,
+        "ttt_lora_alpha": 16.0,
+        "ttt_lora_lr": 1e-3,
+        "ttt_warm_start_a": False,  # the same score on any number of ranks
+        "phased_ttt_prefix_docs": 24,
+        "phased_ttt_num_phases": 2,
+        "global_ttt_chunk_tokens": 2048,
+        "global_ttt_batch_seqs": 8,
+        "audit": True,
+    },
+}
 
-# [if WHOLE]
-_WINDOWS = {  # PR #1493 and its descendants
-    "caseops_enabled": False,
-    "plain_windows": True,
-    "smear_gate_enabled": False,
-    "sparse_attn_gate_enabled": False,
-    "parallel_style": "single",
-    "parallel_start_layer": 7,
-    "qk_gain_init": 5.25,
-    "muon_coefficients": "quintic",
-    "muon_momentum": 0.99,
-    "matrix_lr": 0.022,
-    "warmdown_frac": 0.72,
-    "min_lr": 0.0,
-    "embed_bits": 8,
-    "embed_clip_sigmas": 20.0,
-    "attn_clip_sigmas": 12.85,
-    "mlp_clip_sigmas": 12.85,
-    "lqer_enabled": False,
-    "gptq_calibration_batches": 64,
-    "gptq_reserve_seconds": 12.0,
-    "sliding_window_enabled": True,
-    "ttt_sgd": True,
-}
-PRESETS |= {
-    "pr1868": {"gptq_reserve_seconds": 8.0},
-    "one_gpu": {"max_wallclock_seconds": 4800.0, "checkpoint_seconds": 300.0},  # eight times as long
-    "pr1855": {
-        "mlp_clip_sigmas": 11.5,
-        "embed_clip_sigmas": 14.0,
-        "warmdown_frac": 0.85,
-        "beta2": 0.99,
-        "compressor": "ans",
-        "ttt_beta2": 0.99,
-        "ttt_weight_decay": 0.5,
-        "ttt_lora_rank": 80,
-        "sparse_attn_gate_scale": 0.5,
-        "phased_ttt_prefix_docs": 2500,
-        "gated_attn_quant_gate": True,
-    },
-    "pr1667": {
-        "caseops_enabled": False,
-        "smear_bos_mask": False,
-        "sparse_attn_gate_enabled": False,
-        "attn_out_gate_enabled": True,
-        "qk_gain_init": 5.25,
-        "min_lr": 0.0,
-        "lqer_enabled": False,
-        "gptq_calibration_batches": 64,
-        "gptq_reserve_seconds": 13.0,
-        "muon_coefficients": "quintic",
-        "phased_ttt_prefix_docs": 0,
-        "ttt_weight_decay": 0.5,
-        "ttt_lora_alpha": 96.0,
-        "ttt_warm_start_a": False,
-    },
-    "pr1858": _WINDOWS | {"ttt_epochs": 2},
-    "pr1493": _WINDOWS,
-    "pr1485": _WINDOWS | {"qk_gain_init": 5.0, "ttt_enabled": False, "ttt_sgd": False},
-}
+
+def check_micro_batches(cfg: Config, world_size: int) -> None:
+    """Raise ConfigError unless a step of all ranks is equal micro-batches that hold a whole document."""
+    total, tokens = cfg.grad_accum_steps, cfg.train_batch_tokens
+    if total % world_size and world_size % total:
+        raise ConfigError(
+            f"WORLD_SIZE={world_size}: must divide GRAD_ACCUM_STEPS={total} or be its multiple"
+        )
+    shared = max(total, world_size)
+    if tokens % shared or tokens // shared < cfg.train_seq_len:
+        least = f"each at least TRAIN_SEQ_LEN={cfg.train_seq_len} tokens (GRAD_ACCUM_STEPS={total})"
+        raise ConfigError(f"TRAIN_BATCH_TOKENS={tokens}: must be {shared} equal micro-batches, {least}")
+
 _DEMO = {  # every component, small enough for two CPU cores
     "cpu_threads": 1,
     "data_path": "data/demo",
@@ -560,66 +533,9 @@ _DEMO = {  # every component, small enough for two CPU cores
     "global_ttt_batch_seqs": 8,
     "audit": True,
 }
-_DEMO_PLAIN = {"data_path": "data/demo_plain", "gptq_calibration_batches": 16}
-_DEMO_WINDOWS = _DEMO_PLAIN | {"ttt_chunk_tokens": 2048}
-_DEMO_SIZES = {  # where a system's own sizes are others than the record's, those of its demo are too
-    "pr1855": {"ttt_lora_rank": 7, "phased_ttt_prefix_docs": 30},
-    "pr1667": _DEMO_PLAIN | {"ttt_lora_alpha": 8.0, "phased_ttt_prefix_docs": 0},
-    **dict.fromkeys(("pr1858", "pr1493", "pr1485"), _DEMO_WINDOWS),
-}
-PRESETS |= {f"{name}-demo": row | _DEMO | _DEMO_SIZES.get(name, {}) for name, row in PRESETS.items()}
-PRESETS["demo"] = _DEMO
-
-ALIASES = {  # names in published commands and logs -> ours
-    "SMEAR_GATE": "SMEAR_GATE_ENABLED",
-    "SMEAR_GATE_WIDTH": "GATE_WINDOW",
-    "GATE_WIDTH": "GATE_WINDOW",
-    "GATE_ATTN_OUT": "ATTN_OUT_GATE_ENABLED",
-    "GATE_ATTN_SRC": "ATTN_OUT_GATE_SRC",
-    "PARALLEL_RESIDUAL_START": "PARALLEL_START_LAYER",
-    "FUSED_CE_ENABLED": "TRITON_KERNELS",
-}
-UNREAD = ("PHASED_TTT_ENABLED", "ROPE_TRAIN_SEQ_LEN")  # of published commands and logs, read by no script
 
 
-def translate(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment in our names: older ones of published commands, and SCALE as part of PRESET.
-
-    Rank 0 of a machine says on stderr what is taken for something else or for nothing.
-
-    Raises:
-        ConfigError: an older name beside the present one with another value, or a SCALE that is none.
-    """
-    given, notices = dict(environ), []
-    for old, name in ALIASES.items():
-        if old in given:
-            value = given.pop(old)
-            if given.setdefault(name, value) != value:
-                clash = f"another name of {name}, which is {given[name]!r}: must be the same or unset"
-                raise ConfigError(f"{old}={value!r}: {clash}")
-    if given.get("COMPRESSOR") == "pergroup":
-        given["COMPRESSOR"] = "ans"
-        notices.append("COMPRESSOR=pergroup: COMPRESSOR=ans, this script's entropy coder (no lrzip needed)")
-    if given.get("TRITON_KERNELS") == "1":
-        given["TRITON_KERNELS"] = Config.triton_kernels
-    notices += [f"{name}={given.pop(name)}: no published script reads it" for name in UNREAD if name in given]
-    scale = given.pop("SCALE", "full")
-    if scale not in ("full", "demo"):
-        raise ConfigError(f"SCALE={scale!r}: must be one of full, demo")
-    preset = given.get("PRESET", Config.preset)
-    if scale == "demo" and f"{preset}-demo" in PRESETS:
-        given["PRESET"] = f"{preset}-demo"
-    if environ.get("LOCAL_RANK", "0") == "0":
-        for notice in notices:
-            print(f"train_gpt.py: notice: {notice}", file=sys.stderr)
-    return given
-
-
-# [end]
-
-
-# [if WHOLE]
-def check_rest(cfg: Config) -> None:
+def check_optional_settings(cfg: Config) -> None:
     """Settings that a packed record lacks or leaves alone. Raises ConfigError; the whole script asks."""
     if cfg.ttt_cache_window and not cfg.ttt_chunk_size <= cfg.ttt_cache_window <= cfg.ttt_eval_seq_len:
         limits = f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size} to TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}"
@@ -637,13 +553,6 @@ def check_rest(cfg: Config) -> None:
     kernels, known = cfg.triton_kernels, Config.triton_kernels
     if kernels not in ("", "0", "1") and not {*kernels.split(",")} <= {*known.split(",")}:
         raise ConfigError(f"TRITON_KERNELS={kernels!r}: must be 0, 1, or some of {known} with commas between")
-
-
-# [end]
-
-
-# Variables with these beginnings are ours, so an unknown one is a mistake.
-FAMILIES = re.compile("(TTT|GLOBAL_TTT|PHASED_TTT|GPTQ|LQER|MUON|SMEAR|SPARSE_ATTN|GATED_ATTN|ATTN_OUT|XSA)_")
 
 
 def _base_type(annotation: object) -> type:
@@ -688,45 +597,39 @@ def _check_divides(cfg: Config, whole: str, part: str) -> None:
         raise ConfigError(f"{whole.upper()}={value}: must be a multiple of {part.upper()}={divisor}")
 
 
-def _refuse_unknown_names(environ: Mapping[str, str], known: Sequence[str]) -> None:
-    for name in sorted(environ.keys() - set(known)):
-        cutoff = 0.0 if FAMILIES.match(name) else 0.86
-        swapped = [other for other in known if sorted(other) == sorted(name)]
-        near = swapped or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
-        if near and name.isupper():
-            meant = f"did you mean {near[0]}? (unset it or see --help)"
-            raise ConfigError(f"{name}={environ[name]!r}: no such setting; {meant}")
-
-
-def setting_comments(source: str) -> dict[str, str]:
-    """Help text of each setting: the comments behind the fields in the script's source."""
-    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
-
-
-def settings_table(source: str) -> str:
-    """The table of `--help`; a packed script has lost its comments."""
-    comments = setting_comments(source)
-    rows = []
-    for field in dataclasses.fields(Config):
-        default = int(field.default) if isinstance(field.default, bool) else field.default
-        help_text = comments.get(field.name, "")
-        rows.append(f"  {field.name.upper()}={default}\n      {help_text} [{allowed(field.type)}]")
-    return "\n".join(rows)
-
-
-def show_settings(cfg: Config) -> str:
-    """The resolved settings, one a line; what differs from the default is marked with its default."""
-    rows = []
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        mark = "" if value == field.default else f"    # default {field.default!r}"
-        rows.append(f"{field.name.upper()}={int(value) if isinstance(value, bool) else value}{mark}")
-    return "\n".join(rows)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # 3. Runtime: the device, the log, the clock
 # ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Backends:
+    """What the machine answers to the wishes in `Config`; harness/backends.py tries what there is."""
+
+    attention: Literal["fa3", "fa4", "torch_varlen", "flex", "plain"] = "plain"
+    kernels: str = ""  # fused kernels in use, with commas between
+    compiler: str = ""  # backend of torch.compile; empty: nothing is compiled
+    micro_batches: int = 8  # of a step, all ranks together
+
+    def compile(self, function: Callable) -> Callable:
+        """The function compiled, itself where nothing is compiled."""
+        return torch.compile(function, **self._options) if self.compiler else function
+
+    def move_and_compile(self, model: "GPT", device: torch.device) -> "GPT":
+        """Move the model; on CUDA the embedding is kept in bfloat16, everything else in float32.
+
+        Calls of the model are compiled, one graph for each form of call; its methods remain as they are.
+        """
+        model.to(device)
+        if device.type == "cuda":
+            model.tok_emb.to(torch.bfloat16)
+        if self.compiler:
+            model.compile(**self._options)
+        return model
+
+    @property
+    def _options(self) -> dict[str, object]:
+        return {"backend": self.compiler, "fullgraph": True, "dynamic": False}
 
 
 COLLECTIVE_SECONDS = 60  # a rank that does not answer a collective for so long has failed
@@ -740,7 +643,7 @@ class Ranks:
 
     def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1, local_rank: int = 0):
         self.device, self.rank, self.world_size, self.local_rank = device, rank, world_size, local_rank
-        self._store, self._meetings, self.compiler = None, 0, ""
+        self._store, self._meetings = None, 0
         self.told, self.polls = 0, False  # signal to stop; whether a stage looks for it by itself
 
     @classmethod
@@ -752,7 +655,7 @@ class Ranks:
         )
         if not local_rank <= rank < world_size:
             raise ConfigError(f"RANK={rank}: must be below WORLD_SIZE={world_size}, LOCAL_RANK at most RANK")
-        cfg.micro_batches(world_size)
+        check_micro_batches(cfg, world_size)
         cuda = torch.cuda.is_available() and cfg.device != "cpu"
         if cfg.device == "cuda" and not cuda:
             raise ConfigError("DEVICE=cuda: torch sees no CUDA device; must be auto or cpu here")
@@ -764,9 +667,6 @@ class Ranks:
             torch.set_num_threads(cfg.cpu_threads)
         ranks = cls(
             torch.device("cuda", local_rank) if cuda else torch.device("cpu"), rank, world_size, local_rank
-        )
-        ranks.compiler = {"auto": "inductor" if cuda else "", "off": ""}.get(
-            cfg.compile_backend, cfg.compile_backend
         )
         if cuda:
             torch.cuda.set_device(ranks.device)
@@ -897,40 +797,16 @@ class Ranks:
         event.record()
         return Pending(copy, event)
 
-    def place(self, model: "GPT") -> "GPT":
-        """Move the model; on CUDA the embedding is kept in bfloat16, everything else in float32.
-
-        Calls of the model are compiled, one graph for each form of call; its methods remain as they are.
-        """
-        model.to(self.device)
-        if self.device.type == "cuda":
-            model.tok_emb.to(torch.bfloat16)
-        if self.compiler:
-            model.compile(**self._options)
-        return model
-
-    def stop_compiling(self) -> None:
-        """From here on nothing is compiled."""
-        self.compiler = ""
-
-    def compile(self, function: Callable) -> Callable:
-        """The function compiled for the device, itself where nothing is compiled."""
-        return torch.compile(function, **self._options) if self.compiler else function
-
-    @property
-    def _options(self) -> dict[str, object]:
-        return {"backend": self.compiler, "fullgraph": True, "dynamic": False}
-
     def put(self, tensor: Tensor) -> Tensor:
         """The tensor on the device. From pinned memory: nothing waits for what was launched before."""
         if self.device.type != "cuda":
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def send(self, x: Tensor, y: Tensor, segments: "Segments") -> "Batch":
+    def send(self, x: Tensor, y: Tensor, segments: "Segments", compiler: str = "") -> "Batch":
         """A batch on the device. All rows of one length share a graph: only the number of segments varies."""
         x, y, cu_seqlens = (self.put(part) for part in (x, y, segments.cu_seqlens))
-        if self.compiler:
+        if compiler:
             torch._dynamo.mark_dynamic(cu_seqlens, 0)
         return x, y, Segments(cu_seqlens, segments.bound or segments.max_seqlen)
 
@@ -1061,103 +937,6 @@ class RunLog:
         """Close the files."""
         self._text.close()
         self._metrics.close()
-
-
-# [if WANDB_PROJECT or TENSORBOARD_DIR]
-def tracker_module(setting: str, value: str, module: str, package: str) -> object:
-    """A module that follows a run. Raises ConfigError where its package is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        reason = f"needs the Python package {package}: pip install {package}"
-        raise ConfigError(f"{setting}={value}: {reason}") from None
-
-
-class TrackedLog(RunLog):
-    """A log whose numbers can be watched from elsewhere: Weights & Biases, TensorBoard, or both.
-
-    A number of an event is `stage/key` at the event's step, or at the last one told; validations between
-    training steps are `validation/key`. Rank 0 sends. A tracker that fails once is given up, the run goes on.
-    """
-
-    def __init__(self, cfg: Config, ranks: Ranks = CPU, *choose: Callable[..., Path]):
-        cfg = dataclasses.replace(cfg, run_id=run_name(cfg))
-        self._step, self._trackers, self._closing = 0, [], contextlib.ExitStack()
-        for setting, start in (("WANDB_PROJECT", self._wandb), ("TENSORBOARD_DIR", self._tensorboard)):
-            if (value := getattr(cfg, setting.lower())) and ranks.is_main:
-                try:
-                    start(cfg)
-                except UserError:
-                    raise
-                except Exception as error:  # whatever a tracker raises: no account, no network, no folder
-                    raise ConfigError(f"{setting}={value}: does not start ({error})") from None
-        super().__init__(cfg, ranks, *choose)
-
-    def _wandb(self, cfg: Config) -> None:
-        wandb = tracker_module("WANDB_PROJECT", cfg.wandb_project, "wandb", "wandb")
-        run = wandb.init(project=cfg.wandb_project, name=cfg.run_id, config=cfg.as_env())
-        self._closing.callback(run.finish)
-        self._trackers.append(lambda numbers, step: run.log(numbers, step=step))
-
-    def _tensorboard(self, cfg: Config) -> None:
-        module = "torch.utils.tensorboard"
-        module = tracker_module("TENSORBOARD_DIR", cfg.tensorboard_dir, module, "tensorboard")
-        writer = module.SummaryWriter(str(Path(cfg.tensorboard_dir) / cfg.run_id), flush_secs=10)
-        self._closing.callback(writer.close)
-
-        def send(numbers: Mapping[str, float], step: int) -> None:
-            for name, number in numbers.items():
-                writer.add_scalar(name, number, step)
-
-        self._trackers.append(send)
-
-    def event(self, stage: str, **values: object) -> None:
-        """As `RunLog.event`, and its numbers to the trackers."""
-        super().event(stage, **values)
-        place = f"{stage}/{values['name']}" if "name" in values else stage
-        self._step = values.get("step", self._step)
-        if validation := re.fullmatch(r"step_(\d+)", stage):
-            place, self._step = "validation", int(validation[1])
-        numbers = {
-            f"{place}/{k}": v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"
-        }
-        for tracker in self._trackers[:]:
-            try:
-                tracker(numbers, self._step)
-            except Exception as error:
-                self._trackers.remove(tracker)
-                super().event("notice", text=f"a tracker failed and is given up: {error}")
-
-    def close(self) -> None:
-        """Close the files, end the tracking."""
-        super().close()
-        with contextlib.suppress(Exception):
-            self._closing.close()
-
-
-# [end]
-
-
-class Progress:
-    """Rate and remaining time of a stage: one line that rewrites itself on a terminal, 50 in the log."""
-
-    def __init__(self, log: RunLog, stage: str, total: float):
-        self._log, self._stage, self._total = log, stage, total
-        self._start, self._shown, self._live = time.perf_counter(), 0, log.is_main and sys.stderr.isatty()
-
-    def update(self, done: float, **values: float) -> None:
-        """Tell how many of the total are done, with values to show."""
-        elapsed = time.perf_counter() - self._start
-        share = done / self._total
-        shown = " ".join(f"{name}:{value:.5g}" for name, value in values.items())
-        left = elapsed / share - elapsed if share else math.inf
-        line = f"{self._stage} {done:.0f}/{self._total:.0f} elapsed:{elapsed:.0f}s left:{left:.0f}s {shown}"
-        if self._live:
-            end = "\n" if done >= self._total else ""
-            print(f"\r\x1b[K{line}", end=end, file=sys.stderr, flush=True)
-        if int(share * 50) > self._shown:
-            self._shown = int(share * 50)
-            self._log.text(line)
 
 
 class Stopwatch:
@@ -1385,78 +1164,6 @@ class ShuffledLoader:
         return tokens[:, :-1], tokens[:, 1:]
 
 
-# [if PLAIN_WINDOWS]
-class WindowLoader:
-    """Training batches of plain windows in random order (PR #1493), one segment each.
-
-    All ranks draw the same windows and take micro-batches in turn, so their number does not matter.
-    """
-
-    def __init__(self, paths: Sequence[Path], cfg: Config, ranks: "Ranks"):
-        shared = ranks.world_size * cfg.micro_batches(ranks.world_size)
-        self._rows, rest = divmod(cfg.train_batch_tokens // shared, cfg.train_seq_len)
-        if rest:
-            windows = f"{shared} micro-batches of whole windows of TRAIN_SEQ_LEN={cfg.train_seq_len} tokens"
-            raise ConfigError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be {windows}")
-        self._new = lambda: ShuffledLoader(paths, 1, 0, cfg.train_seq_len, cfg.vocab_size)
-        self._rank, self._world_size, self._length = ranks.rank, ranks.world_size, cfg.train_seq_len
-        self.load_state((0, 0, 0))
-
-    def next(self) -> tuple[Tensor, Tensor, Segments]:
-        """The next micro-batch of this rank: inputs [1, n], targets [1, n], segments."""
-        self._windows.skip(self._rank * self._rows)
-        x, y = (part.reshape(1, -1) for part in self._windows.next(self._rows))
-        self._windows.skip((self._world_size - 1 - self._rank) * self._rows)
-        self._taken += self._world_size * self._rows
-        return x, y, document_segments([], x.numel(), self._length)
-
-    def state(self) -> tuple[int, int, int]:
-        """Position, in the form of `PackedLoader`'s: windows drawn so far, by all ranks."""
-        return 0, 0, self._taken
-
-    def load_state(self, state: tuple[int, int, int]) -> None:
-        """Go to a position: draw anew what lies before it."""
-        self._windows, self._taken = self._new(), state[2]
-        self._windows.skip(self._taken)
-
-
-# [end]
-
-
-# [if PLAIN_TEXT]
-class ByteTables(NamedTuple):
-    """Bytes of plain text per piece (no CaseOps): tensors [V]."""
-
-    base_bytes: Tensor  # UTF-8 bytes of the piece without its leading space mark
-    has_leading_space: Tensor
-    is_boundary: Tensor  # control, unknown or unused: no space is charged after it
-
-    @classmethod
-    def from_sentencepiece(cls, processor: object, vocab_size: int) -> "ByteTables":
-        """Read the tables off a tokenizer. Raises DataError where it owns no bare space piece."""
-        if processor.is_unknown(processor.piece_to_id("▁")):
-            raise DataError(
-                "TOKENIZER_PATH: the tokenizer has no bare '▁' piece, its bytes cannot be counted"
-            )
-        base, space, boundary = [0] * vocab_size, [False] * vocab_size, [True] * vocab_size
-        for i in range(min(vocab_size, processor.get_piece_size())):
-            boundary[i] = processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i)
-            if boundary[i]:
-                continue
-            piece = processor.id_to_piece(i)
-            space[i] = piece.startswith("▁")
-            base[i] = 1 if processor.is_byte(i) else len(piece.removeprefix("▁").encode())
-        return cls(torch.tensor(base), torch.tensor(space), torch.tensor(boundary))
-
-    def target_bytes(self, tokens: Tensor) -> Tensor:
-        """Tokens [N] -> bytes of each target tokens[1:], [N-1]."""
-        previous, target = tokens[:-1].long(), tokens[1:].long()
-        return self.base_bytes[target] + (self.has_leading_space[target] & ~self.is_boundary[previous])
-
-
-# [end]
-
-
 def find_documents(tokens: Tensor) -> list[tuple[int, int]]:
     """(start, length) of each document; all but the last end with the next one's BOS as a target.
 
@@ -1562,103 +1269,9 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _is_manifest(manifest: object) -> bool:
-    if not isinstance(manifest, dict):
-        return False
-    tokenizer, *groups = (manifest.get(key, {}) for key in ("tokenizer", "splits", "files"))
-    entries = [entry for group in groups if isinstance(group, dict) for entry in group.values()]
-    named = isinstance(tokenizer, dict) and isinstance(tokenizer.get("file", ""), str)
-    return named and all(isinstance(part, dict) for part in [*groups, *entries])
-
-
-def check_data(cfg: Config, training_splits: Sequence[str] = ("train",)) -> dict:
-    """Check everything about the data that headers, sizes and the manifest tell, before any time is spent.
-
-    Evaluation alone passes no training split: it must not need training data. Returns the manifest. Raises
-    DataError naming the file, what it is and what it must be.
-    """
-    folder = cfg.data_folder
-    splits = [*training_splits, "val"] + ["val_bytes"] * cfg.caseops_enabled
-    counts = {}
-    for split in splits:
-        paths = shard_paths(folder, split)
-        if not paths:
-            raise DataError(f"{folder}: no fineweb_{split}_*.bin there; {_how_to_get_data(cfg)}")
-        counts |= {path.name: len(read_shard(path)) for path in paths}
-    totals = {s: sum(counts[p.name] for p in shard_paths(folder, s)) for s in splits}
-    if cfg.caseops_enabled and totals["val"] != totals["val_bytes"]:
-        raise DataError(
-            f"{folder}/fineweb_val_bytes_*: {totals['val_bytes']} entries, must be one a validation token "
-            f"({totals['val']} in fineweb_val_*)"
-        )
-    if totals["val"] < 2:
-        raise DataError(f"{folder}/fineweb_val_*: {totals['val']} tokens, must be at least 2")
-    manifest = read_manifest(folder)
-    try:
-        _check_manifest(cfg, manifest, counts, totals)
-    except DataError as error:
-        if not cfg.allow_unverified_data:
-            check = f"python prepare_caseops_data.py --check {folder}"
-            raise DataError(f"{error}; see {check}; ALLOW_UNVERIFIED_DATA=1 overrides") from None
-        manifest["unverified"] = str(error)
-    load_tokenizer(cfg)  # only now: a damaged one may do anything to the library
-    return manifest
-
-
-def _how_to_get_data(cfg: Config) -> str:
-    if "demo" in cfg.preset:
-        plain = " --plain" * (not cfg.caseops_enabled)
-        return f"build it with: python prepare_caseops_data.py --demo{plain}"
-    return "set DATA_PATH, or build it: python prepare_caseops_data.py --docs docs.jsonl --out DIR --sp MODEL"
-
-
-def _check_manifest(cfg: Config, manifest: dict, counts: dict[str, int], totals: dict[str, int]) -> None:
-    path = cfg.data_folder / "manifest.json"
-    if not manifest:
-        if cfg.caseops_enabled:
-            raise DataError(f"{path}: missing")
-        return
-    transform = manifest.get("transform")
-    if cfg.caseops_enabled != (transform != "none"):
-        raise DataError(
-            f"CASEOPS_ENABLED={int(cfg.caseops_enabled)}: {path} says the transform is {transform!r}"
-        )
-    files = manifest.get("files", {})
-    listed = [name for name in files if any(name.startswith(f"fineweb_{split}_0") for split in totals)]
-    for name in [*listed, *counts]:
-        said = files.get(name, {}).get("tokens", "nothing")
-        if counts.get(name) != said:
-            found = f"holds {counts[name]} tokens" if name in counts else "missing"
-            raise DataError(f"{cfg.data_folder / name}: {found}, {path} says {said}")
-    holds = {"val": ("tokens", totals["val"])}
-    if cfg.caseops_enabled:
-        carried = (read_shard(path).sum() for path in shard_paths(cfg.data_folder, "val_bytes"))
-        holds["val_bytes"] = "bytes", int(sum(carried))
-    for split, (key, count) in holds.items():
-        said = manifest.get("splits", {}).get("val", {}).get(key, count)
-        if said != count:
-            raise DataError(f"{cfg.data_folder}/fineweb_{split}_*: {count} {key}, {path} says {said}")
-    if not os.path.isfile(tokenizer_file(cfg)):
-        return
-    digest = hashlib.sha256(tokenizer_file(cfg).read_bytes()).hexdigest()
-    if manifest.get("tokenizer", {}).get("sha256", digest) != digest:
-        raise DataError(
-            f"TOKENIZER_PATH={tokenizer_file(cfg)}: not the tokenizer that {path} was prepared with"
-        )
-
-
 # ---------------------------------------------------------------------------------------------------------
 # 5. Attention
 # ---------------------------------------------------------------------------------------------------------
-
-
-ATTENTION = {  # backends, the best first, and what each needs
-    "fa3": "FlashAttention 3 (build hopper/ of Dao-AILab/flash-attention) and a Hopper GPU",
-    "fa4": "FlashAttention 4 (pip install --pre flash-attn-4) and a Hopper or Blackwell GPU",
-    "torch_varlen": "torch 2.11 and a GPU of capability 8.0",
-    "flex": "a GPU",
-    "plain": "nothing",
-}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, backend: str = "plain") -> Tensor:
@@ -1671,9 +1284,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, backend: 
     if backend == "fa3":
         return _flash_attend(q, k, v, segments)
     if backend == "fa4":
-        return _fa4_attend(q, k, v, segments)
+        from systems.fa4 import fa4_attend
+
+        return fa4_attend(q, k, v, segments)
     if segments is not None and backend == "torch_varlen":
-        return _varlen_attend(q, k, v, segments)
+        from systems.varlen import varlen_attend
+
+        return varlen_attend(q, k, v, segments)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if segments is not None and (backend == "flex" or torch.compiler.is_compiling()):
         return _masked_attend(q, k, v, segments, backend).transpose(1, 2)
@@ -1692,7 +1309,6 @@ def attend_from(q: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
 
 
-# [if FA3 or FA4]
 def _limits(cu_seqlens: Tensor | None, limit: int) -> dict[str, object]:
     """Segments as FlashAttention is told of them."""
     if cu_seqlens is None:
@@ -1701,10 +1317,6 @@ def _limits(cu_seqlens: Tensor | None, limit: int) -> dict[str, object]:
     return ends | {"max_seqlen_q": limit, "max_seqlen_k": limit}
 
 
-# [end]
-
-
-# [if FA3]
 def _flash_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
     """FlashAttention 3."""
     import flash_attn_interface as flash
@@ -1719,10 +1331,6 @@ def _flash_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) ->
     return (y[0] if isinstance(y, tuple) else y)[None]
 
 
-# [end]
-
-
-# [if TRITON_KERNELS or FA4]
 def _operator(schema: str, allocate: Callable, fill: Callable) -> Callable:
     """An operator that torch.compile keeps whole: makes its results, then writes them (`fill`)."""
 
@@ -1744,87 +1352,6 @@ def _keep(ctx: object, *tensors: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-# [end]
-
-
-# [if FA4]
-# FlashAttention 4 compiles its kernels while it runs, which torch.compile cannot follow: here it is two
-# operators, made of the functions that torch.nn.attention too takes from the package.
-
-
-def _fa4_forward(y: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *segments: object) -> None:
-    """`segments`: boundaries or None, limit of their lengths. `lse`: logarithms of the rows' sums."""
-    from flash_attn.cute import interface
-
-    options = {"causal": True, "return_lse": True} | _limits(*segments)
-    interface._flash_attn_fwd(q, k, v, out=y, lse=lse, **options)
-
-
-def _fa4_backward(dq: Tensor, dk: Tensor, dv: Tensor, *inputs: object) -> None:
-    """`inputs`: q, k, v, the result, its gradient, `lse`, segments."""
-    from flash_attn.cute import interface
-
-    *tensors, cu_seqlens, limit = inputs
-    options = {"causal": True} | _limits(cu_seqlens, limit)
-    interface._flash_attn_bwd(*tensors, dq=dq, dk=dk, dv=dv, **options)
-
-
-_fa4 = _operator(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, int limit) -> (Tensor, Tensor)",
-    lambda q, *_: (
-        q.new_empty(q.shape),
-        q.new_empty(*q.shape[:-3], q.size(-2), q.size(-3), dtype=torch.float32),
-    ),
-    _fa4_forward,
-)
-_fa4_grad = _operator(
-    "attention_backward(Tensor q, Tensor k, Tensor v, Tensor y, Tensor dy, Tensor lse, Tensor? cu_seqlens, "
-    "int limit) -> (Tensor, Tensor, Tensor)",
-    lambda *inputs: tuple(x.new_empty(x.shape) for x in inputs[:3]),
-    _fa4_backward,
-)
-
-
-def _fa4_keep(ctx: object, *tensors: object) -> None:
-    *before, ctx.limit = tensors[:5]
-    _keep(ctx, *before, *tensors[5:])
-
-
-def _fa4_gradients(ctx: object, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, cu_seqlens, y, lse = ctx.saved_tensors
-    return *_fa4_grad(q, k, v, y, dy.contiguous(), lse, cu_seqlens, ctx.limit), None, None
-
-
-_fa4.register_autograd(
-    _fa4_gradients, setup_context=lambda ctx, inputs, output: _fa4_keep(ctx, *inputs, *output)
-)
-
-
-def _fa4_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
-    """FlashAttention 4."""
-    if segments is None:
-        return _fa4(q, k, v, None, 0)[0]
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    return _fa4(q, k, v, segments.cu_seqlens, segments.max_seqlen)[0][None]
-
-
-# [end]
-
-
-# [if TORCH_VARLEN]
-def _varlen_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """Torch's own kernels for packed rows; those of 2.11 take fewer key heads unasked."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    cu, limit = segments.cu_seqlens, segments.max_seqlen
-    grouped = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # x[0] would copy the gradient
-    return varlen_attn(q, k, v, cu, cu, limit, limit, window_size=(-1, 0), **grouped)[None]
-
-
-# [end]
-
-
 def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: str) -> Tensor:
     """A mask of the segments: in blocks (flex), or whole and for short rows only, where `plain` is compiled.
 
@@ -1843,44 +1370,6 @@ def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend:
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
     mask = sees(0, 0, positions[:, None], positions)
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-
-
-def try_attention(backend: str, cfg: Config, ranks: Ranks) -> None:
-    """Forward and backward of a short row of the model's heads beside `plain`. Raises whatever it meets."""
-    dtype, run = torch.float32, attend
-    if ranks.device.type == "cuda":
-        dtype = torch.bfloat16
-    if ranks.compiler:
-        torch.compiler.reset()  # a limited number of forms is compiled for each function
-        run = torch.compile(attend, backend="aot_eager", fullgraph=True)
-    generator = torch.Generator().manual_seed(0)
-    heads = cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads
-    qkv = [torch.randn(1, 32, n, cfg.head_dim, generator=generator).to(ranks.device, dtype) for n in heads]
-    cu_seqlens = torch.tensor([0, 1, 20, 32, 32], dtype=torch.int32, device=ranks.device)
-    for segments in (None, Segments(cu_seqlens, 32)):
-        results = []
-        for function, name in ((attend, "plain"), (run, backend)):
-            inputs = [x.detach().requires_grad_() for x in qkv]
-            y = function(*inputs, segments, name)
-            parts = [y, *torch.autograd.grad(y.square().sum(), inputs)]
-            results.append(torch.cat([part.flatten().float() for part in parts]))
-        if not torch.dist(*results) < 0.03 * results[0].norm():
-            raise RuntimeError("its results are wrong")
-
-
-def choose_attention(cfg: Config, ranks: Ranks) -> str:
-    """The backend asked for, or the first that works. Raises ConfigError when one asked for does not."""
-    wanted = cfg.attention_backend
-    if wanted == "auto" and ranks.device.type == "cpu":
-        return "plain"
-    for backend in ATTENTION if wanted == "auto" else [wanted]:
-        try:
-            try_attention(backend, cfg, ranks)
-            return backend
-        except Exception as error:  # foreign libraries raise anything
-            if wanted != "auto":
-                needs = f"it needs {ATTENTION[backend]}"
-                raise ConfigError(f"ATTENTION_BACKEND={backend}: {needs} ({one_line(error)})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1904,7 +1393,6 @@ def leaky_relu_squared(h: Tensor) -> Tensor:
     return F.leaky_relu(h, 0.5).square()
 
 
-# [if TRITON_KERNELS]
 KERNELS = """
 import triton
 import triton.language as tl
@@ -2297,30 +1785,9 @@ def fused_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return y.view(x.shape)
 
 
-def choose_kernels(cfg: Config, ranks: Ranks) -> list[str]:
-    """The fused kernels that are wanted: none but on CUDA, where Triton is installed."""
-    if ranks.device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return []
-    known, asked = Config.triton_kernels.split(","), cfg.triton_kernels.split(",")
-    return [name for name in known if name in asked or asked == ["1"]]
-
-
-# [end]
-
-
-def fuses(cfg: Config, x: Tensor, kernel: str) -> bool:
+def fuses(backends: Backends, x: Tensor, kernel: str) -> bool:
     """Whether a fused kernel is to be used on a tensor."""
-    return kernel in cfg.triton_kernels and x.is_cuda
-
-
-def choose_backends(cfg: Config, ranks: Ranks) -> Config:
-    """The settings with what the device and the installed packages allow in place of `auto`."""
-    attention = choose_attention(cfg, ranks)
-    kernels = "" if "TRITON_KERNELS" in LEFT_OUT else ",".join(choose_kernels(cfg, ranks))
-    compiler = ranks.compiler or "off"
-    return dataclasses.replace(
-        cfg, attention_backend=attention, triton_kernels=kernels, compile_backend=compiler
-    )
+    return kernel in backends.kernels and x.is_cuda
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2433,9 +1900,9 @@ def project_together(x: Tensor, weights: Mapping[str, Tensor], adapt: Adapt | No
 class Attention(nn.Module):
     """Attention of one layer: normed queries and keys, partial rotary, query gain, XSA, one optional gate."""
 
-    def __init__(self, cfg: Config, layer: int):
+    def __init__(self, cfg: Config, layer: int, backends: Backends = Backends()):
         super().__init__()
-        self.cfg, self.layer = cfg, layer
+        self.cfg, self.layer, self.backends = cfg, layer, backends
         self.excludes_self = layer >= cfg.num_layers - cfg.xsa_last_n
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         if cfg.sparse_attn_gate_enabled:
@@ -2453,17 +1920,17 @@ class Attention(nn.Module):
         if run.tap is not None:
             run.tap(f"blocks.{self.layer}.attn.c_q.weight", n)
         whole = run.wanted is None and run.past is None
-        fused = whole and fuses(cfg, n, "heads")
+        fused = whole and fuses(self.backends, n, "heads")
         q_flat, q, k, v = (self._fused_heads if fused else self._heads)(n, w, run)
         own, n = run.pick(v.flatten(-2)).unflatten(-1, v.shape[-2:]), run.pick(n)
         if whole:
-            y = attend(q, k, v, run.segments, cfg.attention_backend)
+            y = attend(q, k, v, run.segments, self.backends.attention)
         else:
             keys, values = (k, v) if run.past is None else run.past(k, v)
             wanted = torch.arange(k.size(1), device=k.device)[None] if run.wanted is None else run.wanted
             y = attend_from(q, wanted + keys.size(1) - k.size(1), keys, values)
         gate = self._gate(n, q_flat)
-        if self.excludes_self and gate is not None and fuses(cfg, n, "exclude"):
+        if self.excludes_self and gate is not None and fuses(self.backends, n, "exclude"):
             y = fused_exclude(y, own, gate)
         else:
             y = self._exclude_self(y, own) if self.excludes_self else y
@@ -2521,14 +1988,14 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One layer: an attention and an MLP branch, and three ways of adding them to the residual stream."""
 
-    def __init__(self, cfg: Config, layer: int):
+    def __init__(self, cfg: Config, layer: int, backends: Backends = Backends()):
         super().__init__()
         self.layer = layer
         self.norm_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)]))
-        self.attn = Attention(cfg, layer)
+        self.attn = Attention(cfg, layer, backends)
 
     def _mix(self, x: Tensor, x0: Tensor) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
@@ -2539,7 +2006,7 @@ class Block(nn.Module):
 
     def _mlp(self, u: Tensor, w: LayerWeights, run: Pass) -> Tensor:
         n = rms_norm(u) * self.norm_scale
-        if run.tap is None and fuses(self.attn.cfg, n, "mlp"):
+        if run.tap is None and fuses(self.attn.backends, n, "mlp"):
             y = fused_mlp(n, w.up, w.down)
         else:
             hidden = leaky_relu_squared(F.linear(n, w.up))
@@ -2574,9 +2041,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The language model. Matrices live in banks, one tensor a role, so that Muon treats each as a batch."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, backends: Backends = Backends()):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.backends = cfg, backends
         layers, dim, skips = cfg.num_layers, cfg.model_dim, num_skips(cfg)
         kv_dim = cfg.num_kv_heads * cfg.head_dim
         self.qo_bank = nn.Parameter(torch.cat([_orthogonal(layers, dim, dim), torch.zeros(layers, dim, dim)]))
@@ -2590,7 +2057,7 @@ class GPT(nn.Module):
             self.parallel_post_lambdas = nn.Parameter(torch.ones(layers, 2, 2))
             self.parallel_resid_lambdas = nn.Parameter(torch.full((layers, 2), 1.1))
         self.tok_emb = nn.Embedding(cfg.vocab_size, dim)
-        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(layers))
+        self.blocks = nn.ModuleList(Block(cfg, layer, backends) for layer in range(layers))
         if cfg.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
         else:
@@ -2716,7 +2183,7 @@ class GPT(nn.Module):
         if scored is not None:
             target_ids = target_ids.gather(1, scored)
         cap = self.cfg.logit_softcap
-        if lora is None and fuses(self.cfg, h, "loss"):
+        if lora is None and fuses(self.backends, h, "loss"):
             return fused_cross_entropy(h, self._head_weight, target_ids, cap)
         return softcapped_cross_entropy(self._head(h, lora), target_ids, cap)
 
@@ -2848,42 +2315,6 @@ class BatchedLoRA(nn.Module):
             return y if self.active is None else torch.where(self.active[-len(y) :, None, None], y, 0.0)
 
         return adapt
-
-
-# [if TTT_CACHE_WINDOW]
-class KeyValueCache:
-    """Keys and values of a batch's earlier tokens as they were last computed, for each virtual layer (slot).
-
-    They carry no gradient. `first` is the place in the document of the first token that is computed next.
-    """
-
-    def __init__(self):
-        self.first, self._past, self._new = 0, {}, {}
-
-    def at(self, slot: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """A function that puts the past of a slot before its new keys and values [n, T, G, d].
-
-        n below the batch are its last rows, the others are done.
-        """
-
-        def extend(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            self._new[slot] = k.detach(), v.detach()
-            past = self._past.get(slot, (k[:, :0], v[:, :0]))
-            return tuple(torch.cat([old[-len(x) :], x], 1) for old, x in zip(past, (k, v), strict=True))
-
-        return extend
-
-    def advance(self, first: int, limit: int) -> None:
-        """Tokens before `first` become the past, of which `limit` are kept."""
-        for slot, new in self._new.items():
-            past = self._past.get(slot, (new[0][:, :0], new[1][:, :0]))
-            pairs = zip(past, new, strict=True)
-            grown = (torch.cat([old[-len(x) :], x[:, : first - self.first]], 1) for old, x in pairs)
-            self._past[slot] = tuple(x[:, max(x.size(1) - limit, 0) :] for x in grown)
-        self.first = first
-
-
-# [end]
 
 
 def lora_slots(cfg: Config, looping: bool) -> int:
@@ -3265,36 +2696,6 @@ def random_row(cfg: Config, tokens: int, max_doc_len: int, generator: torch.Gene
     """A row of random tokens in the form of a batch."""
     row = torch.randint(BOS, cfg.vocab_size, (tokens + 1,), generator=generator)
     return packed_row(row, max_doc_len, cfg.plain_windows)
-
-
-def fit_memory(cfg: Config, model: GPT, ranks: Ranks) -> Config:
-    """The settings with GRAD_ACCUM_STEPS doubled until a micro-batch fits into the device's memory.
-
-    Tries forward and backward of both layer orders on random tokens, while as much is set aside as gradients,
-    optimisers and average will take. What is compiled here is compiled before any rank waits for another.
-    """
-    generator = torch.Generator().manual_seed(0)
-    state = 40 * sum(parameter.numel() for parameter in model.parameters())
-    aside = []
-    while True:
-        tokens = cfg.train_batch_tokens // (ranks.world_size * cfg.micro_batches(ranks.world_size))
-        try:
-            aside.append(torch.empty(state, dtype=torch.uint8, device=ranks.device))
-            for looping in (True, False)[not cfg.num_loops :]:
-                batch = ranks.send(*random_row(cfg, tokens, cfg.train_seq_len, generator))
-                with ranks.autocast():
-                    model(*batch, looping=looping).mean().backward()
-            fits = True
-        except torch.OutOfMemoryError:
-            fits = False
-        aside.clear()
-        model.zero_grad(set_to_none=True)
-        ranks.meet("compile")
-        if all(ranks.gather(fits)):
-            return cfg
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
-        cfg = dataclasses.replace(cfg, grad_accum_steps=2 * max(cfg.grad_accum_steps, ranks.world_size))
 
 
 class Prefetched:
@@ -3771,135 +3172,6 @@ def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) ->
     return restore_banks({name: record.dequantize() for name, record in records.items()}, num_layers)
 
 
-# [if FIT_BYTES]
-# Rate and distortion: a step of s (in row standard deviations) costs a matrix s^2 of loss, and -log2 s bits
-# per weight. The least loss at given bytes is where each weight costs the same loss, so one factor on all
-# steps is left, and it is found by coding the model. The same holds for the columns of a matrix.
-
-FIT_SAMPLES, FIT_ROWS = 32, 8  # gradients; training windows behind each
-FIT_SLACK, FIT_TRIALS = 2000, 16  # bytes that may be left
-FIT_SCALES, FIT_CONTROLS = 4, 8  # bits of mantissa: GPTQ makes good a rounded scale, nothing a rounded gate
-
-
-def calibrate_gradients(
-    model: GPT, cfg: Config, loader: ShuffledLoader, *, looping: bool, ranks: Ranks = CPU
-) -> dict[str, Tensor]:
-    """Squared norm of each row's gradient of the summed loss, float32 [rows], for every matrix; a mean.
-
-    Targets are drawn from the model's own predictions: then gradients of different tokens do not correlate,
-    and the expectation is the sum over tokens of g^2 |x|^2, g the derivative by the row's output. That is the
-    curvature of the loss (Fisher); with the data's targets the slope that is left in the loss would be in it.
-    `loader` is that of a single rank, as in `calibrate`; a sample's draws are the same on every rank.
-    """
-    generator = torch.Generator(ranks.device)
-    state = flatten_banks(dict(model.named_parameters()), cfg.num_layers)
-    sums = {name: torch.zeros(len(w), device=w.device) for name, w in state.items() if w.ndim == 2}
-    for sample in range(FIT_SAMPLES):
-        if sample % ranks.world_size != ranks.rank:
-            loader.skip(FIT_ROWS)
-            continue
-        x, _ = loader.next(FIT_ROWS)
-        with ranks.autocast():
-            hidden = model.hidden(x.to(ranks.device), looping=looping)
-            logits = model.logits(hidden).float().flatten(0, 1)
-        drawn = torch.multinomial(logits.detach().softmax(1), 1, generator=generator.manual_seed(sample))
-        F.cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        for name, gradient in flatten_banks(gradients, cfg.num_layers).items():
-            if name in sums:
-                sums[name] += gradient.float().square().sum(1)
-        model.zero_grad(set_to_none=True)
-    ranks.meet("calibrate")
-    return {name: ranks.sum_(total) / FIT_SAMPLES for name, total in sums.items()}
-
-
-def column_scales(factor: HessianFactor, mantissa: int) -> Tensor:
-    """Steps of the columns relative to each other, float32 [columns]: finer where an error costs more.
-
-    A step s costs s^2 / 12 U_jj^2 in column j, so that equal costs would need s ~ U_jj. Measured, its root
-    does better: Hessians are estimates, and coarse columns lose their small weights.
-    """
-    pivots = factor.upper.diagonal().log()
-    scales = torch.empty_like(pivots)
-    scales[factor.order] = ((pivots - pivots.mean()) / 2).exp()
-    return short_half(scales.clamp(2.0**-8, 2.0**8), mantissa).float()
-
-
-def fit_clips(
-    flat: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
-    factors: Mapping[str, HessianFactor],
-    gradients: Mapping[str, Tensor],
-) -> dict[str, float]:
-    """Clip width of each matrix at which a weight costs one unit of loss (units are left to the caller).
-
-    A uniform error of step s in column j of row i costs g_i^2 s^2 / 12 U_jj^2 (GPTQ's own identity).
-    """
-    losses = {}
-    for name, (order, _, upper, _) in factors.items():
-        columns = column_scales(factors[name], FIT_SCALES)
-        inputs = hessians[name].diagonal().sum().clamp_min(1e-30)
-        rows = (gradients[name] / inputs * (flat[name].float() / columns).var(1)).mean()
-        losses[name] = float(rows * (columns[order] / upper.diagonal()).square().mean())
-    floor = max(losses.values()) * 1e-9 or 1.0
-    return {name: max(loss, floor) ** -0.5 for name, loss in losses.items()}
-
-
-def fit_state(
-    flat: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    cfg: Config,
-    budget: int,
-    log: "RunLog",
-    ranks: Ranks = CPU,
-) -> dict[str, QuantizedTensor]:
-    """Store every tensor so that the artifact has at most `budget` bytes, if it can be at most 2,000 less.
-
-    Raises ConfigError when no step is coarse enough.
-    """
-    schemes = {
-        name: scheme(name, tensor, cfg)._replace(mantissa=FIT_CONTROLS) for name, tensor in flat.items()
-    }
-    matrices = {name: flat[name] for name, how in schemes.items() if how.kind == "gptq"}
-    eye = {
-        name: torch.eye(w.size(1), device=w.device) for name, w in matrices.items() if name not in hessians
-    }
-    hessians = {name: (hessians | eye)[name] for name in matrices}
-    unique = {id(hessian): hessian for hessian in hessians.values()}
-    unique = {key: factorise(hessian) for key, hessian in unique.items()}
-    factors = {name: unique[id(hessian)] for name, hessian in hessians.items()}
-    clips, weights = fit_clips(flat, hessians, factors, gradients), sum(w.numel() for w in matrices.values())
-    bits = sum(w.numel() * math.log2(525 / clips[name]) for name, w in matrices.items()) / weights
-    power, bounds = bits - 8 * budget / weights, [-math.inf, math.inf]  # 525 = 127 sqrt(2 pi e)
-    slope, last, best = weights / 8, None, None
-    for trial in range(FIT_TRIALS):
-        for name in matrices:
-            schemes[name] = Scheme("gptq", 8, 2.0**power * clips[name], FIT_SCALES)
-        records = quantize_state(flat, factors, cfg, None, ranks, schemes)
-        size = len(pack_artifact(records, cfg)) if ranks.is_main else 0
-        ranks.meet("fit")
-        left = budget - ranks.gather(size)[0]
-        log.event("fit", trial=trial, clip_factor=2.0**power, bytes_left=left)
-        if left >= 0 and (best is None or left < best[0]):
-            best = left, records
-        if 0 <= left <= FIT_SLACK:
-            break
-        bounds[left > 0] = power
-        if last and abs(left - last[1]) > abs(power - last[0]) * weights / 80:  # as steep as it was found
-            slope = (left - last[1]) / (power - last[0])
-        last = power, left
-        power -= (left - FIT_SLACK / 2) / slope
-        if not bounds[0] < power < bounds[1]:
-            power = sum(bounds) / 2
-    if best is None:
-        raise ConfigError(f"FIT_BYTES={cfg.fit_bytes}: leaves {budget} bytes for the model, too few")
-    return best[1]
-
-
-# [end]
-
-
 # ---------------------------------------------------------------------------------------------------------
 # 12. Artifact: a container without anything executable, and the counted code
 #
@@ -3974,168 +3246,6 @@ def decompress(data: bytes, codec: str, limit: int = 1 << 30) -> bytes:
     if not whole or len(out) > limit:
         raise ArtifactError(f"damaged {codec} stream (cut off, or above {limit} bytes)")
     return out
-
-
-# [if ANS]
-CODECS.append("ans")
-
-
-class ColumnModel:
-    """What the levels of each column are like, told by the rows above: class of variance, mean in quarters.
-
-    A trained matrix has loud and quiet columns. Sums are integers (in 1/256), so that every machine agrees.
-    """
-
-    OPTIONS = tuple(itertools.product((0, 1, 2), (8, 32, 128, 512), (0, 8, 32)))
-
-    def __init__(self, columns: int, option: int, level: int):
-        self.fade, self.rows_spread, self.rows_mean = self.OPTIONS[option]  # shift per block; prior's rows
-        self.steps = _variance_steps()
-        self.prior = self.rows_spread * self.steps[level]
-        self.rows, self.sums, self.squares = 0, *np.zeros((2, columns), np.int64)
-
-    def classes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Class of variance and mean (in quarters) that are expected of each column, int64 [columns]."""
-        mean = np.zeros_like(self.sums)
-        if self.rows_mean:
-            rows = self.rows + 256 * self.rows_mean
-            mean = np.clip((8 * self.sums + rows) // (2 * rows), -63, 63)
-        spread = self.squares - mean * self.sums // 2 + self.rows * mean * mean // 16
-        variance = 256 * (spread + self.prior) // (self.rows + 256 * self.rows_spread)
-        return np.searchsorted(self.steps[1:-1], variance), mean
-
-    def add(self, rows: int, sums: np.ndarray, squares: np.ndarray) -> None:
-        """Take in a block of rows by its column sums."""
-        self.rows = (self.rows >> self.fade) + 256 * rows
-        self.sums = (self.sums >> self.fade) + 256 * sums
-        self.squares = (self.squares >> self.fade) + 256 * squares
-
-
-def _variance_steps() -> np.ndarray:
-    """Bounds of the variance classes, in 1/256: a geometric row of integers, ratio 2^(1/5)."""
-    steps = [8]
-    while steps[-1] < 1 << 23:
-        steps.append(steps[-1] * 1149 // 1000 + 1)
-    return np.array(steps)
-
-
-def _column_sums(levels: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-    part = levels.astype(np.int64)
-    return len(part), part.sum(0), (part * part).sum(0)
-
-
-def _row_blocks(rows: int) -> list[tuple[int, int]]:
-    starts = [start for start in (0, 16, 32, *range(64, rows, 64)) if start < rows]
-    return list(itertools.pairwise([*starts, rows]))
-
-
-def choose_column_model(levels: np.ndarray) -> tuple[int, int]:
-    """Option and starting class of the `ColumnModel` that codes a matrix best (an estimate in integers)."""
-    parts = [_column_sums(levels[start:end]) for start, end in _row_blocks(len(levels))]
-    steps = _variance_steps()
-    total = 256 * sum(int(squares.sum()) for *_, squares in parts) // max(levels.size, 1)
-    level, costs = int(np.searchsorted(steps[1:-1], total)), []
-    for option in range(len(ColumnModel.OPTIONS)):
-        columns, cost = ColumnModel(levels.shape[1], option, level), 0
-        for rows, sums, squares in parts:
-            kind, mean = columns.classes()
-            spread = 16 * squares - 8 * mean * sums + rows * mean * mean
-            cost += int((rows * kind * 1024 // 10 + spread * 16 * 739 // steps[kind]).sum())  # bits x 1024
-            columns.add(rows, sums, squares)
-        costs.append(cost)
-    return costs.index(min(costs)), level
-
-
-class LevelCoder:
-    """Asymmetric numeral systems (arXiv 1311.2540) over integer matrices, through `constriction`.
-
-    Each class of a `ColumnModel` has a table of symbol frequencies: 64 imagined symbols of a Gaussian, and
-    all that it has coded so far. Tables are integers, and their order is that of decoding.
-    """
-
-    def __init__(self, words: np.ndarray | None = None):
-        stream = codec_module("ans").stream
-        self.coder = stream.stack.AnsCoder() if words is None else stream.stack.AnsCoder(words)
-        self.categorical = stream.model.Categorical
-        self.decodes, self.jobs = words is not None, []
-        self.steps = _variance_steps()
-        bells = [1 << 24]
-        while len(bells) < 4096:
-            bells.append(bells[-1] - (bells[-1] >> 8) + (bells[-1] >> 17))
-        self.bell = np.array(bells)  # 2^24 exp(-i/256), in integers
-        self.tables: dict[tuple[int, int], np.ndarray] = {}
-
-    def _code(self, part: np.ndarray, key: int, top: int) -> np.ndarray:
-        """Code symbols of one class, or decode as many. `key` = 128 class + mean + 64."""
-        table = self.tables.get((top, key))
-        if table is None:
-            distance = 4 * np.arange(-top - 1, top + 1) - (key % 128 - 64)
-            bell = self.bell[np.minimum(2048 * distance**2 // self.steps[key // 128], 4095)]
-            table = (bell << 22) // bell.sum() + 1
-        model = self.categorical(table.astype(np.float64), perfect=False)
-        if self.decodes:
-            part = self.coder.decode(model, part.size)
-        else:
-            self.jobs.append((model, part))
-        self.tables[top, key] = table + (np.bincount(part, minlength=table.size) << 16)
-        return part
-
-    def run(self, levels: np.ndarray, top: int, option: int, level: int) -> None:
-        """Code a matrix int8 of values -top-1..top, or fill it in decoding."""
-        columns = ColumnModel(levels.shape[1], option, level)
-        for start, end in _row_blocks(len(levels)) if levels.size else ():
-            kind, mean = columns.classes()
-            keys = kind * 128 + mean + 64
-            order = np.argsort(keys, kind="stable")
-            keys = keys[order]
-            part = levels[start:end].T[order].astype(np.int32) + (top + 1)
-            edges = [0, *(np.flatnonzero(np.diff(keys)) + 1), len(keys)]
-            for low, high in itertools.pairwise(edges):
-                run = self._code(part[low:high].ravel(), int(keys[low]), top)
-                part[low:high] = run.reshape(high - low, -1)
-            levels[start:end] = (part[np.argsort(order)] - (top + 1)).T
-            columns.add(*_column_sums(levels[start:end]))
-
-    def words(self) -> np.ndarray:
-        """The coded words, uint32: the last symbol goes in first, as decoding is last in, first out."""
-        for model, part in reversed(self.jobs):
-            self.coder.encode_reverse(part, model)
-        return self.coder.get_compressed()
-
-
-def encode_levels(matrices: Sequence[tuple[np.ndarray, int]]) -> bytes:
-    """Integer matrices with the largest level of each -> two bytes of options per matrix, then the words."""
-    coder, head = LevelCoder(), bytearray()
-    for levels, top in matrices:
-        head += bytes(options := choose_column_model(levels))
-        coder.run(levels.copy(), top, *options)
-    return bytes(head) + coder.words().astype("<u4").tobytes()
-
-
-def decode_levels(data: bytes, layout: Sequence[tuple[tuple[int, int], int]]) -> list[np.ndarray]:
-    """The inverse of `encode_levels`, by shape and largest level of each. Raises ArtifactError."""
-    options, words = data[: 2 * len(layout)], data[2 * len(layout) :]
-    kinds = len(_variance_steps()) - 1
-    if (
-        len(options) < 2 * len(layout)
-        or len(words) % 4
-        or any(o >= len(ColumnModel.OPTIONS) for o in options[::2])
-        or max(options[1::2], default=0) >= kinds
-    ):
-        raise ArtifactError("damaged ans stream")
-    try:
-        coder = LevelCoder(np.frombuffer(words, "<u4").astype(np.uint32))
-    except ValueError:
-        raise ArtifactError("damaged ans stream") from None
-    matrices = [np.zeros(shape, np.int8) for shape, _ in layout]
-    for i, (levels, (_, top)) in enumerate(zip(matrices, layout, strict=True)):
-        coder.run(levels, top, *options[2 * i : 2 * i + 2])
-    if not coder.coder.is_empty():
-        raise ArtifactError("damaged ans stream")
-    return matrices
-
-
-# [end]
 
 
 def array_layout(
@@ -4297,165 +3407,11 @@ def _unpack_stream(
     )
 
 
-def read_published(blob: bytes) -> dict[str, QuantizedTensor]:
-    """What the packed script has instead of the next section."""
-    raise ArtifactError("not an artifact of this script (a published one is for the unpacked script)")
-
-
-# [if WHOLE]
-PUBLISHED_SCHEME = re.compile(
-    r"passthrough.*|(?P<gate>gate_int8_row)|gptq \(int(?P<bits>[2-8])\)(?P<correction>\+lqer(_asym)?)?"
-)
-
-
-def read_published(blob: bytes) -> dict[str, QuantizedTensor]:  # noqa: F811
-    """An artifact of the published scripts -> stored tensors (its model settings are not in it).
-
-    Brotli or lzma over a byte-shuffled `torch.save` of {"w": arrays, "m": schemes by name}; read with
-    `weights_only=True`, after checksums and sizes have been looked at. Raises ArtifactError.
-    """
-    codec = "lzma" if blob.startswith(b"\xfd7zXZ") else "brotli"
-    data = byte_unshuffle(decompress(blob, codec, SIZE_FACTOR * len(blob) + HEADER_LIMIT))
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            entries = archive.infolist()
-            stored = sum(entry.file_size for entry in entries) <= len(data)
-            if not stored or any(entry.compress_type for entry in entries) or archive.testzip():
-                raise ValueError("damaged archive")
-        for device in ("meta", "cpu"):  # sizes first: a tensor may claim more than its bytes
-            with warnings.catch_warnings(action="ignore"):
-                content = dict(torch.load(io.BytesIO(data), map_location=device, weights_only=True))
-            weights = {name: array.detach() for name, array in content["w"].items()}
-            if sum(array.numel() * array.element_size() for array in weights.values()) > len(data):
-                raise ValueError("tensors are larger than their bytes")
-        records = {name: _published_record(name, kind, weights) for name, kind in content["m"].items()}
-        if sum(len(record.arrays) for record in records.values()) != len(weights):
-            raise ValueError("tensors without a scheme")
-    except Exception as error:  # zipfile and torch raise a dozen types for a damaged or foreign file
-        reason = " ".join(str(error).split())[:80]
-        raise ArtifactError(f"not an artifact of this script, nor a published one ({reason})") from None
-    return records
-
-
-def _published_record(name: str, category: str, weights: Mapping[str, Tensor]) -> QuantizedTensor:
-    """A tensor of a published artifact by its category, every array in the type and shape of its layout."""
-    found = PUBLISHED_SCHEME.fullmatch(category)
-    kind = "fp16" if category.startswith("pass") else "int8_rows" if found["gate"] else "gptq"
-    base = {"fp16": name, "int8_rows": f"{name}.gq", "gptq": f"{name}.q"}[kind]
-    shape, correction = tuple(weights[base].shape), []
-    if found["correction"] == "+lqer":
-        correction = ["sym", weights[f"{name}.lqB"].size(0), 0]
-    elif found["correction"]:
-        b, scales = weights[f"{name}.lqB_a"], weights[f"{name}.lqBs_a"]
-        correction = ["asym", b.size(0), b.numel() // scales.numel()]
-    arrays = {}
-    for key, (dtype, dims) in array_layout(kind, shape, correction).items():
-        array = weights[f"{name}.{key}" if key else name].contiguous()
-        if array.dtype != {"|i1": torch.int8, "<f2": torch.float16}[dtype]:
-            raise ValueError(f"{name}: {array.dtype}")
-        arrays[key] = array.reshape(dims)
-    return QuantizedTensor(kind, int(found["bits"] or {"fp16": 16, "int8_rows": 8}[kind]), shape, arrays)
-
-
-# [end]
-
-
 def read_artifact(blob: bytes) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
     """Our artifact or a published one -> model settings (none in a published one) and stored tensors."""
     return unpack_artifact(blob) if blob.startswith(ARTIFACT_MAGIC[:3]) else ({}, read_published(blob))
 
 
-def packed_script(cfg: Config, source: bytes) -> tuple[bytes, bool]:
-    """The script as it is counted for a run; this one is the packed script itself."""
-    return source, True
-
-
-# [if WHOLE]
-WRAPPER = b'#coding:l1\nimport %s as c\nexec(c.decompress("""%s""".encode("l1")))\n'
-
-
-def packed_script(cfg: Config, source: bytes) -> tuple[bytes, bool]:  # noqa: F811
-    """The script as it is counted for a run, and was it minified? Nothing set, it has the run's settings.
-
-    All but where data and models lie, what the machine is, the seed, and which stages are wanted.
-    """
-    off = [name for name, value in cfg.as_env().items() if not value]
-    off += ["WHOLE", "CHECKPOINT_SECONDS"]  # what only the whole script has
-    off += ["ANS"] * (cfg.compressor != "ans") + ["PLAIN_TEXT"] * cfg.caseops_enabled
-    off += ["COMPILED"] * (cfg.compile_backend == "off")
-    off += [name.upper() for name in ATTENTION if name != cfg.attention_backend]
-    names = ["triton_kernels"] * (cfg.triton_kernels > "") + _NAMES[_NAMES.index("caseops_enabled") :]
-    dropped = (*names, "checkpoint_seconds")
-    row = {name: value for name, value in PRESETS[cfg.preset].items() if name not in dropped}
-    row |= {name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(Config, name)}
-    return pack_code(source, cfg.compressor, off, {cfg.preset: row})
-
-
-def pack_code(
-    source: bytes, codec: str = "brotli", off: Container[str] = (), presets: Mapping | None = None
-) -> tuple[bytes, bool]:
-    """The script as it is counted: minified, compressed, in a wrapper that runs; a packed one stays itself.
-
-    What stands between lines `# [if A or B]` and `# [end]` is left out when those settings are `off`; the
-    packed script then refuses them. `presets` are all that it has.
-
-    The compressed bytes stand in a Latin-1 string literal (a fifth smaller than base85); only what a literal
-    cannot hold is escaped. Returns the wrapper and whether the source was minified: without `python-minifier`
-    it is not.
-    """
-    if source.startswith(WRAPPER.partition(b"%s")[0]):
-        return source, True
-
-    left_out = set()
-
-    def wanted(section: re.Match) -> bytes:
-        names = set(section[1].decode().split(" or "))
-        if names - set(off):
-            return section[2]
-        left_out.update(names)
-        return b""
-
-    source = re.sub(rb"(?ms)^# \[if ([\w ]+)\]\n(.*?)^# \[end\]\n", wanted, source)
-    source = source.replace(b"LEFT_OUT = ()", f"LEFT_OUT = {sorted(left_out)}".encode(), 1)
-    if presets:
-        source = source.replace(b'= {"pr1851": {}}', f"= {presets}".encode(), 1)
-    try:
-        import python_minifier
-    except ImportError:
-        text, minified = source, False
-    else:
-        options = {"remove_literal_statements": True, "rename_globals": True, "hoist_literals": False}
-        text = source.decode().replace(KERNELS, pack_kernels(KERNELS))
-        text, minified = python_minifier.minify(_positional_only(text), **options).encode(), True
-    codec = "lzma" if codec == "lzma" else "brotli"
-    data = compress(text, codec).replace(b"\\", rb"\\").replace(b"\r", rb"\r").replace(b'"""', rb'""\"')
-    data = re.sub(rb"\0(?=[0-7])", rb"\\x00", data).replace(b"\0", rb"\0")
-    return WRAPPER % (codec.encode(), data + b"\\\n" * data.endswith(b'"')), minified
-
-
-def pack_kernels(source: str) -> str:
-    """Triton's source minified, but for parameters: a constant by another name is a tensor to Triton."""
-    import python_minifier
-
-    parameters = [node.arg for node in ast.walk(ast.parse(source)) if isinstance(node, ast.arg)]
-    options = {"remove_annotations": False, "hoist_literals": False, "preserve_locals": parameters}
-    return python_minifier.minify(source, **options)
-
-
-def _positional_only(source: str) -> str:
-    """Mark leading parameters that no call names (`name=`, or a key of `**options`): those can be renamed."""
-    named, tree = set(re.findall(r'\w+(?=[="])', source)), ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            while node.args.args and node.args.args[0].arg not in named:
-                node.args.posonlyargs.append(node.args.args.pop(0))
-    return ast.unparse(tree)
-
-
-# [end]
-
-
-# [if QUANTIZE_ONLY or PREQUANT_ONLY]
 def load_weights(path: Path) -> dict[str, Tensor]:
     """A full-precision checkpoint: a state dict, read without unpickling anything but tensors.
 
@@ -4488,9 +3444,6 @@ def model_of_checkpoint(run: "Run", path: Path) -> GPT:
         reason = " ".join(str(error).split())[:200]
         raise ArtifactError(f"MODEL_PATH={path}: does not fit the model settings ({reason})") from None
     return model
-
-
-# [end]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4620,7 +3573,6 @@ def ttt_batches(documents: Sequence[Document], cfg: Config, first: int = 0) -> l
     return sorted(batches, key=lambda batch: -batch.documents[-1][1][1])
 
 
-# [if TTT_CHUNK_BY_LENGTH]
 def chunk_by_length(cfg: Config, targets: int) -> int:
     """The chunk size that TTT_CHUNK_BY_LENGTH has for a document (PR #2014, #2067). Raises ConfigError."""
     text, longest, fits = cfg.ttt_chunk_by_length, cfg.ttt_chunk_size, False
@@ -4638,9 +3590,6 @@ def chunk_groups(documents: Sequence[Document], cfg: Config) -> list[list[Docume
     """Documents by ascending length, apart where their chunk size changes."""
     groups = itertools.groupby(documents, lambda document: cfg.chunk_size(document[1][1] - 1))
     return [list(group) for _, group in groups]
-
-
-# [end]
 
 
 def phase_boundaries(prefix_docs: int, num_phases: int, num_docs: int) -> list[int]:
@@ -4999,7 +3948,6 @@ def _global_losses(model: GPT, tokens: Tensor, cfg: Config, looping: bool, ranks
         )
 
 
-# [if COMPILED]
 # -- test-time training compiled: one graph for any number of rows and tokens
 
 
@@ -5081,278 +4029,10 @@ def compile_adaptation(run: "Run", documents: Sequence[tuple[int, int]]) -> None
         run.ranks.meet("ttt_warm_up")
 
 
-# [end]
-
-
-# [if SLIDING_WINDOW_ENABLED or TTT_SGD]
 # -- sliding windows, and test-time training by SGD between their chunks (PR #549, #1493)
 
 
-def sliding_windows(first: int, end: int, window: int, stride: int) -> list[ChunkWindow]:
-    """Windows over a stream that score the targets from `first` to `end`, `stride` each, once.
-
-    Each sees the last `window` inputs; the stream's very first one scores all of its own.
-    """
-    windows, done = [], first
-    while done < end:
-        stop = min(max(done + stride, window), end)
-        start = max(0, stop - window)
-        windows.append(ChunkWindow(start, stop - start, done - start, stop - done))
-        done = stop
-    return windows
-
-
-def evaluate_sliding(
-    model: GPT,
-    val: ValidationSet,
-    cfg: Config,
-    first: int,
-    end: int,
-    *,
-    looping: bool,
-    ranks: Ranks = CPU,
-    on_event: Callable[..., None] | None = None,
-) -> BpbMeter:
-    """Score the targets from `first` to `end`: this rank's sums. Rows are plain: no document segments."""
-    meter, rows = BpbMeter(), max(1, cfg.val_batch_tokens // CONTEST_MICRO_BATCHES // cfg.eval_seq_len)
-    windows = sliding_windows(first, end, cfg.eval_seq_len, cfg.eval_stride)
-    for _, alike in itertools.groupby(windows, lambda window: window[1:]):
-        alike = list(alike)
-        batches = [alike[start : start + rows] for start in range(0, len(alike), rows)]
-        for batch in batches[ranks.rank :: ranks.world_size]:
-            spans = [slice(window.start, window.start + window.length) for window in batch]
-            x = torch.stack([val.tokens[span] for span in spans]).long()
-            y = torch.stack([val.tokens[span.start + 1 : span.stop + 1] for span in spans]).long()
-            scored = torch.arange(batch[0].offset, batch[0].length).expand(len(batch), -1)
-            with torch.no_grad(), ranks.autocast():
-                x, y, scored = (ranks.put(part) for part in (x, y, scored))
-                losses = model.losses(x, y, looping=looping, scored=scored).cpu()
-            if on_event:
-                on_event("slid", windows=batch, losses=losses)
-            for row, span in zip(losses, spans, strict=True):
-                meter.add(row, val.target_bytes[span.stop - len(row) : span.stop])
-    return meter
-
-
-def evaluate_windows(
-    model: GPT, val: ValidationSet, cfg: Config, *, on_event: Callable[..., None], **options: object
-) -> BpbMeter:
-    """Sliding windows over the whole stream; returns the sums of all ranks. Nothing is trained."""
-    on_event("start", boundaries=[])
-    meter = evaluate_sliding(model, val, cfg, 0, val.num_targets, on_event=on_event, **options)
-    on_event("end")
-    meter.sum_over(options["ranks"])
-    return meter
-
-
-def score_first_sgd(
-    model: GPT,
-    val: ValidationSet,
-    cfg: Config,
-    *,
-    looping: bool,
-    ranks: Ranks = CPU,
-    on_event: Callable[..., None] | None = None,
-) -> BpbMeter:
-    """Chunks of the stream: score one by sliding windows, then train all base weights on it; not on the last.
-
-    The rate is a cosine over the chunks. The model is changed in place.
-    """
-    on_event = on_event or (lambda kind, **data: None)
-    on_event("start", boundaries=[])
-    meter, size = BpbMeter(), cfg.ttt_chunk_tokens
-    sgd = dataclasses.replace(
-        cfg,
-        global_ttt_lr=cfg.ttt_lr,
-        global_ttt_momentum=cfg.ttt_momentum,
-        global_ttt_epochs=cfg.ttt_epochs,
-        global_ttt_warmup_chunks=0,
-        global_ttt_respect_doc_boundaries=False,
-    )
-    optimizer, num_chunks = global_optimizer(model, sgd), -(-val.num_targets // size)
-    options = {"looping": looping, "ranks": ranks}
-    for chunk in range(num_chunks):
-        first, end = chunk * size, min((chunk + 1) * size, val.num_targets)
-        part = evaluate_sliding(model, val, cfg, first, end, on_event=on_event, **options)
-        meter.add_sums(part.loss_sum, part.bytes, part.tokens)
-        on_event("scored_span", chunk=chunk, first=first, end=end)
-        if chunk < num_chunks - 1:
-            rate, row = global_sgd_lr(chunk, num_chunks, sgd), val.tokens[first : end + 1]
-            norms = global_sgd_chunk(model, row, sgd, optimizer, rate, **options)
-            on_event("trained_span", chunk=chunk, first=first, tokens=row, steps=len(norms))
-    meter.sum_over(ranks)
-    return meter
-
-
-def evaluate_stream(run: "Run", stage: str, evaluate: Callable[..., BpbMeter]) -> None:
-    """A stage that evaluates the stream as one, unless it was: by sliding windows, or with SGD between."""
-    if stage in run.stages:
-        return
-    progress, done = run.log.progress(stage, run.val.num_targets / run.ranks.world_size), 0
-
-    def on_event(kind: str, **data: object) -> None:
-        nonlocal done
-        if run.ledger:
-            run.ledger.record(kind, data)
-        if kind == "slid":
-            done += data["losses"].numel()
-            progress.update(done)
-
-    with run.watch.stage(stage):
-        options = {"looping": run.looping, "ranks": run.ranks, "on_event": on_event}
-        meter = evaluate(run.model, run.val, run.cfg, **options)
-    run.record(stage, meter, run.val.documents)
-
-
-# [end]
-
-
 # -- the ledger of an audited run
-
-
-# [if AUDIT]
-class Ledger:
-    """What a run read and scored and learnt, in order: the evidence that `tools/audit.py` judges.
-
-    `ledger.jsonl`: first a line about the run (kind "run"), then the records of all ranks, by base version,
-    rank and order. A record says which adapters ("lora": [number on this rank, updates since]) and which base
-    weights ("base": global phases or trained chunks so far) it used ("score", "slide") or left behind
-    ("adapt", "global", "sgd", "reset"); "spans" are [document, first target in the stream, targets], those of
-    windows on the stream [first target, targets]; "b_zero": new adapters still added nothing.
-
-    `documents.json`: start and tokens of each validation document, its loss (nats, summed) in each stage.
-    """
-
-    def __init__(self, run: "Run"):
-        self._run, self._open = run, True
-        self.records: list[dict] = []
-        self.accesses: dict[tuple[str, str, str], float] = {}  # stage, kind and name -> when first
-        self.order, self.base, self.lora, self._adapters = 0, 0, [-1, 0], None
-        self.losses: dict[str, np.ndarray] = {}  # stage -> loss of each document
-        self._scored: list[tuple[list[int], Tensor]] = []  # the batch's chunks: places and losses
-        self.start = time.perf_counter()
-        sys.addaudithook(self._notice)  # stays as long as the process, so it is switched off by `write`
-
-    def _notice(self, event: str, arguments: tuple) -> None:
-        """Python's audit hook: files opened, connections made and processes started, with the stage."""
-        if not self._open:
-            return
-        if event == "open" and isinstance(arguments[0], (str, bytes)):
-            written = arguments[2] & (os.O_WRONLY | os.O_RDWR)
-            kind, name = "write" if written else "read", os.path.abspath(os.fsdecode(arguments[0]))
-        elif event in ("socket.connect", "socket.getaddrinfo", "urllib.Request"):
-            kind, name = "network", f"{event} {arguments[1 if event == 'socket.connect' else 0]}"
-        elif event == "subprocess.Popen":
-            kind, name = "process", os.fsdecode(arguments[0])
-        else:
-            return
-        elapsed = time.perf_counter() - self.start
-        self.accesses.setdefault((self._run.watch.current, kind, name), elapsed)
-
-    def record(self, kind: str, data: Mapping[str, object]) -> None:
-        """Take an event of an evaluator."""
-        if kind in ("scored", "trained"):
-            part, learns = data["part"], kind == "trained"
-            self.lora[1] += learns
-            rows = zip(part.documents, part.spans, part.trains.tolist(), strict=True)
-            spans = [[number, *span] for number, span, trains in rows if trains or not learns]
-            chunk = {"batch": data["batch_number"], "chunk": data["chunk"], "spans": spans}
-            if not learns:
-                losses = data["losses"].detach()
-                sums = (losses * part.valid.to(losses.device)).sum(1)
-                self._scored.append(([first for first, _ in part.spans], sums))
-            if not self.lora[1]:
-                chunk["b_zero"] = not any(bool(low_rank.B.any()) for low_rank in self._adapters.maps())
-            self._add("adapt" if learns else "score", **chunk)
-        elif kind in ("lora_constructed", "lora_reset"):
-            self.lora, self._adapters = [self.lora[0] + 1, 0], data["lora"]
-            self._add("reset", a="carried" if kind == "lora_reset" else "drawn")
-        elif kind == "batch_done":
-            for places, losses in self._scored:
-                self.charge("ttt", places, losses)
-            self._scored.clear()
-            self._add("batch", batch=data["batch_number"], chunks=data["chunks"], diverged=data["diverged"])
-        elif kind == "global_sgd":
-            self.base += 1
-            tokens, steps = data["tokens"], len(data["grad_norms"])
-            self._add("global", tokens=len(tokens), tokens_sha256=self._token_digest(tokens), steps=steps)
-        elif kind == "slid":
-            windows, loss_sum = data["windows"], float(data["losses"].double().sum())
-            spans = [[window.start + window.offset, window.targets] for window in windows]
-            places = [place for first, count in spans for place in range(first, first + count)]
-            self.charge(self._run.watch.current, places, data["losses"])
-            self._add("slide", spans=spans, loss_sum=loss_sum)
-        elif kind == "trained_span":
-            self.base += 1
-            tokens, facts = data["tokens"], {"first": data["first"], "steps": data["steps"]}
-            self._add("sgd", tokens=len(tokens), tokens_sha256=self._token_digest(tokens), **facts)
-        elif kind in ("start", "end"):
-            self._add(kind, **data, model_sha256=self._model_digest())
-
-    def charge(self, stage: str, places: Sequence[int], losses: Tensor) -> None:
-        """Add losses to the documents that hold these places of the stream."""
-        starts = [start for start, _ in self._run.val.documents]
-        owners = np.searchsorted(starts, places, "right") - 1
-        sums = np.bincount(owners, losses.double().cpu().flatten(), len(starts))
-        self.losses[stage] = self.losses.get(stage, 0.0) + sums
-
-    def _add(self, kind: str, **values: object) -> None:
-        rank, seconds = self._run.ranks.rank, round(time.perf_counter() - self.start, 6)
-        place = {"rank": rank, "order": self.order, "stage": self._run.watch.current}
-        head = place | {"kind": kind, "seconds": seconds}
-        self.records.append(head | {"base": self.base, "lora": list(self.lora)} | values)
-        self.order += 1
-
-    @staticmethod
-    def _token_digest(tokens: Tensor) -> str:
-        return hashlib.sha256(tokens.cpu().numpy().astype("<u2")).hexdigest()
-
-    def _model_digest(self) -> str:
-        digest = hashlib.sha256()
-        for name, tensor in self._run.model.state_dict().items():
-            digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
-        return digest.hexdigest()
-
-    def _head(self, accesses: Iterable[tuple[str, str, str, float]]) -> dict[str, object]:
-        run, folder = self._run, self._run.cfg.data_folder
-        validation = shard_paths(folder, "val") + shard_paths(folder, "val_bytes")
-        folders = (os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(torch.__file__)))
-        libraries = (*(f"{folder}/" for folder in folders), "/proc/", "/sys/", "/dev/")
-        return {
-            "kind": "run",
-            "run": run.log.run_id,
-            "settings": run.cfg.as_env(),
-            "environment": run.result["environment"] | {"numpy": np.__version__},
-            "data_folder": str(folder.resolve()),
-            "val_sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in validation},
-            "seconds": run.watch.seconds,
-            "accesses": sorted(entry for entry in accesses if not entry[2].startswith(libraries)),
-        }
-
-    @staticmethod
-    def _position(record: Mapping[str, object]) -> tuple[int, bool, int, int]:
-        """Place in the file: training of the base weights comes after all that used the version it ends."""
-        last = record["kind"] in ("global", "sgd")
-        return record["base"] - last, last, record["rank"], record["order"]
-
-    def write(self) -> None:
-        """Merge the ranks' records and write the file; rank 0 does."""
-        self._open = False
-        run = self._run
-        accesses = [[*key, when] for key, when in self.accesses.items()]
-        parts = run.ranks.gather((accesses, self.records, self.losses))
-        if run.ranks.is_main:
-            losses = {stage: sum(part[2].get(stage, 0.0) for part in parts) for stage in self.losses}
-            documents = {stage: sums.round(4).tolist() for stage, sums in losses.items()}
-            documents = {"documents": run.val.documents, "losses": documents}
-            write_whole(run.log.folder / "documents.json", json.dumps(documents).encode())
-            records = sorted((record for part in parts for record in part[1]), key=self._position)
-            lines = [self._head(access for part in parts for access in part[0]), *records]
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            write_whole(run.log.folder / "ledger.jsonl", text.encode())
-
-
-# [end]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -5704,1219 +4384,10 @@ class Run:
         return self.finish()
 
 
-# [if PREFLIGHT_ONLY]
 # -- guards: what watches over a run and is no part of its counted code
 
 
-class Stopped(BaseException):
-    """SIGTERM or SIGINT: everything is left whole; exit code 128 + number."""
-
-    stage = "start"
-
-    def __init__(self, number: int):
-        super().__init__(f"told to stop ({signal.Signals(number).name})")
-        self.code = 128 + number
-
-
-PEAK_FLOPS = {  # data sheets: dense bf16 FLOP/s with float32 sums; the first name that fits counts
-    r"H100 PCIe": 756e12,
-    r"H[12]00|GH200": 989e12,
-    r"B200|B100": 2250e12,
-    r"A100": 312e12,
-    r"RTX 4090": 165e12,
-    r"L40S": 362e12,
-    r"A10\b": 125e12,
-}
-PUBLISHED_SHARE = 0.26  # of the peak: the published run on eight H100s (96 ms a step, 143 ms looping)
-
-
-def peak_flops(ranks: Ranks) -> float:
-    """Peak FLOP/s of a rank's device by the data sheet; nan where it is not in the table."""
-    name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else ""
-    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(pattern, name)), math.nan)
-
-
-def flops_per_token(cfg: Config, looping: bool, context: float) -> float:
-    """Training FLOPs: 6 a weight that a token passes (head included), 12 D a token that it attends to."""
-    matrices = 2 * cfg.model_dim**2 + 2 * cfg.num_kv_heads * cfg.head_dim * cfg.model_dim
-    matrices += 2 * cfg.mlp_dim * cfg.model_dim
-    layers = lora_slots(cfg, looping)
-    linear = 6 * (layers * matrices + cfg.vocab_size * cfg.model_dim)
-    return linear + 12 * cfg.model_dim * context * layers
-
-
-def bank_parameters(cfg: Config) -> int:
-    """Weights of banks, embedding and head, all but a thousandth of the model, before it is built."""
-    layer = 2 * cfg.model_dim + 2 * cfg.num_kv_heads * cfg.head_dim + 2 * cfg.mlp_dim
-    heads = cfg.vocab_size * (2 - cfg.tie_embeddings)
-    return cfg.model_dim * (cfg.num_layers * layer + heads)
-
-
-def adapter_bytes(cfg: Config, documents: int) -> int:
-    """Memory of one batch of test-time training's adapters: factors, gradients and two moments, float32.
-
-    With TTT_WARM_START_A there are factors for a full batch, whether there is one or not.
-    """
-    roles = cfg.ttt_q_lora + cfg.ttt_mlp_lora + cfg.ttt_o_lora
-    widths = roles * 2 * cfg.model_dim
-    widths += (cfg.ttt_k_lora + cfg.ttt_v_lora) * (cfg.model_dim + cfg.num_kv_heads * cfg.head_dim)
-    widths = lora_slots(cfg, looping=True) * widths + cfg.model_dim + cfg.vocab_size
-    rows = max(4 * min(cfg.ttt_batch_size, documents), cfg.ttt_batch_size * cfg.ttt_warm_start_a)
-    return 4 * widths * cfg.ttt_lora_rank * rows
-
-
-def free_memory(ranks: Ranks) -> int:
-    """Bytes free on the device; on a CPU by the kernel and the container's limit."""
-    if ranks.device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    import resource
-
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if os.path.exists("/proc/self/statm") else 0
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    free = [1 << 62, *[limit - pages * resource.getpagesize()] * (limit >= 0)]
-    with contextlib.suppress(OSError, TypeError, ValueError):
-        text = Path("/proc/meminfo").read_text()
-        free.append(1024 * int(re.search(r"MemAvailable:\s*(\d+)", text)[1]))
-    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free.append(limit - used)
-    return min(free)
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def try_compiler(ranks: Ranks) -> str:
-    """What is wrong with the compiler (no C compiler, say); empty: nothing. One small graph, both passes."""
-    x = torch.linspace(-1, 1, 100, device=ranks.device).requires_grad_()
-    try:
-        ranks.compile(lambda x: x.sin().square().sum())(x).backward()
-    except Exception as error:  # compilers raise anything
-        return one_line(error)
-    right = torch.allclose(x.grad, (2 * x).sin(), atol=1e-4)
-    return "" if right else "its results are wrong"
-
-
-def try_kernels(cfg: Config, ranks: Ranks) -> dict[str, str]:
-    """What is wrong with the fused kernels, by name; those that work are not in it.
-
-    Losses and gradients of one layer of the model's widths on 200 random tokens must be hardly further from
-    float32's than those of the eager forms in the run's precision. (A single number may be so by chance.)
-    """
-    sizes = {"num_layers": 1, "num_loops": 0, "parallel_start_layer": 0, "xsa_last_n": 1}
-    cfg = dataclasses.replace(cfg, **sizes, attention_backend="plain")
-    ranks, generator = Ranks(ranks.device), torch.Generator().manual_seed(0)  # nothing is compiled
-    torch.manual_seed(cfg.seed)  # the same verdict at every start
-    model, batch = GPT(cfg).to(ranks.device), ranks.send(*random_row(cfg, 200, 50, generator))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(ranks.device))
-
-    def results(kernel: str) -> list[Tensor]:
-        model.cfg = model.blocks[0].attn.cfg = dataclasses.replace(cfg, triton_kernels=kernel)
-        model.zero_grad()
-        losses = model.losses(*batch, looping=False)
-        losses.mean().backward()
-        gradients = (p.grad.float() for p in model.parameters() if p.grad is not None)
-        return [losses.detach(), *(gradient for gradient in gradients if gradient.numel() > 1)]
-
-    exact, wrong = results("0"), {}
-    ranks.place(model)
-    with ranks.autocast():
-        limits = [
-            0.02 * x.norm() + 3 * torch.dist(x, eager) for x, eager in zip(exact, results("0"), strict=True)
-        ]
-        for kernel in Config.triton_kernels.split(","):
-            try:
-                ours = results(kernel)
-                if not all(torch.dist(x, y) <= most for x, y, most in zip(exact, ours, limits, strict=True)):
-                    wrong[kernel] = "its results are wrong"
-            except Exception as error:  # neither Triton nor its compilers say what they may raise
-                wrong[kernel] = one_line(error)
-    return wrong
-
-
-def unused_attention(cfg: Config, ranks: Ranks) -> list[str]:
-    """What is wrong with attention backends that are installed and better than the one in the settings."""
-    texts = []
-    for name, module in (("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute")):
-        if name == cfg.attention_backend:
-            break
-        with contextlib.suppress(ImportError):
-            if importlib.util.find_spec(module):
-                try:
-                    try_attention(name, cfg, ranks)
-                except Exception as error:  # foreign libraries raise anything
-                    texts.append(f"attention {name} is installed and not used: {one_line(error)}")
-    return texts
-
-
-class Preflight:
-    """What a run needs, compared with what is there, before time is spent; its speed, before the clock runs.
-
-    Every check raises ConfigError or DataError in one line, or adds to `facts`, the log line `preflight`.
-    """
-
-    def __init__(self, cfg: Config, ranks: Ranks):
-        self.cfg, self.ranks, self.facts, self.notices = cfg, ranks, {}, []
-        self._hashing: threading.Thread | None = None
-        self._wrong: list[str] = []  # of this rank's training shards
-        try:
-            os.listdir(cfg.data_folder)
-        except FileNotFoundError:  # `check_data` says how to get it
-            pass
-        except OSError as error:
-            raise ConfigError(f"DATA_PATH={cfg.data_folder}: cannot be read ({error.strerror})") from None
-        if cfg.compressor == "ans" and importlib.util.find_spec("brotli") is None:
-            raise ConfigError("COMPRESSOR=ans: needs the Python package brotli too, for all but the matrices")
-        most = 4 * (os.cpu_count() or 1)  # far more than CPUs, and they wait for each other for minutes
-        if cfg.cpu_threads > most:
-            raise ConfigError(f"CPU_THREADS={cfg.cpu_threads}: must be at most {most} on this machine")
-        if ranks.device.type == "cuda":
-            self._check_gpu()
-
-    def _check_gpu(self) -> None:
-        name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-        self.facts |= {"gpu": name, "gpus": torch.cuda.device_count()}
-        self.facts["capability"] = "{}.{}".format(*capability)
-        try:
-            x = torch.ones(64, 64, device=self.ranks.device, dtype=torch.bfloat16)
-            right = float((x @ x).sum()) == 64**3
-        except RuntimeError as error:
-            right, reason = False, str(error).split("\n")[0][:100]
-        else:
-            reason = "a product of ones is wrong"
-        if not right:
-            built = ", ".join(torch.cuda.get_arch_list())
-            raise ConfigError(f"DEVICE=cuda: {name} does not compute ({reason}); this torch is for {built}")
-
-    def usable(self, cfg: Config) -> Config:
-        """The settings without what fails on this machine, which is noted: the compiler, fused kernels.
-
-        Raises ConfigError where just that was asked for.
-        """
-        ranks, chosen = self.ranks, choose_kernels(cfg, self.ranks)
-        wrong = {"compiler": try_compiler(ranks)} if ranks.compiler else {}
-        try:
-            wrong |= try_kernels(cfg, ranks) if chosen else {}
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(f"DEVICE=cuda: no memory left for a single layer ({one_line(error)})") from None
-        ranks.meet("backends")
-        wrong = {name: text for part in ranks.gather(wrong) for name, text in part.items() if text}
-        if text := wrong.get("compiler"):
-            if cfg.compile_backend != "auto":
-                raise ConfigError(f"COMPILE_BACKEND={cfg.compile_backend}: does not work here ({text})")
-            self.notices.append(f"nothing is compiled, which is slow: {text}")
-            ranks.stop_compiling()
-        for kernel in [name for name in chosen if name in wrong]:
-            if cfg.triton_kernels != Config.triton_kernels:
-                raise ConfigError(f"TRITON_KERNELS={cfg.triton_kernels}: {kernel}: {wrong[kernel]}")
-            self.notices.append(f"fused kernel {kernel} is not used: {wrong[kernel]}")
-        left = ",".join(name for name in chosen if name not in wrong)
-        return dataclasses.replace(cfg, triton_kernels=left)
-
-    def check_disk(self, trains: bool, targets: int) -> None:
-        """Room for all outputs, and whether a file can be written where they go. Rank 0's business."""
-        cfg = self.cfg
-        if not self.ranks.is_main:
-            return
-        weights, ended = bank_parameters(cfg), not cfg.prequant_only
-        sizes = {"log": 1 << 20, cfg.model_path: 4 * weights * trains, "ledger": 6 * targets * cfg.audit}
-        sizes[cfg.quantized_model_path] = weights * ended * (not cfg.ttt_eval_only)
-        sizes["checkpoints"] = 3 * 16 * weights * trains * bool(cfg.checkpoint_seconds)
-        wanted = Path(cfg.artifact_dir or "runs")
-        if not (wanted.name or wanted.resolve().name):
-            raise ConfigError(f"ARTIFACT_DIR={wanted}: must name a folder")
-        try:
-            whole = wanted.absolute()
-            place = next(folder for folder in (whole, *whole.parents) if folder.exists())
-            with tempfile.TemporaryFile(dir=place):
-                room = os.statvfs(place)
-        except OSError as error:
-            raise ConfigError(f"ARTIFACT_DIR={wanted}: cannot write there ({error.strerror})") from None
-        need, free = sum(sizes.values()), room.f_bavail * room.f_frsize
-        if free < need:
-            parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.items() if size)
-            raise ConfigError(f"ARTIFACT_DIR={wanted}: {free / 1e6:.1f} MB are free, needed: {parts} MB")
-        self.facts |= {"disk_need_mb": need / 1e6, "disk_free_mb": free / 1e6}
-
-    def check_memory(self, cfg: Config, trains: bool, val: ValidationSet) -> None:
-        """The least that the stages take: what passes may still take more, what does not cannot fit."""
-        weights, ranks = bank_parameters(cfg), self.ranks
-        row = min(cfg.val_batch_tokens // CONTEST_MICRO_BATCHES, val.num_targets)
-        micro = cfg.train_batch_tokens // (ranks.world_size * cfg.micro_batches(ranks.world_size))
-        cuda = ranks.device.type == "cuda"
-        micro = 0 if cuda else micro  # there `fit_memory` finds what fits
-        named = "NUM_LAYERS MODEL_DIM MLP_MULT VOCAB_SIZE"
-        needs = {
-            f"{named} TRAIN_BATCH_TOKENS": (40 * weights + 8 * micro * cfg.vocab_size) * trains,
-            f"{named} VAL_BATCH_TOKENS": 4 * weights + (2 if cuda else 4) * row * cfg.vocab_size,
-        }
-        if cfg.ttt_enabled and not cfg.ttt_sgd:
-            adapters = adapter_bytes(cfg, len(val.documents))
-            needs[f"{named} TTT_LORA_RANK TTT_BATCH_SIZE"] = 4 * weights + adapters
-        free = free_memory(ranks) // (1 if cuda else ranks.world_size)
-        for names, need in needs.items():
-            if need > free:
-                text = " ".join(f"{name}={getattr(cfg, name.lower())}" for name in names.split())
-                raise ConfigError(f"{text}: take {need >> 20} MiB at least, {free >> 20} MiB are free")
-        self.facts |= {"memory_need_mb": max(needs.values()) / 1e6, "memory_free_mb": free / 1e6}
-
-    def check_hashes(self, manifest: dict, splits: Sequence[str], wait: bool) -> None:
-        """Compare files with the manifest's SHA-256: validation at once, training shards in the background.
-
-        Every rank reads the validation files and its share of the training shards. Raises DataError, or notes
-        it in the manifest where ALLOW_UNVERIFIED_DATA=1.
-        """
-        folder, files = self.cfg.data_folder, manifest.get("files", {})
-        hashes = {folder / name: entry.get("sha256") for name, entry in files.items()}
-        expected = {path: hashes[path] for path in hashes if isinstance(hashes[path], str)}
-        train, *evaluation = (
-            [path for path in shard_paths(folder, split) if path in expected]
-            for split in ("train", "val", "val_bytes")
-        )
-        train, val = train if splits else [], sum(evaluation, [])
-        self.facts |= {"files": len(hashes), "hashed": len(train) + len(val)}
-        mine = train[self.ranks.rank :: self.ranks.world_size]
-        self._hashing = threading.Thread(target=self._compare, args=[mine, expected], daemon=True)
-        self._compare(val, expected)
-        wrong, self._wrong = self._wrong, []
-        self._hashing.start()
-        if self.cfg.allow_unverified_data:
-            wrong = wrong + self.wrong_shards()
-            manifest |= {"unverified": wrong[0]} if wrong else {}
-        elif wrong:
-            raise DataError(wrong[0])
-        elif wait:
-            self.wait_for_hashes()
-
-    def _compare(self, paths: Sequence[Path], expected: Mapping[Path, str]) -> None:
-        """Collect what is wrong."""
-        for path in paths:
-            try:
-                if sha256_of(path) != expected[path]:
-                    manifest = path.with_name("manifest.json")
-                    self._wrong.append(f"{path}: its contents differ from the SHA-256 in {manifest}")
-            except OSError as error:
-                self._wrong.append(f"{path}: cannot be read ({error.strerror})")
-
-    def wrong_shards(self) -> list[str]:
-        """What is wrong with the training shards, the same on all ranks; waits until they have been read."""
-        if self._hashing is None:
-            return []
-        self._hashing.join()
-        self.ranks.meet("hashes")
-        return sum(self.ranks.gather(self._wrong), [])
-
-    def wait_for_hashes(self) -> None:
-        """Raise DataError on all ranks when a training shard is not what the manifest says."""
-        wrong = self.wrong_shards()
-        if wrong and not self.cfg.allow_unverified_data:
-            raise DataError(wrong[0])
-
-    def log_speed(self, pace: Sequence[float], log: RunLog, cfg: Config) -> None:
-        """Log what a step took in the warm-up and what follows; say where a known GPU is far too slow."""
-        if not pace or (self.ranks.compiler and cfg.warmup_steps < 2):  # the first step compiles
-            return
-        plain, looping = pace[0], pace[-1]
-        share = min(cfg.enable_looping_at, 1.0)
-        if cfg.max_wallclock_seconds:
-            seconds = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
-            steps = min(seconds * (share / plain + (1 - share) / looping), cfg.iterations)
-            predicted = {"predicted_steps": int(steps)}
-        else:
-            predicted = {"predicted_seconds": cfg.iterations * (share * plain + (1 - share) * looping)}
-        rate = flops_per_token(cfg, False, cfg.train_seq_len / 4) * cfg.train_batch_tokens / plain
-        reached = rate / (peak_flops(self.ranks) * self.ranks.world_size)
-        known = {} if math.isnan(reached) else {"mfu": reached}
-        log.event("speed", step_ms=1e3 * plain, looping_step_ms=1e3 * looping, **predicted, **known)
-        if reached < PUBLISHED_SHARE / 2:
-            text = f"a step reaches {reached:.1%} of the GPU's peak, the published run {PUBLISHED_SHARE:.0%}"
-            log.event("notice", text=f"{text}: another process on it, its clocks, ATTENTION_BACKEND?")
-
-
-FALLBACK = [(1.03, True), *((factor, False) for factor in (1.03, 1.1, 1.25, 1.5, 2.0))]  # clips, LQER
-
-
-def fall_back(
-    flat: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
-    cfg: Config,
-    budget: int,
-    blob: bytes,
-    log: RunLog,
-    ranks: Ranks = CPU,
-) -> tuple[bytes, dict[str, object]]:
-    """An artifact of at most `budget` bytes: coarser and coarser steps, then without correction.
-
-    `blob`, which is too large, comes back where nothing fits. Returns with it what to say of it.
-    """
-    log.event("fallback", bytes_left=budget - len(blob))
-    factors = {id(hessian): factorise(hessian) for hessian in hessians.values()}
-    shared = {name: factors[id(hessian)] for name, hessian in hessians.items()}
-    for factor, lqer in FALLBACK:
-        if lqer > cfg.lqer_enabled:
-            continue
-        clips = {name: factor * getattr(cfg, name) for name in _NAMES if name.endswith("_clip_sigmas")}
-        rung = dataclasses.replace(cfg, lqer_enabled=lqer, **clips)
-        records = quantize_state(flat, shared, rung, None, ranks)
-        ranks.meet("fall back")
-        smaller = ranks.gather(pack_artifact(records, rung) if ranks.is_main else b"")[0]
-        said = {"clip_factor": factor, "lqer": int(lqer)}
-        log.event("fallback", bytes_left=budget - len(smaller), **said)
-        if len(smaller) <= budget:
-            return smaller, {"fallback": said}
-    return blob, {}
-
-
-class GuardedTrainer(Trainer):
-    """Measures the warm-up: `pace`, seconds of a step at the last ten or half of them, by layer order."""
-
-    warmed: Callable[["GuardedTrainer"], None] | None = None  # called after the warm-up, off the clock
-
-    def warm_up(self, steps: int) -> None:
-        """As Trainer's."""
-        self.pace: list[float] = []
-        self._turn, self._steps, self._timed = 0, steps, min(10, (steps + 1) // 2)
-        super().warm_up(steps)
-        self._steps = 0
-        if self.warmed:
-            self.warmed(self)
-
-    _steps = 0  # of a warm-up under way
-
-    def step(self, *arguments: object, **options: object) -> StepReport:
-        """As Trainer's."""
-        if not self._steps:
-            return super().step(*arguments, **options)
-        if self._turn == self._steps - self._timed:
-            self.ranks.synchronize()
-            self._start = time.perf_counter()
-        report = super().step(*arguments, **options)
-        self._turn += 1
-        if self._turn == self._steps:
-            self.ranks.synchronize()
-            self.pace.append((time.perf_counter() - self._start) / self._timed)
-            self._turn = 0
-        return report
-
-
-class GuardedRun(Run):
-    """A run with all that watches over it and that the counted code of the same run does without.
-
-    Preflight before and speed after the warm-up, the contents of the files, the ladder of smaller artifacts,
-    signals. None of it changes what a run that passes computes.
-    """
-
-    new_trainer = GuardedTrainer
-
-    def __init__(self, cfg: Config, ranks: Ranks, source: bytes):
-        self.preflight = Preflight(cfg, ranks)
-        super().__init__(self.preflight.usable(cfg), ranks, source)
-
-    def _first_model(self) -> GPT:
-        check, cfg = self.preflight, self.cfg
-        splits = ["train"] if self.trains or cfg.quantize_only else []
-        check.check_hashes(self.manifest, splits, wait=not self.trains)
-        if not self.artifact:
-            check.check_memory(cfg, self.trains, self.val)
-        model = super()._first_model()
-        if self.artifact:  # knows its own sizes
-            check.check_memory(model.cfg, False, self.val)
-        check.check_disk(self.trains, self.val.num_targets)
-        return model
-
-    def _open_log(self, cfg: Config, ranks: Ranks, *choose: Callable[..., Path]) -> RunLog:
-        if not cfg.preflight_only:
-            return super()._open_log(cfg, ranks, *choose)
-        self._scratch = tempfile.TemporaryDirectory()  # a rehearsal leaves nothing
-        return RunLog(dataclasses.replace(cfg, artifact_dir=self._scratch.name), ranks)
-
-    def _log_head(self) -> None:
-        super()._log_head()
-        facts, ranks, notices = self.preflight.facts, self.ranks, self.preflight.notices
-        self.log.event("preflight", **facts)
-        if self.preflight.cfg.attention_backend == "auto" and ranks.device.type == "cuda":
-            notices += unused_attention(self.cfg, ranks)
-        for text in notices:
-            self.log.event("notice", text=text)
-        if facts.get("gpus", 0) > ranks.world_size:
-            start = f"torchrun --standalone --nproc_per_node={facts['gpus']} train_gpt.py"
-            self.log.event("notice", text=f"{ranks.world_size} of {facts['gpus']} GPUs used; all: {start}")
-        if importlib.util.find_spec("python_minifier") is None:
-            self.log.event("notice", text="python-minifier is missing: the code will count in full")
-
-    def _prepare_training(self) -> Trainer:
-        trainer = super()._prepare_training()
-        trainer.warmed = self._warmed
-        return trainer
-
-    def _fit_memory(self) -> None:
-        """As Run's; a model that the compiler fails on is trained without it, unless it was asked for."""
-        try:
-            super()._fit_memory()
-        except Exception as error:  # compilers raise anything
-            asked = self.preflight.cfg.compile_backend != "auto" or isinstance(error, (UserError, RunError))
-            if asked or not self.ranks.compiler:
-                raise
-            self.log.event("notice", text=f"the model is not compiled, which is slow: {one_line(error)}")
-            self.ranks.stop_compiling()
-            self.result["environment"]["compiler"] = "off"
-            self.model = self.new_model(self.cfg)
-            super()._fit_memory()
-
-    def _warmed(self, trainer: GuardedTrainer) -> None:
-        self.preflight.wait_for_hashes()
-        self.preflight.log_speed(trainer.pace, self.log, trainer.cfg)
-
-    def quantise(self) -> Path:
-        """As Run's; an artifact over the limit is made again, smaller."""
-        path, cfg, ranks = super().quantise(), self.cfg, self.ranks
-        tensors, self.quantised = self.quantised, None
-        if cfg.fit_bytes or len(self.blob) <= SIZE_LIMIT - (1 << 16):  # more than any code
-            return path
-        code = len(self._packed_code[0]) if ranks.is_main else 0
-        budget = SIZE_LIMIT - ranks.gather(code)[0]
-        if len(self.blob) > budget:
-            with self.watch.stage("fallback"):
-                self.blob, rung = fall_back(*tensors, cfg, budget, self.blob, self.log, ranks)
-            self.result |= rung
-            if ranks.is_main:
-                write_whole(path, self.blob)
-        return path
-
-    def adapt(self) -> None:
-        """As Run's; forms of a batch that no graph fitted, so that they ran eagerly, are counted and said."""
-        eager, forward = set(), self.model.forward
-
-        def noted(*batch: object, **options: object) -> Tensor:
-            if not torch.compiler.is_compiling():  # a graph leaves this out
-                eager.add(batch[0].shape)
-            return forward(*batch, **options)
-
-        self.model.forward = noted  # a hook would take the graph apart
-        super().adapt()
-        del self.model.forward
-        counts = self.ranks.gather(len(eager))
-        if self.ranks.compiler:
-            self.log.event("graphs", eager_shapes=sum(counts))
-
-    def record(self, stage: str, meter: BpbMeter, documents: Sequence[tuple[int, int]]) -> None:
-        """As Run's; a score that is not finite ends the run."""
-        super().record(stage, meter, documents)
-        if not math.isfinite(meter.val_loss):
-            raise RunError(f"{stage}: val_loss {meter.val_loss}: not finite")
-
-    def execute(self) -> int:
-        """As Run's, or the rehearsal alone."""
-        try:
-            if not self.cfg.preflight_only:
-                return super().execute()
-            with self.watch.stage("rehearsal"):
-                if self.trains:
-                    self._prepare_training().warm_up(self.cfg.warmup_steps)
-        except Stopped as stopped:
-            stopped.stage = self.watch.current
-            raise
-        self.log.event("passed", seconds=self.watch.seconds["rehearsal"])
-        return 0
-
-
-@contextlib.contextmanager
-def _signals(ranks: Ranks):
-    """SIGTERM (torchrun's, when another rank has failed) and SIGINT raise Stopped; a second one ends all.
-
-    A stage that sets `ranks.polls` looks at `ranks.told` instead and raises it where it likes.
-    """
-
-    def handle(number: int, _: object) -> None:
-        if ranks.told:
-            os._exit(128 + number)
-        ranks.told = number
-        if not ranks.polls:
-            raise Stopped(number)
-
-    handlers = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def run_guarded(cfg: Config, ranks: Ranks, source: bytes) -> int:
-    """Execute a run under guard; exit code as `main`."""
-    try:
-        with _signals(ranks):
-            keeps = cfg.checkpoint_seconds and not cfg.preflight_only
-            return _run(cfg, ranks, source, KeptRun if keeps else GuardedRun)
-    except Stopped as stopped:
-        ranks.say(f"stage {stopped.stage}: {stopped}")
-        return stopped.code
-    except RunError as error:  # before the first stage, as below; `_run` says the later ones
-        ranks.say(f"stage start: {error}")
-        return 1
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: cannot be used ({error.strerror})") from None
-
-
-# [end]
-
-
-# [if CHECKPOINT_SECONDS]
 # -- checkpoints: a run that was cut off goes on between steps, stages or batches of adaptation
-
-KEPT_MAGIC = b"PGOLFKP1"
-
-
-def write_kept(path: Path, values: object, tensors: object = None) -> None:
-    """Write a checkpoint: magic, SHA-256 of the rest, `torch.save` of values (as JSON) and tensors."""
-    buffer = io.BytesIO()
-    torch.save({"values": json.dumps(values), "tensors": tensors}, buffer)
-    body = buffer.getbuffer()
-    write_whole(path, b"".join([KEPT_MAGIC, hashlib.sha256(body).digest(), body]))
-
-
-def read_kept(path: Path) -> tuple[dict, object]:
-    """Values and tensors (on the CPU) of a checkpoint; nothing in it is executed.
-
-    Raises:
-        ArtifactError: not readable, not whole or not one of ours.
-    """
-    try:
-        blob = path.read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from None
-    body = memoryview(blob)[40:]
-    if blob[:8] != KEPT_MAGIC or hashlib.sha256(body).digest() != blob[8:40]:
-        raise ArtifactError(f"{path}: damaged, not a whole checkpoint")
-    try:
-        state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-        return json.loads(state["values"]), state["tensors"]
-    except Exception:  # a right checksum over something else: torch raises half a dozen types
-        raise ArtifactError(f"{path}: not a checkpoint of this script") from None
-
-
-class Shelf:
-    """Checkpoints of one kind in a folder, numbered; the last two are kept."""
-
-    def __init__(self, folder: Path, kind: str):
-        self.folder, self.kind = folder, kind
-
-    def paths(self) -> list[Path]:
-        """The files, oldest first."""
-        return sorted(self.folder.glob(f"{self.kind}.*.ckpt"))
-
-    def add(self, values: object, tensors: object = None) -> Path:
-        """Write the next one, then remove all but two. Raises RunError where it cannot be written."""
-        paths = self.paths()
-        number = int(paths[-1].name.split(".")[-2]) + 1 if paths else 1
-        path = self.folder / f"{self.kind}.{number:06}.ckpt"
-        write_kept(path, values, tensors)
-        for old in self.paths()[:-2]:
-            old.unlink()
-        return path
-
-    def whole(self, damaged: dict[Path, str]) -> Iterable[tuple[dict, object]]:
-        """Values and tensors, newest first; what is damaged is collected with its message."""
-        for path in reversed(self.paths()):
-            try:
-                yield read_kept(path)
-            except ArtifactError as error:
-                damaged[path] = str(error)
-
-
-def file_digest(path: Path, blocks: int = 64, size: int = 1 << 16) -> str:
-    """Hash of a file's size and bytes (all up to 4 MiB, else blocks spread over it); empty: no file."""
-    if not path.is_file():
-        return ""
-    length = path.stat().st_size
-    digest = hashlib.sha256(str(length).encode())
-    with open(path, "rb") as file:
-        for block in range(blocks):
-            file.seek(block * max(size, (length - size) // (blocks - 1)))
-            digest.update(file.read(size))
-    return digest.hexdigest()
-
-
-class KeptTrainer(GuardedTrainer):
-    """A trainer that hands its state to the run every CHECKPOINT_SECONDS, and takes it up again.
-
-    Rank 0's clock, which travels with the gradients, turns negative once that rank is told to stop: so all
-    ranks keep the state behind the same step and leave.
-    """
-
-    def __init__(self, run: "KeptRun", *arguments: object):
-        super().__init__(*arguments)
-        self._run, self._reports, self._kept_at = run, [], 0.0
-
-    def warm_up(self, steps: int) -> None:
-        """As the trainer's; then go on from the checkpoint where there is one."""
-        super().warm_up(steps)
-        if self._run.trainer_state:
-            self.load_kept(self._run.trainer_state)
-            self._run.begin_at_checkpoint()
-        self.ranks.polls = True
-
-    def step(
-        self, step: int, frac: float, batches: Sequence[Batch] | None = None, elapsed: float = 0.0
-    ) -> StepReport:
-        """As the trainer's; before it, where it is time, the state behind the last step is kept."""
-        if batches is not None:  # the warm-up's
-            return super().step(step, frac, batches, elapsed)
-        agreed = self._reports[0].elapsed if len(self._reports) > 1 else 0.0  # the clock of all ranks
-        if agreed < 0 or agreed - self._kept_at >= self.cfg.checkpoint_seconds:
-            self._kept_at = agreed
-            self._run.keep(self.kept(step), wait=agreed < 0)
-        if agreed < 0:
-            raise Stopped(self.ranks.told or signal.SIGTERM)
-        report = super().step(step, frac, batches, -1 - elapsed if self.ranks.told else elapsed)
-        self._reports = [*self._reports[-1:], report]
-        return report
-
-    def kept(self, step: int) -> dict:
-        """All that step number `step` (at least 2) depends on: rank 0's, on the CPU. Raises if not finite."""
-        clocks = [max(report.elapsed, -1 - report.elapsed) for report in self._reports]
-        state = self.snapshot() | {"step": step, "clocks": clocks, "rng": torch.get_rng_state()}
-        banks = self.muon.param_groups[0]["params"]
-        for number, entry in state["muon"]["state"].items():
-            whole = self.ranks.all_gather(entry["momentum_buffer"]).wait()
-            entry["momentum_buffer"] = whole[: len(banks[number])]
-        return _copy_tensors(state, Tensor.cpu) if self.ranks.is_main else {}
-
-    def load_kept(self, state: dict) -> None:
-        """Go back to a state of `kept`, whatever the number of ranks was."""
-        ranks, banks = self.ranks, self.muon.param_groups[0]["params"]
-        for number, entry in state["muon"]["state"].items():
-            whole, per_rank = entry["momentum_buffer"], -(-len(banks[number]) // ranks.world_size)
-            padding = whole.new_zeros(per_rank * ranks.world_size - len(whole), *whole.shape[1:])
-            entry["momentum_buffer"] = torch.cat([whole, padding]).split(per_rank)[ranks.rank]
-        torch.set_rng_state(state["rng"])
-        self.restore(state | {"ema": _copy_tensors(state["ema"], lambda tensor: tensor.to(ranks.device))})
-        measured = [Pending(torch.tensor([0.0, 0.0, clock, 0.0]), None) for clock in state["clocks"]]
-        self._reports = [StepReport(state["step"], values, 1.0, 0.0, self.looping) for values in measured]
-        self._kept_at = state["clocks"][0]
-        self.position = state["step"], self._kept_at, self._reports[1]
-
-
-class KeptTTT(ScoreFirstTTT):
-    """Test-time training that keeps where it is between batches, each rank for itself.
-
-    A resumed one walks through the same batches and phases, without computing, up to where it was.
-    """
-
-    def __init__(self, run: "KeptRun", *arguments: object, **options: object):
-        super().__init__(*arguments, **options)
-        self._run, self._before, self._told = run, run.ttt_state, self._on_event
-        self._done, self._phases, self._reusable, self._kept_at = 0, 0, None, time.monotonic()
-        if self._before:
-            self._on_event = lambda kind, **data: None
-
-    def _passed(self) -> bool:
-        """Count a batch or a phase. True where it was done before; behind the last one all is as it was."""
-        self._done += 1
-        if not self._before:
-            return False
-        if self._done == self._before[0]["done"]:
-            self._restore(*self._before)
-        return True
-
-    def _restore(self, values: dict, tensors: dict) -> None:
-        self.meter.add_sums(*values["sums"])
-        self.diverged, self._constructed = values["diverged"], values["constructed"]
-        self._generator.set_state(tensors["generator"])
-        for low_rank, a in zip(self._reusable.maps() if self._reusable else (), tensors["a"], strict=True):
-            low_rank.A.data.copy_(a)
-        if self._reusable and tensors["active"] is not None:
-            self._reusable.active = tensors["active"].to(self.ranks.device)
-        self._on_event, self._before = self._told, None
-        self._run.load_ledger(values["ledger"])
-
-    def _keep(self, wait: bool = False) -> None:
-        reusable = self._reusable
-        values = {
-            "done": self._done,
-            "phases": self._phases,
-            "sums": [self.meter.loss_sum, self.meter.bytes, self.meter.tokens],
-            "diverged": self.diverged,
-            "constructed": self._constructed,
-        }
-        tensors = {
-            "generator": self._generator.get_state(),
-            "a": [low_rank.A.detach().cpu().clone() for low_rank in reusable.maps()] if reusable else [],
-            "active": reusable.active.cpu() if reusable and reusable.active is not None else None,
-        }
-        self._run.keep_ttt(values, tensors, wait)
-        self._kept_at = time.monotonic()
-
-    def _adapters(self, batch: TTTBatch, reusable: BatchedLoRA | None) -> BatchedLoRA | None:
-        self._reusable = reusable
-        return None if self._before else super()._adapters(batch, reusable)
-
-    def _score_batch(self, batch: TTTBatch, lora: BatchedLoRA | None) -> None:
-        if not self._passed():
-            super()._score_batch(batch, lora)
-            told = self.ranks.told
-            if told or time.monotonic() - self._kept_at >= self.cfg.checkpoint_seconds:
-                self._keep(wait=bool(told))
-            if told:
-                raise Stopped(told)
-
-    def _global_phase(self, phase: int, boundary: int, done: Sequence[TTTBatch]) -> None:
-        self._phases, self._reusable = phase, None  # new adapters follow
-        if not self._passed():
-            super()._global_phase(phase, boundary, done)
-            self._run.keep_weights(phase)
-            self._keep(wait=True)
-            self.ranks.meet("kept")  # no rank forgets the phase before while another is still there
-
-
-class KeptRun(GuardedRun):
-    """A run that writes checkpoints and goes on from them.
-
-    `<folder>/checkpoints` holds three kinds: "run" (settings and hashes that it belongs to, results, clock
-    and, while it trains, the trainer), "ttt-<rank>" (scores and ledger so far), "phase" (weights after one).
-    """
-
-    trainer_state = ttt_state = lock = None
-    last_checkpoint = ""
-
-    def __init__(self, cfg: Config, ranks: Ranks, source: bytes):
-        self._asked, self._pool, self._writing = cfg, ThreadPoolExecutor(1), None
-        self._before: dict = {}  # what the checkpoint says that the run goes on from
-        self._damaged: dict[Path, str] = {}
-        self._outputs: dict[str, str] = {}  # finished output files -> SHA-256
-        try:
-            super().__init__(cfg, ranks, source)
-        except BaseException:
-            self._release()
-            raise
-
-    def _release(self) -> None:
-        self._pool.shutdown()  # what is being written is not given up
-        if self.lock is not None:
-            os.close(self.lock)
-
-    # -- which run the command goes on with
-
-    def _exists(self, field: str) -> Path | None:
-        """As Run's; what this command's unfinished run has trained is not what PREQUANT_ONLY=1 evaluates."""
-        path = super()._exists(field)
-        if path and self.cfg.prequant_only and self.cfg.resume:
-            values, _ = next(Shelf(path.parent / "checkpoints", "run").whole({}), ({}, None))
-            path = None if values and "ended" not in values else path
-        return path
-
-    def _open_log(self, cfg: Config, ranks: Ranks, *_: object) -> RunLog:
-        """The log of the run that is to go on, or of a new one."""
-        folder, refusal = None, ""
-        ranks.meet("start")
-        if ranks.is_main:
-            self.identity = self._identity()
-            try:
-                folder = self._find() if cfg.resume else None
-            except UserError as error:
-                refusal = str(error)
-        if refusal := ranks.gather(refusal)[0]:
-            raise ConfigError(refusal)
-        self._before, self.trainer_state = self._spread(self._before, self.trainer_state)
-        if self._before:
-            cfg = dataclasses.replace(cfg, run_id=self._before["run"])
-            self.cfg = dataclasses.replace(self.cfg, resume=self._before["resume"])
-        if "ended" in self._before:
-            return RunLog(cfg, Ranks(ranks.device, 1))  # nothing is written
-        log = super()._open_log(cfg, ranks, lambda *wanted: folder or _new_folder(*wanted))
-        self.shelves = Path(ranks.gather(str(log.folder))[0]) / "checkpoints"
-        self.shelves.mkdir(parents=True, exist_ok=True)
-        if ranks.is_main:
-            self.lock = _locked(self.shelves) if self.lock is None else self.lock
-        return log
-
-    def _spread(self, values: dict, tensors: object) -> tuple[dict, object]:
-        """Rank 0's values and tensors, on every rank."""
-        if self.ranks.world_size == 1:
-            return values, tensors
-        buffer = io.BytesIO()
-        torch.save({"values": json.dumps(values), "tensors": tensors}, buffer)
-        state = torch.load(io.BytesIO(self._share(buffer.getvalue())), map_location="cpu", weights_only=True)
-        return json.loads(state["values"]), state["tensors"]
-
-    def _share(self, data: bytes) -> bytes:
-        """Rank 0's bytes, on every rank."""
-        ranks, length = self.ranks, self.ranks.gather(len(data))[0]
-        if ranks.world_size == 1 or not length:
-            return data if ranks.is_main else b""
-        buffer = torch.zeros(length, dtype=torch.uint8, device=ranks.device)
-        if ranks.is_main:
-            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        return ranks.sum_(buffer).cpu().numpy().tobytes()
-
-    def _identity(self) -> dict[str, object]:
-        """What the result of a run depends on: settings, hashes of script, data and given files."""
-        cfg, settings = self.cfg, self._asked.as_env()
-        del settings["RESUME"]
-        splits = ["train"] * (self.trains or cfg.quantize_only) + ["val", "val_bytes"]
-        files = [path for split in splits for path in shard_paths(cfg.data_folder, split)]
-        files += [cfg.data_folder / "manifest.json", tokenizer_file(cfg), self.artifact, self.checkpoint]
-        known = {str(path): file_digest(path) for path in files if path}
-        return {"settings": settings, "files": known, "script": hashlib.sha256(self.source).hexdigest()}
-
-    def _find(self) -> Path | None:
-        """The folder to go on in: the one named or, without a name, that of the newest unfinished run."""
-        cfg = self._asked
-        if not (cfg.artifact_dir or cfg.run_id):
-            kept = [path for path in Path("runs").glob("*/checkpoints") if path.is_dir()]
-            kept.sort(key=lambda path: -path.stat().st_mtime)
-            return next((path.parent for path in kept if self._take(path, named=False)), None)
-        wanted = Path(cfg.artifact_dir or Path("runs") / cfg.run_id)
-        there = [folder / "checkpoints" for folder in itertools.takewhile(Path.exists, _numbered(wanted))]
-        kept = [path for path in there if path.is_dir()]
-        return kept[-1].parent if kept and self._take(kept[-1], named=True) else None
-
-    def _take(self, kept: Path, named: bool) -> bool:
-        """Lock a folder and take its newest checkpoint, if that is this command's.
-
-        Raises ConfigError where a folder that was named holds an unfinished run that cannot go on.
-        """
-        lock, damaged = _locked(kept), {}
-        values, tensors = (
-            next(Shelf(kept, "run").whole(damaged), ({}, None)) if lock is not None else ({}, None)
-        )
-        unlike = self._differences(values["identity"]) if values else []
-        if (
-            named
-            and lock is not None
-            and not values
-            and not damaged
-            and _begin_again(kept.parent, self._asked)
-        ):
-            self.lock = lock
-            return True
-        if values and not unlike and (named or "ended" not in values):
-            self.lock, self._before, self.trainer_state, self._damaged = lock, values, tensors, damaged
-            return True
-        reason = "; ".join(damaged.values()) if lock is not None else "another process is at work there"
-        if lock is not None:
-            os.close(lock)
-        reason = f"begun with other settings or data: {'; '.join(unlike[:6])}" if unlike else reason
-        if named and reason and "ended" not in values:
-            raise ConfigError(f"{kept.parent}: this run cannot go on, {reason} (RESUME=0 begins a new one)")
-        return False
-
-    def _differences(self, then: Mapping) -> list[str]:
-        now, rows = self.identity, []
-        for name, value in now["settings"].items():
-            other = then["settings"].get(name)
-            rows += [f"{name}={value} there {other}"] * (value != other)
-        for name in sorted(now["files"].keys() | then["files"].keys()):
-            rows += [f"{name} differs"] * (now["files"].get(name) != then["files"].get(name))
-        return rows + ["train_gpt.py differs"] * (now["script"] != then["script"])
-
-    def _log_head(self) -> None:
-        """As the run's. A resumed run has it in its log again; events behind the checkpoint are cut off."""
-        if "ended" in self._before:
-            return
-        super()._log_head()
-        self._set_aside(self._damaged)
-        before = self._before
-        if not before:
-            self.keep()
-            return
-        self._cut_metrics(before["metrics"])
-        self.stages, self._outputs = before["stages"], before["outputs"]
-        self.result = before["result"] | {"environment": self.result["environment"]}
-        self.result["resumed"] = self.result.get("resumed", 0) + 1
-        self.watch.seconds |= before["seconds"]
-        self.load_ledger(*before["ledgers"][self.ranks.rank :: self.ranks.world_size])
-        if self.ranks.is_main:
-            for path in [*self.log.folder.glob(".*.tmp"), *self.shelves.glob(".*.tmp")]:
-                path.unlink()
-        where = self._place(before, self.trainer_state)
-        self.log.text(f"resumed {self.log.folder} {where}", console=True)
-
-    @staticmethod
-    def _place(values: Mapping[str, Mapping], trainer: Mapping | None) -> str:
-        trained = "steps" in values["result"] and "prequant" not in values["stages"]
-        done = ", ".join([*values["stages"], *["training"] * trained]) or "the start"
-        return f"at step {trainer['step']}" if trainer else f"after {done}"
-
-    def _what_is_kept(self) -> str:
-        """What a failure's message adds: the newest whole checkpoint, which a resumed run too may have."""
-        for path in Shelf(self.shelves, "run").paths()[::-1] if self.ranks.is_main else ():
-            with contextlib.suppress(ArtifactError):
-                values, trainer = read_kept(path)
-                place = self._place(values, trainer)
-                return f"; last checkpoint {path} {place}, the same command (RESUME=1) goes on from it"
-        return ""
-
-    def _set_aside(self, damaged: Mapping[Path, str]) -> None:
-        for path, text in damaged.items():
-            path.rename(path.with_suffix(".damaged"))
-            self.log.text(f"{text}; the one before is taken", console=True)
-
-    def begin_at_checkpoint(self) -> None:
-        """The trainer's state has been taken up; events told on the way there have been told before."""
-        self.trainer_state = None
-        self._cut_metrics(self._before["metrics"])
-
-    def _cut_metrics(self, size: int) -> None:
-        if self.ranks.is_main:
-            os.truncate(self._metrics, min(size, self._metrics.stat().st_size))
-
-    @property
-    def _metrics(self) -> Path:
-        return self.log.folder / "metrics.jsonl"
-
-    # -- what is kept
-
-    def keep(self, tensors: dict | None = None, wait: bool = True, **more: object) -> bool:
-        """Write where the run is; in the background, with the trainer's state, while it trains.
-
-        All ranks call it, rank 0 writes. False where that failed.
-        """
-        self.ranks.meet("keep")  # rank 0 may have had a long ledger to write
-        ledgers = self.ranks.gather(self._ledger_state())
-        values = self._position() | {
-            "identity": self.identity if self.ranks.is_main else {},
-            "run": self.log.run_id,
-            "folder": str(self.log.folder),
-            "resume": self.cfg.resume,
-            "stages": self.stages,
-            "result": self.result,
-            "outputs": self._outputs,
-            "ledgers": ledgers,
-        }
-        return not self.ranks.is_main or self._write("run", values | more, tensors, wait)
-
-    def _position(self) -> dict[str, object]:
-        """Clocks, and the length of metrics.jsonl."""
-        self.watch.elapsed("train")  # brings all seconds up to now
-        size = self._metrics.stat().st_size if self.ranks.is_main else 0
-        return {"seconds": self.watch.seconds, "metrics": size}
-
-    def _write(self, kind: str, values: dict, tensors: object, wait: bool) -> bool:
-        """Write in the background, one at a time. What goes wrong is said, and the run goes on."""
-        if self._writing and not wait and not self._writing.done():
-            self.log.text("checkpoint left out: the one before is still being written", console=True)
-            return False
-        self._settle()
-        values = json.loads(json.dumps(values))  # as they are now
-        self._writing = self._pool.submit(Shelf(self.shelves, kind).add, values, tensors)
-        return not wait or self._settle()
-
-    def _settle(self) -> bool:
-        """Wait for the checkpoint that is being written; False where that failed."""
-        writing, self._writing = self._writing, None
-        if not writing:
-            return True
-        if error := writing.exception():
-            self.log.text(f"checkpoint not written, going on without: {error}", console=True)
-            return False
-        self.last_checkpoint = str(writing.result())
-        return True
-
-    def keep_ttt(self, values: dict, tensors: dict, wait: bool) -> None:
-        """Write where this rank's adaptation is."""
-        values |= {"artifact": self._artifact_digest(), "world": self.ranks.world_size}
-        self._told.seek(self._ttt_events)
-        values |= {"ledger": self._ledger_state(), "events": self._told.read().decode()} | self._position()
-        self._write(f"ttt-{self.ranks.rank}", values, tensors, wait)
-
-    def keep_weights(self, phase: int) -> None:
-        """Write the weights that a phase has left behind; rank 0 does."""
-        if self.ranks.is_main:
-            values = {"phase": phase, "artifact": self._artifact_digest()}
-            weights = _copy_tensors(dict(self.model.state_dict()), Tensor.cpu)
-            self._write("phase", values, weights, wait=True)
-
-    def _artifact_digest(self) -> str:
-        return hashlib.sha256(self.blob).hexdigest()
-
-    def _ledger_state(self) -> dict[str, object]:
-        if not self.ledger:
-            return {}
-        ledger, clock = self.ledger, time.perf_counter() - self.ledger.start
-        accesses = [[*key, when] for key, when in list(ledger.accesses.items())]
-        state = {"records": list(ledger.records), "order": ledger.order}
-        state |= {"base": ledger.base, "lora": list(ledger.lora)}
-        losses = {stage: sums.tolist() for stage, sums in ledger.losses.items()}
-        return state | {"losses": losses, "clock": clock, "accesses": accesses}
-
-    def load_ledger(self, *states: dict) -> None:
-        """Give the ledger back its records, its counters and its clock, and what was opened before.
-
-        Behind this rank's state may stand those of ranks that are gone: their records and losses join in.
-        """
-        if not (self.ledger and states):
-            return
-        ledger, (own, *_) = self.ledger, states
-        ledger.order, ledger.base, ledger.lora = own["order"], own["base"], own["lora"]
-        ledger.start = time.perf_counter() - own["clock"]
-        ledger.records, ledger.losses = [], {}
-        for state in states:
-            ledger.records += state["records"]
-            for stage, sums in state["losses"].items():
-                ledger.losses[stage] = ledger.losses.get(stage, 0.0) + np.array(sums)
-            for *key, when in state["accesses"]:
-                ledger.accesses.setdefault(tuple(key), when)
-
-    # -- the stages, each once
-
-    def new_trainer(self, *arguments: object) -> KeptTrainer:
-        """A trainer that keeps its state."""
-        return KeptTrainer(self, *arguments)
-
-    def score_ttt(self, *arguments: object, **options: object) -> BpbMeter:
-        """Test-time training that keeps its state."""
-        return KeptTTT(self, *arguments, **options).run()
-
-    def _output(self, field: str) -> bytes:
-        """Contents of a finished output file, on every rank; nothing where there is none, or another."""
-        path, blob = self.log.folder / Path(getattr(self.cfg, field)).name, b""
-        if self.ranks.is_main and path.name in self._outputs:
-            blob = path.read_bytes() if path.is_file() else b""
-            if hashlib.sha256(blob).hexdigest() != self._outputs[path.name]:
-                self.log.text(f"{path}: not what this run wrote", console=True)
-                blob = b""
-        return self._share(blob)
-
-    def _note_output(self, field: str) -> None:
-        path = self.log.folder / Path(getattr(self.cfg, field)).name
-        if self.ranks.is_main:
-            self._outputs[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-
-    def _stop_polling(self) -> None:
-        """The end of a stage that looked for signals itself."""
-        self.keep()
-        self.ranks.polls = False
-        if self.ranks.told:
-            raise Stopped(self.ranks.told)
-
-    def train(self) -> None:
-        """Train, or take the weights that are there."""
-        if "steps" not in self.result:
-            super().train()
-            self._note_output("model_path")
-            self._stop_polling()
-        elif not self._output("quantized_model_path"):
-            blob = self._output("model_path")
-            if not blob:
-                path = self.log.folder / Path(self.cfg.model_path).name
-                raise ArtifactError(f"{path}: not what this run wrote, it cannot go on (RESUME=0: a new one)")
-            self.model.load_state_dict(torch.load(io.BytesIO(blob), weights_only=True))
-
-    def evaluate(self, stage: str, looping: bool | None = None) -> None:
-        """Standard evaluation, if it has not been made."""
-        if stage not in self.stages:
-            super().evaluate(stage, looping)
-
-    def record(self, stage: str, meter: BpbMeter, documents: Sequence[tuple[int, int]]) -> None:
-        """As GuardedRun's; what has been scored is kept (a stage that polls keeps more, by itself)."""
-        super().record(stage, meter, documents)
-        if not self.ranks.polls:
-            self.keep()
-
-    def quantise(self) -> Path:
-        """Make the artifact, or take the one that is there."""
-        if blob := self._output("quantized_model_path"):
-            self.blob = blob
-            return self.log.folder / Path(self.cfg.quantized_model_path).name
-        path = super().quantise()
-        self._note_output("quantized_model_path")
-        self.keep()
-        return path
-
-    def count_bytes(self) -> None:
-        """Pack the script, if that has not been done."""
-        if "code_bytes" not in self.result or not (self.log.folder / "train_gpt.packed.py").is_file():
-            super().count_bytes()
-
-    def adapt(self) -> None:
-        """Test-time training, from where it was."""
-        if "ttt" not in self.stages:
-            self._find_ttt()
-            self.ranks.polls = True
-            # opened here, as the evaluation itself opens nothing that training wrote (check S4 of the audit)
-            with open(self._metrics if self.ranks.is_main else os.devnull, "rb") as self._told:
-                super().adapt()
-            self._stop_polling()
-
-    def _find_ttt(self) -> None:
-        """Take the newest states from which all ranks can go on: of one phase, with its weights."""
-        ranks, damaged, artifact = self.ranks, {}, self._artifact_digest()
-        self._ttt_events = self._metrics.stat().st_size if ranks.is_main else 0
-        ours = {"artifact": artifact, "world": ranks.world_size}.items()
-        states = Shelf(self.shelves, f"ttt-{ranks.rank}").whole(damaged)
-        states = {state[0]["phases"]: state for state in [*states][::-1] if ours <= state[0].items()}
-        weights = Shelf(self.shelves, "phase").whole(damaged) if ranks.is_main else []
-        weights = {values["phase"]: w for values, w in weights if values["artifact"] == artifact}
-        ranks.meet("kept")
-        common = set.intersection({0, *ranks.gather(list(weights))[0]}, *map(set, ranks.gather(list(states))))
-        self._set_aside(damaged)
-        if not common:
-            return
-        phase = max(common)
-        self.ttt_state = values, _ = states[phase]
-        if phase:
-            self.model.load_state_dict(self._spread({}, weights.get(phase))[1])
-        if ranks.is_main:
-            with open(self._metrics, "a", encoding="utf-8") as file:
-                file.write(values["events"])
-        self.watch.seconds["ttt"] = max(ranks.gather(values["seconds"]["ttt"]))
-        self.log.text(f"resumed ttt after {values['sums'][2]:.0f} targets of rank 0", console=True)
-
-    def execute(self) -> int:
-        """All stages that are left; then the checkpoints go, but for the one that says that all is done."""
-        if "ended" in self._before:
-            if self.ranks.is_main:
-                print(
-                    f"{self._before['folder']}: this run has ended, see its result.json (RESUME=0: a new one)"
-                )
-            return self._before["ended"]
-        try:
-            code = super().execute()
-            self._settle()  # all ranks, before the first of them removes anything
-            if self.keep(ended=code):
-                main = self.ranks.is_main
-                for path in sorted(self.shelves.glob("*" if main else f"ttt-{self.ranks.rank}.*")):
-                    if not main or str(path) != self.last_checkpoint:
-                        path.unlink(missing_ok=True)
-            return code
-        except RunError as error:  # a loss that is not finite, say
-            self._settle()
-            raise RunError(f"{error}{self._what_is_kept()}") from None
-        finally:
-            self._release()
-
-
-def _locked(folder: Path) -> int | None:
-    """Lock a folder for as long as this process lives; None where another process has it."""
-    import fcntl
-
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        return None
-    return lock
-
-
-def _begin_again(folder: Path, cfg: Config) -> bool:
-    """Clear a folder in which a run was cut off before its first checkpoint; False where it made outputs."""
-    names = Path(cfg.model_path).name, Path(cfg.quantized_model_path).name, *OUTPUTS[1:]
-    if any((folder / name).exists() for name in names):
-        return False
-    for path in [folder / OUTPUTS[0], *(folder / "logs").glob("*.txt"), *folder.glob(".*.tmp")]:
-        path.unlink(missing_ok=True)
-    return True
-
-
-# [end]
 
 
 def _command_output(*command: str) -> str:

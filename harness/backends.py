@@ -1,0 +1,168 @@
+"""What the machine can do: attention backends, kernels and the compiler are tried, memory is fitted."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import torch
+from train_gpt import Config, ConfigError, GPT, LEFT_OUT, Ranks, Segments, attend, kernels, one_line, random_row
+from torch import Tensor
+
+
+ATTENTION = {  # backends, the best first, and what each needs
+    "fa3": "FlashAttention 3 (build hopper/ of Dao-AILab/flash-attention) and a Hopper GPU",
+    "fa4": "FlashAttention 4 (pip install --pre flash-attn-4) and a Hopper or Blackwell GPU",
+    "torch_varlen": "torch 2.11 and a GPU of capability 8.0",
+    "flex": "a GPU",
+    "plain": "nothing",
+}
+
+
+def try_attention(backend: str, cfg: Config, ranks: Ranks) -> None:
+    """Forward and backward of a short row of the model's heads beside `plain`. Raises whatever it meets."""
+    dtype, run = torch.float32, attend
+    if ranks.device.type == "cuda":
+        dtype = torch.bfloat16
+    if ranks.compiler:
+        torch.compiler.reset()  # a limited number of forms is compiled for each function
+        run = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    generator = torch.Generator().manual_seed(0)
+    heads = cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads
+    qkv = [torch.randn(1, 32, n, cfg.head_dim, generator=generator).to(ranks.device, dtype) for n in heads]
+    cu_seqlens = torch.tensor([0, 1, 20, 32, 32], dtype=torch.int32, device=ranks.device)
+    for segments in (None, Segments(cu_seqlens, 32)):
+        results = []
+        for function, name in ((attend, "plain"), (run, backend)):
+            inputs = [x.detach().requires_grad_() for x in qkv]
+            y = function(*inputs, segments, name)
+            parts = [y, *torch.autograd.grad(y.square().sum(), inputs)]
+            results.append(torch.cat([part.flatten().float() for part in parts]))
+        if not torch.dist(*results) < 0.03 * results[0].norm():
+            raise RuntimeError("its results are wrong")
+
+
+def choose_attention(cfg: Config, ranks: Ranks) -> str:
+    """The backend asked for, or the first that works. Raises ConfigError when one asked for does not."""
+    wanted = cfg.attention_backend
+    if wanted == "auto" and ranks.device.type == "cpu":
+        return "plain"
+    for backend in ATTENTION if wanted == "auto" else [wanted]:
+        try:
+            try_attention(backend, cfg, ranks)
+            return backend
+        except Exception as error:  # foreign libraries raise anything
+            if wanted != "auto":
+                needs = f"it needs {ATTENTION[backend]}"
+                raise ConfigError(f"ATTENTION_BACKEND={backend}: {needs} ({one_line(error)})") from None
+
+
+def choose_kernels(cfg: Config, ranks: Ranks) -> list[str]:
+    """The fused kernels that are wanted: none but on CUDA, where Triton is installed."""
+    if ranks.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return []
+    known, asked = Config.triton_kernels.split(","), cfg.triton_kernels.split(",")
+    return [name for name in known if name in asked or asked == ["1"]]
+
+
+def choose_backends(cfg: Config, ranks: Ranks) -> Config:
+    """The settings with what the device and the installed packages allow in place of `auto`."""
+    attention = choose_attention(cfg, ranks)
+    kernels = "" if "TRITON_KERNELS" in LEFT_OUT else ",".join(choose_kernels(cfg, ranks))
+    compiler = ranks.compiler or "off"
+    return dataclasses.replace(
+        cfg, attention_backend=attention, triton_kernels=kernels, compile_backend=compiler
+    )
+
+
+def fit_memory(cfg: Config, model: GPT, ranks: Ranks) -> Config:
+    """The settings with GRAD_ACCUM_STEPS doubled until a micro-batch fits into the device's memory.
+
+    Tries forward and backward of both layer orders on random tokens, while as much is set aside as gradients,
+    optimisers and average will take. What is compiled here is compiled before any rank waits for another.
+    """
+    generator = torch.Generator().manual_seed(0)
+    state = 40 * sum(parameter.numel() for parameter in model.parameters())
+    aside = []
+    while True:
+        tokens = cfg.train_batch_tokens // (ranks.world_size * cfg.micro_batches(ranks.world_size))
+        try:
+            aside.append(torch.empty(state, dtype=torch.uint8, device=ranks.device))
+            for looping in (True, False)[not cfg.num_loops :]:
+                batch = ranks.send(*random_row(cfg, tokens, cfg.train_seq_len, generator))
+                with ranks.autocast():
+                    model(*batch, looping=looping).mean().backward()
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+        aside.clear()
+        model.zero_grad(set_to_none=True)
+        ranks.meet("compile")
+        if all(ranks.gather(fits)):
+            return cfg
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+        cfg = dataclasses.replace(cfg, grad_accum_steps=2 * max(cfg.grad_accum_steps, ranks.world_size))
+
+
+def try_compiler(ranks: Ranks) -> str:
+    """What is wrong with the compiler (no C compiler, say); empty: nothing. One small graph, both passes."""
+    x = torch.linspace(-1, 1, 100, device=ranks.device).requires_grad_()
+    try:
+        ranks.compile(lambda x: x.sin().square().sum())(x).backward()
+    except Exception as error:  # compilers raise anything
+        return one_line(error)
+    right = torch.allclose(x.grad, (2 * x).sin(), atol=1e-4)
+    return "" if right else "its results are wrong"
+
+
+def try_kernels(cfg: Config, ranks: Ranks) -> dict[str, str]:
+    """What is wrong with the fused kernels, by name; those that work are not in it.
+
+    Losses and gradients of one layer of the model's widths on 200 random tokens must be hardly further from
+    float32's than those of the eager forms in the run's precision. (A single number may be so by chance.)
+    """
+    sizes = {"num_layers": 1, "num_loops": 0, "parallel_start_layer": 0, "xsa_last_n": 1}
+    cfg = dataclasses.replace(cfg, **sizes, attention_backend="plain")
+    ranks, generator = Ranks(ranks.device), torch.Generator().manual_seed(0)  # nothing is compiled
+    torch.manual_seed(cfg.seed)  # the same verdict at every start
+    model, batch = GPT(cfg).to(ranks.device), ranks.send(*random_row(cfg, 200, 50, generator))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(ranks.device))
+
+    def results(kernel: str) -> list[Tensor]:
+        model.cfg = model.blocks[0].attn.cfg = dataclasses.replace(cfg, triton_kernels=kernel)
+        model.zero_grad()
+        losses = model.losses(*batch, looping=False)
+        losses.mean().backward()
+        gradients = (p.grad.float() for p in model.parameters() if p.grad is not None)
+        return [losses.detach(), *(gradient for gradient in gradients if gradient.numel() > 1)]
+
+    exact, wrong = results("0"), {}
+    ranks.place(model)
+    with ranks.autocast():
+        limits = [
+            0.02 * x.norm() + 3 * torch.dist(x, eager) for x, eager in zip(exact, results("0"), strict=True)
+        ]
+        for kernel in Config.triton_kernels.split(","):
+            try:
+                ours = results(kernel)
+                if not all(torch.dist(x, y) <= most for x, y, most in zip(exact, ours, limits, strict=True)):
+                    wrong[kernel] = "its results are wrong"
+            except Exception as error:  # neither Triton nor its compilers say what they may raise
+                wrong[kernel] = one_line(error)
+    return wrong
+
+
+def unused_attention(cfg: Config, ranks: Ranks) -> list[str]:
+    """What is wrong with attention backends that are installed and better than the one in the settings."""
+    texts = []
+    for name, module in (("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute")):
+        if name == cfg.attention_backend:
+            break
+        with contextlib.suppress(ImportError):
+            if importlib.util.find_spec(module):
+                try:
+                    try_attention(name, cfg, ranks)
+                except Exception as error:  # foreign libraries raise anything
+                    texts.append(f"attention {name} is installed and not used: {one_line(error)}")
+    return texts

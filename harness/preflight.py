@@ -1,0 +1,274 @@
+"""What a run needs, compared with what is there."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import math
+import os
+import re
+import tempfile
+import threading
+import torch
+from train_gpt import CONTEST_MICRO_BATCHES, Config, ConfigError, DataError, Ranks, RunLog, ValidationSet, lora_slots, one_line, shard_paths, train
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from harness.backends import choose_kernels, try_compiler, try_kernels
+
+
+PEAK_FLOPS = {  # data sheets: dense bf16 FLOP/s with float32 sums; the first name that fits counts
+    r"H100 PCIe": 756e12,
+    r"H[12]00|GH200": 989e12,
+    r"B200|B100": 2250e12,
+    r"A100": 312e12,
+    r"RTX 4090": 165e12,
+    r"L40S": 362e12,
+    r"A10\b": 125e12,
+}
+
+
+PUBLISHED_SHARE = 0.26  # of the peak: the published run on eight H100s (96 ms a step, 143 ms looping)
+
+
+def peak_flops(ranks: Ranks) -> float:
+    """Peak FLOP/s of a rank's device by the data sheet; nan where it is not in the table."""
+    name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else ""
+    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(pattern, name)), math.nan)
+
+
+def flops_per_token(cfg: Config, looping: bool, context: float) -> float:
+    """Training FLOPs: 6 a weight that a token passes (head included), 12 D a token that it attends to."""
+    matrices = 2 * cfg.model_dim**2 + 2 * cfg.num_kv_heads * cfg.head_dim * cfg.model_dim
+    matrices += 2 * cfg.mlp_dim * cfg.model_dim
+    layers = lora_slots(cfg, looping)
+    linear = 6 * (layers * matrices + cfg.vocab_size * cfg.model_dim)
+    return linear + 12 * cfg.model_dim * context * layers
+
+
+def bank_parameters(cfg: Config) -> int:
+    """Weights of banks, embedding and head, all but a thousandth of the model, before it is built."""
+    layer = 2 * cfg.model_dim + 2 * cfg.num_kv_heads * cfg.head_dim + 2 * cfg.mlp_dim
+    heads = cfg.vocab_size * (2 - cfg.tie_embeddings)
+    return cfg.model_dim * (cfg.num_layers * layer + heads)
+
+
+def adapter_bytes(cfg: Config, documents: int) -> int:
+    """Memory of one batch of test-time training's adapters: factors, gradients and two moments, float32.
+
+    With TTT_WARM_START_A there are factors for a full batch, whether there is one or not.
+    """
+    roles = cfg.ttt_q_lora + cfg.ttt_mlp_lora + cfg.ttt_o_lora
+    widths = roles * 2 * cfg.model_dim
+    widths += (cfg.ttt_k_lora + cfg.ttt_v_lora) * (cfg.model_dim + cfg.num_kv_heads * cfg.head_dim)
+    widths = lora_slots(cfg, looping=True) * widths + cfg.model_dim + cfg.vocab_size
+    rows = max(4 * min(cfg.ttt_batch_size, documents), cfg.ttt_batch_size * cfg.ttt_warm_start_a)
+    return 4 * widths * cfg.ttt_lora_rank * rows
+
+
+def free_memory(ranks: Ranks) -> int:
+    """Bytes free on the device; on a CPU by the kernel and the container's limit."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if os.path.exists("/proc/self/statm") else 0
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    free = [1 << 62, *[limit - pages * resource.getpagesize()] * (limit >= 0)]
+    with contextlib.suppress(OSError, TypeError, ValueError):
+        text = Path("/proc/meminfo").read_text()
+        free.append(1024 * int(re.search(r"MemAvailable:\s*(\d+)", text)[1]))
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free.append(limit - used)
+    return min(free)
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Preflight:
+    """What a run needs, compared with what is there, before time is spent; its speed, before the clock runs.
+
+    Every check raises ConfigError or DataError in one line, or adds to `facts`, the log line `preflight`.
+    """
+
+    def __init__(self, cfg: Config, ranks: Ranks):
+        self.cfg, self.ranks, self.facts, self.notices = cfg, ranks, {}, []
+        self._hashing: threading.Thread | None = None
+        self._wrong: list[str] = []  # of this rank's training shards
+        try:
+            os.listdir(cfg.data_folder)
+        except FileNotFoundError:  # `check_data` says how to get it
+            pass
+        except OSError as error:
+            raise ConfigError(f"DATA_PATH={cfg.data_folder}: cannot be read ({error.strerror})") from None
+        if cfg.compressor == "ans" and importlib.util.find_spec("brotli") is None:
+            raise ConfigError("COMPRESSOR=ans: needs the Python package brotli too, for all but the matrices")
+        most = 4 * (os.cpu_count() or 1)  # far more than CPUs, and they wait for each other for minutes
+        if cfg.cpu_threads > most:
+            raise ConfigError(f"CPU_THREADS={cfg.cpu_threads}: must be at most {most} on this machine")
+        if ranks.device.type == "cuda":
+            self._check_gpu()
+
+    def _check_gpu(self) -> None:
+        name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        self.facts |= {"gpu": name, "gpus": torch.cuda.device_count()}
+        self.facts["capability"] = "{}.{}".format(*capability)
+        try:
+            x = torch.ones(64, 64, device=self.ranks.device, dtype=torch.bfloat16)
+            right = float((x @ x).sum()) == 64**3
+        except RuntimeError as error:
+            right, reason = False, str(error).split("\n")[0][:100]
+        else:
+            reason = "a product of ones is wrong"
+        if not right:
+            built = ", ".join(torch.cuda.get_arch_list())
+            raise ConfigError(f"DEVICE=cuda: {name} does not compute ({reason}); this torch is for {built}")
+
+    def usable(self, cfg: Config) -> Config:
+        """The settings without what fails on this machine, which is noted: the compiler, fused kernels.
+
+        Raises ConfigError where just that was asked for.
+        """
+        ranks, chosen = self.ranks, choose_kernels(cfg, self.ranks)
+        wrong = {"compiler": try_compiler(ranks)} if ranks.compiler else {}
+        try:
+            wrong |= try_kernels(cfg, ranks) if chosen else {}
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(f"DEVICE=cuda: no memory left for a single layer ({one_line(error)})") from None
+        ranks.meet("backends")
+        wrong = {name: text for part in ranks.gather(wrong) for name, text in part.items() if text}
+        if text := wrong.get("compiler"):
+            if cfg.compile_backend != "auto":
+                raise ConfigError(f"COMPILE_BACKEND={cfg.compile_backend}: does not work here ({text})")
+            self.notices.append(f"nothing is compiled, which is slow: {text}")
+            ranks.stop_compiling()
+        for kernel in [name for name in chosen if name in wrong]:
+            if cfg.triton_kernels != Config.triton_kernels:
+                raise ConfigError(f"TRITON_KERNELS={cfg.triton_kernels}: {kernel}: {wrong[kernel]}")
+            self.notices.append(f"fused kernel {kernel} is not used: {wrong[kernel]}")
+        left = ",".join(name for name in chosen if name not in wrong)
+        return dataclasses.replace(cfg, triton_kernels=left)
+
+    def check_disk(self, trains: bool, targets: int) -> None:
+        """Room for all outputs, and whether a file can be written where they go. Rank 0's business."""
+        cfg = self.cfg
+        if not self.ranks.is_main:
+            return
+        weights, ended = bank_parameters(cfg), not cfg.prequant_only
+        sizes = {"log": 1 << 20, cfg.model_path: 4 * weights * trains, "ledger": 6 * targets * cfg.audit}
+        sizes[cfg.quantized_model_path] = weights * ended * (not cfg.ttt_eval_only)
+        sizes["checkpoints"] = 3 * 16 * weights * trains * bool(cfg.checkpoint_seconds)
+        wanted = Path(cfg.artifact_dir or "runs")
+        if not (wanted.name or wanted.resolve().name):
+            raise ConfigError(f"ARTIFACT_DIR={wanted}: must name a folder")
+        try:
+            whole = wanted.absolute()
+            place = next(folder for folder in (whole, *whole.parents) if folder.exists())
+            with tempfile.TemporaryFile(dir=place):
+                room = os.statvfs(place)
+        except OSError as error:
+            raise ConfigError(f"ARTIFACT_DIR={wanted}: cannot write there ({error.strerror})") from None
+        need, free = sum(sizes.values()), room.f_bavail * room.f_frsize
+        if free < need:
+            parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.items() if size)
+            raise ConfigError(f"ARTIFACT_DIR={wanted}: {free / 1e6:.1f} MB are free, needed: {parts} MB")
+        self.facts |= {"disk_need_mb": need / 1e6, "disk_free_mb": free / 1e6}
+
+    def check_memory(self, cfg: Config, trains: bool, val: ValidationSet) -> None:
+        """The least that the stages take: what passes may still take more, what does not cannot fit."""
+        weights, ranks = bank_parameters(cfg), self.ranks
+        row = min(cfg.val_batch_tokens // CONTEST_MICRO_BATCHES, val.num_targets)
+        micro = cfg.train_batch_tokens // (ranks.world_size * cfg.micro_batches(ranks.world_size))
+        cuda = ranks.device.type == "cuda"
+        micro = 0 if cuda else micro  # there `fit_memory` finds what fits
+        named = "NUM_LAYERS MODEL_DIM MLP_MULT VOCAB_SIZE"
+        needs = {
+            f"{named} TRAIN_BATCH_TOKENS": (40 * weights + 8 * micro * cfg.vocab_size) * trains,
+            f"{named} VAL_BATCH_TOKENS": 4 * weights + (2 if cuda else 4) * row * cfg.vocab_size,
+        }
+        if cfg.ttt_enabled and not cfg.ttt_sgd:
+            adapters = adapter_bytes(cfg, len(val.documents))
+            needs[f"{named} TTT_LORA_RANK TTT_BATCH_SIZE"] = 4 * weights + adapters
+        free = free_memory(ranks) // (1 if cuda else ranks.world_size)
+        for names, need in needs.items():
+            if need > free:
+                text = " ".join(f"{name}={getattr(cfg, name.lower())}" for name in names.split())
+                raise ConfigError(f"{text}: take {need >> 20} MiB at least, {free >> 20} MiB are free")
+        self.facts |= {"memory_need_mb": max(needs.values()) / 1e6, "memory_free_mb": free / 1e6}
+
+    def check_hashes(self, manifest: dict, splits: Sequence[str], wait: bool) -> None:
+        """Compare files with the manifest's SHA-256: validation at once, training shards in the background.
+
+        Every rank reads the validation files and its share of the training shards. Raises DataError, or notes
+        it in the manifest where ALLOW_UNVERIFIED_DATA=1.
+        """
+        folder, files = self.cfg.data_folder, manifest.get("files", {})
+        hashes = {folder / name: entry.get("sha256") for name, entry in files.items()}
+        expected = {path: hashes[path] for path in hashes if isinstance(hashes[path], str)}
+        train, *evaluation = (
+            [path for path in shard_paths(folder, split) if path in expected]
+            for split in ("train", "val", "val_bytes")
+        )
+        train, val = train if splits else [], sum(evaluation, [])
+        self.facts |= {"files": len(hashes), "hashed": len(train) + len(val)}
+        mine = train[self.ranks.rank :: self.ranks.world_size]
+        self._hashing = threading.Thread(target=self._compare, args=[mine, expected], daemon=True)
+        self._compare(val, expected)
+        wrong, self._wrong = self._wrong, []
+        self._hashing.start()
+        if self.cfg.allow_unverified_data:
+            wrong = wrong + self.wrong_shards()
+            manifest |= {"unverified": wrong[0]} if wrong else {}
+        elif wrong:
+            raise DataError(wrong[0])
+        elif wait:
+            self.wait_for_hashes()
+
+    def _compare(self, paths: Sequence[Path], expected: Mapping[Path, str]) -> None:
+        """Collect what is wrong."""
+        for path in paths:
+            try:
+                if sha256_of(path) != expected[path]:
+                    manifest = path.with_name("manifest.json")
+                    self._wrong.append(f"{path}: its contents differ from the SHA-256 in {manifest}")
+            except OSError as error:
+                self._wrong.append(f"{path}: cannot be read ({error.strerror})")
+
+    def wrong_shards(self) -> list[str]:
+        """What is wrong with the training shards, the same on all ranks; waits until they have been read."""
+        if self._hashing is None:
+            return []
+        self._hashing.join()
+        self.ranks.meet("hashes")
+        return sum(self.ranks.gather(self._wrong), [])
+
+    def wait_for_hashes(self) -> None:
+        """Raise DataError on all ranks when a training shard is not what the manifest says."""
+        wrong = self.wrong_shards()
+        if wrong and not self.cfg.allow_unverified_data:
+            raise DataError(wrong[0])
+
+    def log_speed(self, pace: Sequence[float], log: RunLog, cfg: Config) -> None:
+        """Log what a step took in the warm-up and what follows; say where a known GPU is far too slow."""
+        if not pace or (self.ranks.compiler and cfg.warmup_steps < 2):  # the first step compiles
+            return
+        plain, looping = pace[0], pace[-1]
+        share = min(cfg.enable_looping_at, 1.0)
+        if cfg.max_wallclock_seconds:
+            seconds = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
+            steps = min(seconds * (share / plain + (1 - share) / looping), cfg.iterations)
+            predicted = {"predicted_steps": int(steps)}
+        else:
+            predicted = {"predicted_seconds": cfg.iterations * (share * plain + (1 - share) * looping)}
+        rate = flops_per_token(cfg, False, cfg.train_seq_len / 4) * cfg.train_batch_tokens / plain
+        reached = rate / (peak_flops(self.ranks) * self.ranks.world_size)
+        known = {} if math.isnan(reached) else {"mfu": reached}
+        log.event("speed", step_ms=1e3 * plain, looping_step_ms=1e3 * looping, **predicted, **known)
+        if reached < PUBLISHED_SHARE / 2:
+            text = f"a step reaches {reached:.1%} of the GPU's peak, the published run {PUBLISHED_SHARE:.0%}"
+            log.event("notice", text=f"{text}: another process on it, its clocks, ATTENTION_BACKEND?")
