@@ -19,12 +19,10 @@ Shapes: B rows, T tokens of a row, D model dim, H query heads, G key/value heads
 V vocabulary, L physical layers, S skips, r rank. A linear map is y = x W^T with W [out, in], never a bias.
 """
 
-import ast
 import atexit
 import bisect
 import contextlib
 import dataclasses
-import difflib
 import functools
 import hashlib
 import importlib.util
@@ -37,7 +35,6 @@ import os
 import platform
 import random
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -47,7 +44,7 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -307,8 +304,6 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_value(field.name.upper(), getattr(self, field.name), field.type)
-        if self.preset not in PRESETS:
-            raise ConfigError(f"PRESET={self.preset!r}: must be one of {', '.join(PRESETS)}")
         if not re.fullmatch(r"(\w[\w.+-]{0,99})?", self.run_id):
             raise ConfigError(f"RUN_ID={self.run_id!r}: must be a name of letters, digits and . _ + -")
         outputs = [Path(path).name for path in (self.model_path, self.quantized_model_path)]
@@ -411,17 +406,19 @@ class Config:
     # -- from the environment
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str]) -> "Config":
+    def from_env(cls, environ: Mapping[str, str], presets: Mapping[str, Mapping] | None = None) -> "Config":
         """Settings of a run: defaults, changed by PRESET, changed by explicit variables.
 
         Raises:
-            ConfigError: a wrong type, choice, range or combination, or a name that is almost one of ours.
+            ConfigError: a wrong type, choice, range or combination.
         """
-        fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
-        preset = environ.get("PRESET", next(iter(PRESETS)))
-        values = {"preset": preset, **PRESETS.get(preset, {})}
-        for name, field in fields.items():
-            if name in environ:
+        presets = presets or PRESETS
+        preset = environ.get("PRESET", cls.preset)
+        if preset not in presets:
+            raise ConfigError(f"PRESET={preset!r}: must be one of {', '.join(presets)}")
+        values = {"preset": preset, **presets[preset]}
+        for field in dataclasses.fields(cls):
+            if (name := field.name.upper()) in environ:
                 values[field.name] = _parse(name, environ[name], field.type)
         return cls(**values)
 
@@ -485,13 +482,12 @@ def check_micro_batches(cfg: Config, world_size: int) -> None:
     """Raise ConfigError unless a step of all ranks is equal micro-batches that hold a whole document."""
     total, tokens = cfg.grad_accum_steps, cfg.train_batch_tokens
     if total % world_size and world_size % total:
-        raise ConfigError(
-            f"WORLD_SIZE={world_size}: must divide GRAD_ACCUM_STEPS={total} or be its multiple"
-        )
+        raise ConfigError(f"WORLD_SIZE={world_size}: must divide GRAD_ACCUM_STEPS={total} or be its multiple")
     shared = max(total, world_size)
     if tokens % shared or tokens // shared < cfg.train_seq_len:
         least = f"each at least TRAIN_SEQ_LEN={cfg.train_seq_len} tokens (GRAD_ACCUM_STEPS={total})"
         raise ConfigError(f"TRAIN_BATCH_TOKENS={tokens}: must be {shared} equal micro-batches, {least}")
+
 
 _DEMO = {  # every component, small enough for two CPU cores
     "cpu_threads": 1,
@@ -698,7 +694,7 @@ class Ranks:
         """Rank 0 writes the outputs."""
         return self.rank == 0
 
-    def meet(self, stage: str) -> None:
+    def wait_for_all(self, stage: str) -> None:
         """Wait, without a collective, until all ranks have finished a stage, however long the slowest takes.
 
         Raises RunError when a rank that has not come yet shows no sign of life for a minute.
@@ -836,7 +832,7 @@ def _rank_number(environ: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
-def share_out(costs: Sequence[float], world_size: int) -> list[int]:
+def assign_to_ranks(costs: Sequence[float], world_size: int) -> list[int]:
     """The rank that does each piece of work: the costliest first, each to the rank with the least so far."""
     loads, owners = [0.0] * world_size, [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -1214,6 +1210,8 @@ def load_validation(cfg: Config) -> ValidationSet:
     if cfg.caseops_enabled:
         val = ValidationSet.from_sidecar(tokens, _read_stream(shard_paths(folder, "val_bytes")))
     else:
+        from systems.plain_text import ByteTables
+
         val = ValidationSet.from_tables(
             tokens, ByteTables.from_sentencepiece(load_tokenizer(cfg), cfg.vocab_size)
         )
@@ -1267,6 +1265,15 @@ def read_manifest(folder: Path) -> dict:
     if not _is_manifest(manifest):
         raise DataError(f"{path}: not a manifest of prepare_caseops_data.py")
     return manifest
+
+
+def _is_manifest(manifest: object) -> bool:
+    if not isinstance(manifest, dict):
+        return False
+    tokenizer, *groups = (manifest.get(key, {}) for key in ("tokenizer", "splits", "files"))
+    entries = [entry for group in groups if isinstance(group, dict) for entry in group.values()]
+    named = isinstance(tokenizer, dict) and isinstance(tokenizer.get("file", ""), str)
+    return named and all(isinstance(part, dict) for part in [*groups, *entries])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2750,7 +2757,7 @@ def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[i
     """
     cfg = trainer.cfg
     trainer.warm_up(cfg.warmup_steps)
-    trainer.ranks.meet("warm-up")
+    trainer.ranks.wait_for_all("warm-up")
     graphs = compiled_graphs() if trainer.ranks.compiler else 0
     allowance = max(cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds, 0.0)
     capped = cfg.max_wallclock_seconds > 0
@@ -2876,7 +2883,7 @@ def calibrate(
         with ranks.autocast():
             model.hidden(x.to(ranks.device), looping=looping, tap=collector.tap)
     torch.set_float32_matmul_precision("highest")
-    ranks.meet("calibrate")
+    ranks.wait_for_all("calibrate")
     return collector.hessians(cfg.gptq_calibration_batches, ranks)
 
 
@@ -3095,6 +3102,8 @@ def quantize_tensor(
         hessian = torch.eye(tensor.size(1), device=tensor.device) if hessian is None else hessian
         weight, q_max, columns = tensor.float(), 2 ** (how.bits - 1) - 1, None
         if how.mantissa < 10:
+            from systems.fit_bytes import column_scales
+
             columns = column_scales(hessian, how.mantissa)
             weight = weight / columns
         scale = how.clip_sigmas * weight.std(dim=1) / q_max
@@ -3124,7 +3133,7 @@ def quantize_state(
     The tensors are shared out over the ranks by the cost of GPTQ; every rank gets all results, on the CPU.
     `schemes` instead of the settings' are without correction.
     """
-    owners = share_out([tensor.numel() * tensor.size(-1) for tensor in flat.values()], ranks.world_size)
+    owners = assign_to_ranks([tensor.numel() * tensor.size(-1) for tensor in flat.values()], ranks.world_size)
     mine = [name for name, owner in zip(flat, owners, strict=True) if owner == ranks.rank]
     records: dict[str, QuantizedTensor] = {}
     errors: dict[str, Tensor] = {}
@@ -3142,14 +3151,14 @@ def quantize_state(
         if on_tensor:
             on_tensor(len(records) * len(flat) / len(mine))
     if cfg.lqer_enabled and not schemes:
-        ranks.meet("quantise")
+        ranks.wait_for_all("quantise")
         norms = _merge(ranks.gather({name: float(error.norm()) for name, error in errors.items()}), flat)
         worst = sorted(norms, key=lambda name: -norms[name])[: cfg.lqer_top_k]
         for name in set(worst) & errors.keys():
             records[name].arrays |= low_rank_correction(errors[name], cfg)
     for record in records.values():
         record.arrays = {key: array.cpu() for key, array in record.arrays.items()}
-    ranks.meet("quantise")
+    ranks.wait_for_all("quantise")
     return _merge(ranks.gather(records), flat)
 
 
@@ -3182,7 +3191,7 @@ def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) ->
 # ---------------------------------------------------------------------------------------------------------
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
-CODECS = ["brotli", "lzma"]
+CODECS = ("brotli", "lzma", "ans")
 LEVELS = "levels"
 HEADER_LIMIT, SIZE_FACTOR = 1 << 24, 16  # bytes; declared bytes per byte of the file: no bombs
 SHUFFLE_MAGIC = b"BSHF"
@@ -3307,6 +3316,8 @@ def pack_artifact(records: Mapping[str, QuantizedTensor], cfg: Config) -> bytes:
     for stream, parts in stream_parts(tensors, codec).items():
         arrays = [records[p.name].arrays[p.key].cpu().numpy().astype(p.dtype) for p in parts]
         if stream == LEVELS:
+            from systems.ans import encode_levels
+
             packed[stream] = encode_levels([(a, p.top) for a, p in zip(arrays, parts, strict=True)])
         else:
             data = b"".join(array.tobytes() for array in arrays)
@@ -3394,6 +3405,8 @@ def _unpack_stream(
 ) -> Iterable[np.ndarray]:
     """The arrays of a stream, each in memory of its own."""
     if stream == LEVELS:
+        from systems.ans import decode_levels
+
         return decode_levels(data, [(part.dims, part.top) for part in parts])
     shuffled = parts[0].dtype != "|i1" and size > 1
     data = decompress(data, codec, size + 5 * shuffled)
@@ -3409,7 +3422,11 @@ def _unpack_stream(
 
 def read_artifact(blob: bytes) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
     """Our artifact or a published one -> model settings (none in a published one) and stored tensors."""
-    return unpack_artifact(blob) if blob.startswith(ARTIFACT_MAGIC[:3]) else ({}, read_published(blob))
+    if COUNTED or blob.startswith(ARTIFACT_MAGIC[:3]):
+        return unpack_artifact(blob)
+    from harness.published import read_published
+
+    return {}, read_published(blob)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -3469,7 +3486,7 @@ class BpbMeter:
 
     def sum_over(self, ranks: Ranks) -> None:
         """Add up the sums of all ranks, once the slowest has got here."""
-        ranks.meet("score")
+        ranks.wait_for_all("score")
         sums = torch.tensor(
             [self.loss_sum, self.bytes, self.tokens], dtype=torch.float64, device=ranks.device
         )
@@ -3722,7 +3739,7 @@ class ScoreFirstTTT:
         for phase, part in enumerate(parts, start=1):
             for batch in share_documents(part, self.cfg, self.ranks.world_size)[self.ranks.rank]:
                 self._score_batch(batch, self._adapters(batch, reusable))
-            self.ranks.meet("ttt")
+            self.ranks.wait_for_all("ttt")
             if phase <= len(self.boundaries):
                 done = [batch for earlier in parts[:phase] for batch in earlier]
                 self._global_phase(phase, self.boundaries[phase - 1], done)
@@ -3758,7 +3775,11 @@ class ScoreFirstTTT:
     def _score_batch(self, batch: TTTBatch, lora: BatchedLoRA) -> None:
         self.model.requires_grad_(False)  # a compiled backward pass would compute all that may be wanted
         cfg, optimizer = self.cfg, lora_optimizer(self.cfg, lora)
-        cache = KeyValueCache() if cfg.ttt_cache_window else None
+        cache = None
+        if cfg.ttt_cache_window:
+            from systems.cache import KeyValueCache
+
+            cache = KeyValueCache()
         longest, rows = batch.documents[-1][1][1], len(batch.documents)
         if cfg.ttt_chunk_by_length:
             size = cfg.chunk_size(longest - 1)
@@ -4026,7 +4047,7 @@ def compile_adaptation(run: "Run", documents: Sequence[tuple[int, int]]) -> None
         except Exception as error:  # compilers raise anything
             run.log.event("notice", text=f"test-time training is not compiled ({one_line(error)})")
             run.ranks.stop_compiling()
-        run.ranks.meet("ttt_warm_up")
+        run.ranks.wait_for_all("ttt_warm_up")
 
 
 # -- sliding windows, and test-time training by SGD between their chunks (PR #549, #1493)
@@ -4253,7 +4274,7 @@ class Run:
             blob = pack_artifact(records, cfg) if ranks.is_main else b""
             if ranks.is_main:
                 write_whole(path, blob)
-            ranks.meet("compress")
+            ranks.wait_for_all("compress")
             self.blob, self.quantised = ranks.gather(blob)[0], (flat, hessians)
         kinds = [record.category for record in records.values()]
         counts = {kind.replace(" ", "_"): kinds.count(kind) for kind in sorted(set(kinds))}
@@ -4430,7 +4451,7 @@ def _run(cfg: Config, ranks: Ranks, source: bytes, kind: type[Run] = Run) -> int
     try:
         with contextlib.closing(run.log):
             code = run.execute()
-        ranks.meet("end")  # torchrun ends all ranks when one has left with another code than 0
+        ranks.wait_for_all("end")  # torchrun ends all ranks when one has left with another code than 0
         ranks.close()
         return code
     except UserError:

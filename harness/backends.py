@@ -3,10 +3,21 @@
 import contextlib
 import dataclasses
 import importlib.util
+
 import torch
-from train_gpt import Config, ConfigError, GPT, LEFT_OUT, Ranks, Segments, attend, kernels, one_line, random_row
 from torch import Tensor
 
+from train_gpt import (
+    GPT,
+    LEFT_OUT,
+    Config,
+    ConfigError,
+    Ranks,
+    Segments,
+    attend,
+    one_line,
+    random_row,
+)
 
 ATTENTION = {  # backends, the best first, and what each needs
     "fa3": "FlashAttention 3 (build hopper/ of Dao-AILab/flash-attention) and a Hopper GPU",
@@ -95,7 +106,7 @@ def fit_memory(cfg: Config, model: GPT, ranks: Ranks) -> Config:
             fits = False
         aside.clear()
         model.zero_grad(set_to_none=True)
-        ranks.meet("compile")
+        ranks.wait_for_all("compile")
         if all(ranks.gather(fits)):
             return cfg
         torch.compiler.reset()

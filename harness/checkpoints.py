@@ -6,18 +6,41 @@ import hashlib
 import io
 import itertools
 import json
-import numpy as np
 import os
 import signal
 import time
-import torch
-from train_gpt import ArtifactError, Batch, BatchedLoRA, BpbMeter, Config, ConfigError, OUTPUTS, Pending, Ranks, RunError, RunLog, ScoreFirstTTT, StepReport, TTTBatch, UserError, _copy_tensors, _new_folder, _numbered, main, shard_paths, tokenizer_file, write_whole, writing
-from harness.guards import GuardedRun, GuardedTrainer, Stopped
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from torch import Tensor
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.guards import GuardedRun, GuardedTrainer, Stopped
+from train_gpt import (
+    OUTPUTS,
+    ArtifactError,
+    Batch,
+    BatchedLoRA,
+    BpbMeter,
+    Config,
+    ConfigError,
+    Pending,
+    Ranks,
+    RunError,
+    RunLog,
+    ScoreFirstTTT,
+    StepReport,
+    TTTBatch,
+    UserError,
+    _copy_tensors,
+    _new_folder,
+    _numbered,
+    shard_paths,
+    tokenizer_file,
+    write_whole,
+)
 
 KEPT_MAGIC = b"PGOLFKP1"
 
@@ -221,7 +244,7 @@ class KeptTTT(ScoreFirstTTT):
             super()._global_phase(phase, boundary, done)
             self._run.keep_weights(phase)
             self._keep(wait=True)
-            self.ranks.meet("kept")  # no rank forgets the phase before while another is still there
+            self.ranks.wait_for_all("kept")  # no rank forgets the phase before while another is still there
 
 
 class KeptRun(GuardedRun):
@@ -263,7 +286,7 @@ class KeptRun(GuardedRun):
     def _open_log(self, cfg: Config, ranks: Ranks, *_: object) -> RunLog:
         """The log of the run that is to go on, or of a new one."""
         folder, refusal = None, ""
-        ranks.meet("start")
+        ranks.wait_for_all("start")
         if ranks.is_main:
             self.identity = self._identity()
             try:
@@ -427,7 +450,7 @@ class KeptRun(GuardedRun):
 
         All ranks call it, rank 0 writes. False where that failed.
         """
-        self.ranks.meet("keep")  # rank 0 may have had a long ledger to write
+        self.ranks.wait_for_all("keep")  # rank 0 may have had a long ledger to write
         ledgers = self.ranks.gather(self._ledger_state())
         values = self._position() | {
             "identity": self.identity if self.ranks.is_main else {},
@@ -603,7 +626,7 @@ class KeptRun(GuardedRun):
         states = {state[0]["phases"]: state for state in [*states][::-1] if ours <= state[0].items()}
         weights = Shelf(self.shelves, "phase").whole(damaged) if ranks.is_main else []
         weights = {values["phase"]: w for values, w in weights if values["artifact"] == artifact}
-        ranks.meet("kept")
+        ranks.wait_for_all("kept")
         common = set.intersection({0, *ranks.gather(list(weights))[0]}, *map(set, ranks.gather(list(states))))
         self._set_aside(damaged)
         if not common:

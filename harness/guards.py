@@ -8,14 +8,37 @@ import os
 import signal
 import tempfile
 import time
-import torch
-from train_gpt import BpbMeter, CPU, Config, ConfigError, GPT, Ranks, Run, RunError, RunLog, SIZE_LIMIT, StepReport, Trainer, UserError, _NAMES, _run, factorise, one_line, pack_artifact, quantize_state, write_whole
 from collections.abc import Callable, Mapping, Sequence
-from harness.checkpoints import KeptRun
 from pathlib import Path
-from harness.preflight import Preflight
+
+import torch
 from torch import Tensor
+
 from harness.backends import unused_attention
+from harness.checkpoints import KeptRun
+from harness.preflight import Preflight
+from train_gpt import (
+    _NAMES,
+    CPU,
+    GPT,
+    SIZE_LIMIT,
+    BpbMeter,
+    Config,
+    ConfigError,
+    Ranks,
+    Run,
+    RunError,
+    RunLog,
+    StepReport,
+    Trainer,
+    UserError,
+    _run,
+    factorise,
+    one_line,
+    pack_artifact,
+    quantize_state,
+    write_whole,
+)
 
 
 class Stopped(BaseException):
@@ -53,7 +76,7 @@ def fall_back(
         clips = {name: factor * getattr(cfg, name) for name in _NAMES if name.endswith("_clip_sigmas")}
         rung = dataclasses.replace(cfg, lqer_enabled=lqer, **clips)
         records = quantize_state(flat, shared, rung, None, ranks)
-        ranks.meet("fall back")
+        ranks.wait_for_all("fall back")
         smaller = ranks.gather(pack_artifact(records, rung) if ranks.is_main else b"")[0]
         said = {"clip_factor": factor, "lqer": int(lqer)}
         log.event("fallback", bytes_left=budget - len(smaller), **said)

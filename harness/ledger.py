@@ -2,14 +2,16 @@
 
 import hashlib
 import json
-import numpy as np
 import os
 import sys
 import time
-import torch
 from collections.abc import Iterable, Mapping, Sequence
-from train_gpt import Run, shard_paths, write_whole
+
+import numpy as np
+import torch
 from torch import Tensor
+
+from train_gpt import Run, shard_paths, write_whole
 
 
 class Ledger:

@@ -2,17 +2,17 @@
 
 import hashlib
 import os
-from train_gpt import Config, DataError, load_tokenizer, read_manifest, read_shard, shard_paths, tokenizer_file
 from collections.abc import Sequence
 
-
-def _is_manifest(manifest: object) -> bool:
-    if not isinstance(manifest, dict):
-        return False
-    tokenizer, *groups = (manifest.get(key, {}) for key in ("tokenizer", "splits", "files"))
-    entries = [entry for group in groups if isinstance(group, dict) for entry in group.values()]
-    named = isinstance(tokenizer, dict) and isinstance(tokenizer.get("file", ""), str)
-    return named and all(isinstance(part, dict) for part in [*groups, *entries])
+from train_gpt import (
+    Config,
+    DataError,
+    load_tokenizer,
+    read_manifest,
+    read_shard,
+    shard_paths,
+    tokenizer_file,
+)
 
 
 def check_data(cfg: Config, training_splits: Sequence[str] = ("train",)) -> dict:

@@ -2,10 +2,10 @@
 
 import ast
 import re
-from harness.backends import ATTENTION
-from train_gpt import Config, KERNELS, PRESETS, _NAMES, compress
 from collections.abc import Container, Mapping
 
+from harness.backends import ATTENTION
+from train_gpt import _NAMES, KERNELS, PRESETS, Config, compress
 
 WRAPPER = b'#coding:l1\nimport %s as c\nexec(c.decompress("""%s""".encode("l1")))\n'
 

@@ -9,12 +9,24 @@ import os
 import re
 import tempfile
 import threading
-import torch
-from train_gpt import CONTEST_MICRO_BATCHES, Config, ConfigError, DataError, Ranks, RunLog, ValidationSet, lora_slots, one_line, shard_paths, train
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from harness.backends import choose_kernels, try_compiler, try_kernels
 
+import torch
+
+from harness.backends import choose_kernels, try_compiler, try_kernels
+from train_gpt import (
+    CONTEST_MICRO_BATCHES,
+    Config,
+    ConfigError,
+    DataError,
+    Ranks,
+    RunLog,
+    ValidationSet,
+    lora_slots,
+    one_line,
+    shard_paths,
+)
 
 PEAK_FLOPS = {  # data sheets: dense bf16 FLOP/s with float32 sums; the first name that fits counts
     r"H100 PCIe": 756e12,
@@ -140,7 +152,7 @@ class Preflight:
             wrong |= try_kernels(cfg, ranks) if chosen else {}
         except torch.OutOfMemoryError as error:
             raise ConfigError(f"DEVICE=cuda: no memory left for a single layer ({one_line(error)})") from None
-        ranks.meet("backends")
+        ranks.wait_for_all("backends")
         wrong = {name: text for part in ranks.gather(wrong) for name, text in part.items() if text}
         if text := wrong.get("compiler"):
             if cfg.compile_backend != "auto":
@@ -244,7 +256,7 @@ class Preflight:
         if self._hashing is None:
             return []
         self._hashing.join()
-        self.ranks.meet("hashes")
+        self.ranks.wait_for_all("hashes")
         return sum(self.ranks.gather(self._wrong), [])
 
     def wait_for_hashes(self) -> None:

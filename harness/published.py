@@ -2,13 +2,22 @@
 
 import io
 import re
-import torch
 import warnings
 import zipfile
-from train_gpt import ArtifactError, HEADER_LIMIT, QuantizedTensor, SIZE_FACTOR, array_layout, byte_unshuffle, decompress
 from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 
+from train_gpt import (
+    HEADER_LIMIT,
+    SIZE_FACTOR,
+    ArtifactError,
+    QuantizedTensor,
+    array_layout,
+    byte_unshuffle,
+    decompress,
+)
 
 PUBLISHED_SCHEME = re.compile(
     r"passthrough.*|(?P<gate>gate_int8_row)|gptq \(int(?P<bits>[2-8])\)(?P<correction>\+lqer(_asym)?)?"

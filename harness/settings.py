@@ -4,9 +4,10 @@ import dataclasses
 import difflib
 import re
 import sys
-from train_gpt import Config, ConfigError, _DEMO, allowed
 from collections.abc import Mapping, Sequence
 
+import train_gpt
+from train_gpt import Config, ConfigError, allowed
 
 _WINDOWS = {  # PR #1493 and its descendants
     "caseops_enabled": False,
@@ -31,7 +32,8 @@ _WINDOWS = {  # PR #1493 and its descendants
     "sliding_window_enabled": True,
     "ttt_sgd": True,
 }
-PRESETS |= {
+_SYSTEMS = {
+    "pr1851": {},
     "pr1868": {"gptq_reserve_seconds": 8.0},
     "one_gpu": {"max_wallclock_seconds": 4800.0, "checkpoint_seconds": 300.0},  # eight times as long
     "pr1855": {
@@ -69,6 +71,7 @@ PRESETS |= {
 }
 
 
+_DEMO = train_gpt.PRESETS["demo"]
 _DEMO_PLAIN = {"data_path": "data/demo_plain", "gptq_calibration_batches": 16}
 _DEMO_WINDOWS = _DEMO_PLAIN | {"ttt_chunk_tokens": 2048}
 _DEMO_SIZES = {  # where a system's own sizes are others than the record's, those of its demo are too
@@ -76,8 +79,11 @@ _DEMO_SIZES = {  # where a system's own sizes are others than the record's, thos
     "pr1667": _DEMO_PLAIN | {"ttt_lora_alpha": 8.0, "phased_ttt_prefix_docs": 0},
     **dict.fromkeys(("pr1858", "pr1493", "pr1485"), _DEMO_WINDOWS),
 }
-PRESETS |= {f"{name}-demo": row | _DEMO | _DEMO_SIZES.get(name, {}) for name, row in PRESETS.items()}
-PRESETS["demo"] = _DEMO
+PRESETS: dict[str, dict[str, object]] = {
+    **_SYSTEMS,
+    **{f"{name}-demo": row | _DEMO | _DEMO_SIZES.get(name, {}) for name, row in _SYSTEMS.items()},
+    "demo": _DEMO,
+}
 
 
 ALIASES = {  # names in published commands and logs -> ours
@@ -92,6 +98,17 @@ ALIASES = {  # names in published commands and logs -> ours
 
 
 UNREAD = ("PHASED_TTT_ENABLED", "ROPE_TRAIN_SEQ_LEN")  # of published commands and logs, read by no script
+
+
+def read_settings(environ: Mapping[str, str]) -> Config:
+    """The settings of a run: those of `Config.from_env`, by older names too, and never by a mistyped one.
+
+    Raises:
+        ConfigError: as `Config.from_env` and `translate`, or a name that is almost one of ours.
+    """
+    given = translate(environ)
+    _refuse_unknown_names(given, [field.name.upper() for field in dataclasses.fields(Config)])
+    return Config.from_env(given, PRESETS)
 
 
 def translate(environ: Mapping[str, str]) -> dict[str, str]:

@@ -7,9 +7,10 @@ import math
 import re
 import sys
 import time
-from train_gpt import CPU, Config, ConfigError, Ranks, RunLog, UserError, run_name
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from train_gpt import CPU, Config, ConfigError, Ranks, RunLog, UserError, run_name
 
 
 def tracker_module(setting: str, value: str, module: str, package: str) -> object:

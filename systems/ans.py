@@ -1,9 +1,11 @@
 """The entropy coder of COMPRESSOR=ans."""
 
 import itertools
-import numpy as np
-from train_gpt import ArtifactError, codec_module
 from collections.abc import Sequence
+
+import numpy as np
+
+from train_gpt import ArtifactError, codec_module
 
 
 class ColumnModel:

@@ -1,7 +1,8 @@
 """A key/value cache for test-time training."""
 
-import torch
 from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 

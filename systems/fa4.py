@@ -1,9 +1,9 @@
 """FlashAttention 4."""
 
 import torch
-from train_gpt import Segments, _keep, _limits, _operator
 from torch import Tensor
 
+from train_gpt import Segments, _keep, _limits, _operator
 
 # FlashAttention 4 compiles its kernels while it runs, which torch.compile cannot follow: here it is two
 # operators, made of the functions that torch.nn.attention too takes from the package.
@@ -57,7 +57,7 @@ _fa4.register_autograd(
 )
 
 
-def _fa4_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
+def fa4_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
     """FlashAttention 4."""
     if segments is None:
         return _fa4(q, k, v, None, 0)[0]

@@ -1,12 +1,30 @@
 """Quantisation to a given size (FIT_BYTES)."""
 
-import torch.nn.functional as F
 import math
-import torch
-from train_gpt import CPU, Config, ConfigError, GPT, HessianFactor, QuantizedTensor, Ranks, RunLog, Scheme, ShuffledLoader, factorise, flatten_banks, pack_artifact, quantize_state, scheme, short_half
 from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from train_gpt import (
+    CPU,
+    GPT,
+    Config,
+    ConfigError,
+    HessianFactor,
+    QuantizedTensor,
+    Ranks,
+    RunLog,
+    Scheme,
+    ShuffledLoader,
+    factorise,
+    flatten_banks,
+    pack_artifact,
+    quantize_state,
+    scheme,
+    short_half,
+)
 
 # Rate and distortion: a step of s (in row standard deviations) costs a matrix s^2 of loss, and -log2 s bits
 # per weight. The least loss at given bytes is where each weight costs the same loss, so one factor on all
@@ -45,7 +63,7 @@ def calibrate_gradients(
             if name in sums:
                 sums[name] += gradient.float().square().sum(1)
         model.zero_grad(set_to_none=True)
-    ranks.meet("calibrate")
+    ranks.wait_for_all("calibrate")
     return {name: ranks.sum_(total) / FIT_SAMPLES for name, total in sums.items()}
 
 
@@ -114,7 +132,7 @@ def fit_state(
             schemes[name] = Scheme("gptq", 8, 2.0**power * clips[name], FIT_SCALES)
         records = quantize_state(flat, factors, cfg, None, ranks, schemes)
         size = len(pack_artifact(records, cfg)) if ranks.is_main else 0
-        ranks.meet("fit")
+        ranks.wait_for_all("fit")
         left = budget - ranks.gather(size)[0]
         log.event("fit", trial=trial, clip_factor=2.0**power, bytes_left=left)
         if left >= 0 and (best is None or left < best[0]):

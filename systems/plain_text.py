@@ -1,9 +1,11 @@
 """Bytes of plain text, without CaseOps."""
 
-import torch
-from train_gpt import DataError
 from typing import NamedTuple
+
+import torch
 from torch import Tensor
+
+from train_gpt import DataError
 
 
 class ByteTables(NamedTuple):

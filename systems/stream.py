@@ -2,11 +2,30 @@
 
 import dataclasses
 import itertools
-import torch
-from train_gpt import BpbMeter, CONTEST_MICRO_BATCHES, CPU, ChunkWindow, Config, ConfigError, GPT, Ranks, Run, Segments, ShuffledLoader, ValidationSet, document_segments, global_optimizer, global_sgd_chunk, global_sgd_lr
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import torch
 from torch import Tensor
+
+from train_gpt import (
+    CONTEST_MICRO_BATCHES,
+    CPU,
+    GPT,
+    BpbMeter,
+    ChunkWindow,
+    Config,
+    ConfigError,
+    Ranks,
+    Run,
+    Segments,
+    ShuffledLoader,
+    ValidationSet,
+    document_segments,
+    global_optimizer,
+    global_sgd_chunk,
+    global_sgd_lr,
+)
 
 
 class WindowLoader:

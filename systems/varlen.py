@@ -1,11 +1,11 @@
 """Torch's own attention for packed rows."""
 
-
-from train_gpt import Segments
 from torch import Tensor
 
+from train_gpt import Segments
 
-def _varlen_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+
+def varlen_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """Torch's own kernels for packed rows; those of 2.11 take fewer key heads unasked."""
     from torch.nn.attention.varlen import varlen_attn
 

@@ -56,13 +56,11 @@ def golden_tensors(golden_dir):
 
 @pytest.fixture(scope="session")
 def tg():
-    """The script `train_gpt.py`, imported once by path (importing it must have no side effect)."""
-    spec = importlib.util.spec_from_file_location("train_gpt", ROOT / "train_gpt.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_gpt"] = module
-    spec.loader.exec_module(module)
-    module.torch.set_num_threads(1)  # the vectors were made on one thread; tests run beside each other
-    return module
+    """The house: everything of `train_gpt.py`, harness/ and systems/ by name."""
+    from house import House
+
+    torch.set_num_threads(1)  # the vectors were made on one thread; tests run beside each other
+    return House()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,48 @@
+"""The whole house as one object: names of train_gpt.py, of harness/ and of systems/."""
+
+import importlib
+import pkgutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+class House:
+    """Attributes are read from, and set in, the module of the house that defines them."""
+
+    def __init__(self) -> None:
+        self.__dict__["core"] = importlib.import_module("train_gpt")
+        names = [f"{part}.{module.name}" for part in ("harness", "systems") for module in self._modules(part)]
+        self.__dict__["modules"] = [self.core, *map(importlib.import_module, names)]
+
+    @staticmethod
+    def _modules(part: str) -> list[pkgutil.ModuleInfo]:
+        return list(pkgutil.iter_modules([str(ROOT / part)]))
+
+    def owner(self, name: str) -> ModuleType:
+        """The module that defines a name (or, for what none defines, the first that has imported it)."""
+        has = [module for module in self.modules if name in vars(module)]
+        made = [module for module in has if getattr(vars(module)[name], "__module__", "") == module.__name__]
+        if not has:
+            raise AttributeError(f"nothing in the house is called {name}")
+        return (made or has)[0]
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__") and name in vars(self.core):
+            return vars(self.core)[name]
+        return vars(self.owner(name))[name]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Replace a name (monkeypatch) in every module that uses it."""
+        for module in self.modules:
+            if name in vars(module):
+                setattr(module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.owner(name), name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({name for module in self.modules for name in vars(module)})
