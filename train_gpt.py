@@ -694,6 +694,11 @@ class Ranks:
         """Rank 0 writes the outputs."""
         return self.rank == 0
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether this process computes on a CUDA device."""
+        return self.device.type == "cuda"
+
     def wait_for_all(self, stage: str) -> None:
         """Wait, without a collective, until all ranks have finished a stage, however long the slowest takes.
 
@@ -775,17 +780,17 @@ class Ranks:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """bfloat16 matrix products on CUDA, plain float32 on a CPU."""
-        enabled = self.device.type == "cuda"
+        enabled = self.on_gpu
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read afterwards is true."""
-        if self.device.type == "cuda":
+        if self.on_gpu:
             torch.cuda.synchronize()
 
     def to_host(self, tensor: Tensor) -> "Pending":
         """Start the copy of a small tensor to the host; what is launched after it does not delay it."""
-        if self.device.type != "cuda":
+        if not self.on_gpu:
             return Pending(tensor.clone(), None)
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         copy.copy_(tensor, non_blocking=True)
@@ -795,7 +800,7 @@ class Ranks:
 
     def put(self, tensor: Tensor) -> Tensor:
         """The tensor on the device. From pinned memory: nothing waits for what was launched before."""
-        if self.device.type != "cuda":
+        if not self.on_gpu:
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
@@ -2407,7 +2412,7 @@ class Muon(torch.optim.Optimizer):
     def reduce_gradients(self) -> list[tuple[nn.Parameter, Pending]]:
         """Start the sums of all banks' gradients: bank and this rank's slice. bfloat16 between GPUs."""
         banks = [bank for group in self.param_groups for bank in group["params"] if bank.grad is not None]
-        half = self._ranks.device.type == "cuda"
+        half = self._ranks.on_gpu
         return [(b, self._ranks.reduce_scatter(b.grad.bfloat16() if half else b.grad)) for b in banks]
 
     @torch.no_grad()
@@ -2560,7 +2565,7 @@ class Trainer:
 
     def __init__(self, cfg: Config, model: GPT, loader: PackedLoader, ranks: Ranks = CPU):
         self.cfg, self.model, self.ranks = cfg, model, ranks
-        self.loader = Prefetched(loader) if ranks.device.type == "cuda" else loader
+        self.loader = Prefetched(loader) if ranks.on_gpu else loader
         self.looping = False
         self.micro_batches = cfg.micro_batches(ranks.world_size)
         parameters = dict(model.named_parameters())
@@ -2873,7 +2878,7 @@ def calibrate(
     collector = HessianCollector()
     micro_batches = cfg.micro_batches(ranks.world_size) * ranks.world_size
     rows = cfg.train_batch_tokens // micro_batches // cfg.train_seq_len
-    if ranks.device.type == "cuda":  # TF32, eight times as fast: the inputs are bfloat16's, exact in it
+    if ranks.on_gpu:  # TF32, eight times as fast: the inputs are bfloat16's, exact in it
         torch.set_float32_matmul_precision("high")
     for micro in range(cfg.gptq_calibration_batches * micro_batches):
         if micro % ranks.world_size != ranks.rank:
@@ -3836,7 +3841,7 @@ class ScoreFirstTTT:
         byte_sum = sum(int(self.val.target_bytes[start : start + n].sum()) for start, n in part.spans)
         return scored.double().sum(), byte_sum, int(part.valid.sum())
 
-    def _losses(self, part: ChunkBatch, lora: BatchedLoRA, cache: KeyValueCache | None) -> Tensor:
+    def _losses(self, part: ChunkBatch, lora: BatchedLoRA, cache: "KeyValueCache | None") -> Tensor:
         x, y, scored = (self.ranks.put(tensor) for tensor in (part.x, part.y, part.scored))
         with self.ranks.autocast():
             if self.ranks.compiler and torch.is_grad_enabled() and not cache:
@@ -3849,7 +3854,7 @@ class ScoreFirstTTT:
         lora: BatchedLoRA,
         optimizer: torch.optim.Optimizer,
         losses: Tensor,
-        cache: KeyValueCache | None,
+        cache: "KeyValueCache | None",
     ) -> None:
         """Optimiser steps on a scored chunk; the first takes the gradient of the scoring pass itself."""
         parameters = list(lora.parameters())
@@ -4148,7 +4153,7 @@ class Run:
         """What a reader needs to trust the log: settings, versions, commit, device, and the source itself."""
         commit = _command_output("git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD")
         manifest = self.cfg.data_folder / "manifest.json"
-        cuda = self.ranks.device.type == "cuda"
+        cuda = self.ranks.on_gpu
         hardware = _command_output("nvidia-smi" if cuda else "lscpu")
         cpu = re.search(r"Model name:\s*(.*)", hardware)
         self.log.text(show_settings(self.cfg))
@@ -4208,7 +4213,7 @@ class Run:
         parameters = sum(p.numel() for p in self.model.parameters())
         slots = lora_slots(self.cfg, looping=True)
         self.log.event("model", parameters=parameters, layers=self.cfg.num_layers, virtual_layers=slots)
-        if self.ranks.device.type == "cuda":
+        if self.ranks.on_gpu:
             self._fit_memory()
         return self.new_trainer(self.cfg, self.model, self.loader, self.ranks)
 

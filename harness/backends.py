@@ -9,7 +9,7 @@ from torch import Tensor
 
 from train_gpt import (
     GPT,
-    LEFT_OUT,
+    Backends,
     Config,
     ConfigError,
     Ranks,
@@ -31,7 +31,7 @@ ATTENTION = {  # backends, the best first, and what each needs
 def try_attention(backend: str, cfg: Config, ranks: Ranks) -> None:
     """Forward and backward of a short row of the model's heads beside `plain`. Raises whatever it meets."""
     dtype, run = torch.float32, attend
-    if ranks.device.type == "cuda":
+    if ranks.on_gpu:
         dtype = torch.bfloat16
     if ranks.compiler:
         torch.compiler.reset()  # a limited number of forms is compiled for each function
@@ -54,7 +54,7 @@ def try_attention(backend: str, cfg: Config, ranks: Ranks) -> None:
 def choose_attention(cfg: Config, ranks: Ranks) -> str:
     """The backend asked for, or the first that works. Raises ConfigError when one asked for does not."""
     wanted = cfg.attention_backend
-    if wanted == "auto" and ranks.device.type == "cpu":
+    if wanted == "auto" and not ranks.on_gpu:
         return "plain"
     for backend in ATTENTION if wanted == "auto" else [wanted]:
         try:
@@ -68,20 +68,20 @@ def choose_attention(cfg: Config, ranks: Ranks) -> str:
 
 def choose_kernels(cfg: Config, ranks: Ranks) -> list[str]:
     """The fused kernels that are wanted: none but on CUDA, where Triton is installed."""
-    if ranks.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    if not ranks.on_gpu or importlib.util.find_spec("triton") is None:
         return []
     known, asked = Config.triton_kernels.split(","), cfg.triton_kernels.split(",")
     return [name for name in known if name in asked or asked == ["1"]]
 
 
-def choose_backends(cfg: Config, ranks: Ranks) -> Config:
-    """The settings with what the device and the installed packages allow in place of `auto`."""
-    attention = choose_attention(cfg, ranks)
-    kernels = "" if "TRITON_KERNELS" in LEFT_OUT else ",".join(choose_kernels(cfg, ranks))
-    compiler = ranks.compiler or "off"
-    return dataclasses.replace(
-        cfg, attention_backend=attention, triton_kernels=kernels, compile_backend=compiler
+def choose_backends(cfg: Config, ranks: Ranks) -> Backends:
+    """What the device and the installed packages allow of what the settings wish."""
+    compiler = {"auto": "inductor" if ranks.on_gpu else "", "off": ""}.get(
+        cfg.compile_backend, cfg.compile_backend
     )
+    kernels = ",".join(choose_kernels(cfg, ranks))
+    micro_batches = max(cfg.grad_accum_steps, ranks.world_size)
+    return Backends(choose_attention(cfg, ranks, compiler), kernels, compiler, micro_batches)
 
 
 def fit_memory(cfg: Config, model: GPT, ranks: Ranks) -> Config:

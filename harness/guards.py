@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from harness.backends import unused_attention
-from harness.checkpoints import KeptRun
 from harness.preflight import Preflight
 from train_gpt import (
     _NAMES,
@@ -152,7 +151,7 @@ class GuardedRun(Run):
         super()._log_head()
         facts, ranks, notices = self.preflight.facts, self.ranks, self.preflight.notices
         self.log.event("preflight", **facts)
-        if self.preflight.cfg.attention_backend == "auto" and ranks.device.type == "cuda":
+        if self.preflight.cfg.attention_backend == "auto" and ranks.on_gpu:
             notices += unused_attention(self.cfg, ranks)
         for text in notices:
             self.log.event("notice", text=text)
@@ -264,6 +263,8 @@ def run_guarded(cfg: Config, ranks: Ranks, source: bytes) -> int:
     """Execute a run under guard; exit code as `main`."""
     try:
         with _signals(ranks):
+            from harness.checkpoints import KeptRun
+
             keeps = cfg.checkpoint_seconds and not cfg.preflight_only
             return _run(cfg, ranks, source, KeptRun if keeps else GuardedRun)
     except Stopped as stopped:

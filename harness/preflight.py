@@ -44,7 +44,7 @@ PUBLISHED_SHARE = 0.26  # of the peak: the published run on eight H100s (96 ms a
 
 def peak_flops(ranks: Ranks) -> float:
     """Peak FLOP/s of a rank's device by the data sheet; nan where it is not in the table."""
-    name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else ""
+    name = torch.cuda.get_device_name() if ranks.on_gpu else ""
     return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(pattern, name)), math.nan)
 
 
@@ -79,7 +79,7 @@ def adapter_bytes(cfg: Config, documents: int) -> int:
 
 def free_memory(ranks: Ranks) -> int:
     """Bytes free on the device; on a CPU by the kernel and the container's limit."""
-    if ranks.device.type == "cuda":
+    if ranks.on_gpu:
         return torch.cuda.mem_get_info()[0]
     import resource
 
@@ -123,7 +123,7 @@ class Preflight:
         most = 4 * (os.cpu_count() or 1)  # far more than CPUs, and they wait for each other for minutes
         if cfg.cpu_threads > most:
             raise ConfigError(f"CPU_THREADS={cfg.cpu_threads}: must be at most {most} on this machine")
-        if ranks.device.type == "cuda":
+        if ranks.on_gpu:
             self._check_gpu()
 
     def _check_gpu(self) -> None:
@@ -196,7 +196,7 @@ class Preflight:
         weights, ranks = bank_parameters(cfg), self.ranks
         row = min(cfg.val_batch_tokens // CONTEST_MICRO_BATCHES, val.num_targets)
         micro = cfg.train_batch_tokens // (ranks.world_size * cfg.micro_batches(ranks.world_size))
-        cuda = ranks.device.type == "cuda"
+        cuda = ranks.on_gpu
         micro = 0 if cuda else micro  # there `fit_memory` finds what fits
         named = "NUM_LAYERS MODEL_DIM MLP_MULT VOCAB_SIZE"
         needs = {
