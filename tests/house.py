@@ -13,10 +13,13 @@ sys.path.insert(0, str(ROOT))
 class House:
     """Attributes are read from, and set in, the module of the house that defines them."""
 
+    __slots__ = ("core", "modules")  # without a dictionary, monkeypatch puts names back as it found them
+
     def __init__(self) -> None:
-        self.__dict__["core"] = importlib.import_module("train_gpt")
+        put = super().__setattr__
+        put("core", importlib.import_module("train_gpt"))
         names = [f"{part}.{module.name}" for part in ("harness", "systems") for module in self._modules(part)]
-        self.__dict__["modules"] = [self.core, *map(importlib.import_module, names)]
+        put("modules", [self.core, *map(importlib.import_module, names)])
 
     @staticmethod
     def _modules(part: str) -> list[pkgutil.ModuleInfo]:
@@ -40,9 +43,6 @@ class House:
         for module in self.modules:
             if name in vars(module):
                 setattr(module, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(self.owner(name), name)
 
     def __dir__(self) -> list[str]:
         return sorted({name for module in self.modules for name in vars(module)})
