@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := .venv/run.installed
 DEV := .venv/dev.installed
 
-.PHONY: help demo audit submission sweep-demo report systems ablations data test lint format readme bench clean
+.PHONY: help demo audit submission sweep-demo report systems ablations data test lint format docs bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -16,7 +16,7 @@ demo: $(RUN) data/demo/manifest.json  ## the whole system on demo data: train, q
 audit: $(RUN)  ## judge a finished run: make audit RUN_DIR=runs/NAME
 	$(BIN)/python tools/audit.py "$(RUN_DIR)"
 
-submission: $(DEV) data/demo/manifest.json  ## three demo seeds, audited, into logs/, submission.json, README
+submission: $(DEV) data/demo/manifest.json  ## three demo seeds, audited, into logs/, submission.json and README
 	$(BIN)/python tools/reproduce.py --preset demo --seeds 42,314,1234 --audit --submission -- $(BIN)/python train_gpt.py
 
 sweep-demo: $(DEV) data/demo/manifest.json  ## a search over two settings in 8 short runs of the demo model (4 minutes, CPU)
@@ -27,7 +27,7 @@ report: $(DEV)  ## a page about a run: RUN_DIR=runs/NAME, or several laid over e
 	$(BIN)/python tools/report.py $(or $(RUN_DIR),"$$(dirname "$$(ls -t runs/*/metrics.jsonl | head -n 1)")")
 
 systems: $(DEV) data/demo/manifest.json data/demo_plain/manifest.json  ## every published system at demo scale, audited (under 20 minutes)
-	$(BIN)/python tools/systems.py
+	$(BIN)/python tools/all_systems.py
 
 ablations: $(DEV) data/demo/manifest.json  ## the record without its parts, three seeds, at demo scale (40 minutes)
 	nice $(BIN)/python tools/ablations.py
@@ -43,7 +43,7 @@ data/demo_plain/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildca
 test: $(DEV)  ## all tests (CPU, 8 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -n 2 --durations 5
 
-lint: $(DEV)  ## style, formatting, spelling, README up to date
+lint: $(DEV)  ## style, formatting, spelling, README and docs up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
@@ -54,7 +54,7 @@ format: $(DEV)  ## reformat the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-readme: $(RUN)  ## regenerate the README's settings table
+docs: $(RUN)  ## regenerate the settings tables of docs/settings.md
 	$(BIN)/python tools/readme_settings.py
 
 $(RUN): requirements.txt

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from marked import MarkError, replaced, write_whole
+from marked import MarkError, with_part, write_whole
 from reproducing import claim
 from reproducing.bases import BASES
 from reproducing.seeds import ROOT
@@ -166,8 +166,19 @@ def readme_block(records: Sequence[RunRecord], told: Mapping) -> str:
         *([claim.sentence(told["comparison"], BASES[told["base"]].title)] if told["comparison"] else []),
         *(f"Note: {note}." for note in told["notes"]),
         f"Files: {links}.",
+        "",
+        f"The log of seed {records[0].seed} ends:",
+        "",
+        "```",
+        _last_line(records[0]),
+        "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _last_line(record: RunRecord) -> str:
+    """The end of a published log: the scores, bytes and seconds of the run."""
+    return record.path.with_suffix(".txt").read_text(encoding="utf-8").rstrip().splitlines()[-1]
 
 
 def publish(records: Sequence[RunRecord], folder: Path) -> list[RunRecord]:
@@ -201,15 +212,15 @@ def write(records: Sequence[RunRecord], typed: Mapping, folder: Path = ROOT) -> 
     check_submittable(records)
     told = submission(records, {"date": datetime.date.today().isoformat(), **typed}, folder)
     readme = folder / "README.md"
-    text = _with_block(readme.read_text(encoding="utf-8"), readme_block(records, told))
+    text = _with_block(readme, readme_block(records, told))
     write_whole(folder / "submission.json", (json.dumps(told, indent=1) + "\n").encode())
     write_whole(readme, text.encode())
     return told
 
 
-def _with_block(text: str, block: str) -> str:
+def _with_block(readme: Path, block: str) -> str:
     try:
-        return replaced(text, BEGIN, END, block)
+        return with_part(readme, BEGIN, END, block)
     except MarkError as error:
         raise SubmissionError(str(error)) from None
 
@@ -230,8 +241,8 @@ def disagreements(folder: Path = ROOT) -> list[str]:
     claim.check_alike(records)
     right = submission(records, told, folder)
     found = [f"submission.json: {line}" for line in _unequal(told, right)]
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    if _with_block(text, readme_block(records, right)) != text:
+    readme = folder / "README.md"
+    if _with_block(readme, readme_block(records, right)) != readme.read_text(encoding="utf-8"):
         found.append("README.md: its results are not those of the logs, run `make submission`")
     return found
 
