@@ -940,6 +940,36 @@ class RunLog:
         self._metrics.close()
 
 
+class Watch:
+    """What looks on while a run goes. These methods do nothing; the watches of harness/ keep, record and show."""
+
+    def saved(self, stage: str) -> "dict | None":
+        """The state from which a stage goes on; None: from its beginning."""
+
+    def unit(self, stage: str, worker: "Worker") -> None:
+        """A unit of a stage is done: its state may be kept, and an exception from here ends the run."""
+
+    def see(self, kind: str, **facts: object) -> None:
+        """Something has happened."""
+
+
+class Worker:
+    """A stage that goes on in units. It may be cut off between two of them and taken up again."""
+
+    done, total = 0.0, 1.0  # how far it is
+
+    def units(self) -> Iterable[None]:
+        """Work, and yield after each unit."""
+        raise NotImplementedError
+
+    def state(self) -> dict:
+        """Tensors and plain values from which another worker goes on; {} where it can only begin anew."""
+        return {}
+
+    def load_state(self, state: Mapping) -> None:
+        """Go on from a state."""
+
+
 class Stopwatch:
     """Seconds spent in each named stage; a stage inside another stops the outer one's clock meanwhile."""
 
