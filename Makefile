@@ -27,7 +27,7 @@ report: $(DEV)  ## a page about a run: RUN_DIR=runs/NAME, or several laid over e
 	$(BIN)/python tools/report.py $(or $(RUN_DIR),"$$(dirname "$$(ls -t runs/*/metrics.jsonl | head -n 1)")")
 
 systems: $(DEV) data/demo/manifest.json data/demo_plain/manifest.json  ## every published system at demo scale, audited (under 20 minutes)
-	$(BIN)/python tools/systems.py
+	$(BIN)/python tools/all_systems.py
 
 ablations: $(DEV) data/demo/manifest.json  ## the record without its parts, three seeds, at demo scale (40 minutes)
 	nice $(BIN)/python tools/ablations.py

@@ -12,8 +12,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 from test_presets import SPEC_ROWS  # noqa: E402
 
 import ablations  # noqa: E402
+import all_systems  # noqa: E402
 import readme_settings  # noqa: E402
-import systems  # noqa: E402
 from marked import MarkError  # noqa: E402
 from runs import RunRecord  # noqa: E402
 
@@ -33,8 +33,8 @@ def record(statuses: dict[str, str], **stages: float) -> RunRecord:
 
 
 def test_systems_are_the_presets(tg):
-    assert {system.preset for system in systems.SYSTEMS} == {"pr1851", *SPEC_ROWS}
-    assert [system.preset for system in systems.SYSTEMS if system.illegal] == ["pr1485"]
+    assert {system.preset for system in all_systems.SYSTEMS} == {"pr1851", *SPEC_ROWS}
+    assert [system.preset for system in all_systems.SYSTEMS if system.illegal] == ["pr1485"]
 
 
 @pytest.mark.parametrize(
@@ -50,18 +50,18 @@ def test_systems_are_the_presets(tg):
 )
 def test_systems_are_judged_by_the_audit(preset, statuses, expected):
     """The illegal one must fail C3, no other may fail anything, and none goes without an audit."""
-    system = next(system for system in systems.SYSTEMS if system.preset == preset)
-    row = systems.row(system, record(statuses, quantised=2.5, ttt=2.25))
+    system = next(system for system in all_systems.SYSTEMS if system.preset == preset)
+    row = all_systems.row(system, record(statuses, quantised=2.5, ttt=2.25))
     assert row["as_expected"] is expected
-    line = systems.table({"systems": [row]}).splitlines()[2]
+    line = all_systems.table({"systems": [row]}).splitlines()[2]
     assert "| 2.2500 |" in line and f"`{preset}`" in line
     assert all(name in line for name, status in statuses.items() if status != "PASS")
 
 
 def test_published_scores_are_means():
-    assert systems.published("pr1855") == "1.06108 (3 seeds)"
-    assert systems.published("pr1851") == "1.06128 (1 seed)"
-    assert systems.published("pr1485") == "none that counts"
+    assert all_systems.published("pr1855") == "1.06108 (3 seeds)"
+    assert all_systems.published("pr1851") == "1.06128 (1 seed)"
+    assert all_systems.published("pr1485") == "none that counts"
 
 
 def seed_scores(shift: float) -> dict[str, dict[str, float]]:
@@ -83,19 +83,19 @@ def test_ablations_compare_within_a_seed():
 
 def test_ablations_take_parts_away(tg):
     """Each part's settings differ from the whole's and make a system that can be built."""
-    whole = tg.Config.from_env({**ablations.SMALLER})
+    whole = tg.read_settings({**ablations.SMALLER})
     for part in ablations.PARTS[1:]:
-        cfg = tg.Config.from_env({**ablations.SMALLER, **part.settings})
+        cfg = tg.read_settings({**ablations.SMALLER, **part.settings})
         changed = [
             name for name in part.settings if getattr(cfg, name.lower()) != getattr(whole, name.lower())
         ]
         assert changed == list(part.settings), part.name
-    eighth = tg.Config.from_env({**ablations.SMALLER, **ablations.EIGHTH})
+    eighth = tg.read_settings({**ablations.SMALLER, **ablations.EIGHTH})
     windows = [c.gptq_calibration_batches * c.train_batch_tokens // c.train_seq_len for c in (whole, eighth)]
     assert windows[0] == 8 * windows[1]
 
 
-@pytest.mark.parametrize("tool", [systems, ablations])
+@pytest.mark.parametrize("tool", [all_systems, ablations])
 def test_readme_has_the_committed_table(tool):
     if not tool.RESULT.is_file():
         pytest.skip(f"{tool.RESULT.name}: not run yet")
@@ -104,7 +104,7 @@ def test_readme_has_the_committed_table(tool):
     assert tool.BEGIN + tool.table(result) + tool.END in text
 
 
-@pytest.mark.parametrize("tool", [systems, ablations])
+@pytest.mark.parametrize("tool", [all_systems, ablations])
 def test_a_table_without_its_place_in_the_readme_is_said(tool, tmp_path, monkeypatch):
     """Nothing but the table changes; a README that has lost the marks stays as it is."""
     readme = tmp_path / "README.md"

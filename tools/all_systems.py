@@ -1,8 +1,8 @@
 """Run every published system of the lineage at demo scale, judge each run, and print one table of them all.
 
-    python tools/systems.py                      # or: make systems; two at a time on one thread each
-    python tools/systems.py --only pr1667        # some of them
-    python tools/systems.py --print              # the table of logs/systems.json again
+    python tools/all_systems.py                  # or: make systems; two at a time on one thread each
+    python tools/all_systems.py --only pr1667    # some of them
+    python tools/all_systems.py --print          # the table of logs/systems.json again
 
 Each is `PRESET=NAME SCALE=demo`: the same structure as the published system, the demo's sizes and data, and
 here STEPS training steps. `tools/audit.py` judges every run; PR #1485's must fail it on C3, all others must
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str]) -> int:
         try:
             run(next(system for system in SYSTEMS if system.preset == options.one), os.environ, options.steps)
         except (RunFailed, SeedError, ReadError) as error:
-            print(f"systems.py: {error}", file=sys.stderr)
+            print(f"all_systems.py: {error}", file=sys.stderr)
             return 1
         return 0
     if options.print:
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen = [system for system in SYSTEMS if system.preset in options.only]
     troubles = run_all(chosen, options.steps, options.at_once)
     if troubles:
-        print("".join(f"systems.py: {trouble}\n" for trouble in troubles), end="", file=sys.stderr)
+        print("".join(f"all_systems.py: {trouble}\n" for trouble in troubles), end="", file=sys.stderr)
         return 1
     rows = [row(system, run(system, os.environ, options.steps)) for system in chosen]
     result = {"steps": options.steps, "seed": SEED, "systems": rows}
@@ -194,11 +194,11 @@ def main(arguments: Sequence[str]) -> int:
         try:
             write(result)
         except MarkError as error:
-            print(f"systems.py: {error}", file=sys.stderr)
+            print(f"all_systems.py: {error}", file=sys.stderr)
             return 1
     strange = [entry["preset"] for entry in rows if not entry["as_expected"]]
     if strange:
-        print(f"systems.py: judged otherwise than expected: {', '.join(strange)}", file=sys.stderr)
+        print(f"all_systems.py: judged otherwise than expected: {', '.join(strange)}", file=sys.stderr)
     return int(bool(strange))
 
 
