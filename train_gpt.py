@@ -19,7 +19,6 @@ Shapes: B rows, T tokens of a row, D model dim, H query heads, G key/value heads
 V vocabulary, L physical layers, S skips, r rank. A linear map is y = x W^T with W [out, in], never a bias.
 """
 
-import atexit
 import bisect
 import contextlib
 import dataclasses
@@ -36,10 +35,8 @@ import platform
 import random
 import re
 import struct
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import warnings
@@ -593,6 +590,16 @@ def _check_divides(cfg: Config, whole: str, part: str) -> None:
         raise ConfigError(f"{whole.upper()}={value}: must be a multiple of {part.upper()}={divisor}")
 
 
+def show_settings(cfg: Config) -> str:
+    """The resolved settings, one a line; what differs from the default is marked with its default."""
+    rows = []
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        mark = "" if value == field.default else f"    # default {field.default!r}"
+        rows.append(f"{field.name.upper()}={int(value) if isinstance(value, bool) else value}{mark}")
+    return "\n".join(rows)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # 3. Runtime: the device, the log, the clock
 # ---------------------------------------------------------------------------------------------------------
@@ -628,7 +635,8 @@ class Backends:
         return {"backend": self.compiler, "fullgraph": True, "dynamic": False}
 
 
-COLLECTIVE_SECONDS = 60  # a rank that does not answer a collective for so long has failed
+COLLECTIVE_SECONDS = 600  # a rank that does not answer a collective for so long has failed
+BARRIER_SECONDS = 3600  # and one that has not finished a stage so long after another
 
 
 class Ranks:
@@ -639,8 +647,8 @@ class Ranks:
 
     def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1, local_rank: int = 0):
         self.device, self.rank, self.world_size, self.local_rank = device, rank, world_size, local_rank
-        self._store, self._meetings = None, 0
-        self.told, self.polls = 0, False  # signal to stop; whether a stage looks for it by itself
+        self._store, self._barriers = None, 0
+        self.stop_signal, self.stage_handles_stop = 0, False  # the harness sets both
 
     @classmethod
     def from_env(cls, cfg: Config, environ: Mapping[str, str]) -> "Ranks":
@@ -682,12 +690,7 @@ class Ranks:
             raise ConfigError(
                 f"WORLD_SIZE={self.world_size}: ranks cannot meet ({error}); use torchrun"
             ) from None
-        self._store = dist.PrefixStore("meet", store)
-        leaving = threading.Event()
-        beat = threading.Thread(target=self._beat, args=[leaving], daemon=True)
-        beat.start()
-        atexit.register(beat.join)  # a thread inside the store while Python ends would abort the process
-        atexit.register(leaving.set)
+        self._store = dist.PrefixStore("barrier", store)
 
     @property
     def is_main(self) -> bool:
@@ -700,37 +703,21 @@ class Ranks:
         return self.device.type == "cuda"
 
     def wait_for_all(self, stage: str) -> None:
-        """Wait, without a collective, until all ranks have finished a stage, however long the slowest takes.
+        """Wait until all ranks have come here. This is no collective: the slowest rank may take its time.
 
-        Raises RunError when a rank that has not come yet shows no sign of life for a minute.
+        Raises RunError after an hour. Where a rank has died, torchrun ends the others long before that.
         """
         if self.world_size == 1:
             return
-        self._meetings += 1
-        key = f"{stage}/{self._meetings}"
-        self._store.set(f"{key}/{self.rank}", "here")
-        self._await_others(stage, key)
-
-    def _await_others(self, stage: str, key: str) -> None:
-        missing, heard = set(range(self.world_size)) - {self.rank}, {}
-        while missing:
-            missing = {rank for rank in missing if not self._store.check([f"{key}/{rank}"])}
-            now = time.monotonic()
-            for rank in missing:
-                beat = self._store.get(f"alive/{rank}")
-                if heard.setdefault(rank, (beat, now))[0] != beat:
-                    heard[rank] = beat, now
-                if now - heard[rank][1] > COLLECTIVE_SECONDS - 10:
-                    raise RunError(f"stage {stage}: no sign of life from rank {rank}")
-            time.sleep(0.02 if missing else 0)
-
-    def _beat(self, leaving: threading.Event) -> None:
-        """Count up a number in the store, so that waiting ranks see that this one is alive."""
-        with contextlib.suppress(RuntimeError):  # the store has gone: so has its host, rank 0
-            for beat in itertools.count():
-                self._store.set(f"alive/{self.rank}", str(beat))
-                if leaving.wait(2):
-                    break
+        self._barriers += 1
+        keys = [f"{self._barriers}/{rank}" for rank in range(self.world_size)]
+        self._store.set(keys[self.rank], stage)
+        latest = time.monotonic() + BARRIER_SECONDS
+        while not self._store.check(keys):
+            if time.monotonic() > latest:
+                missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+                raise RunError(f"stage {stage}: ranks {missing} have not finished it after an hour")
+            time.sleep(0.02)
 
     def say(self, text: str) -> None:
         """A line on standard error that names the rank."""
@@ -872,15 +859,15 @@ def write_whole(path: Path, data: bytes) -> None:
 OUTPUTS = ("metrics.jsonl", "result.json", "train_gpt.packed.py")
 
 
-def _numbered(wanted: Path) -> Iterable[Path]:
+def numbered(wanted: Path) -> Iterable[Path]:
     """The folder asked for, then name+2, name+3, ..."""
     wanted = wanted if wanted.name else wanted.resolve()
     return itertools.chain([wanted], (wanted.with_name(f"{wanted.name}+{i}") for i in itertools.count(2)))
 
 
-def _new_folder(wanted: Path, outputs: Sequence[str]) -> Path:
+def new_folder(wanted: Path, outputs: Sequence[str]) -> Path:
     """The folder asked for or, where outputs of an earlier run lie in it, the first free of name+2, ..."""
-    for folder in _numbered(wanted):
+    for folder in numbered(wanted):
         try:
             (folder / "logs").mkdir(parents=True, exist_ok=True)
             if not any((folder / name).exists() for name in outputs):
@@ -902,15 +889,17 @@ class RunLog:
     Rank 0 writes; the other ranks' logs go nowhere. Files that are there already grow.
     """
 
-    def __init__(self, cfg: Config, ranks: Ranks = CPU, choose: Callable[..., Path] = _new_folder):
-        self.is_main = ranks.is_main
-        self.run_id = run_name(cfg)
-        outputs = [Path(cfg.model_path).name, Path(cfg.quantized_model_path).name, *OUTPUTS]
-        wanted = Path(cfg.artifact_dir or Path("runs") / self.run_id)
-        self.folder = choose(wanted, outputs) if self.is_main else Path(os.devnull)
-        text = self.folder / "logs" / f"{self.run_id}.txt" if self.is_main else os.devnull
+    def __init__(
+        self, cfg: Config, ranks: Ranks = CPU, watch: "Watch | None" = None, folder: Path | None = None
+    ):
+        self.is_main, self._watch, self.run_id = ranks.is_main, watch or Watch(), run_name(cfg)
+        self.folder, text, metrics = (Path(os.devnull),) * 3
+        if self.is_main:
+            outputs = [Path(cfg.model_path).name, Path(cfg.quantized_model_path).name, *OUTPUTS]
+            wanted = Path(cfg.artifact_dir or Path("runs") / self.run_id)
+            self.folder = folder or new_folder(wanted, outputs)
+            text, metrics = self.folder / "logs" / f"{self.run_id}.txt", self.folder / "metrics.jsonl"
         self._text = open(text, "a", encoding="utf-8")  # noqa: SIM115
-        metrics = self.folder / "metrics.jsonl" if self.is_main else os.devnull
         self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115
 
     def text(self, text: str, console: bool = False) -> None:
@@ -924,20 +913,48 @@ class RunLog:
         shown = " ".join(f"{k}:{f'{v:.6g}' if isinstance(v, float) else v}" for k, v in values.items())
         self.text(f"{stage} {shown}", console=True)
         self._write(self._metrics, json.dumps({"stage": stage, **values}))
+        self._watch.see("line", stage=stage, values=values, log=self)
 
     @staticmethod
     def _write(file: io.TextIOBase, line: str) -> None:
         with writing(file.name):
             print(line, file=file, flush=True)
 
-    def progress(self, stage: str, total: float) -> "Progress":
-        """A progress display for a long stage."""
-        return Progress(self, stage, total)
-
     def close(self) -> None:
         """Close the files."""
         self._text.close()
         self._metrics.close()
+
+
+class Watch:
+    """What looks on while a run goes. These methods do nothing; the watches of harness/ keep, record and show."""
+
+    def saved(self, stage: str) -> "dict | None":
+        """The state from which a stage goes on; None: from its beginning."""
+
+    def unit(self, stage: str, worker: "Worker") -> None:
+        """A unit of a stage is done: its state may be kept, and an exception from here ends the run."""
+
+    def see(self, kind: str, **facts: object) -> None:
+        """Something has happened."""
+
+
+class Worker:
+    """A stage that goes on in units. It may be cut off between two of them and taken up again."""
+
+    done, total = 0.0, 1.0  # how far it is
+    kept_by = ""  # whose state is kept: "rank 0" for all, "each rank" its own; empty: nobody's
+
+    def units(self) -> Iterable[None]:
+        """Work, and yield after each unit."""
+        raise NotImplementedError
+
+    def state(self) -> dict:
+        """Tensors and plain values from which another worker goes on; {} where it can only begin anew."""
+        return {}
+
+    def load_state(self, state: Mapping) -> None:
+        """Go on from a state."""
 
 
 class Stopwatch:
@@ -1203,82 +1220,27 @@ class ValidationSet(NamedTuple):
         return len(self.tokens) - 1
 
 
-def _read_stream(paths: Sequence[Path]) -> Tensor:
+def _read_stream(folder: Path, split: str) -> Tensor:
+    paths = shard_paths(folder, split)
+    if not paths:
+        raise DataError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there")
     return torch.from_numpy(np.concatenate([read_shard(path) for path in paths]).astype(np.int32))
 
 
 def load_validation(cfg: Config) -> ValidationSet:
-    """The whole validation split with its byte counts."""
+    """The whole validation split with its byte counts. Raises DataError where it is missing or does not fit."""
     folder = cfg.data_folder
-    tokens = _read_stream(shard_paths(folder, "val"))
+    tokens = _read_stream(folder, "val")
     check_vocabulary(tokens, cfg.vocab_size, folder / "fineweb_val_*")
+    if len(tokens) < 2 or tokens[0] != BOS:  # some targets would belong to no document
+        raise DataError(f"{folder}/fineweb_val_*: must be at least 2 tokens, the first a BOS ({BOS})")
     if cfg.caseops_enabled:
-        val = ValidationSet.from_sidecar(tokens, _read_stream(shard_paths(folder, "val_bytes")))
-    else:
-        from systems.plain_text import ByteTables
+        return ValidationSet.from_sidecar(tokens, _read_stream(folder, "val_bytes"))
+    from systems.plain_text import ByteTables, load_tokenizer
 
-        val = ValidationSet.from_tables(
-            tokens, ByteTables.from_sentencepiece(load_tokenizer(cfg), cfg.vocab_size)
-        )
-    if tokens[0] != BOS:  # some targets would belong to no document
-        raise DataError(f"{folder}/fineweb_val_*: begins with token {tokens[0]}, must be a BOS ({BOS})")
-    return val
-
-
-def tokenizer_file(cfg: Config) -> Path:
-    """The SentencePiece model: set, else named by the data's manifest, else at the contest's place."""
-    if cfg.tokenizer_path:
-        return Path(cfg.tokenizer_path)
-    named = read_manifest(cfg.data_folder).get("tokenizer", {}).get("file")
-    if named:
-        return cfg.data_folder / named
-    name = f"fineweb_{cfg.vocab_size}_bpe"
-    if not cfg.caseops_enabled:
-        return Path(cfg.data_dir) / "tokenizers" / f"{name}.model"
-    caseops = Path(cfg.data_dir) / "datasets" / f"fineweb10B_sp{cfg.vocab_size}_caseops" / "datasets"
-    return caseops / "tokenizers" / f"{name}_lossless_caps_caseops_v1_reserved.model"
-
-
-def load_tokenizer(cfg: Config) -> object:
-    """The SentencePiece tokenizer. Raises DataError when missing, unreadable or of another vocabulary."""
-    import sentencepiece
-
-    path = tokenizer_file(cfg)
-    if not os.path.isfile(path):
-        raise DataError(f"TOKENIZER_PATH={path}: no such file, see {cfg.data_folder / 'manifest.json'}")
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError):
-        raise DataError(f"TOKENIZER_PATH={path}: not a SentencePiece model") from None
-    if processor.get_piece_size() != cfg.vocab_size:
-        pieces = processor.get_piece_size()
-        raise DataError(
-            f"VOCAB_SIZE={cfg.vocab_size}: the tokenizer {path} has {pieces} pieces, must be equal"
-        )
-    return processor
-
-
-def read_manifest(folder: Path) -> dict:
-    """The manifest beside the shards, {} where there is none."""
-    path = folder / "manifest.json"
-    if not os.path.isfile(path):
-        return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise DataError(f"{path}: not readable JSON") from None
-    if not _is_manifest(manifest):
-        raise DataError(f"{path}: not a manifest of prepare_caseops_data.py")
-    return manifest
-
-
-def _is_manifest(manifest: object) -> bool:
-    if not isinstance(manifest, dict):
-        return False
-    tokenizer, *groups = (manifest.get(key, {}) for key in ("tokenizer", "splits", "files"))
-    entries = [entry for group in groups if isinstance(group, dict) for entry in group.values()]
-    named = isinstance(tokenizer, dict) and isinstance(tokenizer.get("file", ""), str)
-    return named and all(isinstance(part, dict) for part in [*groups, *entries])
+    return ValidationSet.from_tables(
+        tokens, ByteTables.from_sentencepiece(load_tokenizer(cfg), cfg.vocab_size)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2397,8 +2359,9 @@ class Muon(torch.optim.Optimizer):
         coefficients: Sequence[tuple[float, float, float]] = POLAR_EXPRESS,
         steps: int = 5,
         ranks: Ranks = CPU,
+        backends: Backends = Backends(),
     ):
-        self._ranks, self._orthogonalise = ranks, ranks.compile(newton_schulz)
+        self._ranks, self._orthogonalise = ranks, backends.compile(newton_schulz)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, defaults | {"row_normalize": row_normalize})
         self._coefficients = tuple(coefficients)[:steps]
@@ -2530,7 +2493,9 @@ class StepReport(NamedTuple):
     """What a training step did. Reading loss, norm or clock waits for this step, not for later ones."""
 
     step: int  # counted from 1
-    measured: Pending  # loss, gradient norm, rank 0's clock: means over the ranks; this rank's loss + norm
+    measured: (
+        Pending  # means of loss and gradient norm, rank 0's clock, stop requests; this rank's loss + norm
+    )
     lr_multiplier: float
     muon_momentum: float
     looping: bool
@@ -2546,35 +2511,65 @@ class StepReport(NamedTuple):
         return float(self.measured.wait()[1])
 
     @property
+    def stop_requested(self) -> bool:
+        """Whether any rank had been told to stop when the step began."""
+        return float(self.measured.wait()[3]) > 0
+
+    @property
     def elapsed(self) -> float:
-        """Rank 0's training time when the step began, seconds."""
+        """Rank 0's training time when the step began, seconds. Raises RunError unless all is finite."""
         finite = torch.isfinite(self.measured.wait())
         if not finite.all():
             values = f"train_loss {self.train_loss}, grad_norm {self.grad_norm}"
-            where = "another rank's" if finite[3] else "this rank's"
+            where = "another rank's" if finite[4] else "this rank's"
             raise RunError(
                 f"step {self.step}: {values}: not finite ({where}), its gradient was not used, stopped"
             )
         return float(self.measured.wait()[2])
 
 
-class Trainer:
-    """Model, loader, both optimisers and the EMA; `step` does one optimiser step."""
+def micro_batches(cfg: Config, backends: Backends, world_size: int) -> tuple[int, int]:
+    """Micro-batches of a step on each rank, and the tokens of one."""
+    on_rank = max(1, backends.micro_batches // world_size)
+    return on_rank, cfg.train_batch_tokens // (on_rank * world_size)
 
-    position = 0, 0.0, None  # of `train`'s loop after the warm-up: steps, agreed clock, last report
 
-    def __init__(self, cfg: Config, model: GPT, loader: PackedLoader, ranks: Ranks = CPU):
+class Trainer(Worker):
+    """Model, loader, both optimisers and the EMA; `step` does one optimiser step, `units` all of them.
+
+    `validate(step)` is called every VAL_LOSS_EVERY steps; `clock` counts the stage "train" without it.
+    """
+
+    kept_by = "rank 0"
+
+    def __init__(
+        self,
+        cfg: Config,
+        model: GPT,
+        loader: "PackedLoader",
+        ranks: Ranks = CPU,
+        log: RunLog | None = None,
+        clock: "Stopwatch | None" = None,
+        validate: Callable[[int], None] | None = None,
+    ):
         self.cfg, self.model, self.ranks = cfg, model, ranks
+        self.log, self.clock, self.validate = log, clock, validate
         self.loader = Prefetched(loader) if ranks.on_gpu else loader
         self.looping = False
-        self.micro_batches = cfg.micro_batches(ranks.world_size)
+        self.micro_batches, self.micro_tokens = micro_batches(cfg, model.backends, ranks.world_size)
+        self.steps, self.rank0_seconds = 0, 0.0  # done, and rank 0's clock one step before
+        self.reports: list[StepReport] = []  # of the last two steps
+        self.capped = cfg.max_wallclock_seconds > 0
+        self.total = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if self.capped else cfg.iterations
         parameters = dict(model.named_parameters())
         groups = {}
         for name, row in parameter_table(cfg, model).items():
             group = {"params": []} | row
             groups.setdefault(group.pop("optimizer"), group)["params"].append(parameters[name])
         coefficients = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC}[cfg.muon_coefficients]
-        self.muon = Muon(**groups.pop("muon"), coefficients=coefficients, ranks=ranks)
+        self.muon = Muon(
+            **groups.pop("muon"), coefficients=coefficients, ranks=ranks, backends=model.backends
+        )
         self.adamw = torch.optim.AdamW(list(groups.values()), fused=True)
         self._small = [p for group in groups.values() for p in group["params"]]  # averaged as one buffer
         for group in self._groups():
@@ -2603,7 +2598,8 @@ class Trainer:
         self.muon.param_groups[0]["momentum"] = momentum
         loss, norm = self._accumulate_gradients(batches)
         clock = torch.full_like(loss, elapsed if self.ranks.is_main else 0.0)
-        measured = torch.stack([loss, norm, clock])
+        stop = torch.full_like(loss, float(self.ranks.stop_signal > 0))
+        measured = torch.stack([loss, norm, clock, stop])
         slices, scale = self._exchange_gradients(measured)
         measured = torch.cat([measured, (loss + norm)[None]])
         finite = torch.isfinite(measured).all()
@@ -2629,7 +2625,8 @@ class Trainer:
         for micro in range(self.micro_batches):
             x, y, segments = self.loader.next() if batches is None else batches[micro]
             with self.ranks.autocast():
-                losses = self.model(*self.ranks.send(x, y, segments), looping=self.looping)
+                batch = self.ranks.send(x, y, segments, self.model.backends.compiler)
+                losses = self.model(*batch, looping=self.looping)
             loss = losses.mean()
             loss.backward()
             loss_sum += loss.detach()
@@ -2669,37 +2666,103 @@ class Trainer:
         torch._foreach_mul_(small, scale)
         return slices, scale
 
-    def warm_up(self, steps: int) -> None:
+    def warm_up(self, steps: int, watch: Watch | None = None) -> None:
         """Run every graph `steps` times on random tokens, then restore all state as it was."""
-        before = self.snapshot()
+        before, cfg, watch = self.snapshot(), self.cfg, watch or Watch()
         generator = torch.Generator().manual_seed(0)
-        tokens = self.cfg.train_batch_tokens // (self.ranks.world_size * self.micro_batches)
-        cfg, device = self.cfg, self.ranks.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([self.ranks.device] if self.ranks.on_gpu else []):
             for frac in (0.0, 1.0)[: 1 + bool(cfg.num_loops)]:
-                for _ in range(steps):
+                for step in range(steps):
+                    watch.see("warm_up", steps_left=steps - step, steps=steps)
                     micro = range(self.micro_batches)
-                    rows = [random_row(cfg, tokens, cfg.train_seq_len, generator) for _ in micro]
+                    rows = [random_row(cfg, self.micro_tokens, cfg.train_seq_len, generator) for _ in micro]
                     self.step(0, frac, rows)
-            if self.ranks.compiler and steps:
+                watch.see("warm_up", steps_left=0, steps=steps)
+            if self.model.backends.compiler and steps:
                 length = cfg.val_batch_tokens // CONTEST_MICRO_BATCHES
                 score = model_score(self.model, looping=cfg.num_loops > 0, ranks=self.ranks)
                 score(*random_row(cfg, length, cfg.eval_seq_len, generator))
         self.restore(before)
 
+    def units(self) -> Iterable[None]:
+        """Train until the wall clock or the number of steps is used up, then put the average into the model."""
+        cfg, graphs = self.cfg, compiled_graphs() if self.model.backends.compiler else 0
+        while self.steps < cfg.iterations and (frac := self._fraction()) < 1:
+            if cfg.val_loss_every and self.steps % cfg.val_loss_every == 0:
+                self.validate(self.steps)
+            was_looping = self.looping
+            report = self.step(self.steps, frac, elapsed=self.clock.elapsed("train"))
+            self.steps, self.reports = self.steps + 1, [*self.reports[-1:], report]
+            if self.looping and not was_looping:
+                encoder, decoder = layer_order(cfg, looping=True)
+                self.log.event("looping", step=self.steps, encoder=encoder, decoder=decoder)
+            if self.steps <= 5 or self.steps % cfg.train_log_every == 0:
+                self._log_step(report, self.clock.elapsed("train"))
+            if len(self.reports) == 2:
+                self.rank0_seconds = self.reports[0].elapsed
+            self.done = self.rank0_seconds if self.capped else self.steps
+            yield
+        for report in self.reports:
+            report.elapsed  # noqa: B018 - raises if the step was not finite
+        if self.model.backends.compiler:
+            memory, again = torch.cuda.max_memory_allocated() >> 20, compiled_graphs() - graphs
+            self.log.event("graphs", warm_up=graphs, recompiled=again, peak_memory_mib=memory)
+        self.model.load_state_dict(self.ema.cast_like(self.model.state_dict()))
+
+    def _fraction(self) -> float:
+        """Share of the training that is over: of the steps or, by the clock of all ranks, of the time."""
+        if not self.capped:
+            return self.steps / self.cfg.iterations
+        return elapsed_at(self.rank0_seconds, self.steps) / self.total
+
+    def _log_step(self, report: StepReport, elapsed: float) -> None:
+        report.elapsed  # noqa: B018 - raises if the step was not finite
+        self.log.event(
+            "train",
+            step=report.step,
+            train_loss=report.train_loss,
+            grad_norm=report.grad_norm,
+            lr_multiplier=report.lr_multiplier,
+            train_seconds=elapsed,
+            tokens_per_second=report.step * self.cfg.train_batch_tokens / elapsed,
+        )
+
+    def state(self) -> dict:
+        """All that later steps depend on, on the CPU; the same on all ranks, which call this together."""
+        state = self.snapshot() | {"step": self.steps, "rng": torch.get_rng_state()}
+        state["clocks"] = [report.elapsed for report in self.reports]
+        banks = self.muon.param_groups[0]["params"]
+        for number, entry in state["muon"]["state"].items():
+            entire = self.ranks.all_gather(entry["momentum_buffer"]).wait()
+            entry["momentum_buffer"] = entire[: len(banks[number])]
+        return copy_tensors(state, Tensor.cpu)
+
+    def load_state(self, state: dict) -> None:
+        """Go on from a state, whatever the number of ranks was that made it."""
+        ranks, banks = self.ranks, self.muon.param_groups[0]["params"]
+        for number, entry in state["muon"]["state"].items():
+            entire, per_rank = entry["momentum_buffer"], -(-len(banks[number]) // ranks.world_size)
+            padding = entire.new_zeros(per_rank * ranks.world_size - len(entire), *entire.shape[1:])
+            entry["momentum_buffer"] = torch.cat([entire, padding]).split(per_rank)[ranks.rank]
+        torch.set_rng_state(state["rng"])
+        self.restore(state | {"ema": copy_tensors(state["ema"], lambda tensor: tensor.to(ranks.device))})
+        measured = [Pending(torch.tensor([0.0, 0.0, clock, 0.0, 0.0]), None) for clock in state["clocks"]]
+        self.reports = [StepReport(state["step"], values, 1.0, 0.0, self.looping) for values in measured]
+        self.steps, self.rank0_seconds = state["step"], state["clocks"][0]
+
     def snapshot(self) -> dict:
         """A copy of everything that a step changes."""
         state = {"model": self.model, "muon": self.muon, "adamw": self.adamw}
-        copies = {name: _copy_tensors(part.state_dict()) for name, part in state.items()}
-        averages = _copy_tensors(self.ema.averages)
+        copies = {name: copy_tensors(part.state_dict()) for name, part in state.items()}
+        averages = copy_tensors(self.ema.averages)
         return copies | {"ema": averages, "looping": self.looping, "loader": self.loader.state()}
 
     def restore(self, snapshot: dict) -> None:
         """Go back to a snapshot (optimisers keep the tensors that they are given, so they get copies)."""
         self.model.load_state_dict(snapshot["model"])
-        self.muon.load_state_dict(_copy_tensors(snapshot["muon"]))
-        self.adamw.load_state_dict(_copy_tensors(snapshot["adamw"]))
-        self.ema.averages = _copy_tensors(snapshot["ema"])
+        self.muon.load_state_dict(copy_tensors(snapshot["muon"]))
+        self.adamw.load_state_dict(copy_tensors(snapshot["adamw"]))
+        self.ema.averages = copy_tensors(snapshot["ema"])
         self.looping = snapshot["looping"]
         self.loader.load_state(snapshot["loader"])
 
@@ -2747,66 +2810,17 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def _copy_tensors(tree: object, copy: Callable[[Tensor], Tensor] = Tensor.clone) -> object:
+def copy_tensors(tree: object, copy: Callable[[Tensor], Tensor] = Tensor.clone) -> object:
     if isinstance(tree, Tensor):
         return copy(tree)
     if isinstance(tree, dict):
-        return {key: _copy_tensors(value, copy) for key, value in tree.items()}
-    return [_copy_tensors(item, copy) for item in tree] if isinstance(tree, list) else tree
+        return {key: copy_tensors(value, copy) for key, value in tree.items()}
+    return [copy_tensors(item, copy) for item in tree] if isinstance(tree, list) else tree
 
 
-def train(trainer: Trainer, log: RunLog, watch: Stopwatch, validate: Callable[[int], None]) -> int:
-    """Train until the wall clock or the number of steps is used up, then put the EMA weights into the model.
-
-    `validate(step)` is called every `val_loss_every` steps, off the clock. Returns the number of steps.
-    """
-    cfg = trainer.cfg
-    trainer.warm_up(cfg.warmup_steps)
-    trainer.ranks.wait_for_all("warm-up")
-    graphs = compiled_graphs() if trainer.ranks.compiler else 0
-    allowance = max(cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds, 0.0)
-    capped = cfg.max_wallclock_seconds > 0
-    step, agreed, report = trainer.position
-    progress = log.progress("train", allowance if capped else cfg.iterations)  # seconds or steps
-    with watch.stage("train"):
-        while step < cfg.iterations and not (capped and _spent(agreed, step) >= allowance):
-            if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-                validate(step)
-            was_looping = trainer.looping
-            frac = _spent(agreed, step) / allowance if capped else step / cfg.iterations
-            previous, report = report, trainer.step(step, frac, elapsed=watch.elapsed("train"))
-            step += 1
-            if report.looping and not was_looping:
-                encoder, decoder = layer_order(cfg, looping=True)
-                log.event("looping", step=step, encoder=encoder, decoder=decoder)
-            if step <= 5 or step % cfg.train_log_every == 0:
-                _log_step(log, cfg, report, watch.elapsed("train"))
-            agreed = previous.elapsed if previous else 0.0
-            progress.update(agreed if capped else step)
-        report.elapsed  # noqa: B018 - raises if the last step was not finite
-    if trainer.ranks.compiler:
-        memory = torch.cuda.max_memory_allocated() >> 20
-        log.event("graphs", warm_up=graphs, recompiled=compiled_graphs() - graphs, peak_memory_mib=memory)
-    trainer.model.load_state_dict(trainer.ema.cast_like(trainer.model.state_dict()))
-    return step
-
-
-def _spent(agreed: float, step: int) -> float:
-    """Training time at the start of a step (from 0) by the agreed clock, which is two steps behind."""
-    return agreed * step / (step - 2) if step > 2 else 0.0
-
-
-def _log_step(log: RunLog, cfg: Config, report: StepReport, elapsed: float) -> None:
-    report.elapsed  # noqa: B018 - raises if the step was not finite
-    log.event(
-        "train",
-        step=report.step,
-        train_loss=report.train_loss,
-        grad_norm=report.grad_norm,
-        lr_multiplier=report.lr_multiplier,
-        train_seconds=elapsed,
-        tokens_per_second=report.step * cfg.train_batch_tokens / elapsed,
-    )
+def elapsed_at(rank0_seconds: float, step: int) -> float:
+    """Training time at the start of a step (from 0): rank 0's clock is known two steps later, and scaled up."""
+    return rank0_seconds * step / (step - 2) if step > 2 else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4007,7 +4021,7 @@ def warm_up_ttt(model: GPT, cfg: Config, sizes: Iterable[int], looping: bool, ra
     There are two for each chunk size (several rows, one row) and one for the global phases. The weights are
     afterwards what they were. Returns the number of graphs; raises what the compiler raises.
     """
-    before, generator = _copy_tensors(model.state_dict()), torch.Generator().manual_seed(0)
+    before, generator = copy_tensors(model.state_dict()), torch.Generator().manual_seed(0)
     torch.compiler.reset()  # a limited number of forms is compiled for each function
     graphs = compiled_graphs()
     try:
@@ -4069,171 +4083,157 @@ def compile_adaptation(run: "Run", documents: Sequence[tuple[int, int]]) -> None
 class Run:
     """One run: its settings, device, log and clock, and what each stage measured.
 
-    Everything that a mistake could spoil is looked at before the folder of the run is made.
+    `sources` are the files of the house by name, as they were when the run began. Everything that a mistake
+    could spoil is looked at before the folder of the run is made.
     """
 
-    new_trainer, score_ttt = Trainer, staticmethod(score_first_ttt)
-
-    def __init__(self, cfg: Config, ranks: Ranks, source: bytes):
-        self.cfg = cfg = choose_backends(cfg, ranks)
-        for name in LEFT_OUT:
-            if getattr(cfg, name.lower(), name == cfg.compressor.upper()):
-                raise ConfigError(f"{name}: this packed script is without it; run the whole train_gpt.py")
-        self.ranks, self.source, self.watch = ranks, source, Stopwatch(ranks)
-        self.ledger = Ledger(self) if cfg.audit else None
+    def __init__(
+        self,
+        cfg: Config,
+        ranks: Ranks,
+        backends: Backends,
+        sources: Mapping[str, bytes],
+        watch: Watch | None = None,
+        folder: Path | None = None,
+    ):
+        self.cfg, self.ranks, self.backends, self.sources = cfg, ranks, backends, sources
+        self.watch, self.clock = watch or Watch(), Stopwatch(ranks)
         self.looping = cfg.num_loops > 0  # a trained model is evaluated with its loops
-        codec_module(cfg.compressor)  # missing: said before training, not after it
-        self.artifact = self._input("quantized_model_path") if cfg.ttt_eval_only else None
-        evaluates = cfg.prequant_only and self._exists("model_path") is not None
-        self.checkpoint = self._input("model_path") if cfg.quantize_only or evaluates else None
-        self.trains = not (self.artifact or self.checkpoint)
-        self.manifest = check_data(cfg, ["train"] if self.trains or cfg.quantize_only else [])
-        self.val = load_validation(cfg)  # read to be checked; no model sees it before its evaluation
-        self.model = self._first_model()
-        self.log = self._open_log(cfg, ranks)
+        if not COUNTED:
+            check_systems(cfg)
+            codec_module(cfg.compressor)  # missing: said before training, not after it
         self.stages: dict[str, dict[str, float]] = {}
         self.result: dict[str, object] = {}
+        self.finished: list[str] = []  # stages that are over, and were perhaps before this run was resumed
+        self.artifact, self.trains = b"", not (cfg.quantize_only or cfg.ttt_eval_only)
+        if cfg.prequant_only and not COUNTED:
+            self.trains = find_file(cfg, "model_path", needed=False) is None
+        self.watch.see("inputs", run=self)  # a resumed run knows what it began with
+        artifact = find_file(cfg, "quantized_model_path") if cfg.ttt_eval_only else None
+        checkpoint = None if artifact or self.trains else find_file(cfg, "model_path")
+        self.watch.see("data", run=self)
+        self.val = load_validation(cfg)  # read to be checked; no model sees it before its evaluation
+        self.watch.see("sizes", run=self)
+        self.model = self._first_model(artifact, checkpoint)
+        self.watch.see("model", run=self)
+        self.log = RunLog(self.cfg, ranks, self.watch, folder)
         self._log_head()
+        self.watch.see("opened", run=self)
 
-    def _open_log(self, cfg: Config, ranks: Ranks, *choose: Callable[..., Path]) -> RunLog:
-        return (TrackedLog if cfg.wandb_project or cfg.tensorboard_dir else RunLog)(cfg, ranks, *choose)
-
-    def _exists(self, field: str) -> Path | None:
-        """The file of a setting: as given, or in ARTIFACT_DIR; None where there is none."""
-        given = Path(getattr(self.cfg, field))
-        places = (given, Path(self.cfg.artifact_dir) / given)
-        return next((path for path in places if os.path.isfile(path)), None)
-
-    def _input(self, field: str) -> Path:
-        path = self._exists(field)
-        if path is None:
-            places = f"no such file, nor in ARTIFACT_DIR={self.cfg.artifact_dir!r}"
-            raise ConfigError(f"{field.upper()}={getattr(self.cfg, field)}: {places}")
-        return path
-
-    def _first_model(self) -> GPT:
+    def _first_model(self, artifact: Path | None, checkpoint: Path | None) -> GPT:
         """The model that the run starts with: fresh, of a checkpoint, or of an artifact."""
-        if self.artifact:
-            self.blob = self.artifact.read_bytes()
-            model = self._model_of_artifact(self.artifact)
-            if self.blob.startswith(ARTIFACT_MAGIC):  # what made it is what the counted code needs
-                codec = CODECS[PREFIX.unpack_from(self.blob)[2]]
-                self.cfg = dataclasses.replace(model.cfg, compressor=codec)
+        if artifact:
+            self.artifact = artifact.read_bytes()
+            model = self.model_of_artifact(artifact)
+            if not COUNTED and self.artifact.startswith(ARTIFACT_MAGIC):
+                codec = CODECS[PREFIX.unpack_from(self.artifact)[2]]
+                self.cfg = dataclasses.replace(model.cfg, compressor=codec)  # what the counted code needs
             return model
-        if self.checkpoint:
-            return model_of_checkpoint(self, self.checkpoint)
-        self.loader = self._new_loader()
+        if checkpoint and not COUNTED:
+            from harness.readers import model_of_checkpoint
+
+            return model_of_checkpoint(self, checkpoint)
+        self.loader = self.new_loader()
         return self.new_model(self.cfg)
 
-    def _new_loader(self) -> "PackedLoader | WindowLoader":
-        cfg, world = self.cfg, self.ranks.world_size
-        group, paths = world * cfg.micro_batches(world), shard_paths(cfg.data_folder, "train")
+    def new_loader(self) -> "PackedLoader | WindowLoader":
+        """The training batches of this rank, from the first on."""
+        cfg, ranks, paths = self.cfg, self.ranks, shard_paths(self.cfg.data_folder, "train")
+        on_rank, tokens = micro_batches(cfg, self.backends, ranks.world_size)
         if cfg.plain_windows:
-            return WindowLoader(paths, cfg, self.ranks)
-        return PackedLoader(
-            paths,
-            world,
-            self.ranks.rank,
-            cfg.train_batch_tokens // group,
-            cfg.train_seq_len,
-            cfg.vocab_size,
-            group=group,
-        )
+            from systems.stream import WindowLoader
 
-    def _fit_memory(self) -> None:
-        """Smaller micro-batches, and a loader for them, where the device's memory asks for them."""
-        fitted = fit_memory(self.cfg, self.model, self.ranks)
-        if fitted != self.cfg:
-            text = f"GRAD_ACCUM_STEPS={fitted.grad_accum_steps}: {self.cfg.grad_accum_steps} do not fit"
-            self.log.event("notice", text=text)
-            self.cfg = fitted
-            self.loader = self._new_loader()
-
-    def _log_head(self) -> None:
-        """What a reader needs to trust the log: settings, versions, commit, device, and the source itself."""
-        commit = _command_output("git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD")
-        manifest = self.cfg.data_folder / "manifest.json"
-        cuda = self.ranks.on_gpu
-        hardware = _command_output("nvidia-smi" if cuda else "lscpu")
-        cpu = re.search(r"Model name:\s*(.*)", hardware)
-        self.log.text(show_settings(self.cfg))
-        self.log.text(f"{'=' * 80}\n{self.source.decode(errors='backslashreplace')}\n{'=' * 80}\n{hardware}")
-        self.result["environment"] = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if cuda else cpu[1] if cpu else platform.machine(),
-            "threads": torch.get_num_threads(),
-            "ranks": self.ranks.world_size,
-            "attention": self.cfg.attention_backend,
-            "compiler": self.ranks.compiler or "off",
-            "kernels": self.cfg.triton_kernels,
-            "commit": commit,
-            "source_sha256": hashlib.sha256(self.source).hexdigest(),
-            "data_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else "",
-        }
-        self.log.event(
-            "start", run=self.log.run_id, folder=str(self.log.folder), **self.result["environment"]
-        )
-        if not self.manifest:
-            self.log.event(
-                "notice", text=f"{self.cfg.data_folder} has no manifest.json: its split is not verified"
-            )
-        if unverified := self.manifest.get("unverified"):
-            self.result["unverified_data"] = unverified
-            self.log.event("notice", text=f"unverified data: {unverified}")
-        reserve = self.cfg.gptq_reserve_seconds
-        if self.trains and self.cfg.max_wallclock_seconds - reserve > TRAIN_LIMIT - 4:
-            text = f"GPTQ_RESERVE_SECONDS={reserve:g}: calibration may end too late, PRESET=pr1868 keeps 8"
-            self.log.event("notice", text=text)
-
-    # -- stages
+            return WindowLoader(paths, cfg, ranks, tokens)
+        group = on_rank * ranks.world_size
+        options = {"vocab_size": cfg.vocab_size, "group": group}
+        return PackedLoader(paths, ranks.world_size, ranks.rank, tokens, cfg.train_seq_len, **options)
 
     def new_model(self, cfg: Config) -> GPT:
         """A freshly initialised model."""
         torch.manual_seed(cfg.seed)
-        return self.ranks.place(GPT(cfg))
+        return self.backends.move_and_compile(GPT(cfg, self.backends), self.ranks.device)
+
+    def _log_head(self) -> None:
+        """What a reader needs to trust the log: settings, sources, versions and device."""
+        backends, source = self.backends, self.sources["train_gpt.py"]
+        self.result["environment"] = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if self.ranks.on_gpu else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "ranks": self.ranks.world_size,
+            "attention": backends.attention,
+            "compiler": backends.compiler or "off",
+            "kernels": backends.kernels,
+            "source_sha256": hashlib.sha256(source).hexdigest(),
+        }
+        if not COUNTED:
+            self.log.text(show_settings(self.cfg))
+            self.log.text(f"{'=' * 80}\n{source.decode(errors='backslashreplace')}\n{'=' * 80}")
+            self.watch.see("head", run=self)
+        self.log.event(
+            "start", run=self.log.run_id, folder=str(self.log.folder), **self.result["environment"]
+        )
+
+    # -- stages
+
+    def once(self, stage: str, work: Callable[[], object]) -> None:
+        """Do a stage, unless it was done before the run was resumed."""
+        if stage not in self.finished:
+            work()
+            self.finished.append(stage)
+            self.watch.see("finished", stage=stage, run=self)
+
+    def stage(self, name: str, worker: Worker) -> None:
+        """Let a worker do a stage on the clock, from where a saved state left it."""
+        with self.clock.stage(name):
+            state = self.watch.saved(name)
+            if state is not None:
+                worker.load_state(state)
+            for _ in worker.units():
+                self.watch.unit(name, worker)
 
     def train(self) -> None:
-        """Train from scratch, save the EMA weights."""
-        trainer, model = self._prepare_training(), self.model
-
-        def validate(step: int) -> None:
-            name = f"step_{step}" if step else "untrained"
-            self.evaluate(name, looping=trainer.looping)
-
-        self.result["steps"] = train(trainer, self.log, self.watch, validate)
-        path = self.log.folder / Path(self.cfg.model_path).name
-        if self.ranks.is_main:
-            buffer = io.BytesIO()
-            torch.save(_copy_tensors(dict(model.state_dict()), Tensor.cpu), buffer)
-            write_whole(path, buffer.getvalue())
-        self.log.event("saved", file=str(path), train_seconds=self.watch.seconds["train"])
-
-    def _prepare_training(self) -> Trainer:
+        """Train from scratch, save the average of the weights."""
         parameters = sum(p.numel() for p in self.model.parameters())
         slots = lora_slots(self.cfg, looping=True)
         self.log.event("model", parameters=parameters, layers=self.cfg.num_layers, virtual_layers=slots)
-        if self.ranks.on_gpu:
-            self._fit_memory()
-        return self.new_trainer(self.cfg, self.model, self.loader, self.ranks)
+        self.watch.see("memory", run=self)
+        trainer = self.new_trainer()
+        trainer.warm_up(self.cfg.warmup_steps, self.watch)
+        self.ranks.wait_for_all("warm-up")
+        self.watch.see("warmed", run=self)
+        self.stage("train", trainer)
+        self.result["steps"] = trainer.steps
+        if self.ranks.is_main:
+            buffer = io.BytesIO()
+            torch.save(copy_tensors(dict(self.model.state_dict()), Tensor.cpu), buffer)
+            write_whole(self.output("model_path"), buffer.getvalue())
+        seconds = self.clock.seconds["train"]
+        self.log.event("saved", file=str(self.output("model_path")), train_seconds=seconds)
+
+    def new_trainer(self) -> Trainer:
+        """A trainer of the run's model."""
+
+        def validate(step: int) -> None:
+            name = f"step_{step}" if step else "untrained"
+            if name not in self.stages:
+                self.evaluate(name, trainer.looping)
+
+        trainer = Trainer(self.cfg, self.model, self.loader, self.ranks, self.log, self.clock, validate)
+        return trainer
+
+    def output(self, field: str) -> Path:
+        """The run's own file of a setting that names one."""
+        return self.log.folder / Path(getattr(self.cfg, field)).name
 
     def evaluate(self, stage: str, looping: bool | None = None) -> None:
         """Standard evaluation."""
         looping = self.looping if looping is None else looping
-        row_tokens = self.cfg.val_batch_tokens // CONTEST_MICRO_BATCHES
-        progress = self.log.progress(stage, self.val.num_targets)
-
-        def on_row(end: int, losses: Tensor) -> None:
-            progress.update(end)
-            if self.ledger:
-                self.ledger.charge(stage, range(end - losses.numel(), end), losses)
-
-        with self.watch.stage(stage):
-            score = model_score(self.model, looping=looping, ranks=self.ranks)
-            limits = row_tokens, self.cfg.eval_seq_len
-            plain = self.cfg.plain_windows
-            meter = evaluate_standard(score, self.val, *limits, on_row, self.ranks, plain)
-        self.record(stage, meter, self.val.documents)
+        options = {"looping": looping, "ranks": self.ranks, "watch": self.watch}
+        worker = StandardEvaluation(self.model, self.val, self.cfg, **options)
+        self.stage(stage, worker)
+        self.record(stage, worker.meter, self.val.documents)
 
     def record(self, stage: str, meter: BpbMeter, documents: Sequence[tuple[int, int]]) -> None:
         """Keep and log a score; a target scored twice or not at all is a fault of the evaluator."""
@@ -4248,50 +4248,53 @@ class Run:
             "documents": len(documents),
             "targets": targets,
             "bytes": int(meter.bytes),
-            "seconds": self.watch.seconds[stage],
+            "seconds": self.clock.seconds[stage],
         }
         self.log.event(stage, **self.stages[stage])
+        if not math.isfinite(meter.val_loss):
+            raise RunError(f"{stage}: val_loss {meter.val_loss}: not finite")
 
-    def quantise(self) -> Path:
+    def quantise(self) -> None:
         """Calibrate, quantise, write the artifact."""
-        cfg, ranks, seconds = self.cfg, self.ranks, self.watch.seconds
-        paths = shard_paths(cfg.data_folder, "train")
-        with self.watch.stage("calibrate"):
+        cfg, ranks, seconds = self.cfg, self.ranks, self.clock.seconds
+        with self.clock.stage("calibrate"):
+            paths = shard_paths(cfg.data_folder, "train")
             loader = ShuffledLoader(paths, 1, 0, cfg.train_seq_len, cfg.vocab_size)
             hessians = calibrate(self.model, cfg, loader, looping=self.looping, ranks=ranks)
             if cfg.fit_bytes:
+                from systems.fit_bytes import calibrate_gradients, fit_state
+
                 options = {"looping": self.looping, "ranks": ranks}
                 gradients = calibrate_gradients(self.model, cfg, loader, **options)
-        with self.watch.stage("quantise"):
+        with self.clock.stage("quantise"):
             flat = flatten_banks(self.model.state_dict(), cfg.num_layers)
-            progress = self.log.progress("quantise", len(flat))
             if cfg.fit_bytes:
-                code = len(self._packed_code[0]) if ranks.is_main else 0
+                code = len(self.packed_code[0]) if ranks.is_main else 0
                 budget = cfg.fit_bytes - ranks.gather(code)[0]
                 records = fit_state(flat, hessians, gradients, cfg, budget, self.log, ranks)
             else:
-                records = quantize_state(flat, hessians, cfg, progress.update, ranks)
+                records = quantize_state(flat, hessians, cfg, None, ranks)
         for name, record in records.items():
             if record.report:
                 self.log.event("matrix", name=name, **record.report)
-        path = self.log.folder / Path(cfg.quantized_model_path).name
-        with self.watch.stage("compress"):
-            blob = pack_artifact(records, cfg) if ranks.is_main else b""
-            if ranks.is_main:
-                write_whole(path, blob)
+        with self.clock.stage("compress"):
+            artifact = pack_artifact(records, cfg) if ranks.is_main else b""
             ranks.wait_for_all("compress")
-            self.blob, self.quantised = ranks.gather(blob)[0], (flat, hessians)
+            self.artifact = ranks.gather(artifact)[0]
+        self.watch.see("artifact", run=self, flat=flat, hessians=hessians)
+        if ranks.is_main:
+            write_whole(self.output("quantized_model_path"), self.artifact)
         kinds = [record.category for record in records.values()]
         counts = {kind.replace(" ", "_"): kinds.count(kind) for kind in sorted(set(kinds))}
         counts |= {f"{name}_seconds": seconds[name] for name in ("calibrate", "quantise", "compress")}
-        self.log.event("artifact", file=str(path), model_bytes=len(self.blob), **counts)
-        return path
+        path = self.output("quantized_model_path")
+        self.log.event("artifact", file=str(path), model_bytes=len(self.artifact), **counts)
 
-    def _model_of_artifact(self, path: Path) -> GPT:
-        """A clean model that knows nothing but the bytes of the artifact file."""
+    def model_of_artifact(self, path: Path) -> GPT:
+        """A clean model that knows nothing but the bytes of the artifact."""
         try:
-            settings, records = read_artifact(self.blob)
-            model = self.new_model(dataclasses.replace(self.cfg, **settings))
+            settings, records = read_artifact(self.artifact)
+            model = self.new_model(self.cfg if COUNTED else dataclasses.replace(self.cfg, **settings))
             model.load_state_dict(dequantize_state(records, model.cfg.num_layers))
         except (UserError, TypeError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -4302,25 +4305,30 @@ class Run:
         return model
 
     @functools.cached_property
-    def _packed_code(self) -> tuple[bytes, bool]:
-        return packed_script(self.cfg, self.source)
+    def packed_code(self) -> tuple[bytes, bool]:
+        """The script as it is counted, and whether it was minified. The counted script is just that."""
+        source = self.sources["train_gpt.py"]
+        if COUNTED:
+            return source, True
+        if len(self.sources) > 1:
+            from harness.packing import packed_script
+
+            return packed_script(self.cfg, self.backends, self.sources, self.ranks.on_gpu)
+        text = base64.b85encode(lzma.compress(source, preset=9))
+        return b"import base64,lzma\nexec(lzma.decompress(base64.b85decode(%r)))\n" % text, False
 
     def count_bytes(self) -> None:
         """The sizes that the contest counts; writes the packed script."""
         if not self.ranks.is_main:
             return
-        model_bytes = len(self.blob)
-        packed, minified = self._packed_code
+        packed, minified = self.packed_code
         write_whole(self.log.folder / "train_gpt.packed.py", packed)
         if not minified:
             self.log.event(
-                "notice", text="python-minifier is not installed: the counted code is not minified"
+                "notice", text="the counted code is not minified (python-minifier or harness/ missing)"
             )
-        sizes = {
-            "artifact_bytes": len(packed) + model_bytes,
-            "code_bytes": len(packed),
-            "model_bytes": model_bytes,
-        }
+        sizes = {"code_bytes": len(packed), "model_bytes": len(self.artifact)}
+        sizes = {"artifact_bytes": sum(sizes.values())} | sizes
         self.result |= sizes
         self.log.event("size", **sizes, limit=SIZE_LIMIT)
 
@@ -4328,32 +4336,43 @@ class Run:
         """Phased score-first LoRA test-time training: the contest score."""
         cfg = self.model.cfg
         documents = select_documents(self.val.documents, cfg.val_doc_fraction, cfg.seed)
-        if "COMPILED" in LEFT_OUT:
-            self.ranks.stop_compiling()
-        if self.ranks.compiler:
-            compile_adaptation(self, documents)
-        progress, done = self.log.progress("ttt", len(documents) / self.ranks.world_size), 0
+        if self.model.backends.compiler:
+            self._compile_adaptation(documents)
+        options = {"looping": self.looping, "ranks": self.ranks, "watch": self.watch}
+        worker = ScoreFirstTTT(self.model, self.val, cfg, **options)
+        self.stage("ttt", worker)
+        self.record("ttt", worker.meter, documents)
 
-        def on_event(kind: str, **data: object) -> None:
-            nonlocal done
-            if self.ledger:
-                self.ledger.record(kind, data)
-            if kind == "batch_done":
-                done += len(data["batch"].documents)
-                progress.update(done, running_loss=data["loss_sum"] / data["token_count"])
-            elif kind == "global_sgd":
-                steps = len(data["grad_norms"])
-                self.log.event("ttt_phase", phase=data["phase"], tokens=len(data["tokens"]), sgd_steps=steps)
+    def _compile_adaptation(self, documents: Sequence[tuple[int, int]]) -> None:
+        """Compile before the clock starts, or say why not; what no graph fits afterwards runs without."""
+        cfg = self.model.cfg
+        sizes = {cfg.chunk_size(length - 1) for _, length in documents}
+        with self.clock.stage("ttt_warm_up"):
+            try:
+                graphs = warm_up_ttt(self.model, cfg, sizes, self.looping, self.ranks)
+                torch.compiler.set_stance("eager_on_recompile")
+                self.log.event("graphs", ttt_warm_up=graphs, seconds=self.clock.elapsed("ttt_warm_up"))
+            except Exception as error:  # compilers raise anything
+                if COUNTED:
+                    raise
+                self.log.event("notice", text=f"test-time training is not compiled ({one_line(error)})")
+                self.model.backends = dataclasses.replace(self.model.backends, compiler="")
+            self.ranks.wait_for_all("ttt_warm_up")
 
-        with self.watch.stage("ttt"):
-            options = {"looping": self.looping, "ranks": self.ranks, "on_event": on_event}
-            meter = self.score_ttt(self.model, self.val, cfg, **options)
-        self.record("ttt", meter, documents)
+    def score_stream(self, stage: str) -> None:
+        """Sliding windows over the stream, or test-time training by SGD between its chunks."""
+        from systems.stream import ScoreFirstSGD, SlidingEvaluation
+
+        kind = ScoreFirstSGD if stage == "ttt" else SlidingEvaluation
+        options = {"looping": self.looping, "ranks": self.ranks, "watch": self.watch}
+        worker = kind(self.model, self.val, self.cfg, **options)
+        self.stage(stage, worker)
+        self.record(stage, worker.meter, self.val.documents)
 
     def finish(self) -> int:
         """Write result.json and the final line; exit code 3 when a limit of the contest is exceeded."""
         final = next(name for name in ("ttt", "sliding", "quantised", "prequant") if name in self.stages)
-        seconds = self.watch.seconds
+        seconds = self.clock.seconds
         summary = {
             "val_bpb": self.stages[final]["val_bpb"],
             "val_loss": self.stages[final]["val_loss"],
@@ -4364,11 +4383,11 @@ class Run:
         }
         broken = self._broken_limits(summary)
         summary["legal"] = not broken and summary["artifact_bytes"] > 0
-        settings = self.model.cfg.as_env()
-        extra = {"broken_limits": broken, "stages": self.stages, "seconds": seconds, "settings": settings}
+        extra = {"broken_limits": broken, "stages": self.stages, "seconds": seconds}
+        if not COUNTED:
+            extra["settings"] = self.model.cfg.as_env()
         result = {"run": self.log.run_id, "final_stage": final, **summary, **self.result, **extra}
-        if self.ledger:
-            self.ledger.write()
+        self.watch.see("result", run=self)
         if self.ranks.is_main:  # the last file: where it is, all are
             write_whole(self.log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
         for reason in broken:
@@ -4390,69 +4409,68 @@ class Run:
 
     def execute(self) -> int:
         """All stages asked for, in order. Returns the exit code."""
+        cfg = self.cfg
         if self.trains:
-            self.train()
-        if not self.artifact:
-            self.evaluate("prequant")
-            if self.cfg.prequant_only:
+            self.once("train", self.train)
+        if not cfg.ttt_eval_only:
+            self.once("prequant", lambda: self.evaluate("prequant"))
+            if cfg.prequant_only:
                 return self.finish()
-            self.artifact = self.quantise()
-            self.model = self._model_of_artifact(self.artifact)
-        self.count_bytes()
+            self.once("quantise", self.quantise)
+            self.model = self.model_of_artifact(self.output("quantized_model_path"))
+        self.once("count_bytes", self.count_bytes)
         self.looping = self.model.cfg.num_loops > 0
-        self.evaluate("quantised")
-        if self.cfg.sliding_window_enabled:
-            evaluate_stream(self, "sliding", evaluate_windows)
-        if self.cfg.ttt_sgd and self.cfg.ttt_enabled:
-            evaluate_stream(self, "ttt", score_first_sgd)
-        elif self.cfg.ttt_enabled:
-            self.adapt()
+        self.once("quantised", lambda: self.evaluate("quantised"))
+        if cfg.sliding_window_enabled:
+            self.once("sliding", lambda: self.score_stream("sliding"))
+        if cfg.ttt_enabled and cfg.ttt_sgd:
+            self.once("ttt", lambda: self.score_stream("ttt"))
+        elif cfg.ttt_enabled:
+            self.once("ttt", self.adapt)
         return self.finish()
 
 
-# -- guards: what watches over a run and is no part of its counted code
+WATCHED_SETTINGS = (  # what harness/ does
+    *("SCALE", "CHECKPOINT_SECONDS", "WANDB_PROJECT", "TENSORBOARD_DIR", "AUDIT", "PREFLIGHT_ONLY"),
+    *("QUANTIZE_ONLY", "ALLOW_UNVERIFIED_DATA"),
+)
 
 
-# -- checkpoints: a run that was cut off goes on between steps, stages or batches of adaptation
-
-
-def _command_output(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Command line. Exit code 0, 1 (failed), 2 (a user's mistake), 3 (a limit exceeded), 128 + signal."""
-    source = Path(__file__).read_bytes()
-    try:
-        unknown = set(arguments) - {"--help", "-h", "--show", "--json"}
-        if unknown or ("--json" in arguments and "--show" not in arguments):
-            raise ConfigError(f"{' '.join(arguments)}: unknown, must be --help or --show [--json]")
-        if {"--help", "-h"} & set(arguments):
-            print(
-                f"{__doc__ or ''}\nSettings, as environment variables (PRESET one of {', '.join(PRESETS)}):\n"
+def check_systems(cfg: Config) -> None:
+    """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
+    needs = {  # setting -> is its part needed, and which
+        "COMPRESSOR": (cfg.compressor == "ans", "ans"),
+        "FIT_BYTES": (cfg.fit_bytes, "fit_bytes"),
+        "CASEOPS_ENABLED": (not cfg.caseops_enabled, "plain_text"),
+        "PLAIN_WINDOWS": (cfg.plain_windows, "stream"),
+        "SLIDING_WINDOW_ENABLED": (cfg.sliding_window_enabled, "stream"),
+        "TTT_SGD": (cfg.ttt_sgd, "stream"),
+        "TTT_CACHE_WINDOW": (cfg.ttt_cache_window, "cache"),
+        "ATTENTION_BACKEND": (cfg.attention_backend in ("fa4", "torch_varlen"), cfg.attention_backend),
+    }
+    for name, (needed, part) in needs.items():
+        file = {"torch_varlen": "varlen"}.get(part, part)
+        if needed and not (Path(__file__).resolve().parent / "systems" / f"{file}.py").is_file():
+            value = cfg.as_env()[name]
+            raise ConfigError(
+                f"{name}={value}: needs systems/{file}.py beside train_gpt.py, which is not there"
             )
-            print(settings_table(source.decode(errors="replace")))
-            return 0
-        cfg = Config.from_env(environ)
-        if "--show" in arguments:
-            print(show_settings(cfg))
-            if "--json" in arguments:
-                print(json.dumps({"preset": cfg.preset, "settings": cfg.as_env()}))
-            return 0
-        return (_run if LEFT_OUT else run_guarded)(cfg, Ranks.from_env(cfg, environ), source)
-    except UserError as error:
-        if environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(2)  # torchrun ends this rank meanwhile, if rank 0 has met the same mistake
-        print(f"train_gpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
 
 
-def _run(cfg: Config, ranks: Ranks, source: bytes, kind: type[Run] = Run) -> int:
-    """Execute a run; what ends it early is said with rank and stage. Exit code as `main`."""
-    run = kind(cfg, ranks, source)
+def find_file(cfg: Config, field: str, needed: bool = True) -> Path | None:
+    """The input file of a setting: as given, or in ARTIFACT_DIR. Raises ConfigError where a needed one is not."""
+    given = Path(getattr(cfg, field))
+    places = (given, Path(cfg.artifact_dir) / given)
+    found = next((path for path in places if os.path.isfile(path)), None)
+    if needed and found is None:
+        places = f"no such file, nor in ARTIFACT_DIR={cfg.artifact_dir!r}"
+        raise ConfigError(f"{field.upper()}={given}: {places}")
+    return found
+
+
+def execute(run: Run) -> int:
+    """All stages of a run; what ends it early is said with rank and stage. Exit code as `main`."""
+    ranks = run.ranks
     try:
         with contextlib.closing(run.log):
             code = run.execute()
@@ -4464,8 +4482,55 @@ def _run(cfg: Config, ranks: Ranks, source: bytes, kind: type[Run] = Run) -> int
     except (RunError, OSError, RuntimeError) as error:
         if not isinstance(error, (RunError, OSError)):
             traceback.print_exc()
-        ranks.say(f"stage {run.watch.current}: {error}")
+        ranks.say(f"stage {run.clock.current}: {error}")
         return 1
+
+
+def read_sources() -> dict[str, bytes]:
+    """The script and, where they stand beside it, all files of harness/ and systems/, by name."""
+    script = Path(__file__).resolve()
+    sources = {"train_gpt.py": script.read_bytes()}
+    for part in ("harness", "systems"):
+        for path in sorted((script.parent / part).glob("*.py")):
+            sources[f"{part}/{path.name}"] = path.read_bytes()
+    return sources
+
+
+def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Command line. Exit code 0, 1 (failed), 2 (a user's mistake), 3 (a limit exceeded), 128 + signal."""
+    try:
+        if not COUNTED:
+            sys.modules.setdefault("train_gpt", sys.modules[__name__])  # what harness/ and systems/ import
+            sources = read_sources()
+            if any(name.startswith("harness/") for name in sources):
+                from harness import main as watched
+
+                return watched(arguments, environ, sources)
+            check_alone(arguments, environ)
+        else:
+            sources = {"train_gpt.py": Path(__file__).read_bytes()}
+        cfg = Config.from_env(environ)
+        ranks = Ranks.from_env(cfg, environ)
+        return execute(Run(cfg, ranks, plain_backends(cfg, ranks), sources))
+    except UserError as error:
+        return say_mistake(error, environ)
+
+
+def check_alone(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Refuse what a script without harness/ beside it cannot do. Raises ConfigError."""
+    for name in WATCHED_SETTINGS:
+        if environ.get(name, "").lower() not in ("", "0", "0.0", "false"):
+            raise ConfigError(f"{name}={environ[name]}: needs harness/ beside train_gpt.py")
+    if arguments:
+        raise ConfigError(f"{' '.join(arguments)}: needs harness/ beside train_gpt.py")
+
+
+def say_mistake(error: UserError, environ: Mapping[str, str]) -> int:
+    """One line on standard error; exit code 2."""
+    if environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(2)  # torchrun ends this rank meanwhile, if rank 0 has met the same mistake
+    print(f"train_gpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

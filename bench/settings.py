@@ -30,6 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import prepare_caseops_data as prepare
 import train_gpt as tg
+from harness.settings import PRESETS, read_settings
 
 VOCAB = 320
 TINY = {
@@ -107,7 +108,7 @@ def values(field: dataclasses.Field) -> list[str]:
     if kind is str:
         texts = [*map(str, choices), "", " ", "x", "nan", "x" * 300, "a/b", "..", "é", "-", "a\nb"]
         texts += ["/"] * (field.name != "tensorboard_dir")  # which would be written to
-        return [*tg.PRESETS, *texts] if field.name == "preset" else texts
+        return [*PRESETS, *texts] if field.name == "preset" else texts
     low, high = choices[1].low, choices[1].high
     tried = [field.default, 0, 1, 2, 7, -1, 1000, 10**6, 2**31, 2**63, 10**30]
     if kind is int:
@@ -138,7 +139,7 @@ def names_it(name: str, message: str) -> bool:
 def accepted(name: str, text: str) -> bool:
     """Whether a value passes the settings' own checks; if not, with a message that names it."""
     try:
-        tg.Config.from_env(TINY | COMPANIONS.get(name, {}) | {name: text})
+        read_settings(TINY | COMPANIONS.get(name, {}) | {name: text})
     except tg.ConfigError as error:
         assert names_it(name, str(error)), f"{name}={text!r}: {error}"
         return False

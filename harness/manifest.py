@@ -4,14 +4,12 @@ import hashlib
 import os
 from collections.abc import Sequence
 
+from systems.plain_text import load_tokenizer, read_manifest, tokenizer_file
 from train_gpt import (
     Config,
     DataError,
-    load_tokenizer,
-    read_manifest,
     read_shard,
     shard_paths,
-    tokenizer_file,
 )
 
 

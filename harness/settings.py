@@ -172,13 +172,3 @@ def settings_table(source: str) -> str:
         help_text = comments.get(field.name, "")
         rows.append(f"  {field.name.upper()}={default}\n      {help_text} [{allowed(field.type)}]")
     return "\n".join(rows)
-
-
-def show_settings(cfg: Config) -> str:
-    """The resolved settings, one a line; what differs from the default is marked with its default."""
-    rows = []
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        mark = "" if value == field.default else f"    # default {field.default!r}"
-        rows.append(f"{field.name.upper()}={int(value) if isinstance(value, bool) else value}{mark}")
-    return "\n".join(rows)

@@ -1,11 +1,14 @@
-"""Bytes of plain text, without CaseOps."""
+"""Plain text, without CaseOps: bytes are counted by tables of the tokenizer's pieces."""
 
+import json
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from train_gpt import DataError
+from train_gpt import Config, DataError
 
 
 class ByteTables(NamedTuple):
@@ -36,3 +39,59 @@ class ByteTables(NamedTuple):
         """Tokens [N] -> bytes of each target tokens[1:], [N-1]."""
         previous, target = tokens[:-1].long(), tokens[1:].long()
         return self.base_bytes[target] + (self.has_leading_space[target] & ~self.is_boundary[previous])
+
+
+def tokenizer_file(cfg: Config) -> Path:
+    """The SentencePiece model: set, else named by the data's manifest, else at the contest's place."""
+    if cfg.tokenizer_path:
+        return Path(cfg.tokenizer_path)
+    named = read_manifest(cfg.data_folder).get("tokenizer", {}).get("file")
+    if named:
+        return cfg.data_folder / named
+    name = f"fineweb_{cfg.vocab_size}_bpe"
+    if not cfg.caseops_enabled:
+        return Path(cfg.data_dir) / "tokenizers" / f"{name}.model"
+    caseops = Path(cfg.data_dir) / "datasets" / f"fineweb10B_sp{cfg.vocab_size}_caseops" / "datasets"
+    return caseops / "tokenizers" / f"{name}_lossless_caps_caseops_v1_reserved.model"
+
+
+def load_tokenizer(cfg: Config) -> object:
+    """The SentencePiece tokenizer. Raises DataError when missing, unreadable or of another vocabulary."""
+    import sentencepiece
+
+    path = tokenizer_file(cfg)
+    if not os.path.isfile(path):
+        raise DataError(f"TOKENIZER_PATH={path}: no such file, see {cfg.data_folder / 'manifest.json'}")
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError):
+        raise DataError(f"TOKENIZER_PATH={path}: not a SentencePiece model") from None
+    if processor.get_piece_size() != cfg.vocab_size:
+        pieces = processor.get_piece_size()
+        raise DataError(
+            f"VOCAB_SIZE={cfg.vocab_size}: the tokenizer {path} has {pieces} pieces, must be equal"
+        )
+    return processor
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest beside the shards, {} where there is none."""
+    path = folder / "manifest.json"
+    if not os.path.isfile(path):
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise DataError(f"{path}: not readable JSON") from None
+    if not _is_manifest(manifest):
+        raise DataError(f"{path}: not a manifest of prepare_caseops_data.py")
+    return manifest
+
+
+def _is_manifest(manifest: object) -> bool:
+    if not isinstance(manifest, dict):
+        return False
+    tokenizer, *groups = (manifest.get(key, {}) for key in ("tokenizer", "splits", "files"))
+    entries = [entry for group in groups if isinstance(group, dict) for entry in group.values()]
+    named = isinstance(tokenizer, dict) and isinstance(tokenizer.get("file", ""), str)
+    return named and all(isinstance(part, dict) for part in [*groups, *entries])

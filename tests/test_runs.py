@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import runs  # noqa: E402
 from reproducing.bases import BASES, FINEWEB_BYTES  # noqa: E402
 from reproducing.seeds import Experiment  # noqa: E402
+from scripts import script_hash, sha256_of  # noqa: E402
 
 DEMO = ROOT / "logs" / "demo_seed42_cpu.txt"
 PR1868 = ["pr1851_seed42", "pr1868_seed314", "pr1868_seed1234"]  # a support record of PR #1851
@@ -149,6 +150,20 @@ def test_the_log_of_a_resumed_run_tells_its_script_twice(tmp_path):
     parts = head, source, rest[:cut] + head, source, rest[cut:]
     log.write_text(f"{runs.RULE}\n".join(parts))
     assert runs.read_log(log).events == runs.read_log(DEMO).events
+
+
+def test_the_house_in_a_log_is_part_of_the_script(tmp_path):
+    """Its lines are no events, and it has the checksum that the result of the same run has."""
+    text, log = DEMO.read_text(encoding="utf-8"), tmp_path / "house.txt"
+    head, source, rest = text.split(f"{runs.RULE}\n")
+    house = {"harness/a.py": '"""\nstep loss:1\n"""\n', "systems/b.py": "final legal:0\n"}
+    digests = {path: sha256_of(text.encode()) for path, text in house.items()}
+    files = "".join(f"==== {path} sha256:{digests[path]}\n{text}" for path, text in house.items())
+    log.write_text(f"{runs.RULE}\n".join([head, source, f"{files}==== end\n{rest}"]))
+    record = runs.read_log(log)
+    assert record.events == runs.read_log(DEMO).events
+    core = sha256_of(source.removesuffix("\n").encode())
+    assert record.script_sha256 == script_hash(core, digests) != core
 
 
 @pytest.mark.parametrize("name", ["demo", "demo.v2"])

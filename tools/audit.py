@@ -18,7 +18,6 @@ folder keeps the table. Exit code 0, 1 (a FAIL), 2 (a mistake in the command, on
 
 import argparse
 import contextlib
-import hashlib
 import json
 import sys
 import time
@@ -27,7 +26,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from auditing import artifact, data, evaluation, report, training  # noqa: F401, I001 - each registers its checks
-from auditing.run import CHECKS, ROOT, Audit, AuditError, Failed, NotChecked, Verdict, short
+from auditing.run import CHECKS, Audit, AuditError, Failed, NotChecked, Verdict, short
+from command import Mistake, Parser, complain
 
 STATUSES = ("PASS", "FAIL", "NOT CHECKED")
 ORDER = sorted(CHECKS, key=lambda name: ("ATSDR".index(name[0]), name))
@@ -60,12 +60,12 @@ def table(verdicts: Mapping[str, Verdict]) -> str:
 
 def summary_of(audit: Audit, verdicts: Mapping[str, Verdict], seconds: float) -> dict:
     """What audit.json holds."""
-    same = audit.source == (ROOT / "train_gpt.py").read_bytes()
     return {
         "run": audit.result.get("run"),
         "val_bpb": audit.result["val_bpb"],
-        "script_sha256": hashlib.sha256(audit.source).hexdigest(),
-        "repository_script_is_the_same": same,
+        "script_sha256": audit.script_sha256,
+        "repository_script_is_the_same": not audit.strange_files,
+        "strange_files": audit.strange_files,
         "full": audit.full,
         "seconds": round(seconds, 1),
         "counts": dict(Counter(verdict.status for verdict in verdicts.values())),
@@ -77,13 +77,8 @@ def summary_of(audit: Audit, verdicts: Mapping[str, Verdict], seconds: float) ->
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Command line; one line and exit code 2 if it makes no sense."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:
-            raise AuditError(message)
-
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Command line; Mistake if it makes no sense."""
+    parser = Parser(__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     parser.add_argument("--docs", metavar="FILE", default="")
     parser.add_argument("--data", metavar="DIR", type=Path)
@@ -114,16 +109,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 verdicts |= judge(audit, [name])
                 print(table({name: verdicts[name]}), flush=True)
             summary = summary_of(audit, verdicts, time.perf_counter() - start)
-            same = "the repository's" if summary["repository_script_is_the_same"] else "NOT the repository's"
-            print(f"script {short(summary['script_sha256'])}, {same}; val_bpb {summary['val_bpb']:.6f}")
+            strange = f"NOT the repository's ({', '.join(audit.strange_files)})"
+            whose = strange if audit.strange_files else "the repository's"
+            print(f"script {short(audit.script_sha256)}, {whose}; val_bpb {summary['val_bpb']:.6f}")
             counts = [f"{summary['counts'].get(status, 0)} {status}" for status in STATUSES]
             print(f"{len(verdicts)} checks in {summary['seconds']:.0f} s: {', '.join(counts)}")
             if not options.only:
                 text = (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode()
                 audit.script.write_whole(audit.folder / "audit.json", text)
-    except AuditError as error:
-        print(f"audit.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except Mistake as error:
+        return complain("audit.py", error)
     return int(summary["counts"].get("FAIL", 0) > 0)
 
 

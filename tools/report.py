@@ -29,12 +29,9 @@ except ImportError as error:
     sys.exit(f"report.py: error: {error.name} is not installed: pip install -r requirements-dev.txt")
 
 import runs as reader  # noqa: E402
+from command import Mistake, Parser, complain  # noqa: E402
 
 MOST_RUNS = 8  # as many as there are colours
-
-
-class ReportError(ValueError):
-    """The command makes no sense: one line, exit code 2."""
 
 
 class Report:
@@ -155,17 +152,12 @@ def _section(title: str, content: str) -> str:
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Command line; adds the runs."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:
-            raise ReportError(message)
-
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("paths", metavar="RUN_DIR", type=Path, nargs="+")
     parser.add_argument("--out", metavar="DIR", type=Path)
     options = parser.parse_args(arguments)
     if len(options.paths) > MOST_RUNS:
-        raise ReportError(f"{len(options.paths)} runs: at most {MOST_RUNS} on one page")
+        raise Mistake(f"{len(options.paths)} runs: at most {MOST_RUNS} on one page")
     first = options.paths[0]
     alone = len(options.paths) == 1 and first.is_dir()
     options.out = options.out or (first if alone else first.parent) / "report"
@@ -184,12 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, png in report.pictures.items():
             tg.write_whole(options.out / name, png)
         tg.write_whole(options.out / "report.html", page.page(title, parts, made).encode())
-    except (ReportError, reader.ReadError) as error:
-        print(f"report.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except (Mistake, reader.ReadError) as error:
+        return complain("report.py", error)
     except OSError as error:
-        print(f"report.py: error: {options.out}: cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
+        return complain("report.py", Mistake(f"{options.out}: cannot be written ({error.strerror})"))
     print(f"{options.out / 'report.html'} and {len(report.pictures)} pictures")
     return 0
 

@@ -31,28 +31,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from command import Mistake, Parser, complain
 from reproducing import claim, seeds, submission
 from reproducing.bases import BASES, Base, base_of
 from runs import ReadError, RunRecord, read
 
-
-class UsageError(ValueError):
-    """The command makes no sense: one line, exit code 2."""
-
-
-MISTAKES = (UsageError, ReadError, claim.ClaimError, seeds.SeedError, submission.SubmissionError, OSError)
+MISTAKES = (Mistake, ReadError, claim.ClaimError, seeds.SeedError, submission.SubmissionError, OSError)
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Command line; `command` is what stands behind `--`."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:
-            raise UsageError(message)
-
     split = arguments.index("--") if "--" in arguments else len(arguments)
     text = __doc__.replace("%(bases)s", ", ".join(BASES))
-    parser = Parser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(text)
     parser.add_argument("--from-logs", metavar="FILE", nargs="+", default=[])
     parser.add_argument("--seeds", metavar="S,S", default="")
     parser.add_argument("--preset", default="")
@@ -71,7 +62,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _seed(text: str) -> int:
     if not text.strip().isdigit():
-        raise UsageError(f"--seeds {text}: must be whole numbers, like 42,314,1234")
+        raise Mistake(f"--seeds {text}: must be whole numbers, like 42,314,1234")
     return int(text)
 
 
@@ -79,19 +70,19 @@ def _check_options(options: argparse.Namespace) -> None:
     if options.check:
         return
     if bool(options.from_logs) == bool(options.seeds):
-        raise UsageError("give --from-logs FILE ..., or --seeds 42,314,1234 and a command behind --")
+        raise Mistake("give --from-logs FILE ..., or --seeds 42,314,1234 and a command behind --")
     if options.seeds and not options.command:
-        raise UsageError("--seeds: needs the command behind --, like: -- python train_gpt.py")
+        raise Mistake("--seeds: needs the command behind --, like: -- python train_gpt.py")
     if options.from_logs:
         for name in ("preset", "out", "audit"):
             if getattr(options, name):
-                raise UsageError(f"--{name}: is for runs, not for --from-logs")
+                raise Mistake(f"--{name}: is for runs, not for --from-logs")
     if len(set(options.seeds)) < len(options.seeds):
-        raise UsageError(f"--seeds {','.join(map(str, options.seeds))}: each seed once")
+        raise Mistake(f"--seeds {','.join(map(str, options.seeds))}: each seed once")
     if options.mixed and options.submission:
-        raise UsageError("--mixed: never for a submission")
+        raise Mistake("--mixed: never for a submission")
     if options.submission and options.base and options.base[0] not in BASES:
-        raise UsageError(f"--base {options.base[0]}: for a submission one of {', '.join(BASES)}")
+        raise Mistake(f"--base {options.base[0]}: for a submission one of {', '.join(BASES)}")
 
 
 def find_base(names: Sequence[str]) -> Base | None:
@@ -102,7 +93,7 @@ def find_base(names: Sequence[str]) -> Base | None:
         return BASES[names[0]]
     for name in names:
         if not Path(name).exists():
-            raise UsageError(f"--base {name}: no file, and none of {', '.join(BASES)}")
+            raise Mistake(f"--base {name}: no file, and none of {', '.join(BASES)}")
     records = [read(name) for name in names]
     claim.check_alike(records)
     return base_of(records)
@@ -200,8 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return carry_out(parse_arguments(sys.argv[1:] if arguments is None else arguments))
     except MISTAKES as error:
-        print(f"reproduce.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return complain("reproduce.py", error)
     except seeds.RunFailed as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
         return 2 if error.code == 2 else 1

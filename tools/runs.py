@@ -7,7 +7,6 @@ versions: `RunRecord.missing` says what. A file that is empty, cut off or foreig
 that has not ended `Unfinished`; both messages are one line that names the file.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -15,9 +14,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scripts import FILE_LINE, LOGGED_SCRIPT, RULE, script_hash, sha256_of
+
 TRAIN_LIMIT = EVAL_LIMIT = 600.0  # seconds
 SIZE_LIMIT = 16_000_000  # decimal bytes, code plus model
-RULE = "=" * 80  # around the script's source in a log
 
 # What may differ between the runs of one experiment: seed, names, places, and how it is watched.
 NAMES_AND_PLACES = {"SEED", "RUN_ID", "ARTIFACT_DIR", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "AUDIT"}
@@ -106,8 +106,9 @@ class RunRecord:
 
     @property
     def script_sha256(self) -> str | None:
-        """Checksum of the script that ran."""
-        return self.environment.get("source_sha256") or None
+        """Checksum of the script that ran, with its house."""
+        core = self.environment.get("source_sha256")
+        return script_hash(core, self.environment.get("house_sha256", {})) if core else None
 
     @property
     def data_sha256(self) -> str | None:
@@ -137,7 +138,7 @@ def config_hash(settings: Mapping[str, object]) -> str:
 
 
 def _hash(settings: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return sha256_of(json.dumps(settings, sort_keys=True).encode())
 
 
 def read(path: Path | str) -> RunRecord:
@@ -302,14 +303,16 @@ def _read_ours(path: Path, text: str) -> RunRecord:
     if not whole:
         raise _cut_off(path, text, "the end of the script's source")
     settings = _our_settings(head)
-    rest = re.sub(rf"(?ms)^{RULE}\n.*?^{RULE}\n", "", rest)  # a resumed run has its script in its log again
+    files = rest.partition("\n==== end\n")[0]
+    rest = LOGGED_SCRIPT.sub("", f"{RULE}\n{RULE}\n{rest}")  # also where a resumed run logged it once more
     events = [event for line in rest.splitlines() if (event := _event(line))]
     final = next((event for event in reversed(events) if event["stage"] == "final"), None)
     if final is None or not isinstance(final.get("legal"), bool) or not text.endswith("\n"):
         raise _cut_off(path, text, "a whole line `final val_bpb:... legal:...`")
     stages = _scores(events)
     environment = _start(events)
-    environment.setdefault("source_sha256", hashlib.sha256(source.encode()).hexdigest())
+    environment.setdefault("source_sha256", sha256_of(source.encode()))
+    environment["house_sha256"] = dict(FILE_LINE.findall(files))
     seconds = {name: stage["seconds"] for name, stage in stages.items()}
     seconds |= {"train": final["train_seconds"], "calibrate": final["calibrate_seconds"]}
     scored = next(name for name in ("ttt", "sliding", "quantised", "prequant") if name in stages)

@@ -29,7 +29,6 @@ Exit code 0, 1 (no trial has a score), 2 (a mistake in the command, one line), 1
 import argparse
 import contextlib
 import difflib
-import hashlib
 import io
 import itertools
 import json
@@ -53,6 +52,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import runs  # noqa: E402
 import train_gpt as tg  # noqa: E402
+from command import Mistake, Parser, complain  # noqa: E402
+from harness.settings import read_settings  # noqa: E402
+from scripts import hash_on_disk  # noqa: E402
 
 try:
     import optuna
@@ -76,8 +78,8 @@ MOST_CELLS = 10_000  # of a grid
 MOST_COMBINATIONS = 4096  # of the ends of other variables, looked at for one that allows a value
 
 
-class SweepError(ValueError):
-    """The command makes no sense: one line, exit code 2."""
+class SweepError(Mistake):
+    """The command or its study makes no sense: one line, exit code 2."""
 
 
 class TrialFailed(Exception):
@@ -162,7 +164,7 @@ def _range(text: str, name: str, kind: str, ends: Sequence[str], of: type) -> Va
 def settle(environ: Mapping[str, str], **values: str) -> tg.Config:
     """The script's settings with these values; SweepError says what is wrong with them."""
     try:
-        return tg.Config.from_env({**environ, **values})
+        return read_settings({**environ, **values})
     except tg.UserError as error:
         raise SweepError(str(error)) from None
 
@@ -203,17 +205,9 @@ def check_pruning(metric: str, cfg: tg.Config) -> None:
         raise SweepError(f"--prune: VAL_LOSS_EVERY={cfg.val_loss_every} must be {wanted}: set it")
 
 
-class Parser(argparse.ArgumentParser):
-    """Its mistakes are one line, as all others."""
-
-    def error(self, message: str) -> None:
-        """Raise instead of printing the usage."""
-        raise SweepError(message)
-
-
 def parse_arguments(arguments: Sequence[str], environ: Mapping[str, str]) -> argparse.Namespace:
     """Command line, checked; adds `variables`, `command`, `environ` and the settings `base`."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--set", action="append", default=[], dest="sets", metavar="NAME=RANGE")
     parser.add_argument("--trials", type=int, required=True)
     parser.add_argument("--sampler", choices=("tpe", "grid", "random"), default="tpe")
@@ -320,7 +314,7 @@ def question_of(options: argparse.Namespace) -> dict[str, object]:
     places = runs.NAMES_AND_PLACES - {"SEED"} | {variable.name for variable in options.variables}
     settings = {name: value for name, value in options.base.as_env().items() if name not in places}
     scripts = [Path(word) for word in options.command if word.endswith(".py") and Path(word).is_file()]
-    digest = hashlib.sha256(scripts[0].read_bytes()).hexdigest() if scripts else ""
+    digest = hash_on_disk(scripts[0]) if scripts else ""
     return {
         "set": sorted(options.sets),
         "metric": options.metric,
@@ -740,9 +734,8 @@ def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os
             picture = options.out / "sweep.png"
             tg.write_whole(picture, draw(options, study, result["importance"]))
             result["picture"] = str(picture)
-    except SweepError as error:
-        print(f"sweep.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except Mistake as error:
+        return complain("sweep.py", error)
     show(result)
     if sweep.stop.signal:
         print("stopped; the same command goes on")

@@ -1,7 +1,6 @@
 """Checks A1-A4: the data."""
 
 import contextlib
-import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 import lossless_caps
-from auditing.run import BOS, Audit, NotChecked, check, read_values, require, sha256
+from auditing.run import BOS, Audit, NotChecked, check, read_values, require
 from dataprep.encoding import Encoder, make_tokenizer, tokenise_validation
 from dataprep.reading import Reader, parse_block
+from scripts import sha256_of
 
 CONTEST_DOCUMENTS = 50_000
 PREFIX_TOKENS = 64  # what counts as the same opening of a document
@@ -39,10 +39,10 @@ def a1_validation_is_whole(audit: Audit) -> str:
     with contextlib.suppress(NotChecked):
         for name, digest in audit.head["val_sha256"].items():
             path = audit.data_folder / name
-            require(path.is_file() and sha256(path) == digest, f"{name}: not the file that the run scored")
+            require(path.is_file() and sha256_of(path) == digest, f"{name}: not the file that the run scored")
     for path in files:
         listed = audit.manifest.get("files", {}).get(path.name, {}).get("sha256")
-        require(listed in (None, sha256(path)), f"{path.name}: another checksum than in the manifest")
+        require(listed in (None, sha256_of(path)), f"{path.name}: another checksum than in the manifest")
     final = audit.result["stages"][audit.result["final_stage"]]
     scored = final["targets"], final["bytes"]
     whole = f"{targets:,} targets and {total:,} bytes"
@@ -69,7 +69,7 @@ def a2_no_overlap(audit: Audit) -> str:
     seen = 0
     for path, tokens in zip(paths, _with_next_start(paths), strict=True):
         listed = audit.manifest.get("files", {}).get(path.name, {}).get("sha256")
-        require(listed in (None, sha256(path)), f"{path.name}: another checksum than in the manifest")
+        require(listed in (None, sha256_of(path)), f"{path.name}: another checksum than in the manifest")
         for opening in _openings(tokens):
             seen += 1
             where = f"validation document {openings.get(opening)} opens a document of {path.name}"
@@ -142,7 +142,7 @@ def a4_round_trip(audit: Audit) -> str:
     for text in [*texts, *ADVERSARIAL]:
         back = lossless_caps.decode(lossless_caps.encode(text))
         require(back == text, f"{text[:30]!r} comes back as {back[:30]!r}")
-    digests = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
+    digests = [sha256_of(text.encode())[:16] for text in texts]
     listed = Counter(audit.manifest.get("val_document_sha256", []))
     lossless = audit.manifest.get("tokenizer", {}).get("lossless")
     if lossless and listed:

@@ -1,7 +1,6 @@
 """Checks D1-D9: the evaluation."""
 
 import functools
-import hashlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -23,6 +22,7 @@ from auditing.replay import (
 from auditing.run import BOS, Audit, NotChecked, check, digest, read_values, require
 from auditing.stream import once_each, one_order, others_once_each
 from auditing.training import SECONDS_LIMIT, is_validation, trained_unscored, ttt_warm_up, warm_up
+from scripts import sha256_of
 
 GRAM = 8  # so many tokens in a row are the same text
 
@@ -158,7 +158,7 @@ def _prefix_digest(audit: Audit, documents: Iterable[tuple[int, int]], count: in
             break
         parts.append(audit.tokens[start : start + length])
         count -= length
-    return hashlib.sha256(np.concatenate(parts).astype("<u2")).hexdigest() if parts and not count else ""
+    return sha256_of(np.concatenate(parts).astype("<u2").tobytes()) if parts and not count else ""
 
 
 def _scored_documents(audit: Audit) -> list[tuple[int, int]]:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from auditing.run import BOS, Audit, NotChecked, digest, require, sha256
+from auditing.run import BOS, Audit, NotChecked, digest, require
+from scripts import sha256_of
 
 
 class Entry(NamedTuple):
@@ -105,7 +106,7 @@ def toy_stream(audit: Audit, documents: int = 4) -> Tensor:
     text = audit.tokens[audit.tokens != BOS]
     size = audit.cfg.ttt_chunk_size
     lengths = [2 * size + size // 2 + i for i in range(documents)]
-    first = int(sha256(audit.artifact)[:16], 16) % len(text)  # follows from the artifact
+    first = int(sha256_of(audit.artifact)[:16], 16) % len(text)  # follows from the artifact
     text = text[(first + np.arange(sum(lengths))) % len(text)]
     parts = np.split(text, np.cumsum(lengths)[:-1])
     return torch.from_numpy(np.concatenate([np.append([BOS], part) for part in parts]))

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import itertools
 import json
 import os
@@ -15,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -26,13 +24,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import lossless_caps  # noqa: E402
+from auditing.house import AuditedHouse  # noqa: E402
+from command import Mistake  # noqa: E402
+from scripts import CORE, HouseError, house_beside, logged_house, script_hash, sha256_of  # noqa: E402
 
 BOS, HEADER_BYTES, SHARD_MAGIC = 1, 1024, 20240520
 SAMPLE_DOCUMENTS = 10_000  # of which bytes are counted and round trips made
 
 
-class AuditError(ValueError):
-    """The command makes no sense: one line, exit code 2."""
+class AuditError(Mistake):
+    """The command makes no sense, or there is nothing to judge: one line, exit code 2."""
 
 
 class NotChecked(Exception):
@@ -112,12 +113,6 @@ def write_values(path: Path, values: np.ndarray) -> None:
     path.write_bytes(header.tobytes() + np.asarray(values, "<u2").tobytes())
 
 
-def sha256(path: Path) -> str:
-    """Checksum of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def digest(*parts: object) -> str:
     """Hash of nested dictionaries and lists of tensors and plain values, bit for bit."""
     found = hashlib.sha256()
@@ -158,6 +153,13 @@ def read_json(path: Path) -> dict:
     return value
 
 
+@functools.cache
+def repository() -> dict[str, bytes]:
+    """The house that lies here: sources by path, the core first."""
+    script = ROOT / CORE
+    return {path: file.read_bytes() for path, file in {CORE: script, **house_beside(script)}.items()}
+
+
 class Audit:
     """A run's files, script, data and ledger; what is expensive is made once, when a check first asks."""
 
@@ -177,7 +179,10 @@ class Audit:
             raise AuditError(f"{folder / 'result.json'}: not the result of a run")
         self._temporary = tempfile.TemporaryDirectory(prefix="audit-")
         self.work = Path(self._temporary.name)
-        self.script = self._import_script()
+        try:
+            self.script = AuditedHouse(self.sources, self.work)
+        except HouseError as error:
+            raise AuditError(f"{folder}: {error}") from None
         here = {"data_path": str(self.data_folder), "audit": False, "compile_backend": "off"}
         here |= {"checkpoint_seconds": 0.0, "wandb_project": "", "tensorboard_dir": ""}  # nobody watches
         if not torch.cuda.is_available():
@@ -190,8 +195,9 @@ class Audit:
             torch.use_deterministic_algorithms(True, warn_only=True)
 
     def close(self) -> None:
-        """Remove the temporary files."""
+        """Remove the temporary files, and the script from this process."""
         self._temporary.cleanup()
+        self.script.forget()
 
     # -- script and log
 
@@ -204,31 +210,35 @@ class Audit:
         return logs[0].read_text(encoding="utf-8", errors="replace")
 
     @functools.cached_property
-    def source(self) -> bytes:
-        """The script that ran, out of the log; or the repository's, where the log holds a packed one."""
-        rule = "=" * 80 + "\n"
-        _, _, rest = self.log.partition(rule)
-        source, found, _ = rest.partition("\n" + rule)
-        wanted = self.result.get("environment", {}).get("source_sha256")
-        if found and hashlib.sha256(source.encode()).hexdigest() == wanted:
-            return source.encode()
-        repository = (ROOT / "train_gpt.py").read_bytes()
-        packed = self.folder / "train_gpt.packed.py"
-        if packed.is_file() and sha256(packed) == wanted:
-            return repository  # S1 tells whether the packed script that ran is this one
-        raise AuditError(f"{self.folder}: its log holds no script with the checksum {wanted}")
+    def sources(self) -> dict[str, bytes]:
+        """The house that ran, sources by path: the log's; for a script that ran alone with the repository's.
 
-    def _import_script(self) -> ModuleType:
-        path = self.work / "audited_script.py"
-        path.write_bytes(self.source)
-        spec = importlib.util.spec_from_file_location("audited_script", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["audited_script"] = module
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise AuditError(f"{self.folder}: its script cannot be imported ({error})") from None
-        return module
+        A packed script is judged as the repository's: S1 tells whether it is the packing of that.
+        """
+        told = self.result.get("environment", {})
+        core, house = told.get("source_sha256", ""), told.get("house_sha256")
+        if house is None:
+            raise AuditError(f"{self.folder}: made by a script of before the house was rebuilt")
+        packed = self.folder / "train_gpt.packed.py"
+        if packed.is_file() and sha256_of(packed) == core:
+            return repository()
+        return (repository() if not house else {}) | logged_house(self.log, core, house)
+
+    @property
+    def source(self) -> bytes:
+        """The script itself."""
+        return self.sources[CORE]
+
+    @property
+    def script_sha256(self) -> str:
+        """The checksum of the script and its house, as `RunRecord` has it."""
+        return script_hash(sha256_of(self.source), self.result["environment"]["house_sha256"])
+
+    @property
+    def strange_files(self) -> list[str]:
+        """Files of the house that are not the repository's: other ones, new ones or missing ones."""
+        ours = repository()
+        return [path for path in {**ours, **self.sources} if ours.get(path) != self.sources.get(path)]
 
     @functools.cached_property
     def ledger(self) -> list[dict]:
@@ -260,8 +270,8 @@ class Audit:
 
     @functools.cached_property
     def imports(self) -> set[str]:
-        """Top-level names of the modules that the script imports."""
-        nodes = list(ast.walk(ast.parse(self.source)))
+        """Top-level names of the modules that the script and its house import."""
+        nodes = [node for source in self.sources.values() for node in ast.walk(ast.parse(source))]
         names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
         names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
         return {name.partition(".")[0] for name in names}

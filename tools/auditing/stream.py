@@ -5,7 +5,6 @@ A stream is scored left to right; its windows are plain rows, so a document is r
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from auditing.artifact import same_start
 from auditing.replay import Distributions, flip, model_flip, toy_stream
 from auditing.run import BOS, Audit, digest, require, short
+from scripts import sha256_of
 
 
 class Slide(NamedTuple):
@@ -129,8 +129,8 @@ def score_before_update(audit: Audit) -> str:
         seen, where = versions[first:end], f"targets {first:,}-{end - 1:,}"
         require(bool((seen >= 0).all()), f"{where}: trained on before they were scored")
         require(bool((seen < record["base"]).all()), f"{where}: scored by weights that were trained on them")
-        tokens = audit.tokens[first : end + 1].astype("<u2")
-        same = hashlib.sha256(tokens).hexdigest() == record["tokens_sha256"]
+        tokens = audit.tokens[first : end + 1].astype("<u2").tobytes()
+        same = sha256_of(tokens) == record["tokens_sha256"]
         require(same, f"{where}: trained on other tokens than those scored")
     for done, first, end in base.trained:
         scored = max(slide.end for slide in base.entries[:done]) if done else 0

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import random
@@ -27,6 +26,7 @@ from auditing.run import (
     short,
     write_values,
 )
+from scripts import sha256_of
 
 SECONDS_LIMIT = 600.0
 NETWORK_MODULES = {"socket", "urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "huggingface_hub"}
@@ -82,7 +82,7 @@ def _canary(audit: Audit, scramble: bool) -> tuple[str, str]:
         run.train()
         weights = digest(run.model.state_dict())
         run.quantise()
-    return weights, hashlib.sha256(run.blob).hexdigest()
+    return weights, sha256_of(run.blob)
 
 
 def is_validation(name: str) -> bool:

@@ -1,6 +1,5 @@
 """Run one command for several seeds, one folder each; what is finished is not run again."""
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runs import NAMES_AND_PLACES, RunRecord, Unfinished, given, read_run
+from scripts import hash_on_disk
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a run resolves by itself: the device's choices and the micro-batches that fit into its memory.
@@ -29,7 +29,7 @@ class SeedError(ValueError):
 
 
 class Experiment(NamedTuple):
-    """A command, its script, the environment without a seed, and the settings that the script makes of it."""
+    """A command, its script and house, the environment without a seed, the settings that these make of it."""
 
     command: tuple[str, ...]
     environ: Mapping[str, str]
@@ -72,8 +72,7 @@ def plan(command: Sequence[str], environ: Mapping[str, str], preset: str = "") -
     except (ValueError, IndexError, KeyError, TypeError):
         reason = (answer.stderr.strip() or "no answer").splitlines()[-1]
         raise SeedError(f"{scripts[0]} --show --json: {reason}") from None
-    checksum = hashlib.sha256(scripts[0].read_bytes()).hexdigest()
-    return Experiment(tuple(command), environ, scripts[0], checksum, settings)
+    return Experiment(tuple(command), environ, scripts[0], hash_on_disk(scripts[0]), settings)
 
 
 def finished(experiment: Experiment, folder: Path) -> RunRecord | None:
