@@ -19,6 +19,7 @@ Shapes: B rows, T tokens of a row, D model dim, H query heads, G key/value heads
 V vocabulary, L physical layers, S skips, r rank. A linear map is y = x W^T with W [out, in], never a bias.
 """
 
+import base64
 import bisect
 import contextlib
 import dataclasses
