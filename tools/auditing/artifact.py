@@ -8,8 +8,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -20,13 +21,17 @@ SIZE_LIMIT = 16_000_000
 
 
 def _packings(audit: Audit) -> Iterator[bytes]:
-    """The script as it is counted, minified and not."""
-    env = audit.result["settings"]
-    if hasattr(audit.script, "packed_script"):
-        cfg = audit.script.Config(**{name.lower(): value for name, value in env.items()})
-        pack = functools.partial(audit.script.packed_script, cfg, audit.source)
-    else:  # a run of before
-        pack = functools.partial(audit.script.pack_code, audit.source, env["COMPRESSOR"], _off(audit, env))
+    """The script as it is counted, minified and not: what the run's own packing makes of the logged house."""
+    script, told = audit.script, audit.result["environment"]
+    codec = script.CODECS[script.PREFIX.unpack_from(audit.artifact.read_bytes())[2]]
+    settings = {name.lower(): value for name, value in audit.result["settings"].items()}
+    cfg = script.Config(**settings | {"compressor": codec})  # the artifact's, where the run evaluated one
+    compiler = "" if told["compiler"] == "off" else told["compiler"]
+    count = told.get("micro_batches", max(cfg.grad_accum_steps, told["ranks"]))
+    backends = script.Backends(told["attention"], told["kernels"], compiler, count)
+    ranks = SimpleNamespace(on_gpu="NVIDIA" in told["device"])
+    run = SimpleNamespace(sources=audit.sources, cfg=cfg, backends=backends, ranks=ranks)
+    pack = functools.partial(script.Run.packed_code.func, run)
     yield pack()[0]
     hidden = sys.modules.get("python_minifier")
     sys.modules["python_minifier"] = None  # what a machine without it makes
@@ -36,15 +41,6 @@ def _packings(audit: Audit) -> Iterator[bytes]:
         sys.modules.pop("python_minifier")
         if hidden:
             sys.modules["python_minifier"] = hidden
-
-
-def _off(audit: Audit, env: Mapping[str, object]) -> set[str]:
-    """Sections that packing left out."""
-    sections = {
-        name for names in re.findall(rb"(?m)^# \[if ([\w ]+)\]$", audit.source) for name in names.split()
-    }
-    off = {name for name, value in env.items() if not value}
-    return off | {name.decode() for name in sections} - env.keys() - {env["COMPRESSOR"].upper()}
 
 
 @check("S1", "code + model < 16,000,000 bytes")
@@ -208,14 +204,13 @@ def _scores(audit: Audit, rerun: Rerun) -> tuple[float, float, str]:
         tokenizer = audit.script.tokenizer_file(audit.cfg).resolve()  # no manifest here names it
         changes = _few_windows(audit) | {"data_path": str(here), "tokenizer_path": str(tokenizer)}
         cfg = dataclasses.replace(audit.artifact_model.cfg, **changes)
-        evaluate = script.score_first_sgd if audit.evaluator == "sgd" else script.evaluate_windows
-        options["on_event"] = lambda kind, **data: None
-        expected = evaluate(audit.model(), script.load_validation(cfg), cfg, **options).val_bpb
+        evaluation = script.ScoreFirstSGD if audit.evaluator == "sgd" else script.SlidingEvaluation
+        expected = evaluation(audit.model(), script.load_validation(cfg), cfg, **options).run().val_bpb
         what = f"on {5 * cfg.eval_seq_len:,} targets as the logged script"
     else:
         cfg = dataclasses.replace(audit.artifact_model.cfg, val_doc_fraction=_sample_fraction(audit))
         val = script.load_validation(audit.cfg)
-        expected = script.score_first_ttt(audit.model(), val, cfg, **options).val_bpb
+        expected = script.ScoreFirstTTT(audit.model(), val, cfg, **options).run().val_bpb
         what = f"on {min(3, len(audit.documents))} documents as the logged script"
     return expected, rerun.result["stages"][final]["val_bpb"], what
 
