@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -20,23 +20,29 @@ from auditing.run import ROOT, Audit, check, digest, read_json, require, short, 
 SIZE_LIMIT = 16_000_000
 
 
-def _packings(audit: Audit) -> Iterator[bytes]:
-    """The script as it is counted, minified and not: what the run's own packing makes of the logged house."""
+def packed_code(audit: Audit, sources: Mapping[str, bytes]) -> bytes:
+    """What the run's own packing makes of a house, for the run's settings and backends."""
     script, told = audit.script, audit.result["environment"]
-    codec = script.CODECS[script.PREFIX.unpack_from(audit.artifact.read_bytes())[2]]
     settings = {name.lower(): value for name, value in audit.result["settings"].items()}
-    cfg = script.Config(**settings | {"compressor": codec})  # the artifact's, where the run evaluated one
+    artifact = audit.artifact.read_bytes()
+    if artifact.startswith(script.ARTIFACT_MAGIC):  # of a run that evaluated one: not its COMPRESSOR's
+        settings["compressor"] = script.CODECS[script.PREFIX.unpack_from(artifact)[2]]
+    cfg = script.Config(**settings)
     compiler = "" if told["compiler"] == "off" else told["compiler"]
     count = told.get("micro_batches", max(cfg.grad_accum_steps, told["ranks"]))
     backends = script.Backends(told["attention"], told["kernels"], compiler, count)
     ranks = SimpleNamespace(on_gpu="NVIDIA" in told["device"])
-    run = SimpleNamespace(sources=audit.sources, cfg=cfg, backends=backends, ranks=ranks)
-    pack = functools.partial(script.Run.packed_code.func, run)
-    yield pack()[0]
+    run = SimpleNamespace(sources=sources, cfg=cfg, backends=backends, ranks=ranks)
+    return script.Run.packed_code.func(run)[0]
+
+
+def _packings(audit: Audit) -> Iterator[bytes]:
+    """The logged script as it is counted, minified and not."""
+    yield packed_code(audit, audit.sources)
     hidden = sys.modules.get("python_minifier")
     sys.modules["python_minifier"] = None  # what a machine without it makes
     try:
-        yield pack()[0]
+        yield packed_code(audit, audit.sources)
     finally:
         sys.modules.pop("python_minifier")
         if hidden:

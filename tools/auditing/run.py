@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import lossless_caps  # noqa: E402
 from auditing.house import AuditedHouse  # noqa: E402
 from command import Mistake  # noqa: E402
-from scripts import CORE, HouseError, house_beside, logged_house, script_hash, sha256_of  # noqa: E402
+from scripts import CORE, HouseError, house_beside, logged_house, script_hash  # noqa: E402
 
 BOS, HEADER_BYTES, SHARD_MAGIC = 1, 1024, 20240520
 SAMPLE_DOCUMENTS = 10_000  # of which bytes are counted and round trips made
@@ -217,9 +217,7 @@ class Audit:
         core, house = self._checksums
         sources = logged_house(self.log, core, house)
         if re.search(rb"(?m)^# \[if ", sources[CORE]):
-            raise HouseError(
-                "made by a script of before the house was rebuilt, which only its own audit can judge"
-            )
+            raise HouseError("made by a script of before the house was rebuilt, it cannot be audited here")
         return sources
 
     @property
