@@ -120,15 +120,11 @@ def _rerun(audit: Audit, part: bool = False) -> Rerun:
         (here / path.name).write_bytes(path.read_bytes())
     settings = _settings_alone(audit, part) | {
         "TTT_EVAL_ONLY": True,
-        "QUANTIZE_ONLY": False,
-        "PREQUANT_ONLY": False,
         "QUANTIZED_MODEL_PATH": audit.artifact.name,
         "DATA_PATH": str(here),
         "TOKENIZER_PATH": tokenizer.name,
         "ARTIFACT_DIR": "out",
         "RUN_ID": "alone",
-        "ALLOW_UNVERIFIED_DATA": True,  # the manifest stays behind
-        "COMPILE_BACKEND": audit.result["settings"]["COMPILE_BACKEND"],
     }
     environment = {k: str(int(v) if isinstance(v, bool) else v) for k, v in settings.items()}
     kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TMPDIR")
@@ -149,10 +145,16 @@ def _validation_files(audit: Audit) -> list[Path]:
 
 
 def _settings_alone(audit: Audit, part: bool) -> dict[str, object]:
-    """The run's settings; what would take long is left out, or done on a few documents or windows."""
+    """What is to be done: what would take long is left out, or done on a few documents or windows.
+
+    The counted script has the run's settings in itself; one that ran without its house is told them.
+    """
     cfg, final = audit.cfg, audit.full or part
-    few = _few_windows(audit) if part else {}
-    return dataclasses.replace(cfg, **few).as_env() | {
+    told = audit.result["settings"] if len(audit.sources) == 1 else {}
+    kept = {name: value for name, value in told.items() if name not in audit.script.WATCHED_SETTINGS}
+    few = {name.upper(): value for name, value in _few_windows(audit).items()} if part else {}
+    return kept | few | {
+        "SEED": cfg.seed,
         "TTT_ENABLED": cfg.ttt_enabled and (audit.adapted or final),
         "SLIDING_WINDOW_ENABLED": cfg.sliding_window_enabled and final,
         "VAL_DOC_FRACTION": _sample_fraction(audit) if audit.adapted else 1.0,
