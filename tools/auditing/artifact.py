@@ -153,12 +153,16 @@ def _settings_alone(audit: Audit, part: bool) -> dict[str, object]:
     told = audit.result["settings"] if len(audit.sources) == 1 else {}
     kept = {name: value for name, value in told.items() if name not in audit.script.WATCHED_SETTINGS}
     few = {name.upper(): value for name, value in _few_windows(audit).items()} if part else {}
-    return kept | few | {
-        "SEED": cfg.seed,
-        "TTT_ENABLED": cfg.ttt_enabled and (audit.adapted or final),
-        "SLIDING_WINDOW_ENABLED": cfg.sliding_window_enabled and final,
-        "VAL_DOC_FRACTION": _sample_fraction(audit) if audit.adapted else 1.0,
-    }
+    return (
+        kept
+        | few
+        | {
+            "SEED": cfg.seed,
+            "TTT_ENABLED": cfg.ttt_enabled and (audit.adapted or final),
+            "SLIDING_WINDOW_ENABLED": cfg.sliding_window_enabled and final,
+            "VAL_DOC_FRACTION": _sample_fraction(audit) if audit.adapted else 1.0,
+        }
+    )
 
 
 def _few_windows(audit: Audit) -> dict[str, int]:
