@@ -4371,7 +4371,7 @@ class Run:
         cfg = self.model.cfg
         documents = select_documents(self.val.documents, cfg.val_doc_fraction, cfg.seed)
         if self.model.backends.compiler:
-            self._compile_adaptation(documents)
+            self.compile_adaptation(documents)
         options = {"looping": self.looping, "ranks": self.ranks, "watch": self.watch}
         worker = ScoreFirstTTT(self.model, self.val, cfg, **options)
         self.watch.see("adapting", run=self)
@@ -4379,7 +4379,7 @@ class Run:
         self.watch.see("adapted", run=self)
         self.record("ttt", worker.meter, documents)
 
-    def _compile_adaptation(self, documents: Sequence[tuple[int, int]]) -> None:
+    def compile_adaptation(self, documents: Sequence[tuple[int, int]]) -> None:
         """Compile before the clock starts, or say why not; what no graph fits afterwards runs without."""
         cfg = self.model.cfg
         sizes = {chunk_size(cfg, length - 1) for _, length in documents}
