@@ -2884,11 +2884,11 @@ def calibrate(
     `loader` is that of a single rank: all ranks draw the same windows and take micro-batches in turn.
     """
     collector = HessianCollector()
-    micro_batches = cfg.micro_batches(ranks.world_size) * ranks.world_size
-    rows = cfg.train_batch_tokens // micro_batches // cfg.train_seq_len
+    on_rank, tokens = micro_batches(cfg, model.backends, ranks.world_size)
+    rows = tokens // cfg.train_seq_len
     if ranks.on_gpu:  # TF32, eight times as fast: the inputs are bfloat16's, exact in it
         torch.set_float32_matmul_precision("high")
-    for micro in range(cfg.gptq_calibration_batches * micro_batches):
+    for micro in range(cfg.gptq_calibration_batches * on_rank * ranks.world_size):
         if micro % ranks.world_size != ranks.rank:
             loader.skip(rows)
             continue
