@@ -164,7 +164,11 @@ def readme_block(records: Sequence[RunRecord], told: Mapping) -> str:
         f"* Largest artifact {told['bytes_total']:,} bytes = {size}; limit 16,000,000.",
         f"* Audit: {'; '.join(audits)}.",
         f"* Checksums: {', '.join(checksums)}; commit {told['commit'][:12]}.",
-        *([f"* {claim.sentence(told['comparison'], BASES[told['base']].title)}"] * bool(told["comparison"])),
+        *(
+            ["* " + claim.sentence(told["comparison"], BASES[told["base"]].title)]
+            if told["comparison"]
+            else []
+        ),
         *(f"* Note: {note}." for note in told["notes"]),
         f"* Files: {links}.",
         "",
