@@ -19,6 +19,7 @@ Shapes: B rows, T tokens of a row, D model dim, H query heads, G key/value heads
 V vocabulary, L physical layers, S skips, r rank. A linear map is y = x W^T with W [out, in], never a bias.
 """
 
+import base64
 import bisect
 import contextlib
 import dataclasses
@@ -944,6 +945,7 @@ class Worker:
 
     done, total = 0.0, 1.0  # how far it is
     kept_by = ""  # whose state is kept: "rank 0" for all, "each rank" its own; empty: nobody's
+    seconds, stop_requested = 0.0, False  # by which all ranks decide together when "rank 0" keeps it
 
     def units(self) -> Iterable[None]:
         """Work, and yield after each unit."""
@@ -2557,7 +2559,7 @@ class Trainer(Worker):
         self.loader = Prefetched(loader) if ranks.on_gpu else loader
         self.looping = False
         self.micro_batches, self.micro_tokens = micro_batches(cfg, model.backends, ranks.world_size)
-        self.steps, self.rank0_seconds = 0, 0.0  # done, and rank 0's clock one step before
+        self.steps = 0  # done; `seconds` is rank 0's clock one step before
         self.reports: list[StepReport] = []  # of the last two steps
         self.capped = cfg.max_wallclock_seconds > 0
         self.total = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if self.capped else cfg.iterations
@@ -2699,8 +2701,9 @@ class Trainer(Worker):
             if self.steps <= 5 or self.steps % cfg.train_log_every == 0:
                 self._log_step(report, self.clock.elapsed("train"))
             if len(self.reports) == 2:
-                self.rank0_seconds = self.reports[0].elapsed
-            self.done = self.rank0_seconds if self.capped else self.steps
+                self.seconds = self.reports[0].elapsed
+                self.stop_requested = self.reports[0].stop_requested
+            self.done = self.seconds if self.capped else self.steps
             yield
         for report in self.reports:
             report.elapsed  # noqa: B018 - raises if the step was not finite
@@ -2713,7 +2716,7 @@ class Trainer(Worker):
         """Share of the training that is over: of the steps or, by the clock of all ranks, of the time."""
         if not self.capped:
             return self.steps / self.cfg.iterations
-        return elapsed_at(self.rank0_seconds, self.steps) / self.total
+        return elapsed_at(self.seconds, self.steps) / self.total
 
     def _log_step(self, report: StepReport, elapsed: float) -> None:
         report.elapsed  # noqa: B018 - raises if the step was not finite
@@ -2748,7 +2751,7 @@ class Trainer(Worker):
         self.restore(state | {"ema": copy_tensors(state["ema"], lambda tensor: tensor.to(ranks.device))})
         measured = [Pending(torch.tensor([0.0, 0.0, clock, 0.0, 0.0]), None) for clock in state["clocks"]]
         self.reports = [StepReport(state["step"], values, 1.0, 0.0, self.looping) for values in measured]
-        self.steps, self.rank0_seconds = state["step"], state["clocks"][0]
+        self.steps, self.seconds = state["step"], state["clocks"][0]
 
     def snapshot(self) -> dict:
         """A copy of everything that a step changes."""
@@ -4340,7 +4343,9 @@ class Run:
             self._compile_adaptation(documents)
         options = {"looping": self.looping, "ranks": self.ranks, "watch": self.watch}
         worker = ScoreFirstTTT(self.model, self.val, cfg, **options)
+        self.watch.see("adapting", run=self)
         self.stage("ttt", worker)
+        self.watch.see("adapted", run=self)
         self.record("ttt", worker.meter, documents)
 
     def _compile_adaptation(self, documents: Sequence[tuple[int, int]]) -> None:
@@ -4474,6 +4479,7 @@ def execute(run: Run) -> int:
     try:
         with contextlib.closing(run.log):
             code = run.execute()
+            run.watch.see("ended", code=code)
         ranks.wait_for_all("end")  # torchrun ends all ranks when one has left with another code than 0
         ranks.close()
         return code
@@ -4483,6 +4489,7 @@ def execute(run: Run) -> int:
         if not isinstance(error, (RunError, OSError)):
             traceback.print_exc()
         ranks.say(f"stage {run.clock.current}: {error}")
+        run.watch.see("failed", error=error)
         return 1
 
 

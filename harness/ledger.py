@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train_gpt import Run, shard_paths, write_whole
+from train_gpt import Ranks, Run, Watch, shard_paths, write_whole
 
 
-class Ledger:
+class Ledger(Watch):
     """What a run read and scored and learnt, in order: the evidence that `tools/audit.py` judges.
 
     `ledger.jsonl`: first a line about the run (kind "run"), then the records of all ranks, by base version,
@@ -26,8 +26,9 @@ class Ledger:
     `documents.json`: start and tokens of each validation document, its loss (nats, summed) in each stage.
     """
 
-    def __init__(self, run: "Run"):
-        self._run, self._open = run, True
+    def __init__(self, ranks: Ranks):
+        self._ranks, self._open = ranks, True
+        self._run: Run | None = None
         self.records: list[dict] = []
         self.accesses: dict[tuple[str, str, str], float] = {}  # stage, kind and name -> when first
         self.order, self.base, self.lora, self._adapters = 0, 0, [-1, 0], None
@@ -35,6 +36,10 @@ class Ledger:
         self._scored: list[tuple[list[int], Tensor]] = []  # the batch's chunks: places and losses
         self.start = time.perf_counter()
         sys.addaudithook(self._notice)  # stays as long as the process, so it is switched off by `write`
+
+    @property
+    def _stage(self) -> str:
+        return self._run.clock.current if self._run else "between stages"
 
     def _notice(self, event: str, arguments: tuple) -> None:
         """Python's audit hook: files opened, connections made and processes started, with the stage."""
@@ -50,10 +55,20 @@ class Ledger:
         else:
             return
         elapsed = time.perf_counter() - self.start
-        self.accesses.setdefault((self._run.watch.current, kind, name), elapsed)
+        self.accesses.setdefault((self._stage, kind, name), elapsed)
 
-    def record(self, kind: str, data: Mapping[str, object]) -> None:
-        """Take an event of an evaluator."""
+    def see(self, kind: str, **data: object) -> None:
+        """Take an event of the run or of an evaluator."""
+        if kind == "inputs":
+            self._run = data["run"]
+        elif kind == "row":
+            self.charge(self._stage, range(data["start"], data["end"]), data["losses"])
+        elif kind == "result":
+            self.write()
+        else:
+            self._record(kind, data)
+
+    def _record(self, kind: str, data: Mapping[str, object]) -> None:
         if kind in ("scored", "trained"):
             part, learns = data["part"], kind == "trained"
             self.lora[1] += learns
@@ -83,7 +98,7 @@ class Ledger:
             windows, loss_sum = data["windows"], float(data["losses"].double().sum())
             spans = [[window.start + window.offset, window.targets] for window in windows]
             places = [place for first, count in spans for place in range(first, first + count)]
-            self.charge(self._run.watch.current, places, data["losses"])
+            self.charge(self._stage, places, data["losses"])
             self._add("slide", spans=spans, loss_sum=loss_sum)
         elif kind == "trained_span":
             self.base += 1
@@ -100,8 +115,8 @@ class Ledger:
         self.losses[stage] = self.losses.get(stage, 0.0) + sums
 
     def _add(self, kind: str, **values: object) -> None:
-        rank, seconds = self._run.ranks.rank, round(time.perf_counter() - self.start, 6)
-        place = {"rank": rank, "order": self.order, "stage": self._run.watch.current}
+        rank, seconds = self._ranks.rank, round(time.perf_counter() - self.start, 6)
+        place = {"rank": rank, "order": self.order, "stage": self._stage}
         head = place | {"kind": kind, "seconds": seconds}
         self.records.append(head | {"base": self.base, "lora": list(self.lora)} | values)
         self.order += 1
@@ -128,7 +143,7 @@ class Ledger:
             "environment": run.result["environment"] | {"numpy": np.__version__},
             "data_folder": str(folder.resolve()),
             "val_sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in validation},
-            "seconds": run.watch.seconds,
+            "seconds": run.clock.seconds,
             "accesses": sorted(entry for entry in accesses if not entry[2].startswith(libraries)),
         }
 
@@ -153,3 +168,30 @@ class Ledger:
             lines = [self._head(access for part in parts for access in part[0]), *records]
             text = "".join(json.dumps(line) + "\n" for line in lines)
             write_whole(run.log.folder / "ledger.jsonl", text.encode())
+
+    def state(self) -> dict[str, object]:
+        """All that a resumed run's ledger goes on from, as plain values."""
+        state = {
+            "records": list(self.records),
+            "order": self.order,
+            "base": self.base,
+            "lora": list(self.lora),
+        }
+        state["accesses"] = [[*key, when] for key, when in list(self.accesses.items())]
+        losses = {stage: sums.tolist() for stage, sums in self.losses.items()}
+        return state | {"losses": losses, "clock": time.perf_counter() - self.start}
+
+    def load_states(self, states: Sequence[Mapping]) -> None:
+        """Go on from this rank's state; behind it may stand those of ranks that are gone, which join in."""
+        if not states:
+            return
+        own = states[0]
+        self.order, self.base, self.lora = own["order"], own["base"], own["lora"]
+        self.start = time.perf_counter() - own["clock"]
+        self.records, self.losses = [], {}
+        for state in states:
+            self.records += state["records"]
+            for stage, sums in state["losses"].items():
+                self.losses[stage] = self.losses.get(stage, 0.0) + np.array(sums)
+            for *key, when in state["accesses"]:
+                self.accesses.setdefault(tuple(key), when)

@@ -1,7 +1,6 @@
 """What a run needs, compared with what is there."""
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.util
 import math
@@ -9,21 +8,33 @@ import os
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from harness.backends import choose_kernels, try_compiler, try_kernels
+from harness.backends import (
+    choose_attention,
+    choose_compiler,
+    choose_kernels,
+    try_compiler,
+    try_kernels,
+    unused_attention,
+)
+from harness.manifest import check_data
 from train_gpt import (
     CONTEST_MICRO_BATCHES,
+    Backends,
     Config,
     ConfigError,
     DataError,
     Ranks,
     RunLog,
     ValidationSet,
+    Watch,
     lora_slots,
+    micro_batches,
     one_line,
     shard_paths,
 )
@@ -102,7 +113,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class Preflight:
+class Preflight(Watch):
     """What a run needs, compared with what is there, before time is spent; its speed, before the clock runs.
 
     Every check raises ConfigError or DataError in one line, or adds to `facts`, the log line `preflight`.
@@ -110,6 +121,8 @@ class Preflight:
 
     def __init__(self, cfg: Config, ranks: Ranks):
         self.cfg, self.ranks, self.facts, self.notices = cfg, ranks, {}, []
+        self.manifest: dict = {}
+        self.pace: list[float] = []  # seconds of a step at the end of the warm-up, by layer order
         self._hashing: threading.Thread | None = None
         self._wrong: list[str] = []  # of this rank's training shards
         try:
@@ -141,13 +154,14 @@ class Preflight:
             built = ", ".join(torch.cuda.get_arch_list())
             raise ConfigError(f"DEVICE=cuda: {name} does not compute ({reason}); this torch is for {built}")
 
-    def usable(self, cfg: Config) -> Config:
-        """The settings without what fails on this machine, which is noted: the compiler, fused kernels.
+    def backends(self) -> Backends:
+        """The backends of the run, without those that fail on this machine, which is noted.
 
-        Raises ConfigError where just that was asked for.
+        Raises ConfigError where just one that fails was asked for.
         """
-        ranks, chosen = self.ranks, choose_kernels(cfg, self.ranks)
-        wrong = {"compiler": try_compiler(ranks)} if ranks.compiler else {}
+        cfg, ranks, chosen = self.cfg, self.ranks, choose_kernels(self.cfg, self.ranks)
+        compiler = choose_compiler(cfg, ranks)
+        wrong = {"compiler": try_compiler(compiler, ranks)} if compiler else {}
         try:
             wrong |= try_kernels(cfg, ranks) if chosen else {}
         except torch.OutOfMemoryError as error:
@@ -158,13 +172,51 @@ class Preflight:
             if cfg.compile_backend != "auto":
                 raise ConfigError(f"COMPILE_BACKEND={cfg.compile_backend}: does not work here ({text})")
             self.notices.append(f"nothing is compiled, which is slow: {text}")
-            ranks.stop_compiling()
+            compiler = ""
         for kernel in [name for name in chosen if name in wrong]:
             if cfg.triton_kernels != Config.triton_kernels:
                 raise ConfigError(f"TRITON_KERNELS={cfg.triton_kernels}: {kernel}: {wrong[kernel]}")
             self.notices.append(f"fused kernel {kernel} is not used: {wrong[kernel]}")
-        left = ",".join(name for name in chosen if name not in wrong)
-        return dataclasses.replace(cfg, triton_kernels=left)
+        kernels = ",".join(name for name in chosen if name not in wrong)
+        attention = choose_attention(cfg, ranks, compiler)
+        return Backends(attention, kernels, compiler, max(cfg.grad_accum_steps, ranks.world_size))
+
+    def see(self, kind: str, **facts: object) -> None:
+        """Look at each thing as soon as it is known; say what was found once there is a log."""
+        run = facts.get("run")
+        if kind == "data":
+            splits = ["train"] if run.trains or run.cfg.quantize_only else []
+            self.manifest = check_data(run.cfg, splits)
+        elif kind == "sizes":
+            splits = ["train"] if run.trains or run.cfg.quantize_only else []
+            self.check_hashes(self.manifest, splits, wait=not run.trains)
+            if not run.cfg.ttt_eval_only:
+                self.check_memory(run.cfg, run.backends, run.trains, run.val)
+        elif kind == "model":
+            if run.cfg.ttt_eval_only:  # the artifact knows the model's sizes
+                self.check_memory(run.model.cfg, run.backends, False, run.val)
+            self.check_disk(run.trains, run.val.num_targets)
+        elif kind == "opened":
+            run.log.event("preflight", **self.facts)
+            if self.cfg.attention_backend == "auto" and run.ranks.on_gpu:
+                self.notices += unused_attention(run.cfg, run.backends, run.ranks)
+            for text in self.notices:
+                run.log.event("notice", text=text)
+        elif kind == "warm_up":
+            self._time_step(facts["steps_left"], facts["steps"])
+        elif kind == "warmed":
+            self.wait_for_hashes()
+            self.log_speed(run.log, run.backends)
+
+    def _time_step(self, left: int, steps: int) -> None:
+        """Measure the last ten steps of a warm-up, or half of them."""
+        timed = min(10, (steps + 1) // 2)
+        if left in (timed, 0):
+            self.ranks.synchronize()
+        if left == timed:
+            self._since = time.perf_counter()
+        elif left == 0:
+            self.pace.append((time.perf_counter() - self._since) / timed)
 
     def check_disk(self, trains: bool, targets: int) -> None:
         """Room for all outputs, and whether a file can be written where they go. Rank 0's business."""
@@ -191,11 +243,11 @@ class Preflight:
             raise ConfigError(f"ARTIFACT_DIR={wanted}: {free / 1e6:.1f} MB are free, needed: {parts} MB")
         self.facts |= {"disk_need_mb": need / 1e6, "disk_free_mb": free / 1e6}
 
-    def check_memory(self, cfg: Config, trains: bool, val: ValidationSet) -> None:
+    def check_memory(self, cfg: Config, backends: Backends, trains: bool, val: ValidationSet) -> None:
         """The least that the stages take: what passes may still take more, what does not cannot fit."""
         weights, ranks = bank_parameters(cfg), self.ranks
         row = min(cfg.val_batch_tokens // CONTEST_MICRO_BATCHES, val.num_targets)
-        micro = cfg.train_batch_tokens // (ranks.world_size * cfg.micro_batches(ranks.world_size))
+        _, micro = micro_batches(cfg, backends, ranks.world_size)
         cuda = ranks.on_gpu
         micro = 0 if cuda else micro  # there `fit_memory` finds what fits
         named = "NUM_LAYERS MODEL_DIM MLP_MULT VOCAB_SIZE"
@@ -265,9 +317,10 @@ class Preflight:
         if wrong and not self.cfg.allow_unverified_data:
             raise DataError(wrong[0])
 
-    def log_speed(self, pace: Sequence[float], log: RunLog, cfg: Config) -> None:
+    def log_speed(self, log: RunLog, backends: Backends) -> None:
         """Log what a step took in the warm-up and what follows; say where a known GPU is far too slow."""
-        if not pace or (self.ranks.compiler and cfg.warmup_steps < 2):  # the first step compiles
+        cfg, pace = self.cfg, self.pace
+        if not pace or (backends.compiler and cfg.warmup_steps < 2):  # the first step compiles
             return
         plain, looping = pace[0], pace[-1]
         share = min(cfg.enable_looping_at, 1.0)

@@ -172,3 +172,9 @@ def settings_table(source: str) -> str:
         help_text = comments.get(field.name, "")
         rows.append(f"  {field.name.upper()}={default}\n      {help_text} [{allowed(field.type)}]")
     return "\n".join(rows)
+
+
+def help_text(source: str) -> str:
+    """What `--help` prints, by the source of train_gpt.py."""
+    presets = f"Settings, as environment variables (PRESET one of {', '.join(PRESETS)}):"
+    return f"{train_gpt.__doc__}\n{presets}\n\n{settings_table(source)}"

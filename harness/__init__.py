@@ -1,0 +1,106 @@
+"""What watches over a run and is never counted: the command line, checks, checkpoints, ledger, trackers."""
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from harness.checkpoints import Checkpoints
+from harness.guards import Guard, Stopped, signals
+from harness.ledger import Ledger
+from harness.preflight import Preflight
+from harness.settings import help_text, read_settings
+from harness.tracking import Progress, Trackers
+from train_gpt import Config, ConfigError, Ranks, Run, RunError, Watch, execute, run_name, show_settings
+
+
+class Watches(Watch):
+    """Several watches as one: each is told everything, in this order."""
+
+    def __init__(self, watches: Sequence[Watch]):
+        self.watches = watches
+
+    def saved(self, stage: str) -> dict | None:
+        """The state that one of the watches has of a stage."""
+        states = [watch.saved(stage) for watch in self.watches]
+        return next((state for state in states if state is not None), None)
+
+    def unit(self, stage: str, worker: object) -> None:
+        """Tell all."""
+        for watch in self.watches:
+            watch.unit(stage, worker)
+
+    def see(self, kind: str, **facts: object) -> None:
+        """Tell all."""
+        for watch in self.watches:
+            watch.see(kind, **facts)
+
+
+def main(arguments: Sequence[str], environ: Mapping[str, str], sources: Mapping[str, bytes]) -> int:
+    """The command line of the whole house; exit code as `train_gpt.main`, which reports UserError."""
+    unknown = set(arguments) - {"--help", "-h", "--show", "--json"}
+    if unknown or ("--json" in arguments and "--show" not in arguments):
+        raise ConfigError(f"{' '.join(arguments)}: unknown, must be --help or --show [--json]")
+    if {"--help", "-h"} & set(arguments):
+        print(help_text(sources["train_gpt.py"].decode()))
+        return 0
+    cfg = read_settings(environ)
+    if "--show" in arguments:
+        print(show_settings(cfg))
+        if "--json" in arguments:
+            print(json.dumps({"preset": cfg.preset, "settings": cfg.as_env()}))
+        return 0
+    ranks = Ranks.from_env(cfg, environ)
+    try:
+        with signals(ranks), contextlib.ExitStack() as closing:
+            return watched_run(cfg, ranks, sources, closing)
+    except Stopped as stopped:
+        ranks.say(f"stage {stopped.stage}: {stopped}")
+        return stopped.code
+    except RunError as error:  # before the first stage, as below; `execute` says the later ones
+        ranks.say(f"stage start: {error}")
+        return 1
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be used ({error.strerror})") from None
+
+
+def watched_run(
+    cfg: Config, ranks: Ranks, sources: Mapping[str, bytes], closing: contextlib.ExitStack
+) -> int:
+    """Make a run with all that watches over it, and execute it. Exit code as `main`."""
+    preflight = Preflight(cfg, ranks)
+    backends, folder, checkpoints = preflight.backends(), None, None
+    watches = [preflight, Guard(preflight), Progress(ranks)]
+    if cfg.preflight_only:  # a rehearsal leaves nothing
+        folder = Path(closing.enter_context(tempfile.TemporaryDirectory()))
+        (folder / "logs").mkdir()
+    else:
+        watches += [Ledger(ranks)] * cfg.audit
+        if cfg.checkpoint_seconds:
+            checkpoints = closing.enter_context(contextlib.closing(Checkpoints(cfg, ranks, sources, watches)))
+            if checkpoints.ended is not None:
+                return checkpoints.ended
+            cfg, folder = checkpoints.cfg, checkpoints.folder
+            watches = [*watches, checkpoints]
+        if cfg.wandb_project or cfg.tensorboard_dir:
+            cfg = dataclasses.replace(cfg, run_id=run_name(cfg))
+            watches.append(closing.enter_context(contextlib.closing(Trackers(cfg, ranks))))
+    run = Run(cfg, ranks, backends, sources, Watches(watches), folder)
+    try:
+        return rehearse(run) if cfg.preflight_only else execute(run)
+    except Stopped as stopped:
+        stopped.stage = run.clock.current
+        raise
+
+
+def rehearse(run: Run) -> int:
+    """PREFLIGHT_ONLY: the warm-up and its measured speed, then the end."""
+    with contextlib.closing(run.log), run.clock.stage("rehearsal"):
+        if run.trains:
+            run.watch.see("memory", run=run)
+            run.new_trainer().warm_up(run.cfg.warmup_steps, run.watch)
+            run.watch.see("warmed", run=run)
+        run.log.event("passed", seconds=run.clock.elapsed("rehearsal"))
+    return 0
