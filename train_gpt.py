@@ -54,6 +54,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 # ---------------------------------------------------------------------------------------------------------
 # 1. Constants and errors
@@ -378,10 +379,6 @@ class Config:
         """Width F of the MLP."""
         return int(self.mlp_mult * self.model_dim)
 
-    def chunk_size(self, targets: int) -> int:
-        """Targets of a document of so many that are scored before each adaptation step."""
-        return chunk_by_length(self, targets) if self.ttt_chunk_by_length else self.ttt_chunk_size
-
     @property
     def data_folder(self) -> Path:
         """Folder of the shards."""
@@ -543,7 +540,7 @@ def check_optional_settings(cfg: Config) -> None:
     if cfg.val_doc_fraction < 1 and not (cfg.ttt_enabled and not cfg.ttt_sgd):
         reason = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"
         raise ConfigError(f"VAL_DOC_FRACTION={cfg.val_doc_fraction:g}: {reason}")
-    cfg.chunk_size(0)
+    chunk_size(cfg, 0)  # TTT_CHUNK_BY_LENGTH is read as if a document were to be scored
     kernels, known = cfg.triton_kernels, Config.triton_kernels
     if kernels not in ("", "0", "1") and not {*kernels.split(",")} <= {*known.split(",")}:
         raise ConfigError(f"TRITON_KERNELS={kernels!r}: must be 0, 1, or some of {known} with commas between")
@@ -2188,33 +2185,25 @@ def _orthogonal(count: int, rows: int, columns: int) -> Tensor:
 
 
 class LowRank(nn.Module):
-    """One low-rank map per row of the batch: x A^T B^T."""
+    """One low-rank map per row of the batch: x A^T B^T, A [batch, r, inputs], B [batch, outputs, r]."""
 
     def __init__(self, batch: int, rank: int, inputs: int, outputs: int):
         super().__init__()
         self.A = nn.Parameter(torch.empty(batch, rank, inputs))
         self.B = nn.Parameter(torch.zeros(batch, outputs, rank))
-
-    def use_rows(self, A: Tensor, B: Tensor) -> None:
-        """Make parameters of other tensors."""
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-
-    def draw_A(self, generator: torch.Generator | None, row: int | slice = slice(None)) -> None:
-        """A uniform in +-1/sqrt(inputs), drawn on the CPU so that every device gets the same numbers."""
-        drawn, bound = self.A.data[row], 1 / math.sqrt(self.A.size(-1))
-        drawn.copy_(torch.empty(drawn.shape).uniform_(-bound, bound, generator=generator))
+        self.factors: list[Tensor] = []  # leaves that share the memory of the last rows of A and B
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [n, T, inputs] -> [n, T, outputs]; n below the batch are its last rows, the others are done."""
-        rows = x.size(0)
-        return x @ self.A[-rows:].mT.to(x.dtype) @ self.B[-rows:].mT.to(x.dtype)
+        """x [n, T, inputs] -> [n, T, outputs] by the last n rows; the documents of the others have ended."""
+        A, B = (factor[-x.size(0) :].mT.to(x.dtype) for factor in self.factors or (self.A, self.B))
+        return x @ A @ B
 
 
 class BatchedLoRA(nn.Module):
     """Adapters of a batch of documents: for each row one on the head and one per virtual layer and role.
 
-    Roles q, k, v and o read the normed block input, mlp the normed MLP input (bypassing its hidden layer);
-    their outputs are scaled by alpha / rank and added to what the role's projection gives.
+    Roles q, k, v and o read the normed block input, mlp reads the normed MLP input (bypassing its hidden
+    layer). Their outputs, scaled by alpha / rank, are added to what the projection of the role gives.
     """
 
     def __init__(
@@ -2227,58 +2216,46 @@ class BatchedLoRA(nn.Module):
     ):
         super().__init__()
         self.batch, self._generator = batch, generator
-        self.active: Tensor | None = None  # rows whose adapters count [batch]; None: all
-        self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank
+        self.active: Tensor | None = None  # rows whose adapters count [batch]; None: all rows
+        self.scale, rank = cfg.ttt_lora_alpha / cfg.ttt_lora_rank, cfg.ttt_lora_rank
         dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         widths = {"q": dim} if cfg.ttt_q_lora else {}
         widths |= {"v": kv_dim} if cfg.ttt_v_lora else {}
         widths |= {"k": kv_dim} if cfg.ttt_k_lora else {}
         widths |= {"mlp": dim} if cfg.ttt_mlp_lora else {}
         widths |= {"o": dim} if cfg.ttt_o_lora else {}
-        self.lm_head_lora = LowRank(batch, cfg.ttt_lora_rank, dim, cfg.vocab_size)
+        self.lm_head_lora = LowRank(batch, rank, dim, cfg.vocab_size)
         for role, width in widths.items():
-            maps = [LowRank(batch, cfg.ttt_lora_rank, dim, width) for _ in range(slots)]
-            self.add_module(f"{role}_loras", nn.ModuleList(maps))
+            maps = nn.ModuleList(LowRank(batch, rank, dim, width) for _ in range(slots))
+            self.add_module(f"{role}_loras", maps)
         self.draw_A(seeds)
 
     def maps(self) -> Iterable[LowRank]:
-        """All adapters, in the order in which they draw."""
+        """All adapters, in the order in which their A factors are drawn."""
         return (module for module in self.modules() if isinstance(module, LowRank))
 
     def draw_A(self, seeds: Sequence[int] = ()) -> None:
-        """Draw all A factors anew: in one go or, given a seed for each row, row by row."""
+        """Draw all A factors anew: in one go or, given a seed for each row, row by row.
+
+        A is uniform in +-1/sqrt(inputs), drawn on the CPU so that every device gets the same numbers.
+        """
         for row, seed in enumerate(seeds or [None]):
             if seed is not None:
                 self._generator.manual_seed(seed)
             for low_rank in self.maps():
-                low_rank.draw_A(self._generator, row if seeds else slice(None))
-
-    @contextlib.contextmanager
-    def narrowing(self):
-        """Gives a function that leaves all but the last n rows to rest, out of sight of the optimiser.
-
-        The parameters become views of the last rows, so that steps go to the whole tensors, which come back
-        afterwards. The optimiser's state follows.
-        """
-        whole = [(low_rank, low_rank.A.data, low_rank.B.data) for low_rank in self.maps()]
-
-        def narrow(rows: int, optimizer: torch.optim.Optimizer) -> None:
-            for low_rank, a, b in whole:
-                old = list(low_rank.parameters())
-                low_rank.use_rows(a[-rows:], b[-rows:])
-                for before, after in zip(old, low_rank.parameters(), strict=True):
-                    state = optimizer.state.pop(before, {})
-                    optimizer.state[after] = {k: v[-rows:] if v.ndim else v for k, v in state.items()}
-            optimizer.param_groups[0]["params"] = list(self.parameters())
-
-        yield narrow
-        for low_rank, a, b in whole:
-            low_rank.use_rows(a, b)
+                drawn, limit = low_rank.A.data[row if seeds else ...], 1 / math.sqrt(low_rank.A.size(-1))
+                drawn.copy_(torch.empty(drawn.shape).uniform_(-limit, limit, generator=self._generator))
 
     def reset_B(self) -> None:
         """Zero all B factors: the adapters add nothing."""
         for low_rank in self.maps():
             low_rank.B.data.zero_()
+
+    def use_last(self, rows: int) -> list[Tensor]:
+        """Compute with the adapters of the last rows only; returns their factors, leaves of the graph."""
+        for low_rank in self.maps():
+            low_rank.factors = [whole.detach()[-rows:].requires_grad_() for whole in low_rank.parameters()]
+        return [factor for low_rank in self.maps() for factor in low_rank.factors]
 
     def at(self, slot: int) -> Adapt:
         """The adapters of a virtual layer as a function of role and input."""
@@ -2293,17 +2270,31 @@ class BatchedLoRA(nn.Module):
         return adapt
 
 
+class LoRAOptimizer:
+    """AdamW on the adapters of a batch. Dropped rows rest: neither they nor their moments change any more."""
+
+    def __init__(self, cfg: Config, lora: BatchedLoRA):
+        self.cfg, self._lora, self.factors = cfg, lora, lora.use_last(lora.batch)
+        self._moments = [[torch.zeros_like(factor) for factor in self.factors] for _ in range(2)]
+        self._steps = [torch.zeros((), dtype=torch.float32, device=factor.device) for factor in self.factors]
+
+    def drop_finished_rows(self, rows: int) -> None:
+        """Leave all but the last rows to rest."""
+        self.factors = self._lora.use_last(rows)
+        self._moments = [[moment[-rows:] for moment in moments] for moments in self._moments]
+
+    def step(self, loss: Tensor) -> None:
+        """One step on the rows in use, down the gradient of a loss."""
+        cfg, gradients = self.cfg, list(torch.autograd.grad(loss, self.factors))
+        settings = {"beta1": cfg.ttt_beta1, "beta2": cfg.ttt_beta2, "eps": 1e-10, "lr": cfg.ttt_lora_lr}
+        settings |= {"weight_decay": cfg.ttt_weight_decay, "fused": True, "amsgrad": False, "maximize": False}
+        with torch.no_grad():
+            adamw(self.factors, gradients, *self._moments, [], self._steps, **settings)
+
+
 def lora_slots(cfg: Config, looping: bool) -> int:
     """Number of virtual layers, each with its own adapters."""
     return sum(map(len, layer_order(cfg, looping)))
-
-
-def lora_optimizer(cfg: Config, lora: BatchedLoRA) -> torch.optim.AdamW:
-    """A fresh AdamW for the adapters."""
-    betas = (cfg.ttt_beta1, cfg.ttt_beta2)
-    return torch.optim.AdamW(
-        lora.parameters(), cfg.ttt_lora_lr, betas, 1e-10, cfg.ttt_weight_decay, fused=True
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -3496,6 +3487,11 @@ class BpbMeter:
     def __init__(self):
         self.loss_sum = self.tokens = self.bytes = 0.0
 
+    @property
+    def sums(self) -> tuple[float, float, float]:
+        """Losses, bytes and targets, as `add_sums` takes them."""
+        return self.loss_sum, self.bytes, self.tokens
+
     def add_sums(self, loss_sum: float, byte_sum: float, tokens: float) -> None:
         """Add sums over targets."""
         self.loss_sum += loss_sum
@@ -3509,9 +3505,7 @@ class BpbMeter:
     def sum_over(self, ranks: Ranks) -> None:
         """Add up the sums of all ranks, once the slowest has got here."""
         ranks.wait_for_all("score")
-        sums = torch.tensor(
-            [self.loss_sum, self.bytes, self.tokens], dtype=torch.float64, device=ranks.device
-        )
+        sums = torch.tensor(self.sums, dtype=torch.float64, device=ranks.device)
         self.loss_sum, self.bytes, self.tokens = ranks.sum_(sums).tolist()
 
     @property
@@ -3523,6 +3517,20 @@ class BpbMeter:
     def val_bpb(self) -> float:
         """Bits per original byte."""
         return self.val_loss / math.log(2) * self.tokens / self.bytes
+
+
+class Evaluation(Worker):
+    """A worker that scores. Its meter has the sums of this rank and, behind the last unit, those of all."""
+
+    def __init__(self, val: ValidationSet, ranks: Ranks, watch: Watch | None):
+        self.val, self.ranks, self.watch, self.meter = val, ranks, watch or Watch(), BpbMeter()
+        self.total = val.num_targets
+
+    def run(self) -> BpbMeter:
+        """Do all units, unwatched."""
+        for _ in self.units():
+            pass
+        return self.meter
 
 
 Score = Callable[[Tensor, Tensor, Segments], Tensor]
@@ -3541,34 +3549,47 @@ def model_score(model: GPT, *, looping: bool, ranks: Ranks = CPU) -> Score:
         length = length or x.size(1)
         run = model if x.size(1) == length else model.losses
         with ranks.autocast():
-            return run(*ranks.send(x, y, segments), looping=looping).cpu()
+            return run(*ranks.send(x, y, segments, model.backends.compiler), looping=looping).cpu()
 
     return score
 
 
-def evaluate_standard(
-    score: Score,
-    val: ValidationSet,
-    row_tokens: int,
-    max_doc_len: int,
-    on_row: Callable[[int, Tensor], None] | None = None,
-    ranks: Ranks = CPU,
-    plain: bool = False,
-) -> BpbMeter:
-    """Score every target once: rows of `row_tokens` targets, the last one shorter, segments as `packed_row`.
+class StandardEvaluation(Evaluation):
+    """Every target once, in rows of VAL_BATCH_TOKENS / 8 targets, the last one shorter; a unit is a row.
 
-    Ranks take rows in turn; the result is the same on every one. `on_row` is told each row's end and losses.
+    Documents attend to themselves, at most EVAL_SEQ_LEN tokens back. Ranks take rows in turn.
     """
-    meter = BpbMeter()
-    for start in range(ranks.rank * row_tokens, val.num_targets, ranks.world_size * row_tokens):
-        end = min(start + row_tokens, val.num_targets)
-        x, y, segments = packed_row(val.tokens[start : end + 1], max_doc_len, plain)
-        losses = score(x, y, segments)
-        meter.add(losses, val.target_bytes[start:end])
-        if on_row:
-            on_row(end, losses)
-    meter.sum_over(ranks)
-    return meter
+
+    def __init__(
+        self,
+        model: GPT,
+        val: ValidationSet,
+        cfg: Config,
+        *,
+        looping: bool,
+        ranks: Ranks = CPU,
+        watch: Watch | None = None,
+    ):
+        super().__init__(val, ranks, watch)
+        self.cfg, self.score = cfg, model_score(model, looping=looping, ranks=ranks)
+
+    def units(self) -> Iterable[None]:
+        """Score row after row."""
+        cfg, val, targets = self.cfg, self.val, self.cfg.val_batch_tokens // CONTEST_MICRO_BATCHES
+        for start in range(self.ranks.rank * targets, val.num_targets, self.ranks.world_size * targets):
+            end = min(start + targets, val.num_targets)
+            row = packed_row(val.tokens[start : end + 1], cfg.eval_seq_len, cfg.plain_windows)
+            losses = self.score(*row)
+            self.meter.add(losses, val.target_bytes[start:end])
+            self.watch.see("row", start=start, end=end, losses=losses)
+            self.done = end
+            yield
+        self.meter.sum_over(self.ranks)
+
+
+def evaluate_standard(*arguments: object, **options: object) -> BpbMeter:
+    """Run a `StandardEvaluation`."""
+    return StandardEvaluation(*arguments, **options).run()
 
 
 # -- the plan of test-time training: documents -> batches -> chunks -> phases, pure functions
@@ -3582,6 +3603,11 @@ class TTTBatch(NamedTuple):
 
     index: int
     documents: list[Document]
+
+    @property
+    def targets(self) -> int:
+        """Targets of the longest document."""
+        return self.documents[-1][1][1] - 1
 
 
 class ChunkWindow(NamedTuple):
@@ -3606,29 +3632,14 @@ def select_documents(
 def ttt_batches(documents: Sequence[Document], cfg: Config, first: int = 0) -> list[TTTBatch]:
     """Batches of documents of similar length, numbered by ascending length from `first`; longest first."""
     by_length, size = sorted(documents, key=lambda document: document[1][1]), cfg.ttt_batch_size
-    parts = chunk_groups(by_length, cfg) if cfg.ttt_chunk_by_length else [by_length]
+    parts = [by_length]
+    if cfg.ttt_chunk_by_length:
+        from systems.chunks import chunk_groups
+
+        parts = chunk_groups(by_length, cfg)
     batches = [part[start : start + size] for part in parts for start in range(0, len(part), size)]
     batches = [TTTBatch(index, batch) for index, batch in enumerate(batches, first)]
-    return sorted(batches, key=lambda batch: -batch.documents[-1][1][1])
-
-
-def chunk_by_length(cfg: Config, targets: int) -> int:
-    """The chunk size that TTT_CHUNK_BY_LENGTH has for a document (PR #2014, #2067). Raises ConfigError."""
-    text, longest, fits = cfg.ttt_chunk_by_length, cfg.ttt_chunk_size, False
-    with contextlib.suppress(ValueError):
-        pairs = [[int(number) for number in pair.split(":")] for pair in text.split(",")]
-        lengths, sizes = zip(*pairs, strict=True)
-        fits = all(list(part) == sorted({*part}) and part[0] > 0 for part in (lengths, (*sizes, longest)))
-    if not fits:
-        must = f"LENGTH:CHUNK,... such as 256:8,2000:24, both rising, chunks below TTT_CHUNK_SIZE={longest}"
-        raise ConfigError(f"TTT_CHUNK_BY_LENGTH={text!r}: must be {must}")
-    return next((size for limit, size in pairs if targets <= limit), longest)
-
-
-def chunk_groups(documents: Sequence[Document], cfg: Config) -> list[list[Document]]:
-    """Documents by ascending length, apart where their chunk size changes."""
-    groups = itertools.groupby(documents, lambda document: cfg.chunk_size(document[1][1] - 1))
-    return [list(group) for _, group in groups]
+    return sorted(batches, key=lambda batch: -batch.targets)
 
 
 def phase_boundaries(prefix_docs: int, num_phases: int, num_docs: int) -> list[int]:
@@ -3637,23 +3648,25 @@ def phase_boundaries(prefix_docs: int, num_phases: int, num_docs: int) -> list[i
     return [count for i in range(num_phases) if (count := prefix * (i + 1) // num_phases)]
 
 
+def chunk_size(cfg: Config, targets: int) -> int:
+    """Targets of a document of so many that are scored before each adaptation step."""
+    if cfg.ttt_chunk_by_length:
+        from systems.chunks import chunk_by_length
+
+        return chunk_by_length(cfg, targets)
+    return cfg.ttt_chunk_size
+
+
 def chunk_window(
-    chunk: int, pred_len: int, chunk_size: int, max_window: int, computed_from: int = 0
+    chunk: int, pred_len: int, size: int, max_window: int, computed_from: int = 0
 ) -> ChunkWindow:
     """The window that scores a chunk of a document of `pred_len` targets: the inputs up to its end.
 
     At most `max_window` of them, and none before `computed_from`: those are cached.
     """
-    first, end = chunk * chunk_size, min((chunk + 1) * chunk_size, pred_len)
+    first, end = chunk * size, min((chunk + 1) * size, pred_len)
     start = max(computed_from, end - max_window)
     return ChunkWindow(start, end - start, first - start, end - first)
-
-
-def cache_start(chunk: int, cfg: Config) -> tuple[int, int]:
-    """Where in its documents the computation of a chunk starts, and how many tokens before it are cached."""
-    end = (chunk + 1) * cfg.ttt_chunk_size
-    first = max(0, end - cfg.ttt_cache_window) if cfg.ttt_cache_window else 0
-    return first, first - max(0, end - cfg.ttt_eval_seq_len)
 
 
 def share_documents(batches: Sequence[TTTBatch], cfg: Config, world_size: int) -> list[list[TTTBatch]]:
@@ -3669,7 +3682,7 @@ def share_documents(batches: Sequence[TTTBatch], cfg: Config, world_size: int) -
         opens = len(shares[rank]) % cfg.ttt_batch_size == 0
         window = min(length, full)
         cost = window * (length - window / 2) + opens * 4 * full * length
-        loads[rank] += cost / cfg.chunk_size(length - 1)
+        loads[rank] += cost / chunk_size(cfg, length - 1)
         shares[rank].append(document)
     first = min((batch.index for batch in batches), default=0)
     return [ttt_batches(sorted(share), cfg, first) for share in shares]
@@ -3700,11 +3713,15 @@ class ChunkBatch(NamedTuple):
     spans: list[tuple[int, int]]  # first scored target in the stream and number of targets, per document
 
 
-def chunk_batch(tokens: Tensor, batch: TTTBatch, chunk: int, cfg: Config) -> ChunkBatch:
-    """Gather the windows of a chunk; finished documents have left the batch, so no row is empty."""
-    size, (first, _) = cfg.ttt_chunk_size, cache_start(chunk, cfg)
+def chunk_batch(
+    tokens: Tensor, batch: TTTBatch, chunk: int, size: int, max_window: int, first: int = 0
+) -> ChunkBatch:
+    """Gather the windows of a chunk of `size` targets; finished documents have left, so no row is empty.
+
+    Tokens before place `first` of a document are cached; the last cached one leads the inputs.
+    """
     alive = [(number, span) for number, span in batch.documents if chunk * size < span[1] - 1]
-    windows = [chunk_window(chunk, length - 1, size, cfg.ttt_eval_seq_len, first) for _, (_, length) in alive]
+    windows = [chunk_window(chunk, length - 1, size, max_window, first) for _, (_, length) in alive]
     lead = int(first > 0)
     x = torch.zeros(len(alive), lead + max(window.length for window in windows), dtype=torch.long)
     y, spans = torch.zeros_like(x[:, lead:]), []
@@ -3722,14 +3739,17 @@ def chunk_batch(tokens: Tensor, batch: TTTBatch, chunk: int, cfg: Config) -> Chu
 # -- score, then adapt
 
 
-class ScoreFirstTTT:
+class ScoreFirstTTT(Evaluation):
     """Phased score-first LoRA test-time training (PR #1530, #1610, #1626, #1767).
 
     Every chunk is scored with the weights as they are and only then trained on. Documents go longest first,
     a batch side by side; when the documents scored reach a phase's boundary, the base weights are trained by
     SGD on the first of them, and new adapters are made. The model is changed in place.
-    `on_event(kind, **data)` tells everything that happens, in order.
+
+    A unit is a batch of documents or a global phase. The watch sees all that happens, in order.
     """
+
+    kept_by = "each rank"
 
     def __init__(
         self,
@@ -3740,108 +3760,135 @@ class ScoreFirstTTT:
         looping: bool,
         ranks: Ranks = CPU,
         generator: torch.Generator | None = None,
-        on_event: Callable[..., None] | None = None,
+        watch: Watch | None = None,
     ):
-        self.model, self.val, self.cfg, self.looping, self.ranks = model, val, cfg, looping, ranks
+        super().__init__(val, ranks, watch)
+        self.model, self.cfg, self.looping = model, cfg, looping
         self._generator = generator or torch.Generator().manual_seed(cfg.seed)
-        self._on_event = on_event or (lambda kind, **data: None)
-        self._constructed = self.diverged = 0
-        self.meter = BpbMeter()
         documents = select_documents(val.documents, cfg.val_doc_fraction, cfg.seed)
+        self.total = len(documents) / ranks.world_size
         self.batches = ttt_batches(list(enumerate(documents)), cfg)
         self.boundaries = phase_boundaries(
             cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, len(documents)
         )
+        self.phases = self.diverged = self._constructed = 0
+        self._batches = 0  # done by this rank in the current phase
+        self._reusable: BatchedLoRA | None = None  # its A factors go from batch to batch
 
-    def run(self) -> BpbMeter:
-        """Score and adapt all documents; returns the sums over every target, of all ranks."""
-        self._on_event("start", boundaries=self.boundaries)
-        reusable = self._new_lora(self.cfg.ttt_batch_size) if self.cfg.ttt_warm_start_a else None
+    def units(self) -> Iterable[None]:
+        """Score and adapt all documents, from where the state says on."""
+        if not self.phases + self._batches:
+            self.watch.see("start", boundaries=self.boundaries)
         parts = split_at_boundaries(self.batches, self.boundaries)
-        for phase, part in enumerate(parts, start=1):
-            for batch in share_documents(part, self.cfg, self.ranks.world_size)[self.ranks.rank]:
-                self._score_batch(batch, self._adapters(batch, reusable))
+        while self.phases < len(parts):
+            if self.cfg.ttt_warm_start_a and self._reusable is None:
+                self._reusable = self._new_lora(self.cfg.ttt_batch_size)
+            mine = share_documents(parts[self.phases], self.cfg, self.ranks.world_size)[self.ranks.rank]
+            for batch in mine[self._batches :]:
+                self._score_batch(batch, self._adapters(batch), chunk_size(self.cfg, batch.targets))
+                self._batches += 1
+                self.done += len(batch.documents)
+                yield
             self.ranks.wait_for_all("ttt")
-            if phase <= len(self.boundaries):
-                done = [batch for earlier in parts[:phase] for batch in earlier]
-                self._global_phase(phase, self.boundaries[phase - 1], done)
-                reusable = self._new_lora(self.cfg.ttt_batch_size) if reusable else None
+            self.phases, self._batches, self._reusable = self.phases + 1, 0, None
+            if self.phases <= len(self.boundaries):
+                self._global_phase([batch for part in parts[: self.phases] for batch in part])
+                yield
         self.model.requires_grad_(True)
         self.meter.sum_over(self.ranks)
-        return self.meter
 
-    def _adapters(self, batch: TTTBatch, reusable: BatchedLoRA | None) -> BatchedLoRA:
+    def state(self) -> dict[str, object]:
+        """Where this rank is between two units: everything but the weights that a phase has left behind."""
+        lora = self._reusable
+        active = None if lora is None else lora.active
+        return {
+            "place": [self.phases, self._batches, self.done, self.diverged, self._constructed],
+            "sums": list(self.meter.sums),
+            "generator": self._generator.get_state(),
+            "A": [] if lora is None else [low_rank.A.detach().cpu().clone() for low_rank in lora.maps()],
+            "active": None if active is None else active.cpu(),
+        }
+
+    def load_state(self, state: Mapping) -> None:
+        """Go on from a state of a run with as many ranks; its "weights", where it has them, are loaded."""
+        self.phases, self._batches, self.done, self.diverged, self._constructed = state["place"]
+        self.meter.add_sums(*state["sums"])
+        if state["A"]:
+            self._reusable = self._make_lora(self.cfg.ttt_batch_size)
+            for low_rank, A in zip(self._reusable.maps(), state["A"], strict=True):
+                low_rank.A.data.copy_(A)
+            active = state["active"]
+            self._reusable.active = None if active is None else active.to(self.ranks.device)
+        self._generator.set_state(state["generator"])
+        if "weights" in state:
+            self.model.load_state_dict(state["weights"])
+
+    def _adapters(self, batch: TTTBatch) -> BatchedLoRA:
         """Adapters whose B is zero. Warm start: A as the last full batch of this rank and phase left it.
 
         Otherwise A is drawn from the seed and the document's number: the same whoever computes it.
         """
-        if reusable is None:
+        if not self.cfg.ttt_warm_start_a:
             seeds = [self.cfg.seed * 1_000_003 + number for number, _ in batch.documents]
             return self._new_lora(len(seeds), seeds)
         if len(batch.documents) < self.cfg.ttt_batch_size:
             return self._new_lora(len(batch.documents))
-        if reusable.active is not None and not bool(reusable.active.all()):
-            reusable.draw_A()  # nobody inherits what has diverged
-        squares = float(sum(low_rank.A.detach().double().square().sum() for low_rank in reusable.maps()))
-        self._on_event("lora_reset", a_l2=math.sqrt(squares), lora=reusable)
-        reusable.reset_B()
-        return reusable
+        lora = self._reusable
+        if lora.active is not None and not bool(lora.active.all()):
+            lora.draw_A()  # nobody inherits what has diverged
+        self.watch.see("lora_reset", lora=lora)
+        lora.reset_B()
+        return lora
+
+    def _make_lora(self, batch: int, seeds: Sequence[int] = ()) -> BatchedLoRA:
+        slots = lora_slots(self.cfg, self.looping)
+        return BatchedLoRA(self.cfg, batch, slots, self._generator, seeds).to(self.ranks.device)
 
     def _new_lora(self, batch: int, seeds: Sequence[int] = ()) -> BatchedLoRA:
-        lora = BatchedLoRA(self.cfg, batch, lora_slots(self.cfg, self.looping), self._generator, seeds)
-        lora.to(self.ranks.device)
-        self._on_event("lora_constructed", index=self._constructed, batch=batch, lora=lora)
+        lora = self._make_lora(batch, seeds)
+        self.watch.see("lora_constructed", index=self._constructed, batch=batch, lora=lora)
         self._constructed += 1
         return lora
 
-    def _score_batch(self, batch: TTTBatch, lora: BatchedLoRA) -> None:
+    def _score_batch(self, batch: TTTBatch, lora: BatchedLoRA, size: int) -> None:
+        """Score and adapt the documents of a batch by chunks of `size` targets."""
         self.model.requires_grad_(False)  # a compiled backward pass would compute all that may be wanted
-        cfg, optimizer = self.cfg, lora_optimizer(self.cfg, lora)
-        cache = None
+        cfg, see, optimizer = self.cfg, self.watch.see, LoRAOptimizer(self.cfg, lora)
+        rows, sums = lora.batch, []
+        chunk_loss_sum = torch.zeros(rows, device=self.ranks.device)  # mean losses of a document's chunks
+        lora.active = torch.ones_like(chunk_loss_sum, dtype=torch.bool)
+        cache, first = None, 0
         if cfg.ttt_cache_window:
             from systems.cache import KeyValueCache
 
             cache = KeyValueCache()
-        longest, rows = batch.documents[-1][1][1], len(batch.documents)
-        if cfg.ttt_chunk_by_length:
-            size = cfg.chunk_size(longest - 1)
-            cfg = dataclasses.replace(cfg, ttt_chunk_size=size, ttt_chunk_by_length="")
-        calm = torch.zeros(rows, device=self.ranks.device)  # summed mean losses of each document's chunks
-        lora.active = torch.ones_like(calm, dtype=torch.bool)
-        sums = []
-        with lora.narrowing() as narrow:
-            for chunk in range(-(-(longest - 1) // cfg.ttt_chunk_size)):
-                part = chunk_batch(self.val.tokens, batch, chunk, cfg)
-                if len(part.documents) <= rows * 7 // 8:
-                    rows = len(part.documents)
-                    narrow(rows, optimizer)
-                learns = bool(part.trains.any())
-                if cache:
-                    cache.advance(*cache_start(chunk, cfg))
-                with torch.set_grad_enabled(learns):
-                    losses = self._losses(part, lora, cache)
-                sums.append(self._sums(part, losses, calm, chunk, lora))
-                self._on_event("scored", batch_number=batch.index, chunk=chunk, part=part, losses=losses)
-                if learns:
-                    self._on_event("trained", batch_number=batch.index, chunk=chunk, part=part)
-                    self._adapt(part, lora, optimizer, losses, cache)
+        for chunk in range(-(-batch.targets // size)):
+            if cfg.ttt_cache_window:
+                first = cache.advance((chunk + 1) * size, cfg)
+            part = chunk_batch(self.val.tokens, batch, chunk, size, cfg.ttt_eval_seq_len, first)
+            if len(part.documents) <= rows * 7 // 8:
+                rows = len(part.documents)
+                optimizer.drop_finished_rows(rows)
+            learns = bool(part.trains.any())
+            with torch.set_grad_enabled(learns):
+                losses = self._losses(part, lora, cache)
+            sums.append(self._sums(part, losses, chunk_loss_sum, chunk, lora))
+            see("scored", batch_number=batch.index, chunk=chunk, part=part, losses=losses)
+            if learns:
+                see("trained", batch_number=batch.index, chunk=chunk, part=part)
+                self._adapt(part, lora, optimizer, losses, cache)
+        lora.use_last(lora.batch)
         chunks = [[float(loss_sum), byte_sum, tokens] for loss_sum, byte_sum, tokens in sums]
         for chunk in chunks:
             self.meter.add_sums(*chunk)
         diverged = int((~lora.active).sum())
         self.diverged += diverged
-        totals = {
-            "loss_sum": self.meter.loss_sum,
-            "byte_sum": self.meter.bytes,
-            "token_count": self.meter.tokens,
-            "diverged": diverged,
-        }
-        self._on_event(
-            "batch_done", batch_number=batch.index, chunks=chunks, lora=lora, batch=batch, **totals
-        )
+        totals = dict(zip(("loss_sum", "byte_sum", "token_count"), self.meter.sums, strict=True))
+        facts = {"chunks": chunks, "lora": lora, "batch": batch, "diverged": diverged}
+        see("batch_done", batch_number=batch.index, **facts, **totals)
 
     def _sums(
-        self, part: ChunkBatch, losses: Tensor, calm: Tensor, chunk: int, lora: BatchedLoRA
+        self, part: ChunkBatch, losses: Tensor, chunk_loss_sum: Tensor, chunk: int, lora: BatchedLoRA
     ) -> tuple[Tensor, int, int]:
         """Loss, bytes and targets of a chunk. Adapters of documents that have come to harm are switched off.
 
@@ -3850,7 +3897,7 @@ class ScoreFirstTTT:
         """
         valid, rows = self.ranks.put(part.valid), len(part.documents)
         scored = losses.detach() * valid
-        mean, before = scored.sum(1) / valid.sum(1), calm[-rows:]
+        mean, before = scored.sum(1) / valid.sum(1), chunk_loss_sum[-rows:]
         if self.cfg.ttt_guard and chunk:
             lora.active = lora.active.clone()  # the graph of the losses holds the old one
             lora.active[-rows:] &= mean <= before / chunk + self.cfg.ttt_guard
@@ -3861,7 +3908,7 @@ class ScoreFirstTTT:
     def _losses(self, part: ChunkBatch, lora: BatchedLoRA, cache: "KeyValueCache | None") -> Tensor:
         x, y, scored = (self.ranks.put(tensor) for tensor in (part.x, part.y, part.scored))
         with self.ranks.autocast():
-            if self.ranks.compiler and torch.is_grad_enabled() and not cache:
+            if self.model.backends.compiler and torch.is_grad_enabled() and not cache:
                 return compiled_losses(self.model, x, y, scored, lora, self.looping)
             return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache)
 
@@ -3869,42 +3916,48 @@ class ScoreFirstTTT:
         self,
         part: ChunkBatch,
         lora: BatchedLoRA,
-        optimizer: torch.optim.Optimizer,
+        optimizer: LoRAOptimizer,
         losses: Tensor,
         cache: "KeyValueCache | None",
     ) -> None:
         """Optimiser steps on a scored chunk; the first takes the gradient of the scoring pass itself."""
-        parameters = list(lora.parameters())
         trains = self.ranks.put(part.trains)
         for step in range(self.cfg.ttt_grad_steps):
             losses = self._losses(part, lora, cache) if step else losses
-            optimizer.zero_grad(set_to_none=True)
-            torch.where(trains, losses.mean(1), 0.0).sum().backward(inputs=parameters)
-            optimizer.step()
+            optimizer.step(torch.where(trains, losses.mean(1), 0.0).sum())
 
-    def _global_phase(self, phase: int, boundary: int, done: Sequence[TTTBatch]) -> None:
-        """Train the base weights on the first `boundary` scored documents, shortest batches first."""
+    def _global_phase(self, done: Sequence[TTTBatch]) -> None:
+        """Train the base weights on the first scored documents, shortest batches first."""
         scored = [span for batch in sorted(done) for _, span in batch.documents]
-        tokens = torch.cat([self.val.tokens[start : start + length] for start, length in scored[:boundary]])
+        scored = scored[: self.boundaries[self.phases - 1]]
+        tokens = torch.cat([self.val.tokens[start : start + length] for start, length in scored])
         norms, rates = global_sgd(self.model, tokens, self.cfg, looping=self.looping, ranks=self.ranks)
-        self._on_event(
-            "global_sgd", phase=phase, tokens=tokens, grad_norms=norms, lr_used=rates, model=self.model
-        )
+        facts = {"tokens": tokens, "grad_norms": norms, "lr_used": rates, "model": self.model}
+        self.watch.see("global_sgd", phase=self.phases, **facts)
 
 
-def score_first_ttt(model: GPT, val: ValidationSet, cfg: Config, **options: object) -> BpbMeter:
+def score_first_ttt(*arguments: object, **options: object) -> BpbMeter:
     """Run `ScoreFirstTTT` over the whole validation set."""
-    return ScoreFirstTTT(model, val, cfg, **options).run()
+    return ScoreFirstTTT(*arguments, **options).run()
+
+
+# -- the base weights, trained by SGD on what has been scored
+
+
+def cosine_rate(peak: float, step: int, steps: int) -> float:
+    """From the peak at step 0 along a cosine to 0 at the last of `steps` steps."""
+    return peak * 0.5 * (1 + math.cos(math.pi * (step / max(steps - 1, 1))))
 
 
 def global_sgd_lr(chunk: int, num_chunks: int, cfg: Config) -> float:
-    """Learning rate of a chunk: linear warm-up, then a cosine to 0 at the chunk before the last."""
-    warmup = min(cfg.global_ttt_warmup_chunks, num_chunks - 1)
-    if chunk < warmup:
-        share = chunk / max(warmup - 1, 1)
-        return cfg.global_ttt_warmup_start_lr + share * (cfg.global_ttt_lr - cfg.global_ttt_warmup_start_lr)
-    share = (chunk - warmup) / max(num_chunks - 1 - warmup, 1)
-    return cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * share))
+    """Learning rate of a chunk: linear warm-up, then a cosine to 0 at the last chunk."""
+    warmup = 0
+    if cfg.global_ttt_warmup_chunks:
+        warmup = min(cfg.global_ttt_warmup_chunks, num_chunks - 1)
+        if chunk < warmup:
+            share, start = chunk / max(warmup - 1, 1), cfg.global_ttt_warmup_start_lr
+            return start + share * (cfg.global_ttt_lr - start)
+    return cosine_rate(cfg.global_ttt_lr, chunk - warmup, num_chunks - warmup)
 
 
 def global_sgd(
@@ -3917,43 +3970,43 @@ def global_sgd(
     Returns the gradient norm before clipping and the learning rate of every step.
     """
     model.requires_grad_(True)
-    optimizer = global_optimizer(model, cfg)
-    num_chunks = -(-(len(tokens) - 1) // cfg.global_ttt_chunk_tokens)
+    optimizer = torch.optim.SGD(model.parameters(), cfg.global_ttt_lr, cfg.global_ttt_momentum)
+    size = cfg.global_ttt_chunk_tokens
+    num_chunks = -(-(len(tokens) - 1) // size)
+    how = cfg.global_ttt_epochs, cfg.global_ttt_respect_doc_boundaries
     norms, rates = [], []
     for chunk in range(num_chunks - 1):
-        rates += [global_sgd_lr(chunk, num_chunks, cfg)]
-        first = chunk * cfg.global_ttt_chunk_tokens
-        row = tokens[first : first + cfg.global_ttt_chunk_tokens + 1]
-        norms += [global_sgd_chunk(model, row, cfg, optimizer, rates[-1], looping=looping, ranks=ranks)]
-    rates = [rate for rate, steps in zip(rates, norms, strict=True) for _ in steps]
-    return [float(norm) for steps in norms for norm in steps], rates
-
-
-def global_optimizer(model: GPT, cfg: Config) -> torch.optim.SGD:
-    """SGD with momentum on all base weights."""
-    return torch.optim.SGD(model.parameters(), cfg.global_ttt_lr, cfg.global_ttt_momentum)
+        optimizer.param_groups[0]["lr"] = rate = global_sgd_lr(chunk, num_chunks, cfg)
+        row = tokens[chunk * size : (chunk + 1) * size + 1]
+        steps = global_sgd_chunk(model, row, cfg, optimizer, *how, looping=looping, ranks=ranks)
+        norms += steps
+        rates += [rate] * len(steps)
+    return [float(norm) for norm in norms], rates
 
 
 def global_sgd_chunk(
     model: GPT,
     tokens: Tensor,
     cfg: Config,
-    optimizer: torch.optim.SGD,
-    rate: float,
+    optimizer: torch.optim.Optimizer,
+    epochs: int,
+    by_document: bool,
     *,
     looping: bool,
     ranks: Ranks,
 ) -> list[Tensor]:
-    """All passes over the whole windows of scored tokens [n+1]; returns each step's norm before clipping."""
-    optimizer.param_groups[0]["lr"] = rate
+    """All passes over the whole windows of scored tokens [n+1]; returns each step's norm before clipping.
+
+    Attention stays inside documents (`by_document`) or inside windows of EVAL_SEQ_LEN.
+    """
     window, norms = cfg.eval_seq_len, []
     windows = (len(tokens) - 1) // window
-    for start in list(range(0, windows, cfg.global_ttt_batch_seqs)) * cfg.global_ttt_epochs:
+    for start in list(range(0, windows, cfg.global_ttt_batch_seqs)) * epochs:
         count = window * min(cfg.global_ttt_batch_seqs, windows - start)
-        part = _share_of_row(tokens[start * window : start * window + count + 1], cfg, ranks)
+        row = tokens[start * window : start * window + count + 1]
+        part = _part_of_row(row, window, by_document, ranks)
         if len(part) > 1:
-            loss = _global_losses(model, part, cfg, looping, ranks).sum() / count
-            loss.backward()
+            (_row_losses(model, part, window, by_document, looping, ranks).sum() / count).backward()
         ranks.sum_packed_([_gradient(parameter) for parameter in model.parameters()])
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), cfg.global_ttt_grad_clip or math.inf))
         optimizer.step()
@@ -3961,11 +4014,11 @@ def global_sgd_chunk(
     return norms
 
 
-def _share_of_row(row: Tensor, cfg: Config, ranks: Ranks) -> Tensor:
+def _part_of_row(row: Tensor, window: int, by_document: bool, ranks: Ranks) -> Tensor:
     """This rank's part of a row, cut only where no context is lost: between segments, or between windows."""
-    starts = range(0, len(row), cfg.eval_seq_len)
-    if cfg.global_ttt_respect_doc_boundaries:
-        starts = packed_row(row, cfg.eval_seq_len)[2].cu_seqlens.tolist()
+    starts = range(0, len(row), window)
+    if by_document:
+        starts = packed_row(row, window)[2].cu_seqlens.tolist()
     even = ((len(row) - 1) * (ranks.rank + i) // ranks.world_size for i in (0, 1))
     low, high = (starts[bisect.bisect_left(starts, cut)] for cut in even)
     return row[low : high + 1]
@@ -3978,17 +4031,19 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def _global_losses(model: GPT, tokens: Tensor, cfg: Config, looping: bool, ranks: Ranks) -> Tensor:
+def _row_losses(
+    model: GPT, tokens: Tensor, window: int, by_document: bool, looping: bool, ranks: Ranks
+) -> Tensor:
     """Losses of consecutive windows: as one row with document segments, or as plain rows."""
-    x, y, segments = packed_row(tokens, cfg.eval_seq_len)
+    x, y, segments = packed_row(tokens, window)
     with ranks.autocast():
-        if not cfg.global_ttt_respect_doc_boundaries:
-            x, y = (ranks.put(part.view(-1, cfg.eval_seq_len)) for part in (x, y))
+        if not by_document:
+            x, y = (ranks.put(part.view(-1, window)) for part in (x, y))
             return model.losses(x, y, looping=looping)
-        batch = ranks.send(x, y, segments)
-        return (
-            compiled_row(model, batch, looping) if ranks.compiler else model.losses(*batch, looping=looping)
-        )
+        batch = ranks.send(x, y, segments, model.backends.compiler)
+        if model.backends.compiler:
+            return compiled_row(model, batch, looping)
+        return model.losses(*batch, looping=looping)
 
 
 # -- test-time training compiled: one graph for any number of rows and tokens
@@ -3998,16 +4053,16 @@ def compiled_losses(
     model: GPT, x: Tensor, y: Tensor, scored: Tensor, lora: BatchedLoRA, looping: bool
 ) -> Tensor:
     """`model.losses` of a chunk; adapters whose documents have ended get rows of zeros until they leave."""
-    whole, rows, used = lora.active, lora.lm_head_lora.A.size(0), len(x)
+    active, rows, used = lora.active, len(lora.lm_head_lora.factors[0]), len(x)
     x, y, scored = (F.pad(part, (0, 0, rows - used, 0)) for part in (x, y, scored))
-    lora.active = whole[-rows:]
-    for tensor in (x, y, scored, lora.active, *lora.parameters()) if rows > 1 else ():
+    lora.active = active[-rows:]
+    factors = [factor for low_rank in lora.maps() for factor in low_rank.factors]
+    for tensor in (x, y, scored, lora.active, *factors) if rows > 1 else ():
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
     for tensor in (x, y):
         torch._dynamo.maybe_mark_dynamic(tensor, 1)
-    with torch._dynamo.config.patch(force_parameter_static_shapes=False):
-        losses = model(x, y, looping=looping, lora=lora, scored=scored)
-    lora.active = whole
+    losses = model(x, y, looping=looping, lora=lora, scored=scored)
+    lora.active = active
     return losses[rows - used :]
 
 
@@ -4034,48 +4089,24 @@ def warm_up_ttt(model: GPT, cfg: Config, sizes: Iterable[int], looping: bool, ra
                     chunks = [2, 2, 4]
                     if stance != "default":  # also as many rows and as long windows as there can be
                         full = cfg.ttt_eval_seq_len // size + 1
-                        chunks = [1, 3, *[full] * (cfg.ttt_batch_size - 3), full + 1]
+                        chunks = sorted([1, 3, *[full] * (cfg.ttt_batch_size - 3), full + 1])
                     starts = [0, *itertools.accumulate(count * size + 2 for count in chunks)]
                     tokens = torch.randint(BOS + 1, cfg.vocab_size, (starts[-1],), generator=generator)
                     documents = [(start, end - start) for start, end in itertools.pairwise(starts)]
                     val = ValidationSet(tokens, tokens, documents)
-                    changes = {"ttt_chunk_size": size, "ttt_chunk_by_length": "", "val_doc_fraction": 1.0}
-                    options = {"looping": looping, "ranks": ranks}
-                    ttt = ScoreFirstTTT(model, val, dataclasses.replace(cfg, **changes), **options)
-                    for batch in ttt.batches:
-                        ttt._score_batch(batch, ttt._new_lora(len(batch.documents)))
+                    ttt = ScoreFirstTTT(model, val, cfg, looping=looping, ranks=ranks)
+                    batch = TTTBatch(0, list(enumerate(documents)))
+                    ttt._score_batch(batch, ttt._new_lora(len(documents)), size)
                 model.requires_grad_(True)
                 if cfg.phased_ttt_prefix_docs:
-                    windows = min(len(chunks), cfg.global_ttt_batch_seqs)
-                    row = torch.randint(
-                        BOS, cfg.vocab_size, (windows * cfg.eval_seq_len + 1,), generator=generator
-                    )
-                    _global_losses(model, row, cfg, looping, ranks).sum().backward()
+                    count = min(len(chunks), cfg.global_ttt_batch_seqs) * cfg.eval_seq_len + 1
+                    row = torch.randint(BOS, cfg.vocab_size, (count,), generator=generator)
+                    how = cfg.eval_seq_len, cfg.global_ttt_respect_doc_boundaries
+                    _row_losses(model, row, *how, looping, ranks).sum().backward()
     finally:
         model.requires_grad_(True).zero_grad(set_to_none=True)
         model.load_state_dict(before)
     return compiled_graphs() - graphs
-
-
-def compile_adaptation(run: "Run", documents: Sequence[tuple[int, int]]) -> None:
-    """Compile before the clock starts, or say why not; what no graph fits afterwards runs without."""
-    cfg = run.model.cfg
-    sizes = {cfg.chunk_size(length - 1) for _, length in documents}
-    with run.watch.stage("ttt_warm_up"):
-        try:
-            graphs = warm_up_ttt(run.model, cfg, sizes, run.looping, run.ranks)
-            torch.compiler.set_stance("eager_on_recompile")
-            run.log.event("graphs", ttt_warm_up=graphs, seconds=run.watch.elapsed("ttt_warm_up"))
-        except Exception as error:  # compilers raise anything
-            run.log.event("notice", text=f"test-time training is not compiled ({one_line(error)})")
-            run.ranks.stop_compiling()
-        run.ranks.wait_for_all("ttt_warm_up")
-
-
-# -- sliding windows, and test-time training by SGD between their chunks (PR #549, #1493)
-
-
-# -- the ledger of an audited run
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4351,7 +4382,7 @@ class Run:
     def _compile_adaptation(self, documents: Sequence[tuple[int, int]]) -> None:
         """Compile before the clock starts, or say why not; what no graph fits afterwards runs without."""
         cfg = self.model.cfg
-        sizes = {cfg.chunk_size(length - 1) for _, length in documents}
+        sizes = {chunk_size(cfg, length - 1) for _, length in documents}
         with self.clock.stage("ttt_warm_up"):
             try:
                 graphs = warm_up_ttt(self.model, cfg, sizes, self.looping, self.ranks)

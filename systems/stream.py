@@ -1,8 +1,7 @@
-"""Plain windows, sliding-window evaluation, and test-time training by SGD between its chunks (PR #549, #1493)."""
+"""Plain windows, sliding-window evaluation, and SGD between its chunks (PR #549, #1493)."""
 
-import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,15 +15,15 @@ from train_gpt import (
     ChunkWindow,
     Config,
     ConfigError,
+    Evaluation,
     Ranks,
-    Run,
     Segments,
     ShuffledLoader,
     ValidationSet,
+    Watch,
+    cosine_rate,
     document_segments,
-    global_optimizer,
     global_sgd_chunk,
-    global_sgd_lr,
 )
 
 
@@ -34,11 +33,11 @@ class WindowLoader:
     All ranks draw the same windows and take micro-batches in turn, so their number does not matter.
     """
 
-    def __init__(self, paths: Sequence[Path], cfg: Config, ranks: "Ranks"):
-        shared = ranks.world_size * cfg.micro_batches(ranks.world_size)
-        self._rows, rest = divmod(cfg.train_batch_tokens // shared, cfg.train_seq_len)
+    def __init__(self, paths: Sequence[Path], cfg: Config, ranks: Ranks, micro_tokens: int):
+        self._rows, rest = divmod(micro_tokens, cfg.train_seq_len)
         if rest:
-            windows = f"{shared} micro-batches of whole windows of TRAIN_SEQ_LEN={cfg.train_seq_len} tokens"
+            count = cfg.train_batch_tokens // micro_tokens
+            windows = f"{count} micro-batches of whole windows of TRAIN_SEQ_LEN={cfg.train_seq_len} tokens"
             raise ConfigError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be {windows}")
         self._new = lambda: ShuffledLoader(paths, 1, 0, cfg.train_seq_len, cfg.vocab_size)
         self._rank, self._world_size, self._length = ranks.rank, ranks.world_size, cfg.train_seq_len
@@ -76,103 +75,101 @@ def sliding_windows(first: int, end: int, window: int, stride: int) -> list[Chun
     return windows
 
 
-def evaluate_sliding(
-    model: GPT,
-    val: ValidationSet,
-    cfg: Config,
-    first: int,
-    end: int,
-    *,
-    looping: bool,
-    ranks: Ranks = CPU,
-    on_event: Callable[..., None] | None = None,
-) -> BpbMeter:
-    """Score the targets from `first` to `end`: this rank's sums. Rows are plain: no document segments."""
-    meter, rows = BpbMeter(), max(1, cfg.val_batch_tokens // CONTEST_MICRO_BATCHES // cfg.eval_seq_len)
-    windows = sliding_windows(first, end, cfg.eval_seq_len, cfg.eval_stride)
-    for _, alike in itertools.groupby(windows, lambda window: window[1:]):
-        alike = list(alike)
-        batches = [alike[start : start + rows] for start in range(0, len(alike), rows)]
-        for batch in batches[ranks.rank :: ranks.world_size]:
-            spans = [slice(window.start, window.start + window.length) for window in batch]
-            x = torch.stack([val.tokens[span] for span in spans]).long()
-            y = torch.stack([val.tokens[span.start + 1 : span.stop + 1] for span in spans]).long()
-            scored = torch.arange(batch[0].offset, batch[0].length).expand(len(batch), -1)
-            with torch.no_grad(), ranks.autocast():
-                x, y, scored = (ranks.put(part) for part in (x, y, scored))
-                losses = model.losses(x, y, looping=looping, scored=scored).cpu()
-            if on_event:
-                on_event("slid", windows=batch, losses=losses)
-            for row, span in zip(losses, spans, strict=True):
-                meter.add(row, val.target_bytes[span.stop - len(row) : span.stop])
-    return meter
+class SlidingEvaluation(Evaluation):
+    """Sliding windows over the whole stream, in plain rows: no document segments. Nothing is trained.
+
+    A unit is a batch of windows.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        val: ValidationSet,
+        cfg: Config,
+        *,
+        looping: bool,
+        ranks: Ranks = CPU,
+        watch: Watch | None = None,
+    ):
+        super().__init__(val, ranks, watch)
+        self.model, self.cfg, self.looping = model, cfg, looping
+        self.total = val.num_targets / ranks.world_size
+
+    def slide(self, first: int, end: int, meter: BpbMeter) -> Iterable[None]:
+        """Add this rank's share of the targets from `first` to `end` to a meter; yields after each batch."""
+        cfg, ranks = self.cfg, self.ranks
+        rows = max(1, cfg.val_batch_tokens // CONTEST_MICRO_BATCHES // cfg.eval_seq_len)
+        windows = sliding_windows(first, end, cfg.eval_seq_len, cfg.eval_stride)
+        for _, alike in itertools.groupby(windows, lambda window: window[1:]):
+            alike = list(alike)
+            batches = [alike[start : start + rows] for start in range(0, len(alike), rows)]
+            for batch in batches[ranks.rank :: ranks.world_size]:
+                self._score(batch, meter)
+                yield
+
+    def _score(self, windows: Sequence[ChunkWindow], meter: BpbMeter) -> None:
+        """Score windows of one form side by side."""
+        val, spans = self.val, [slice(window.start, window.start + window.length) for window in windows]
+        x = torch.stack([val.tokens[span] for span in spans]).long()
+        y = torch.stack([val.tokens[span.start + 1 : span.stop + 1] for span in spans]).long()
+        scored = torch.arange(windows[0].offset, windows[0].length).expand(len(windows), -1)
+        with torch.no_grad(), self.ranks.autocast():
+            x, y, scored = (self.ranks.put(part) for part in (x, y, scored))
+            losses = self.model.losses(x, y, looping=self.looping, scored=scored).cpu()
+        self.watch.see("slid", windows=windows, losses=losses)
+        for row, span in zip(losses, spans, strict=True):
+            meter.add(row, val.target_bytes[span.stop - len(row) : span.stop])
+        self.done += losses.numel()
+
+    def units(self) -> Iterable[None]:
+        """Slide over the stream."""
+        self.watch.see("start", boundaries=[])
+        yield from self.slide(0, self.val.num_targets, self.meter)
+        self.watch.see("end")
+        self.meter.sum_over(self.ranks)
 
 
-def evaluate_windows(
-    model: GPT, val: ValidationSet, cfg: Config, *, on_event: Callable[..., None], **options: object
-) -> BpbMeter:
-    """Sliding windows over the whole stream; returns the sums of all ranks. Nothing is trained."""
-    on_event("start", boundaries=[])
-    meter = evaluate_sliding(model, val, cfg, 0, val.num_targets, on_event=on_event, **options)
-    on_event("end")
-    meter.sum_over(options["ranks"])
-    return meter
-
-
-def score_first_sgd(
-    model: GPT,
-    val: ValidationSet,
-    cfg: Config,
-    *,
-    looping: bool,
-    ranks: Ranks = CPU,
-    on_event: Callable[..., None] | None = None,
-) -> BpbMeter:
+class ScoreFirstSGD(SlidingEvaluation):
     """Chunks of the stream: score one by sliding windows, then train all base weights on it; not on the last.
 
-    The rate is a cosine over the chunks. The model is changed in place.
+    The rate is a cosine over the chunks. The model is changed in place. A unit is a chunk.
     """
-    on_event = on_event or (lambda kind, **data: None)
-    on_event("start", boundaries=[])
-    meter, size = BpbMeter(), cfg.ttt_chunk_tokens
-    sgd = dataclasses.replace(
-        cfg,
-        global_ttt_lr=cfg.ttt_lr,
-        global_ttt_momentum=cfg.ttt_momentum,
-        global_ttt_epochs=cfg.ttt_epochs,
-        global_ttt_warmup_chunks=0,
-        global_ttt_respect_doc_boundaries=False,
-    )
-    optimizer, num_chunks = global_optimizer(model, sgd), -(-val.num_targets // size)
-    options = {"looping": looping, "ranks": ranks}
-    for chunk in range(num_chunks):
-        first, end = chunk * size, min((chunk + 1) * size, val.num_targets)
-        part = evaluate_sliding(model, val, cfg, first, end, on_event=on_event, **options)
-        meter.add_sums(part.loss_sum, part.bytes, part.tokens)
-        on_event("scored_span", chunk=chunk, first=first, end=end)
-        if chunk < num_chunks - 1:
-            rate, row = global_sgd_lr(chunk, num_chunks, sgd), val.tokens[first : end + 1]
-            norms = global_sgd_chunk(model, row, sgd, optimizer, rate, **options)
-            on_event("trained_span", chunk=chunk, first=first, tokens=row, steps=len(norms))
-    meter.sum_over(ranks)
-    return meter
+
+    def units(self) -> Iterable[None]:
+        """Score and train chunk after chunk."""
+        self.watch.see("start", boundaries=[])
+        cfg, val, size = self.cfg, self.val, self.cfg.ttt_chunk_tokens
+        optimizer = torch.optim.SGD(self.model.parameters(), cfg.ttt_lr, cfg.ttt_momentum)
+        chunks = -(-val.num_targets // size)
+        for chunk in range(chunks):
+            first, end = chunk * size, min((chunk + 1) * size, val.num_targets)
+            part = BpbMeter()
+            for _ in self.slide(first, end, part):
+                pass
+            self.meter.add_sums(*part.sums)
+            self.watch.see("scored_span", chunk=chunk, first=first, end=end)
+            if chunk < chunks - 1:
+                rate = cosine_rate(cfg.ttt_lr, chunk, chunks)
+                self._train(chunk, val.tokens[first : end + 1], optimizer, rate)
+            yield
+        self.meter.sum_over(self.ranks)
+
+    def _train(self, chunk: int, tokens: Tensor, optimizer: torch.optim.SGD, rate: float) -> None:
+        """All passes of SGD over a scored chunk, in plain windows."""
+        optimizer.param_groups[0]["lr"] = rate
+        options = {"looping": self.looping, "ranks": self.ranks}
+        steps = global_sgd_chunk(
+            self.model, tokens, self.cfg, optimizer, self.cfg.ttt_epochs, by_document=False, **options
+        )
+        facts = {"first": chunk * self.cfg.ttt_chunk_tokens, "tokens": tokens, "steps": len(steps)}
+        self.watch.see("trained_span", chunk=chunk, **facts)
 
 
-def evaluate_stream(run: "Run", stage: str, evaluate: Callable[..., BpbMeter]) -> None:
-    """A stage that evaluates the stream as one, unless it was: by sliding windows, or with SGD between."""
-    if stage in run.stages:
-        return
-    progress, done = run.log.progress(stage, run.val.num_targets / run.ranks.world_size), 0
+def evaluate_windows(*arguments: object, **options: object) -> BpbMeter:
+    """Run a `SlidingEvaluation`."""
+    return SlidingEvaluation(*arguments, **options).run()
 
-    def on_event(kind: str, **data: object) -> None:
-        nonlocal done
-        if run.ledger:
-            run.ledger.record(kind, data)
-        if kind == "slid":
-            done += data["losses"].numel()
-            progress.update(done)
 
-    with run.watch.stage(stage):
-        options = {"looping": run.looping, "ranks": run.ranks, "on_event": on_event}
-        meter = evaluate(run.model, run.val, run.cfg, **options)
-    run.record(stage, meter, run.val.documents)
+def score_first_sgd(*arguments: object, **options: object) -> BpbMeter:
+    """Run `ScoreFirstSGD`."""
+    return ScoreFirstSGD(*arguments, **options).run()

@@ -1,5 +1,7 @@
 """Comparison helpers of the golden tests. Thresholds quote golden/tolerances.json, key "suggested"."""
 
+from types import SimpleNamespace
+
 import torch
 
 # 01_model and 02_ttt_forward, values: "max|x-ref| <= 2e-5 * max|ref| per tensor"
@@ -17,6 +19,14 @@ HESSIANS_REL = 1e-5
 def model_config(tg, golden_config: dict, **overrides):
     """`tg.Config` from a golden `config` object; `overrides` win. A key that is no field fails loudly."""
     return tg.Config(**{**golden_config, **overrides})
+
+
+def score_standard(tg, score, val, row_tokens: int, max_doc_len: int, ranks=None, plain: bool = False):
+    """Meter of the standard evaluation with another `score` than that of a model."""
+    sizes = {"val_batch_tokens": 8 * row_tokens, "eval_seq_len": max_doc_len, "plain_windows": plain}
+    worker = tg.StandardEvaluation(None, val, SimpleNamespace(**sizes), looping=False, ranks=ranks or tg.CPU)
+    worker.score = score
+    return worker.run()
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, rel: float) -> None:

@@ -28,7 +28,8 @@ def window_rows(tokens, documents, chunk: int, cfg):
 
 def score_batch(tg, model, val, cfg, documents, lora, looping: bool, sums: dict[int, float]) -> None:
     """Chunk after chunk: score with the adapters as they are, then one optimiser step for whoever goes on."""
-    optimizer = tg.lora_optimizer(cfg, lora)
+    betas, decay = (cfg.ttt_beta1, cfg.ttt_beta2), cfg.ttt_weight_decay
+    optimizer = torch.optim.AdamW(lora.parameters(), cfg.ttt_lora_lr, betas, 1e-10, decay)
     longest = max(length for _, (_, length) in documents)
     for chunk in range(-(-(longest - 1) // cfg.ttt_chunk_size)):
         x, y, spans = window_rows(val.tokens, documents, chunk, cfg)

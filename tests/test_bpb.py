@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from golden_tools import score_standard
 
 WORD = "\u2581"
 
@@ -120,7 +121,7 @@ def test_score_of_a_known_text(tg, tables):
         return torch.full(y.shape, math.log(11))
 
     for row_tokens in (1, 3, 7, 100):
-        meter = tg.evaluate_standard(uniform, val, row_tokens, 64)
+        meter = score_standard(tg, uniform, val, row_tokens, 64)
         assert (meter.tokens, meter.bytes) == (7, 13)
         assert meter.val_loss == pytest.approx(math.log(11), rel=1e-6)
         assert meter.val_bpb == pytest.approx(7 * math.log2(11) / 13, rel=1e-6)
@@ -143,7 +144,7 @@ def test_model_that_knows_nothing_scores_log_vocab(tg):
         with torch.no_grad():
             return model.losses(x, y, segments, looping=False)
 
-    meter = tg.evaluate_standard(score, val, 32, config.eval_seq_len)
+    meter = score_standard(tg, score, val, 32, config.eval_seq_len)
     assert (meter.tokens, meter.bytes) == (49, 147)
     assert meter.val_loss == pytest.approx(math.log(64), rel=1e-6)
     assert meter.val_bpb == pytest.approx(6 / 3, rel=1e-6)
@@ -163,7 +164,7 @@ def test_rows_see_their_own_tokens_only(tg):
         pairs.extend(zip(x[0].tolist(), y[0].tolist(), strict=True))
         return torch.zeros(y.shape)
 
-    tg.evaluate_standard(score, val, 24, 16)
+    score_standard(tg, score, val, 24, 16)
     assert pairs == list(zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True))
 
 

@@ -4,9 +4,11 @@ The published evaluator drops a rank's last incomplete batch; ours scores every 
 published limits themselves and give our functions exactly the ranges on which both must agree.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from golden_tools import model_config
+from golden_tools import model_config, score_standard
 
 # 11_bpb: "relative 1e-9 (sums are exact sums of the stored float32 losses in float64)"
 RELATIVE = 1e-9
@@ -108,7 +110,7 @@ def test_standard_evaluation(tg, golden_json, vectors):
         sidecar = vectors["val_bytes"][start : start + targets + 1]
         val = validation_set(tg, vectors, row["byte_source"], tokens, sidecar)
         score = RecordingScore()
-        meter = tg.evaluate_standard(score, val, row_tokens, row["eval_seq_len"])
+        meter = score_standard(tg, score, val, row_tokens, row["eval_seq_len"])
         assert_meter(meter, row)
         assert len(score.rows) == row["batches"]
         for seen, expected in zip(score.rows, row.get("first_batches_cu", []), strict=False):
@@ -126,7 +128,7 @@ def test_standard_evaluation_scores_everything_where_the_published_one_fails(tg,
         tokens, sidecar = vectors["val_tokens"][:num_tokens], vectors["val_bytes"][:num_tokens]
         val = validation_set(tg, vectors, row.get("byte_source", "sidecar"), tokens, sidecar)
         row_tokens = row["val_batch_tokens"] // (row["world_size"] * row["grad_accum_steps"])
-        meter = tg.evaluate_standard(RecordingScore(), val, row_tokens, row["eval_seq_len"])
+        meter = score_standard(tg, RecordingScore(), val, row_tokens, row["eval_seq_len"])
         expected = vectors["loss"][: num_tokens - 1].double().sum().item()
         assert meter.tokens == num_tokens - 1
         assert meter.bytes == val.target_bytes.sum().item()
@@ -139,7 +141,7 @@ def test_whole_stream_has_no_dropped_tail(tg, golden_json, vectors):
     whole = next(row for row in rows if row.get("token_count") == len(vectors["loss"]))
     val = validation_set(tg, vectors, whole["byte_source"], vectors["val_tokens"], vectors["val_bytes"])
     for row_tokens in (64, 100, 333, 2432, 5000):
-        assert_meter(tg.evaluate_standard(RecordingScore(), val, row_tokens, 64), whole)
+        assert_meter(score_standard(tg, RecordingScore(), val, row_tokens, 64), whole)
 
 
 class GivenLossModel(torch.nn.Module):
@@ -156,7 +158,7 @@ class GivenLossModel(torch.nn.Module):
         if scored is not None:
             losses = losses.gather(1, scored)
         if lora is not None:
-            losses = losses + 0 * sum(parameter.sum() for parameter in lora.parameters())
+            losses = losses + 0 * sum(factor.sum() for part in lora.maps() for factor in part.factors)
         return losses
 
 
@@ -179,8 +181,9 @@ def run_document_evaluation(tg, golden_json, val, settings: dict):
         events.setdefault(kind, []).append(kept)
 
     generator = torch.Generator().manual_seed(0)
-    model = GivenLossModel()
-    meter = tg.score_first_ttt(model, val, config, looping=True, generator=generator, on_event=record)
+    model, watch = GivenLossModel(), SimpleNamespace(see=record)
+    model.backends = tg.Backends()
+    meter = tg.score_first_ttt(model, val, config, looping=True, generator=generator, watch=watch)
     assert "global_sgd" not in events
     return meter, events
 
@@ -267,5 +270,5 @@ def test_plain_text(tg, tables, vectors, sentencepiece_model):
     assert target_bytes.sum().item() == plain["table_total_bytes"]
     used = torch.tensor(tokens[: plain["tokens_used"]])
     val = tg.ValidationSet.from_tables(used, byte_table)
-    meter = tg.evaluate_standard(RecordingScore(), val, plain["eval_seq_len"], plain["eval_seq_len"])
+    meter = score_standard(tg, RecordingScore(), val, plain["eval_seq_len"], plain["eval_seq_len"])
     assert_meter(meter, plain["standard_eval"])

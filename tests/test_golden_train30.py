@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from golden_tools import digest, model_config
+from golden_tools import digest, model_config, score_standard
 
 # 13_train30: "first train_loss and grad norm within 1e-5 relative; train_loss of steps 2..10 within 0.02,
 # 11..30 within 0.06 absolute; val_loss within 0.05; l2 norms of EMA weights within 2%; raw weights within 5%
@@ -33,7 +33,7 @@ def validate(tg, model, config, val):
         with torch.no_grad():
             return model.losses(x, y, segments, looping=True)
 
-    return tg.evaluate_standard(score, val, row_tokens, config.eval_seq_len)
+    return score_standard(tg, score, val, row_tokens, config.eval_seq_len)
 
 
 def published_stream(tg, folder, config):

@@ -34,10 +34,13 @@ class EventLog:
         self.initial = initial
         self.events: list[SimpleNamespace] = []
 
-    def __call__(self, kind: str, **data) -> None:
+    def see(self, kind: str, **data) -> None:
         if kind not in GOLDEN_KINDS:
             return
         event = SimpleNamespace(kind=kind, **data)
+        if kind == "lora_reset":
+            squares = [low_rank.A.detach().double().square().sum() for low_rank in data["lora"].maps()]
+            event.a_l2 = float(sum(squares)) ** 0.5
         if kind == "batch_done":
             event.lora_l2 = {name: tensor.detach().norm().item() for name, tensor in lora_state(data["lora"])}
         if kind == "global_sgd":
@@ -71,7 +74,7 @@ def run(request, tg, golden_json, golden_tensors):
         config,
         looping=golden["looping_active"],
         generator=torch.Generator().manual_seed(golden["seed_before_call"]),
-        on_event=log,
+        watch=log,
     )
     return SimpleNamespace(
         name=request.param, golden=golden, config=config, val=val, log=log, meter=meter, weights=weights

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from golden_tools import score_standard
 from oracle_ttt import contest_lengths
 from test_smoke import VOCAB, environment, write_shard
 
@@ -127,7 +128,8 @@ def adaptation(tg, ranks, weights: dict, val, **settings: object) -> dict:
             phases.append(data["tokens"].tolist())
 
     model = load_model(tg, cfg, weights)
-    meter = tg.score_first_ttt(model, val, cfg, looping=True, ranks=ranks, on_event=on_event)
+    watch = types.SimpleNamespace(see=on_event)
+    meter = tg.score_first_ttt(model, val, cfg, looping=True, ranks=ranks, watch=watch)
     totals = {"val_bpb": meter.val_bpb, "tokens": meter.tokens, "bytes": meter.bytes}
     return totals | {"scored": scored, "phases": phases, "weights": model.state_dict()}
 
@@ -160,7 +162,7 @@ def everything(tg, ranks, folder: Path) -> dict:
     fitted = tg.fit_state(flat, hessians, gradients, cfg, FIT_BUDGET, log, ranks)
     result["fitted"] = tg.pack_artifact(fitted, cfg)
     score = tg.model_score(model, looping=True, ranks=ranks)
-    meter = tg.evaluate_standard(score, validation(tg), 128, cfg.eval_seq_len, ranks=ranks)
+    meter = score_standard(tg, score, validation(tg), 128, cfg.eval_seq_len, ranks=ranks)
     result["standard"] = {"val_bpb": meter.val_bpb, "tokens": meter.tokens, "bytes": meter.bytes}
     result["warm"] = adaptation(tg, ranks, weights, validation(tg))
     unknown = validation(tg, factor=1)  # another grammar: much to learn, so that a wrong adapter would show

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden_tools import score_standard
 from test_smoke import SCRIPT, command, make_data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +104,7 @@ def test_losses_of_documents_are_those_of_the_stages(finished, tg):
         losses.append(score(*row).flatten())
         return losses[-1]
 
-    tg.evaluate_standard(recorded, val, cfg.val_batch_tokens // 8, cfg.eval_seq_len)
+    score_standard(tg, recorded, val, cfg.val_batch_tokens // 8, cfg.eval_seq_len)
     every = torch.cat(losses).double()
     for (start, length), loss in zip(found["documents"], found["losses"]["quantised"], strict=True):
         assert float(every[start : start + length - 1].sum()) == pytest.approx(loss, abs=1e-2)

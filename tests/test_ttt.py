@@ -1,6 +1,7 @@
 """Score-first test-time training: the conditions of legality, watched through the evaluator's events."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ class Watch:
         self.last_chunks: set[tuple[int, int]] = set()
         self.byte_sum, self.chunk_sizes = 0, {TINY["ttt_chunk_size"]}
 
-    def __call__(self, kind: str, **data) -> None:
+    def see(self, kind: str, **data) -> None:
         documents = tuple(number for number, _ in spans_of(kind, data))
         self.order.append((kind, data.get("batch_number"), data.get("chunk"), documents))
         if kind == "scored":
@@ -116,9 +117,9 @@ def run(tg, tokens: torch.Tensor, overrides: dict | None = None, seed: int = 7, 
     model = model or random_model(tg, config)
     val = validation(tg, tokens)
     watch = Watch(len(tokens) - 1)
-    watch.chunk_sizes = {config.chunk_size(targets) for targets in LENGTHS}
+    watch.chunk_sizes = {tg.chunk_size(config, targets) for targets in LENGTHS}
     generator = torch.Generator().manual_seed(seed)
-    meter = tg.score_first_ttt(model, val, config, looping=True, generator=generator, on_event=watch)
+    meter = tg.score_first_ttt(model, val, config, looping=True, generator=generator, watch=watch)
     return watch, meter, model, val
 
 
@@ -160,7 +161,8 @@ def test_global_phase_uses_scored_documents_only(tg):
             assert made_of(data["tokens"].tolist(), finished)
 
     model, generator = random_model(tg, config), torch.Generator().manual_seed(0)
-    tg.score_first_ttt(model, val, config, looping=True, generator=generator, on_event=on_event)
+    watch = SimpleNamespace(see=on_event)
+    tg.score_first_ttt(model, val, config, looping=True, generator=generator, watch=watch)
     assert len(phases) == 2
     assert all(len(tokens) > TINY["global_ttt_chunk_tokens"] for tokens in phases)
 
@@ -182,7 +184,7 @@ def test_last_chunk_is_never_trained_on(tg, name):
     watch, _, _, val = run(tg, documents_stream(), SETTINGS[name])
     for start, length in val.documents:
         targets = length - 1
-        size = tg.Config(**TINY | SETTINGS[name]).chunk_size(targets)
+        size = tg.chunk_size(tg.Config(**TINY | SETTINGS[name]), targets)
         first_of_last = (targets - 1) // size * size
         last = set(range(start + first_of_last, start + targets))
         assert not last & watch.trained
@@ -282,7 +284,8 @@ def by_hand(tg, tokens: torch.Tensor, config) -> list[float]:
     model = random_model(tg, config)
     generator = torch.Generator().manual_seed(7)
     lora = tg.BatchedLoRA(config, 1, tg.lora_slots(config, True), generator)
-    optimizer = tg.lora_optimizer(config, lora)
+    betas, decay = (config.ttt_beta1, config.ttt_beta2), config.ttt_weight_decay
+    optimizer = torch.optim.AdamW(lora.parameters(), config.ttt_lora_lr, betas, 1e-10, decay)
     size, targets, scores = config.ttt_chunk_size, len(tokens) - 1, []
     for first in range(0, targets, size):
         end = min(first + size, targets)
@@ -431,7 +434,7 @@ def document_losses(tg, model, val, config) -> dict[int, float]:
             for row, number in enumerate(part.documents):
                 sums[number] = sums.get(number, 0.0) + float(values[row][part.valid[row]].sum())
 
-    evaluator._losses, evaluator._on_event = losses, on_event
+    evaluator._losses, evaluator.watch = losses, SimpleNamespace(see=on_event)
     meter = evaluator.run()
     assert sum(sums.values()) == pytest.approx(meter.loss_sum, rel=1e-12)
     return sums
@@ -512,7 +515,7 @@ def test_chunks_by_length_are_those_of_a_run_with_that_size(tg):
                 expected[number] = losses[number]
     assert expected.keys() == actual.keys()
     assert actual == pytest.approx(expected, rel=1e-5)
-    sizes = [config.chunk_size(targets) for targets in (1, 8, 9, 22, 23, 10**6)]
+    sizes = [tg.chunk_size(config, targets) for targets in (1, 8, 9, 22, 23, 10**6)]
     assert sizes == [2, 2, 3, 3, 8, 8]
 
 
@@ -526,7 +529,7 @@ def test_documents_of_a_batch_have_chunks_of_one_size(tg, world):
     for share in shares:
         assert sorted(batch.index for batch in share) == list(range(len(share)))
         for batch in share:
-            assert len({config.chunk_size(length - 1) for _, (_, length) in batch.documents}) == 1
+            assert len({tg.chunk_size(config, length - 1) for _, (_, length) in batch.documents}) == 1
     given = [document for share in shares for batch in share for document in batch.documents]
     assert sorted(given) == documents
 
