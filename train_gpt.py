@@ -2860,11 +2860,11 @@ def calibrate(
     `loader` is that of a single rank: all ranks draw the same windows and take micro-batches in turn.
     """
     collector = HessianCollector()
-    micro_batches = cfg.micro_batches(ranks.world_size) * ranks.world_size
-    rows = cfg.train_batch_tokens // micro_batches // cfg.train_seq_len
+    on_rank, tokens = micro_batches(cfg, model.backends, ranks.world_size)
+    rows = tokens // cfg.train_seq_len
     if ranks.on_gpu:  # TF32, eight times as fast: the inputs are bfloat16's, exact in it
         torch.set_float32_matmul_precision("high")
-    for micro in range(cfg.gptq_calibration_batches * micro_batches):
+    for micro in range(cfg.gptq_calibration_batches * on_rank * ranks.world_size):
         if micro % ranks.world_size != ranks.rank:
             loader.skip(rows)
             continue
@@ -4347,7 +4347,7 @@ class Run:
         cfg = self.model.cfg
         documents = select_documents(self.val.documents, cfg.val_doc_fraction, cfg.seed)
         if self.model.backends.compiler:
-            self._compile_adaptation(documents)
+            self.compile_adaptation(documents)
         options = {"looping": self.looping, "ranks": self.ranks, "watch": self.watch}
         worker = ScoreFirstTTT(self.model, self.val, cfg, **options)
         self.watch.see("adapting", run=self)
@@ -4355,7 +4355,7 @@ class Run:
         self.watch.see("adapted", run=self)
         self.record("ttt", worker.meter, documents)
 
-    def _compile_adaptation(self, documents: Sequence[tuple[int, int]]) -> None:
+    def compile_adaptation(self, documents: Sequence[tuple[int, int]]) -> None:
         """Compile before the clock starts, or say why not; what no graph fits afterwards runs without."""
         cfg = self.model.cfg
         sizes = {chunk_size(cfg, length - 1) for _, length in documents}
