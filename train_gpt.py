@@ -3185,7 +3185,7 @@ def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) ->
 # ---------------------------------------------------------------------------------------------------------
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
-CODECS = {"brotli": ("brotli",), "lzma": ("lzma",), "ans": ("constriction", "brotli")}  # and what each needs
+CODECS = ("brotli", "lzma", "ans")
 LEVELS = "levels"
 HEADER_LIMIT, SIZE_FACTOR = 1 << 24, 16  # bytes; declared bytes per byte of the file: no bombs
 SHUFFLE_MAGIC = b"BSHF"
@@ -3216,7 +3216,7 @@ def byte_unshuffle(data: bytes) -> bytes:
 
 def check_codec(codec: str) -> None:
     """Raise ConfigError where a package that a codec needs is not installed."""
-    for package in CODECS[codec]:
+    for package in ("constriction", "brotli") if codec == "ans" else (codec,):
         try:
             importlib.import_module(package)
         except ImportError:
@@ -3307,7 +3307,7 @@ def pack_artifact(records: Mapping[str, QuantizedTensor], cfg: Config) -> bytes:
     header = {"model": cfg.model_settings(), "tensors": tensors, "streams": index}
     head = compress(json.dumps(header, separators=(",", ":")).encode(), cfg)
     body = head + b"".join(packed.values())
-    codec, digest = [*CODECS].index(cfg.compressor), hashlib.sha256(body).digest()
+    codec, digest = CODECS.index(cfg.compressor), hashlib.sha256(body).digest()
     return PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, codec, len(head), digest) + body
 
 
@@ -3379,7 +3379,7 @@ def check_prefix(artifact: bytes) -> str:
         raise ArtifactError(f"artifact version {version}, codec {codec}: not known to this script")
     if hashlib.sha256(memoryview(artifact)[PREFIX.size :]).digest() != digest:
         raise ArtifactError("artifact is truncated or corrupted (checksum differs)")
-    return [*CODECS][codec]
+    return CODECS[codec]
 
 
 def check_entry(name: str, kind: str, bits: int, shape: Sequence[int], correction: Sequence) -> None:
@@ -4316,7 +4316,7 @@ class Run:
         cfg = self.model.cfg
         documents = select_documents(self.val.documents, cfg.val_doc_fraction, cfg.seed)
         if self.model.backends.compiler:
-            self._compile_adaptation(documents)
+            self.compile_adaptation(documents)
         options = {"looping": self.looping, "ranks": self.ranks, "watch": self.watch}
         worker = ScoreFirstTTT(self.model, self.val, cfg, **options)
         self.watch.see("adapting", run=self)
@@ -4324,7 +4324,7 @@ class Run:
         self.watch.see("adapted", run=self)
         self.record("ttt", worker.meter, documents)
 
-    def _compile_adaptation(self, documents: Sequence[tuple[int, int]]) -> None:
+    def compile_adaptation(self, documents: Sequence[tuple[int, int]]) -> None:
         """Compile before the clock starts, or say why not; what no graph fits afterwards runs without."""
         cfg = self.model.cfg
         sizes = {chunk_size(cfg, length - 1) for _, length in documents}

@@ -51,7 +51,7 @@ def try_attention(backend: str, cfg: Config, ranks: Ranks) -> None:
             raise RuntimeError("its results are wrong")
 
 
-def choose_attention(cfg: Config, ranks: Ranks) -> str:
+def choose_attention(cfg: Config, ranks: Ranks, compiler: str = "") -> str:
     """The backend asked for, or the first that works. Raises ConfigError when one asked for does not."""
     wanted = cfg.attention_backend
     if wanted == "auto" and not ranks.on_gpu:
@@ -72,6 +72,11 @@ def choose_kernels(cfg: Config, ranks: Ranks) -> list[str]:
         return []
     known, asked = Config.triton_kernels.split(","), cfg.triton_kernels.split(",")
     return [name for name in known if name in asked or asked == ["1"]]
+
+
+def choose_compiler(cfg: Config, ranks: Ranks) -> str:
+    """The backend of torch.compile that is wished for; empty: nothing is to be compiled."""
+    return {"auto": "inductor" if ranks.on_gpu else "", "off": ""}.get(cfg.compile_backend, cfg.compile_backend)
 
 
 def choose_backends(cfg: Config, ranks: Ranks) -> Backends:

@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import audit  # noqa: E402
 import lossless_caps  # noqa: E402
+import scripts  # noqa: E402
+from auditing.artifact import packed_code  # noqa: E402
 
 ARTIFACT = "final_model.int6.ptz"
 FIRST_PIECE = 264  # after control pieces, operators and bytes
@@ -57,25 +59,35 @@ class Copy:
         shutil.copytree(honest / "data", self.data)
         self.original = honest / name
 
-    def source(self) -> str:
-        """The script in the log."""
+    def house(self) -> dict[str, str]:
+        """The script and its house in the log, by path."""
+        told = json.loads((self.run / "result.json").read_text())["environment"]
         log = (self.run / "logs" / "tiny.txt").read_text(encoding="utf-8")
-        return log.partition("=" * 80 + "\n")[2].partition("\n" + "=" * 80)[0]
+        house = scripts.logged_house(log, told["source_sha256"], told["house_sha256"])
+        return {path: source.decode() for path, source in house.items()}
 
-    def script(self, old: str, new: str) -> str:
+    def changed(self, old: str, new: str) -> dict[str, str]:
+        """The files of the house in which a text stands, with another in its place."""
+        house = {path: text for path, text in self.house().items() if old in text}
+        assert house, f"the script has no {old!r} any more: mend this test"
+        return {path: text.replace(old, new) for path, text in house.items()}
+
+    def script(self, old: str, new: str) -> None:
         """Change the script that ran, as if it had been that all along."""
-        before = self.source()
-        assert old in before, f"the script has no {old!r} any more: mend this test"
-        after = before.replace(old, new)
-        log = self.run / "logs" / "tiny.txt"
-        log.write_text(log.read_text(encoding="utf-8").replace(before, after), encoding="utf-8")
-        digest = hashlib.sha256(after.encode()).hexdigest()
-        self.result(lambda result: result["environment"].update(source_sha256=digest))
-        return after
+        before, path = self.house(), self.run / "logs" / "tiny.txt"
+        log = path.read_text(encoding="utf-8")
+        for name, after in self.changed(old, new).items():
+            digests = [scripts.sha256_of(text.encode()) for text in (before[name], after)]
+            log = log.replace(before[name], after).replace(*digests)
+            self.result(lambda result, at=name, to=digests[1]: put_digest(result["environment"], at, to))
+        path.write_text(log, encoding="utf-8")
 
     def counted(self, old: str, new: str) -> None:
-        """Change the counted script as well."""
-        (self.run / "train_gpt.packed.py").write_text(self.script(old, new), encoding="utf-8")
+        """Change the counted script alone."""
+        judged = audit.Audit(self.run, data=self.data)
+        house = {path: text.encode() for path, text in (self.house() | self.changed(old, new)).items()}
+        (self.run / "train_gpt.packed.py").write_bytes(packed_code(judged, house))
+        judged.close()
 
     def result(self, change) -> None:
         self.json(self.run / "result.json", change)
@@ -132,6 +144,12 @@ def sgd(streams, tmp_path) -> Copy:
 @pytest.fixture
 def sliding(streams, tmp_path) -> Copy:
     return Copy(streams, tmp_path, "sliding")
+
+
+def put_digest(environment: dict, path: str, digest: str) -> None:
+    """Another checksum of a file of the house."""
+    place = environment if path == scripts.CORE else environment["house_sha256"]
+    place["source_sha256" if path == scripts.CORE else path] = digest
 
 
 def records_of(records: list[dict], *kinds: str) -> list[dict]:
