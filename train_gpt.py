@@ -2899,8 +2899,8 @@ def calibrate(
     return collector.hessians(cfg.gptq_calibration_batches, ranks)
 
 
-# How tensors are stored. Quantiser, artifact and readers know it from these two tables only: a stored tensor
-# has one of the first three forms, and a GPTQ matrix may have one of the others on top, its correction.
+# These two tables say how tensors are stored; quantiser, artifact and readers go by them. A stored tensor has
+# one of the first three forms, and a GPTQ matrix may have one of the others on top of it: its correction.
 FORMS = {  # form -> its name in published artifacts, the keys of its arrays
     "fp16": ("passthrough (float16)", ("",)),
     "int8_rows": ("gate_int8_row", ("gq", "gs")),
@@ -2909,7 +2909,7 @@ FORMS = {  # form -> its name in published artifacts, the keys of its arrays
     "asym": ("+lqer_asym", ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")),
     "sym": ("+lqer", ("lqA", "lqAs", "lqB", "lqBs")),
 }
-ARRAYS = {  # key -> type, dimensions (row, column, k: rank, group), largest level (0: what the bits hold)
+ARRAYS = {  # key -> type; a letter per dimension (rows, columns, k the rank, groups); largest level, 0: by bits
     "": ("<f2", "", 0),  # a tensor of any shape
     "gq": ("|i1", "rc", 127),
     "gs": ("<f2", "r", 0),
@@ -2954,9 +2954,9 @@ class QuantizedTensor:
         if self.kind == "fp16":
             return base[0].float()
         weight = apply_scales(*base)
-        if not correction:
-            return weight
-        return weight * correction[0][0].float() if "columns" in self.forms else weight + low_rank(*correction[0])
+        if "columns" in self.forms:
+            return weight * correction[0][0].float()
+        return weight + low_rank(*correction[0]) if correction else weight
 
 
 class Scheme(NamedTuple):
@@ -2997,8 +2997,7 @@ class HessianFactor(NamedTuple):
 def factorise(hessian: Tensor) -> HessianFactor:
     """Damp, sort and factorise a Hessian [columns, columns]: one Cholesky, one triangular inverse.
 
-    A Hessian that is not positive definite is damped ten times more, until it is. Raises RunError at 10^7
-    times.
+    While it is not positive definite, it is damped ten times more. Raises RunError beyond 10^7 times.
     """
     h = hessian.float().clone()
     dead = h.diagonal() == 0
@@ -3161,9 +3160,9 @@ def quantize_state(
         norms = gather_by_name({name: float(error.norm()) for name, error in errors.items()}, flat, ranks)
         for name in sorted(norms, key=lambda name: -norms[name])[: cfg.lqer_top_k]:
             if name in errors:
-                factors = low_rank_factors(errors[name], cfg.lqer_rank)
                 group = cfg.lqer_asym_group * cfg.lqer_asym_enabled
-                records[name].correction, arrays = pack_low_rank(*factors, group, cfg.lqer_factor_bits)
+                a, b = low_rank_factors(errors[name], cfg.lqer_rank)
+                records[name].correction, arrays = pack_low_rank(a, b, group, cfg.lqer_factor_bits)
                 records[name].arrays |= arrays
     for record in records.values():
         record.arrays = {key: array.cpu() for key, array in record.arrays.items()}

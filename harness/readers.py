@@ -120,5 +120,6 @@ def model_of_checkpoint(run: Run, path: Path) -> GPT:
     try:
         model.load_state_dict(load_weights(path))
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"MODEL_PATH={path}: does not fit the model settings ({one_line(error)})") from None
+        reason = one_line(error)
+        raise ArtifactError(f"MODEL_PATH={path}: does not fit the model settings ({reason})") from None
     return model

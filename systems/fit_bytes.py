@@ -166,8 +166,10 @@ class FitSearch:
         self.flat, self.cfg, self.budget, self.ranks = flat, cfg, budget, ranks
         self.schemes = {name: scheme_of(name, tensor, cfg) for name, tensor in flat.items()}
         self.matrices = {name: w for name, w in flat.items() if self.schemes[name].kind == "gptq"}
-        eyes = {n: torch.eye(w.size(1), device=w.device) for n, w in self.matrices.items() if n not in hessians}
-        hessians = {**eyes, **{name: hessians[name] for name in self.matrices if name in hessians}}  # an untied embedding has none
+        if not cfg.tie_embeddings:  # as in `quantize_state`
+            width, device = flat["tok_emb.weight"].size(1), flat["tok_emb.weight"].device
+            hessians = {"tok_emb.weight": torch.eye(width, device=device), **hessians}
+        hessians = {name: hessians[name] for name in self.matrices}
         self.factors = factorise_all(hessians)
         self.clips = fit_clips(flat, hessians, self.factors, gradients)
         self.best: tuple[int, dict[str, QuantizedTensor]] | None = None
