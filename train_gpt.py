@@ -2285,7 +2285,8 @@ class LoRAOptimizer:
 
     def step(self, loss: Tensor) -> None:
         """One step on the rows in use, down the gradient of a loss."""
-        cfg, gradients = self.cfg, list(torch.autograd.grad(loss, self.factors))
+        cfg, gradients = self.cfg, torch.autograd.grad(loss, self.factors)
+        gradients = [gradient.contiguous() for gradient in gradients]  # the fused kernel knows no strides
         settings = {"beta1": cfg.ttt_beta1, "beta2": cfg.ttt_beta2, "eps": 1e-10, "lr": cfg.ttt_lora_lr}
         settings |= {"weight_decay": cfg.ttt_weight_decay, "fused": True, "amsgrad": False, "maximize": False}
         with torch.no_grad():
