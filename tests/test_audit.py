@@ -291,8 +291,6 @@ def test_ledger_of_a_rank_that_is_gone_stays(honest, tmp_path):
     settings |= {"TTT_EVAL_ONLY": 1, "QUANTIZED_MODEL_PATH": honest / "run" / ARTIFACT}
     cut = "train_gpt.Run.adapt = lambda run: (run.ranks.wait_for_all('cut'), os._exit(9))"
     script = cut_off(tmp_path, cut)
-        tmp_path, "train_gpt.Run.adapt = lambda run: (run.ranks.wait_for_all('cut'), os._exit(9))"
-    )
     two = launch(honest, "gone", *ONE_NODE, script=script, **settings)
     assert "sliding val_loss" in two.communicate(timeout=120)[0] and two.returncode == 1
     one = command(SCRIPT, honest, DATA_PATH="data", ARTIFACT_DIR="gone", **settings)
