@@ -18,8 +18,6 @@ Exit code 1 if anything is wrong. Needs the demo data (`make data`).
 
 import argparse
 import contextlib
-import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -34,7 +32,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -44,6 +41,9 @@ sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
 from bench.damage import run_damage  # noqa: E402
 from bench.fuzz_artifact import damaged  # noqa: E402
+from dataprep.shards import file_sha256  # noqa: E402
+from harness.settings import read_settings  # noqa: E402
+from harness.unfinished import CheckpointFolder, read_checkpoint, write_checkpoint  # noqa: E402
 
 DEMO = {
     "PRESET": "demo",
@@ -212,7 +212,7 @@ def contents(folder: Path) -> dict[str, object]:
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()[1:]]
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timeless = lambda rows: [{k: v for k, v in row.items() if "second" not in k} for row in rows]  # noqa: E731
-    found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in OUTPUTS}
+    found = {name: file_sha256(folder / name) for name in OUTPUTS}
     found |= {"ledger": timeless(ledger), "stages": timeless([result["stages"][s] for s in result["stages"]])}
     hidden = ("folder", "file")
     found["events"] = [
@@ -228,11 +228,11 @@ def unwhole(folder: Path, reference: dict[str, object]) -> list[str]:
     wrong = []
     for name in OUTPUTS:
         path = folder / name
-        if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() != reference[name]:
+        if path.exists() and file_sha256(path) != reference[name]:
             wrong.append(str(path))
     for path in [*folder.glob("checkpoints/*.ckpt"), *folder.glob("result.json")]:
         try:
-            tg.read_kept(path) if path.suffix == ".ckpt" else json.loads(path.read_text())
+            read_checkpoint(path) if path.suffix == ".ckpt" else json.loads(path.read_text())
         except ValueError:
             wrong.append(str(path))
     return wrong
@@ -328,7 +328,7 @@ FULL = (  # part of the name of a file, the write to it that fails, a line that 
     (".run.000002.ckpt.tmp", 0, "final "),
     (".run.000004.ckpt.tmp", 0, "final "),
     (".ttt-0.000001.ckpt.tmp", 0, "final "),
-    (".phase.000001.ckpt.tmp", 0, "final "),
+    (".weights.000001.ckpt.tmp", 0, "final "),
 )
 
 
@@ -369,7 +369,7 @@ def damage_checkpoints(cases: int, seed: int) -> Counter:
     counts, values = Counter(), {"stages": {"a": {"val_bpb": 1.5}}, "text": "x" * 500}
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         path = Path(folder) / "run.000001.ckpt"
-        tg.write_kept(path, values, {"weight": torch.arange(3000.0).view(3, 1000)})
+        write_checkpoint(path, values, {"weight": torch.arange(3000.0).view(3, 1000)})
         blob = path.read_bytes()
         whole = _state(path)
         for case in range(cases):
@@ -385,7 +385,7 @@ def damage_checkpoints(cases: int, seed: int) -> Counter:
 
 def _state(path: Path) -> bytes:
     buffer = io.BytesIO()
-    torch.save(tg.read_kept(path), buffer)
+    torch.save(read_checkpoint(path), buffer)
     return buffer.getvalue()
 
 
@@ -398,21 +398,20 @@ def damage_all(cases: int, seed: int) -> Counter:
 
 def checkpoint_cost(steps: int, seconds: float = 10.0) -> float:
     """Share of the processor that a checkpoint of the demo every `seconds` takes, median over steps."""
-    cfg = tg.Config.from_env({"PRESET": "demo", "DATA_PATH": DEMO["DATA_PATH"], "DEVICE": "cpu"})
-    paths, group = tg.shard_paths(cfg.data_folder, "train"), cfg.micro_batches(1)
-    loader = tg.PackedLoader(
-        paths, 1, 0, cfg.train_batch_tokens // group, cfg.train_seq_len, cfg.vocab_size, group=group
-    )
-    unkept = dataclasses.replace(cfg, checkpoint_seconds=1e6)  # kept here, not by the trainer's clock
-    trainer = tg.KeptTrainer(SimpleNamespace(trainer_state=None), unkept, tg.GPT(cfg), loader)
+    cfg = read_settings({"PRESET": "demo", "DATA_PATH": DEMO["DATA_PATH"], "DEVICE": "cpu"})
+    backends = tg.Backends(micro_batches=cfg.grad_accum_steps)
+    count, tokens = tg.micro_batches(cfg, backends, 1)
+    paths, options = tg.shard_paths(cfg.data_folder, "train"), {"vocab_size": cfg.vocab_size, "group": count}
+    loader = tg.PackedLoader(paths, 1, 0, tokens, cfg.train_seq_len, **options)
+    trainer = tg.Trainer(cfg, tg.GPT(cfg, backends), loader)
     costs = []
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        shelf = tg.Shelf(Path(folder), "run")
+        checkpoints = CheckpointFolder(Path(folder), "run")
         for step in range(steps):
             trainer.step(step, 0.5)
             if step >= 1:
                 start = time.process_time()
-                shelf.add({}, trainer.kept(step + 1))
+                checkpoints.add({}, trainer.state())
                 costs.append(time.process_time() - start)
     return statistics.median(costs) / seconds
 

@@ -30,6 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import prepare_caseops_data as prepare
 import train_gpt as tg
+from harness import guards, packing
 from harness.settings import PRESETS, read_settings
 
 VOCAB = 320
@@ -168,8 +169,8 @@ def _child(environ: dict[str, str], folder: Path, output: Path) -> None:
     limit = pages * os.sysconf("SC_PAGE_SIZE") + GROWTH
     if "CPU_THREADS" not in environ or environ["CPU_THREADS"] == "1":  # stacks take address space
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    tg.packed_script = lambda *_: (b"packed", True)  # seconds, and the same each time
-    tg._command_output = lambda *_: ""
+    packing.packed_script = lambda *_: (b"packed", True)  # seconds, and the same each time
+    guards.command_output = lambda *_: ""
     code = 99
     with contextlib.suppress(BaseException):
         try:

@@ -267,6 +267,6 @@ def test_hessians_cover_every_quantised_tensor(tg, quantised):
     collector = tg.HessianCollector()
     ids = torch.randint(0, SMALL["vocab_size"], (1, 12), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        model.logits(model.hidden(ids, looping=False, tap=collector.tap))
+        model.logits(model.hidden(ids, looping=False, on_input=collector.tap))
     needed = {name for name, tensor in flat.items() if tg.scheme(name, tensor, config).kind == "gptq"}
     assert needed <= set(collector.hessians(1)) | {"tok_emb.weight"}

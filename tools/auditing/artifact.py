@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -19,32 +20,33 @@ from auditing.run import ROOT, Audit, check, digest, read_json, require, short, 
 SIZE_LIMIT = 16_000_000
 
 
+def packed_code(audit: Audit, sources: Mapping[str, bytes]) -> bytes:
+    """What the run's own packing makes of a house, for the run's settings and backends."""
+    script, told = audit.script, audit.result["environment"]
+    settings = {name.lower(): value for name, value in audit.result["settings"].items()}
+    artifact = audit.artifact.read_bytes()
+    if artifact.startswith(script.ARTIFACT_MAGIC):  # of a run that evaluated one: not its COMPRESSOR's
+        settings["compressor"] = script.CODECS[script.PREFIX.unpack_from(artifact)[2]]
+    cfg = script.Config(**settings)
+    compiler = "" if told["compiler"] == "off" else told["compiler"]
+    count = told.get("micro_batches", max(cfg.grad_accum_steps, told["ranks"]))
+    backends = script.Backends(told["attention"], told["kernels"], compiler, count)
+    ranks = SimpleNamespace(on_gpu="NVIDIA" in told["device"])
+    run = SimpleNamespace(sources=sources, cfg=cfg, backends=backends, ranks=ranks)
+    return script.Run.packed_code.func(run)[0]
+
+
 def _packings(audit: Audit) -> Iterator[bytes]:
-    """The script as it is counted, minified and not."""
-    env = audit.result["settings"]
-    if hasattr(audit.script, "packed_script"):
-        cfg = audit.script.Config(**{name.lower(): value for name, value in env.items()})
-        pack = functools.partial(audit.script.packed_script, cfg, audit.source)
-    else:  # a run of before
-        pack = functools.partial(audit.script.pack_code, audit.source, env["COMPRESSOR"], _off(audit, env))
-    yield pack()[0]
+    """The logged script as it is counted, minified and not."""
+    yield packed_code(audit, audit.sources)
     hidden = sys.modules.get("python_minifier")
     sys.modules["python_minifier"] = None  # what a machine without it makes
     try:
-        yield pack()[0]
+        yield packed_code(audit, audit.sources)
     finally:
         sys.modules.pop("python_minifier")
         if hidden:
             sys.modules["python_minifier"] = hidden
-
-
-def _off(audit: Audit, env: Mapping[str, object]) -> set[str]:
-    """Sections that packing left out."""
-    sections = {
-        name for names in re.findall(rb"(?m)^# \[if ([\w ]+)\]$", audit.source) for name in names.split()
-    }
-    off = {name for name, value in env.items() if not value}
-    return off | {name.decode() for name in sections} - env.keys() - {env["COMPRESSOR"].upper()}
 
 
 @check("S1", "code + model < 16,000,000 bytes")
@@ -125,8 +127,6 @@ def _rerun(audit: Audit, part: bool = False) -> Rerun:
         "TOKENIZER_PATH": tokenizer.name,
         "ARTIFACT_DIR": "out",
         "RUN_ID": "alone",
-        "ALLOW_UNVERIFIED_DATA": True,  # the manifest stays behind
-        "COMPILE_BACKEND": audit.result["settings"]["COMPILE_BACKEND"],
     }
     environment = {k: str(int(v) if isinstance(v, bool) else v) for k, v in settings.items()}
     kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TMPDIR")
@@ -147,14 +147,24 @@ def _validation_files(audit: Audit) -> list[Path]:
 
 
 def _settings_alone(audit: Audit, part: bool) -> dict[str, object]:
-    """The run's settings; what would take long is left out, or done on a few documents or windows."""
+    """What is to be done: what would take long is left out, or done on a few documents or windows.
+
+    The counted script has the run's settings in itself; one that ran without its house is told them.
+    """
     cfg, final = audit.cfg, audit.full or part
-    few = _few_windows(audit) if part else {}
-    return dataclasses.replace(cfg, **few).as_env() | {
-        "TTT_ENABLED": cfg.ttt_enabled and (audit.adapted or final),
-        "SLIDING_WINDOW_ENABLED": cfg.sliding_window_enabled and final,
-        "VAL_DOC_FRACTION": _sample_fraction(audit) if audit.adapted else 1.0,
-    }
+    told = audit.result["settings"] if len(audit.sources) == 1 else {}
+    kept = {name: value for name, value in told.items() if name not in audit.script.WATCHED_SETTINGS}
+    few = {name.upper(): value for name, value in _few_windows(audit).items()} if part else {}
+    return (
+        kept
+        | few
+        | {
+            "SEED": cfg.seed,
+            "TTT_ENABLED": cfg.ttt_enabled and (audit.adapted or final),
+            "SLIDING_WINDOW_ENABLED": cfg.sliding_window_enabled and final,
+            "VAL_DOC_FRACTION": _sample_fraction(audit) if audit.adapted else 1.0,
+        }
+    )
 
 
 def _few_windows(audit: Audit) -> dict[str, int]:
@@ -208,14 +218,13 @@ def _scores(audit: Audit, rerun: Rerun) -> tuple[float, float, str]:
         tokenizer = audit.script.tokenizer_file(audit.cfg).resolve()  # no manifest here names it
         changes = _few_windows(audit) | {"data_path": str(here), "tokenizer_path": str(tokenizer)}
         cfg = dataclasses.replace(audit.artifact_model.cfg, **changes)
-        evaluate = script.score_first_sgd if audit.evaluator == "sgd" else script.evaluate_windows
-        options["on_event"] = lambda kind, **data: None
-        expected = evaluate(audit.model(), script.load_validation(cfg), cfg, **options).val_bpb
+        evaluation = script.ScoreFirstSGD if audit.evaluator == "sgd" else script.SlidingEvaluation
+        expected = evaluation(audit.model(), script.load_validation(cfg), cfg, **options).run().val_bpb
         what = f"on {5 * cfg.eval_seq_len:,} targets as the logged script"
     else:
         cfg = dataclasses.replace(audit.artifact_model.cfg, val_doc_fraction=_sample_fraction(audit))
         val = script.load_validation(audit.cfg)
-        expected = script.score_first_ttt(audit.model(), val, cfg, **options).val_bpb
+        expected = script.ScoreFirstTTT(audit.model(), val, cfg, **options).run().val_bpb
         what = f"on {min(3, len(audit.documents))} documents as the logged script"
     return expected, rerun.result["stages"][final]["val_bpb"], what
 

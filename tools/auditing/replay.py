@@ -1,4 +1,4 @@
-"""The adaptation of a run's script, done again on a few documents and watched through its events."""
+"""The adaptation of a run's script, done again on a few documents and watched."""
 
 import copy
 import dataclasses
@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
 
 class Replay:
-    """The script's adaptation on a small stream, watched through `on_event`."""
+    """The script's adaptation on a small stream, watched."""
 
     def __init__(
         self, audit: Audit, tokens: Tensor, noise: float = 0.02, visit: Callable | None = None, **changes
@@ -41,10 +41,10 @@ class Replay:
         sidecar = (tokens != BOS).long()
         self.val = audit.script.ValidationSet.from_sidecar(tokens, sidecar)
         self.cfg = dataclasses.replace(_small_settings(audit), **changes)
-        options = {"looping": audit.looping, "ranks": audit.ranks, "on_event": self._event}
-        audit.script.score_first_ttt(self.model, self.val, self.cfg, **options)
+        options = {"looping": audit.looping, "ranks": audit.ranks, "watch": audit.watch(self._see)}
+        audit.script.ScoreFirstTTT(self.model, self.val, self.cfg, **options).run()
 
-    def _event(self, kind: str, **data: object) -> None:
+    def _see(self, kind: str, **data: object) -> None:
         if kind in ("lora_constructed", "lora_reset"):
             self.lora, self._origin, self._fresh, self._active = data["lora"], kind, True, None
         elif kind == "scored":

@@ -116,8 +116,6 @@ def r4_one_configuration(audit: Audit) -> str:
     logged = dict(
         re.findall(r"^([A-Z][A-Z0-9_]*)=(.*?)(?:    # default .*)?$", audit.log.partition("=" * 80)[0], re.M)
     )
-    # what did not fit into the device's memory was said, before the first step
-    logged |= dict(re.findall(r"^notice text:(GRAD_ACCUM_STEPS)=(\d+): \d+ do not fit$", audit.log, re.M))
     model = set(map(str.upper, audit.script.MODEL_SETTINGS))  # an evaluated artifact brings its own
     for name, value in audit.result["settings"].items():
         told = str(int(value) if isinstance(value, bool) else value)

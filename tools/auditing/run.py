@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import lossless_caps  # noqa: E402
 from auditing.house import AuditedHouse  # noqa: E402
 from command import Mistake  # noqa: E402
-from scripts import CORE, HouseError, house_beside, logged_house, script_hash, sha256_of  # noqa: E402
+from scripts import CORE, HouseError, house_beside, logged_house, script_hash  # noqa: E402
 
 BOS, HEADER_BYTES, SHARD_MAGIC = 1, 1024, 20240520
 SAMPLE_DOCUMENTS = 10_000  # of which bytes are counted and round trips made
@@ -180,7 +181,8 @@ class Audit:
         self._temporary = tempfile.TemporaryDirectory(prefix="audit-")
         self.work = Path(self._temporary.name)
         try:
-            self.script = AuditedHouse(self.sources, self.work)
+            alone = len(self.sources) == 1  # what looked at it is the repository's then
+            self.script = AuditedHouse((repository() if alone else {}) | self.sources, self.work)
         except HouseError as error:
             raise AuditError(f"{folder}: {error}") from None
         here = {"data_path": str(self.data_folder), "audit": False, "compile_backend": "off"}
@@ -190,7 +192,7 @@ class Audit:
         self.cfg = self._run_settings(**here)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.ranks = self.script.Ranks.from_env(self.cfg, {})
-        self.cfg = self.script.choose_backends(self.cfg, self.ranks)
+        self.backends = self.script.choose_backends(self.cfg, self.ranks)
         if self.ranks.device.type == "cuda":  # bits are compared
             torch.use_deterministic_algorithms(True, warn_only=True)
 
@@ -211,34 +213,28 @@ class Audit:
 
     @functools.cached_property
     def sources(self) -> dict[str, bytes]:
-        """The house that ran, sources by path: the log's; for a script that ran alone with the repository's.
-
-        A packed script is judged as the repository's: S1 tells whether it is the packing of that.
-        """
-        told = self.result.get("environment", {})
-        core, house = told.get("source_sha256", ""), told.get("house_sha256")
-        if house is None:
-            raise AuditError(f"{self.folder}: made by a script of before the house was rebuilt")
-        packed = self.folder / "train_gpt.packed.py"
-        if packed.is_file() and sha256_of(packed) == core:
-            return repository()
-        return (repository() if not house else {}) | logged_house(self.log, core, house)
+        """The house that ran, out of the log: sources by path, the core first (alone, where it ran alone)."""
+        core, house = self._checksums
+        sources = logged_house(self.log, core, house)
+        if re.search(rb"(?m)^# \[if ", sources[CORE]):
+            raise HouseError("made by a script of before the house was rebuilt, it cannot be audited here")
+        return sources
 
     @property
-    def source(self) -> bytes:
-        """The script itself."""
-        return self.sources[CORE]
+    def _checksums(self) -> tuple[str, dict[str, str]]:
+        told = self.result.get("environment", {})
+        return told.get("source_sha256", ""), told.get("house_sha256", {})
 
     @property
     def script_sha256(self) -> str:
         """The checksum of the script and its house, as `RunRecord` has it."""
-        return script_hash(sha256_of(self.source), self.result["environment"]["house_sha256"])
+        return script_hash(*self._checksums)
 
     @property
     def strange_files(self) -> list[str]:
-        """Files of the house that are not the repository's: other ones, new ones or missing ones."""
+        """Files of the house that ran which are not the repository's."""
         ours = repository()
-        return [path for path in {**ours, **self.sources} if ours.get(path) != self.sources.get(path)]
+        return [path for path, source in self.sources.items() if ours.get(path) != source]
 
     @functools.cached_property
     def ledger(self) -> list[dict]:
@@ -390,9 +386,9 @@ class Audit:
     def artifact_model(self):
         """The artifact's model; not to be changed."""
         settings, records = self.script.unpack_artifact(self.artifact.read_bytes())
-        model = self.script.GPT(dataclasses.replace(self.cfg, **settings))
+        model = self.script.GPT(dataclasses.replace(self.cfg, **settings), self.backends)
         model.load_state_dict(self.script.dequantize_state(records, model.cfg.num_layers))
-        return self.ranks.place(model)
+        return self.backends.move_and_compile(model, self.ranks.device)
 
     def model(self, noise: float = 0.0):
         """A new copy of the artifact's model; noise opens gates and adapters that training left closed."""
@@ -402,6 +398,12 @@ class Audit:
             for parameter in model.parameters() if noise else ():
                 parameter.add_(noise * torch.randn(parameter.shape, generator=generator).to(parameter.device))
         return model
+
+    def watch(self, see: Callable[..., None]):
+        """A watch of the script's that is told all that happens: `see(kind, **facts)`."""
+        watch = self.script.Watch()
+        watch.see = see
+        return watch
 
     @property
     def looping(self) -> bool:

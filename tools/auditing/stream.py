@@ -27,7 +27,7 @@ class Slide(NamedTuple):
 
 
 class StreamReplay:
-    """The script's evaluation of a small stream, watched through its events."""
+    """The script's evaluation of a small stream, watched."""
 
     def __init__(self, audit: Audit, tokens: Tensor, noise: float = 0.02, visit: Callable | None = None):
         self.audit, self.model, self._visit = audit, audit.model(noise), visit
@@ -38,12 +38,12 @@ class StreamReplay:
         self.entries: list[Slide] = []
         self.trained: list[tuple[int, int, int]] = []  # batches scored before, first and last token
         self.start = digest(self.model.state_dict())
-        sgd = audit.evaluator == "sgd"
-        evaluate = audit.script.score_first_sgd if sgd else audit.script.evaluate_windows
-        options = {"looping": audit.looping, "ranks": audit.ranks, "on_event": self._event}
-        evaluate(self.model, self.val, self.cfg, **options)
+        sgd, script = audit.evaluator == "sgd", audit.script
+        evaluation = script.ScoreFirstSGD if sgd else script.SlidingEvaluation
+        options = {"looping": audit.looping, "ranks": audit.ranks, "watch": audit.watch(self._see)}
+        evaluation(self.model, self.val, self.cfg, **options).run()
 
-    def _event(self, kind: str, **data: object) -> None:
+    def _see(self, kind: str, **data: object) -> None:
         if kind == "slid":
             windows, state = data["windows"], digest(self.model.state_dict())
             spans = [(window.start + window.offset, window.targets) for window in windows]
@@ -251,13 +251,14 @@ def documents_apart(audit: Audit) -> str:
     def losses(row: Tensor) -> Tensor:
         found = torch.zeros(len(row) - 1)
 
-        def on_event(kind: str, **data: object) -> None:
-            for window, part in zip(data["windows"], data["losses"], strict=True):
+        def see(kind: str, **facts: object) -> None:
+            slid = zip(facts["windows"], facts["losses"], strict=True) if kind == "slid" else ()
+            for window, part in slid:
                 found[window.start + window.offset : window.start + window.length] = part
 
         val = script.ValidationSet.from_sidecar(row, (row != BOS).long())
-        options = {"looping": audit.looping, "ranks": audit.ranks, "on_event": on_event}
-        script.evaluate_sliding(audit.model(0.02), val, cfg, 0, val.num_targets, **options)
+        options = {"looping": audit.looping, "ranks": audit.ranks, "watch": audit.watch(see)}
+        script.SlidingEvaluation(audit.model(0.02), val, cfg, **options).run()
         return found
 
     return _apart(audit, losses, lambda end: end + cfg.eval_seq_len)

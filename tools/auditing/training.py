@@ -69,7 +69,8 @@ def _small_run(audit: Audit, data: Path, **others: object):
         "allow_unverified_data": True,  # these few documents have no manifest
     }
     with contextlib.redirect_stdout(io.StringIO()):
-        return audit.script.Run(dataclasses.replace(cfg, **changes | others), audit.ranks, audit.source)
+        cfg = dataclasses.replace(cfg, **changes | others)
+        return audit.script.Run(cfg, audit.ranks, audit.backends, audit.sources)
 
 
 @functools.cache
@@ -82,7 +83,7 @@ def _canary(audit: Audit, scramble: bool) -> tuple[str, str]:
         run.train()
         weights = digest(run.model.state_dict())
         run.quantise()
-    return weights, sha256_of(run.blob)
+    return weights, sha256_of(run.artifact)
 
 
 def is_validation(name: str) -> bool:
@@ -176,7 +177,7 @@ def warm_up(audit: Audit) -> WarmUp:
         raise NotChecked("this run did not train")
     run = _small_run(audit, _small_data(audit, "warm-up", scramble=False))
     with contextlib.closing(run.log):
-        trainer = audit.script.Trainer(run.cfg, run.model, run.loader, run.ranks)
+        trainer = run.new_trainer()
 
         def state() -> str:
             parts = [trainer.model, trainer.muon, trainer.adamw]
@@ -189,8 +190,8 @@ def warm_up(audit: Audit) -> WarmUp:
 @functools.cache
 def ttt_warm_up(audit: Audit) -> WarmUp:
     """Warm up a fresh model's test-time training as a run that compiles does; eagerly, in short windows."""
-    if not hasattr(audit.script, "compile_adaptation"):
-        raise NotChecked("the script has no warm-up of test-time training by the name of compile_adaptation")
+    if not hasattr(audit.script.Run, "compile_adaptation"):
+        raise NotChecked("the script's Run has no warm-up of test-time training called compile_adaptation")
     cfg = audit.cfg
     window = max(2 * cfg.ttt_chunk_size, cfg.ttt_cache_window)
     short = {
@@ -207,7 +208,7 @@ def ttt_warm_up(audit: Audit) -> WarmUp:
 
         def act() -> None:
             with contextlib.redirect_stdout(io.StringIO()):
-                audit.script.compile_adaptation(run, run.val.documents)
+                run.compile_adaptation(run.val.documents)
 
         done = _watched(model, state, act)
         told = json.loads((run.log.folder / "metrics.jsonl").read_text().splitlines()[-1])
