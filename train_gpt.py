@@ -154,7 +154,9 @@ class Config:
 
     # Speed
     attention_backend: Backend = "auto"  # auto: the first of the others that works on the device
-    triton_kernels: str = "loss,mlp,heads,exclude"  # fused kernels, on CUDA with Triton; 1: all; 0: none
+    triton_kernels: str = (
+        "loss,mlp,qkv_norm_rope,xsa_gate"  # fused kernels, on CUDA with Triton; 1: all; 0: none
+    )
     compile_backend: Literal["auto", "off", "aot_eager", "inductor"] = "auto"  # inductor on CUDA
 
     # Data
@@ -540,9 +542,7 @@ def check_optional_settings(cfg: Config) -> None:
         reason = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"
         raise ConfigError(f"VAL_DOC_FRACTION={cfg.val_doc_fraction:g}: {reason}")
     chunk_size(cfg, 0)  # TTT_CHUNK_BY_LENGTH is read as if a document were to be scored
-    kernels, known = cfg.triton_kernels, Config.triton_kernels
-    if kernels not in ("", "0", "1") and not {*kernels.split(",")} <= {*known.split(",")}:
-        raise ConfigError(f"TRITON_KERNELS={kernels!r}: must be 0, 1, or some of {known} with commas between")
+    kernel_names(cfg.triton_kernels)
 
 
 def _base_type(annotation: object) -> type:
@@ -1246,29 +1246,41 @@ def load_validation(cfg: Config) -> ValidationSet:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, backend: str = "plain") -> Tensor:
+def plain_backends(cfg: Config, ranks: Ranks) -> Backends:
+    """What the settings ask for, or what packages and device should allow; nothing is tried."""
+    attention, compiler, kernels = cfg.attention_backend, cfg.compile_backend, []
+    if attention == "auto":
+        hopper = ranks.on_gpu and torch.cuda.get_device_capability(ranks.device)[0] == 9
+        flash = hopper and importlib.util.find_spec("flash_attn_interface")
+        attention = "fa3" if flash else "flex" if ranks.on_gpu else "plain"
+    if compiler in ("auto", "off"):
+        compiler = "inductor" if ranks.on_gpu and compiler == "auto" else ""
+    if ranks.on_gpu and importlib.util.find_spec("triton"):
+        kernels = kernel_names(cfg.triton_kernels)
+    return Backends(attention, ",".join(kernels), compiler, max(cfg.grad_accum_steps, ranks.world_size))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, backends: Backends) -> Tensor:
     """Causal softmax attention, scale 1/sqrt(d), query head h reading key/value head h // (H/G).
 
     q [B, T, H, d], k and v [B, T, G, d] -> [B, T, H, d]. With segments B is 1 and a token sees its own
-    segment only. The backends agree; `plain` is right on every device, one segment after the other.
+    segment only. All backends compute the same; `plain` does so on every device, segment after segment.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)
-    if backend == "fa3":
-        return _flash_attend(q, k, v, segments)
-    if backend == "fa4":
+    if backends.attention == "fa3":
+        return _fa3_attend(q, k, v, segments)
+    if backends.attention == "fa4":
         from systems.fa4 import fa4_attend
 
         return fa4_attend(q, k, v, segments)
-    if segments is not None and backend == "torch_varlen":
+    if backends.attention == "torch_varlen" and segments is not None:
         from systems.varlen import varlen_attend
 
         return varlen_attend(q, k, v, segments)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if segments is not None and (backend == "flex" or torch.compiler.is_compiling()):
-        return _masked_attend(q, k, v, segments, backend).transpose(1, 2)
-    lengths = [q.size(2)]
-    if segments is not None:
-        lengths = [n for n in segments.cu_seqlens.diff().tolist() if n]
+    if segments is not None and (backends.attention == "flex" or torch.compiler.is_compiling()):
+        return _masked_attend(q, k, v, segments, backends).transpose(1, 2)
+    lengths = [q.size(2)] if segments is None else [n for n in segments.cu_seqlens.diff().tolist() if n]
     spans = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
     parts = [F.scaled_dot_product_attention(*span, is_causal=True, enable_gqa=True) for span in spans]
     return torch.cat(parts, 2).transpose(1, 2)
@@ -1281,54 +1293,26 @@ def attend_from(q: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
 
 
-def _limits(cu_seqlens: Tensor | None, limit: int) -> dict[str, object]:
-    """Segments as FlashAttention is told of them."""
-    if cu_seqlens is None:
-        return {}
-    ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens.view(-1)}  # one given twice is not traced
-    return ends | {"max_seqlen_q": limit, "max_seqlen_k": limit}
+def flash_segment_arguments(cu_seqlens: Tensor, max_seqlen: int) -> dict[str, object]:
+    """Segments in the words of FlashAttention. A tensor that occurred twice could not be traced: a view."""
+    ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens.view(-1)}
+    return ends | {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
 
 
-def _flash_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
-    """FlashAttention 3."""
+def _fa3_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
     import flash_attn_interface as flash
 
     if segments is None:
         y = flash.flash_attn_func(q, k, v, causal=True)
-        return y[0] if isinstance(y, tuple) else y
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # x[0] would copy the gradient
-    y = flash.flash_attn_varlen_func(
-        q, k, v, causal=True, **_limits(segments.cu_seqlens, segments.max_seqlen)
-    )
-    return (y[0] if isinstance(y, tuple) else y)[None]
+    else:
+        limits = flash_segment_arguments(segments.cu_seqlens, segments.max_seqlen)
+        packed = (x.flatten(0, 1) for x in (q, k, v))  # x[0] would copy the gradient
+        y = flash.flash_attn_varlen_func(*packed, causal=True, **limits)
+    return (y[0] if isinstance(y, tuple) else y).view(q.shape)  # some releases return more than y
 
 
-def _operator(schema: str, allocate: Callable, fill: Callable) -> Callable:
-    """An operator that torch.compile keeps whole: makes its results, then writes them (`fill`)."""
-
-    def run(*inputs: object) -> Tensor | tuple[Tensor, ...]:
-        results = allocate(*inputs)
-        fill(*(results if isinstance(results, tuple) else (results,)), *inputs)
-        return results
-
-    name, bracket, rest = schema.partition("(")
-    # A name of its own where the script is loaded twice: else the second takes the operator from the first.
-    spaces = (f"pg{n}" for n in itertools.count())
-    space = next(space for space in spaces if not hasattr(getattr(torch.ops, space), name))
-    operator = torch.library.custom_op(f"{space}::{name}", run, mutates_args=(), schema=bracket + rest)
-    operator.register_fake(allocate)
-    return operator
-
-
-def _keep(ctx: object, *tensors: Tensor) -> None:
-    ctx.save_for_backward(*tensors)
-
-
-def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: str) -> Tensor:
-    """A mask of the segments: in blocks (flex), or whole and for short rows only, where `plain` is compiled.
-
-    q, k, v [1, heads, T, d].
-    """
+def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backends: Backends) -> Tensor:
+    """q, k, v [1, heads, T, d]. `flex` masks in blocks; compiled `plain` has a whole mask, for short rows."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     positions = torch.arange(q.size(2), dtype=torch.int32, device=q.device)
@@ -1337,7 +1321,7 @@ def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend:
     def sees(batch: object, head: object, i: Tensor, j: Tensor) -> Tensor:
         return (i >= j) & (number[i] == number[j])
 
-    if backend == "flex":
+    if backends.attention == "flex":
         mask = create_block_mask(sees, None, None, len(positions), len(positions), device=q.device)
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
     mask = sees(0, 0, positions[:, None], positions)
@@ -1345,8 +1329,22 @@ def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 6. Kernels: the eager forms, right on every device, and what replaces them on CUDA
+# 6. Kernels: the eager forms, right on every device, and the fused ones that replace them on CUDA
+#
+# A fused form is an operator that torch.compile leaves whole. Its Triton kernels are built, and Triton is
+# imported, when they are first launched.
 # ---------------------------------------------------------------------------------------------------------
+
+KERNELS = ("loss", "mlp", "qkv_norm_rope", "xsa_gate")
+
+
+def kernel_names(text: str) -> list[str]:
+    """TRITON_KERNELS as a list: 1 means all fused kernels, 0 or nothing none. Raises ConfigError."""
+    chosen = {"": [], "0": [], "1": list(KERNELS)}.get(text, text.split(","))
+    if not {*chosen} <= {*KERNELS}:
+        some = f"0, 1, or some of {','.join(KERNELS)} with commas between"
+        raise ConfigError(f"TRITON_KERNELS={text!r}: must be {some}")
+    return chosen
 
 
 def softcap(z: Tensor, cap: float) -> Tensor:
@@ -1365,249 +1363,162 @@ def leaky_relu_squared(h: Tensor) -> Tensor:
     return F.leaky_relu(h, 0.5).square()
 
 
-KERNELS = """
-import triton
-import triton.language as tl
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: y [B, T, H, d] of each head without its projection on the token's own value v [B, T, G, d]."""
+    direction = F.normalize(v, dim=-1, eps=1e-12)[..., None, :]
+    grouped = y.unflatten(-2, (v.size(-2), -1))
+    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(-3, -2)
 
-@triton.jit
-def capped(z, column, inside, cap):
-    u = tl.load(z + column, inside, float("-inf")).to(tl.float32) / cap
-    e = tl.exp(-2 * tl.abs(u))
-    return tl.where(u < 0, -cap, cap) * (1 - e) / (1 + e), 4 * e / ((1 + e) * (1 + e))
 
-@triton.jit
-def cross_entropy(z, targets, losses, cap, V: tl.constexpr, BLOCK: tl.constexpr, TRAIN: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + row)
-    z += row * V
-    high = tl.full([BLOCK], -cap, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    own = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < V
-        c, _ = capped(z, column, inside, cap)
-        own += tl.where(column == target, c, 0.0)
-        new = tl.maximum(high, c)
-        total = total * tl.exp(high - new) + tl.where(inside, tl.exp(c - new), 0.0)
-        high = new
-    top = tl.max(high)
-    norm = top + tl.log(tl.sum(total * tl.exp(high - top)))
-    tl.store(losses + row, norm - tl.sum(own))
-    if TRAIN:
+def _operator(schema: str, allocate: Callable, fill: Callable, *gradient: Callable) -> Callable:
+    """An operator that torch.compile leaves whole: `allocate` makes its results, `fill` writes them.
+
+    `gradient`: `keep(ctx, inputs, results)` saves what `backward(ctx, *grads)` needs.
+    """
+
+    def run(*inputs: object) -> Tensor | tuple[Tensor, ...]:
+        results = allocate(*inputs)
+        fill(*(results if isinstance(results, tuple) else (results,)), *inputs)
+        return results
+
+    name, bracket, rest = schema.partition("(")
+    # A script that is loaded twice registers names of its own: a second operator of one name frees the first.
+    spaces = (f"pg{n}" for n in itertools.count())
+    space = next(space for space in spaces if not hasattr(getattr(torch.ops, space), name))
+    operator = torch.library.custom_op(f"{space}::{name}", run, mutates_args=(), schema=bracket + rest)
+    operator.register_fake(allocate)
+    if gradient:
+        keep, backward = gradient
+        operator.register_autograd(
+            backward, setup_context=lambda ctx, inputs, output: keep(ctx, inputs, output)
+        )
+    return operator
+
+
+@functools.cache
+def cross_entropy_kernel() -> Callable:
+    """Losses [N] of logits z [N, V], whose gradients take their place. A program a row."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def cross_entropy(z, targets, losses, cap, V: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets + row)
+        z += row * V
+        high = tl.full([BLOCK], -cap, tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        own = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, V, BLOCK):  # each lane keeps a maximum and a sum of its own
+            column = start + tl.arange(0, BLOCK)
+            inside = column < V
+            u = tl.load(z + column, inside, float("-inf")).to(tl.float32) / cap
+            e = tl.exp(-2 * tl.abs(u))
+            c = tl.where(u < 0, -cap, cap) * (1 - e) / (1 + e)
+            own += tl.where(column == target, c, 0.0)
+            new = tl.maximum(high, c)
+            total = total * tl.exp(high - new) + tl.where(inside, tl.exp(c - new), 0.0)
+            high = new
+        top = tl.max(high)
+        norm = top + tl.log(tl.sum(total * tl.exp(high - top)))
+        tl.store(losses + row, norm - tl.sum(own))
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < V
-            c, slope = capped(z, column, inside, cap)
-            tl.store(z + column, (tl.exp(c - norm) - tl.where(column == target, 1.0, 0.0)) * slope, inside)
+            u = tl.load(z + column, inside, float("-inf")).to(tl.float32) / cap
+            e = tl.exp(-2 * tl.abs(u))
+            c = tl.where(u < 0, -cap, cap) * (1 - e) / (1 + e)
+            wrong = tl.exp(c - norm) - tl.where(column == target, 1.0, 0.0)
+            tl.store(z + column, wrong * (4 * e / ((1 + e) * (1 + e))), inside)
 
-@triton.jit
-def tile(x, row, k, ROWS, K, DESC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
-    if DESC:
-        part = x.load([row, k])
-    else:
-        r = row + tl.arange(0, BM)[:, None]
-        c = k + tl.arange(0, BK)[None]
-        part = tl.load(x + r.to(tl.int64) * K + c, (r < ROWS) & (c < K), 0.0)
-    return part
-
-@triton.jit(do_not_specialize=["M", "turns"])
-def matmul(a, b, out, hidden, signs, M, turns, N, K: tl.constexpr, MODE: tl.constexpr, DESC: tl.constexpr,
-           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    across = tl.cdiv(N, BN)
-    for turn in tl.range(0, turns, flatten=DESC):
-        t = turn * tl.num_programs(0) + tl.program_id(0)
-        row = t // across * BM
-        column = t % across * BN
-        acc = tl.zeros([BM, BN], tl.float32)
-        for k in range(0, K, BK):
-            acc = tl.dot(tile(a, row, k, M, K, DESC, BM, BK), tile(b, column, k, N, K, DESC, BN, BK).T, acc)
-        r = row + tl.arange(0, BM)[:, None]
-        c = column + tl.arange(0, BN)[None]
-        place = r.to(tl.int64) * N + c
-        inside = (r < M) & (c < N)
-        words = tl.cdiv(N, 32)
-        if MODE == 2:
-            root = tl.sqrt(tl.load(hidden + place, inside, 0.0).to(tl.float32))
-            w = column // 32 + tl.arange(0, BN // 32)[None]
-            word = tl.load(signs + r * words + w, (r < M) & (w < words), 0)
-            bits = (word[:, :, None] >> tl.arange(0, 32)[None, None]) & 1
-            acc *= root * tl.where(tl.reshape(bits, [BM, BN]) == 1, -1.0, 2.0)
-        else:
-            if MODE == 1:
-                bits = tl.reshape((acc < 0).to(tl.int32), [BM, BN // 32, 32]) << tl.arange(0, 32)[None, None]
-                c = column // 32 + tl.arange(0, BN // 32)[None]
-                tl.store(signs + r * words + c, tl.sum(bits, 2), (r < M) & (c < words))
-            acc *= acc * tl.where(acc < 0, 0.25, 1.0)
-        tl.store(out + place, acc, inside)
-
-@triton.jit(do_not_specialize=["M", "T"])
-def heads(x, gain, cos, sin, q, k, v, dx, dgain, M, T, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-          HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr):
-    head = tl.program_id(1)
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    row = place.to(tl.int64)
-    column = tl.arange(0, WIDTH)[None]
-    inside = (row < M) & (column < D)
-    whole = row * (H + 2 * G) * D + head * D
-    if head < H:
-        side = q + (row * H + head) * D
-    elif head < H + G:
-        side = k + (row * G + head - H) * D
-    else:
-        side = v + (row * G + head - H - G) * D
-    if head >= H + G:
-        if BACKWARD:
-            tl.store(dx + whole + column, tl.load(side + column, inside), inside)
-        else:
-            tl.store(side + column, tl.load(x + whole + column, inside), inside)
-    else:
-        turned = inside & (column < 2 * HALF)
-        table = place % T * HALF + column % HALF
-        c = tl.load(cos + table, turned, 1.0).to(tl.float32)
-        s = tl.load(sin + table, turned, 0.0).to(tl.float32) * tl.where(column < HALF, 1.0, -1.0)
-        partner = tl.where(column < HALF, column + HALF, column - HALF)
-        factor = tl.load(gain + head, head < H, 1.0).to(tl.float32)
-        value = tl.load(x + whole + column, inside, 0.0).to(tl.float32)
-        scale = 1 / tl.sqrt(tl.sum(value * value, 1, True) / D + 1.1920928955078125e-07)
-        if BACKWARD:
-            u = tl.load(side + column, inside, 0.0).to(tl.float32) * c
-            u -= tl.load(side + partner, turned, 0.0).to(tl.float32) * s
-            value *= scale
-            dot = tl.sum(u * value, 1, True)
-            tl.store(dx + whole + column, factor * scale * (u - value * dot / D), inside)
-            if head < H:
-                tl.store(dgain + row * H + head, dot, row < M)
-        else:
-            other = tl.load(x + whole + partner, turned, 0.0).to(tl.float32)
-            tl.store(side + column, (value * c + other * s) * scale * factor, inside)
-
-@triton.jit(do_not_specialize=["M"])
-def exclude(y, v, gate, dz, out, dv, dgate, M, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-            ROWS: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr):
-    group = tl.program_id(1)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
-    column = tl.arange(0, WIDTH)[None]
-    inside = (row < M) & (column < D)
-    at = (row * G + group) * D + column
-    away = tl.load(v + at, inside, 0.0).to(tl.float32)
-    length = tl.maximum(tl.sqrt(tl.sum(away * away, 1, True)), 1e-12)
-    away /= length
-    turn = tl.zeros([ROWS, WIDTH], tl.float32)
-    for i in range(H // G):
-        head = row * H + group * (H // G) + i
-        place = head * D + column
-        own = tl.load(y + place, inside, 0.0).to(tl.float32)
-        dot = tl.sum(own * away, 1, True)
-        factor = tl.load(gate + head, row < M, 0.0).to(tl.float32)
-        rest = own - dot * away
-        if BACKWARD:
-            grad = tl.load(dz + place, inside, 0.0).to(tl.float32)
-            tl.store(dgate + head, tl.sum(grad * rest, 1, True), row < M)
-            grad *= factor
-            along = tl.sum(grad * away, 1, True)
-            tl.store(out + place, grad - along * away, inside)
-            turn -= dot * grad + along * own
-        else:
-            tl.store(out + place, rest * factor, inside)
-    if BACKWARD:
-        tl.store(dv + at, (turn - tl.sum(turn * away, 1, True) * away) / length, inside)
-"""  # a module of its own: Triton reads a kernel's source from a file, which a packed script does not have
+    return cross_entropy
 
 
-@functools.cache
-def kernels() -> object:
-    """The module of the Triton kernels."""
-    folder = tempfile.TemporaryDirectory()
-    path = Path(folder.name) / "kernels.py"
-    path.write_text(KERNELS)
-    spec = importlib.util.spec_from_file_location("kernels", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.folder = folder  # stays as long as the module
-    return module
-
-
-def launch_cross_entropy(z: Tensor, targets: Tensor, losses: Tensor, cap: float, train: bool) -> None:
-    """Losses [N] of logits z [N, V]; `train` puts their gradients in the logits' place. A program a row."""
+def launch_cross_entropy(z: Tensor, targets: Tensor, losses: Tensor, cap: float) -> None:
+    """Write the losses [N] of logits z [N, V], and their gradients in the logits' place."""
     rows, vocabulary = z.shape
+    block = min(4096, 1 << (vocabulary - 1).bit_length())
     if rows:
-        block = min(4096, 1 << (vocabulary - 1).bit_length())
-        arguments = (z, targets, losses, cap, vocabulary, block, train)
-        kernels().cross_entropy[(rows,)](*arguments, num_warps=8)
+        cross_entropy_kernel()[(rows,)](z, targets, losses, cap, vocabulary, block, num_warps=8)
 
 
-TILES = {  # of the persistent product: tensor descriptors (Hopper) or pointers; M, N, K; warps; stages
-    True: ((1, 128, 128, 64, 8, 4), (1, 128, 256, 64, 8, 3), (1, 64, 256, 64, 8, 4), (1, 128, 128, 64, 4, 3)),
-    False: ((0, 128, 128, 32, 8, 3), (0, 128, 128, 64, 8, 3), (0, 128, 64, 32, 4, 4), (0, 64, 128, 32, 4, 4)),
-}
+def _head_loss_backward(ctx: object, grads: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    """A factor of a row of dz may as well come after the product, or go to the other factor."""
+    h, weight, dz = ctx.saved_tensors
+    grads = grads[:, None]
+    return (dz @ weight * grads).to(h.dtype), dz.T @ (h * grads).to(h.dtype), None, None
 
 
-TILE_ROWS = 1 << 15  # of the products that are timed: longer than it takes to launch them
+_head_loss = _operator(
+    "head_loss(Tensor h, Tensor weight, Tensor targets, float cap) -> (Tensor, Tensor)",
+    lambda h, weight, *_: (h.new_empty(len(h), dtype=torch.float32), h.new_empty(len(h), len(weight))),
+    lambda losses, dz, h, weight, targets, cap: launch_cross_entropy(
+        torch.mm(h, weight.T, out=dz), targets, losses, cap
+    ),
+    lambda ctx, inputs, results: ctx.save_for_backward(*inputs[:2], results[1]),
+    _head_loss_backward,
+)
+
+
+def fused_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """`softcapped_cross_entropy` of h W^T, h [..., D]; the logits are read once, gradient and all."""
+    losses, _ = _head_loss(h.flatten(0, -2).contiguous(), weight.to(h.dtype), targets.flatten(), cap)
+    return losses.view(targets.shape)
 
 
 @functools.cache
-def fastest_tiles(
-    device: torch.device, dtype: torch.dtype, inner: int, columns: int, mode: int
-) -> tuple[int, ...]:
-    """The tiles that this GPU is fastest with, the best of three rounds; on a CPU simply the first."""
-    if device.type != "cuda":
-        return TILES[False][0]
-    hopper = torch.cuda.get_device_capability(device)[0] in (9, 10)
-    described = hopper and dtype.itemsize == 2 and inner % 8 == 0
-    generator = torch.Generator(device).manual_seed(0)
-    shapes = (TILE_ROWS, inner), (columns, inner), (TILE_ROWS, columns), (TILE_ROWS, columns)
-    a, b, out, hidden = (torch.rand(s, generator=generator, dtype=dtype, device=device) for s in shapes)
-    signs = torch.zeros(TILE_ROWS, -(-columns // 32), dtype=torch.int32, device=device)
+def qkv_norm_rope_kernel() -> Callable:
+    """A program a head and ROWS tokens: queries and keys normed and turned, queries scaled, values copied."""
+    import triton
+    import triton.language as tl
 
-    def milliseconds(tiles: tuple[int, ...]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        try:
-            for turn in range(4):
-                if turn == 1:  # the first may build the kernel
-                    start.record()
-                launch_matmul(a, b, out, signs, mode, hidden, tiles)
-        except Exception:  # more registers or shared memory than there are; if all fail, the first says so
-            return math.inf
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+    @triton.jit(do_not_specialize=["M", "T"])
+    def qkv_norm_rope(x, gain, cos, sin, q, k, v, dx, dgain, M, T, H: tl.constexpr, G: tl.constexpr,
+                      D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+                      BACKWARD: tl.constexpr):  # fmt: skip
+        head = tl.program_id(1)
+        token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+        row = token.to(tl.int64)
+        column = tl.arange(0, WIDTH)[None]
+        inside = (row < M) & (column < D)
+        x += row * (H + 2 * G) * D + head * D
+        dx += row * (H + 2 * G) * D + head * D
+        if head < H:
+            side = q + (row * H + head) * D
+        elif head < H + G:
+            side = k + (row * G + head - H) * D
+        else:
+            side = v + (row * G + head - H - G) * D
+        if head >= H + G:
+            if BACKWARD:
+                tl.store(dx + column, tl.load(side + column, inside), inside)
+            else:
+                tl.store(side + column, tl.load(x + column, inside), inside)
+        else:
+            turned = inside & (column < 2 * HALF)
+            table = token % T * HALF + column % HALF
+            c = tl.load(cos + table, turned, 1.0).to(tl.float32)
+            s = tl.load(sin + table, turned, 0.0).to(tl.float32) * tl.where(column < HALF, 1.0, -1.0)
+            partner = tl.where(column < HALF, column + HALF, column - HALF)
+            factor = tl.load(gain + head, head < H, 1.0).to(tl.float32)
+            value = tl.load(x + column, inside, 0.0).to(tl.float32)
+            scale = 1 / tl.sqrt(tl.sum(value * value, 1, True) / D + 1.1920928955078125e-07)
+            if BACKWARD:
+                u = tl.load(side + column, inside, 0.0).to(tl.float32) * c
+                u -= tl.load(side + partner, turned, 0.0).to(tl.float32) * s
+                value *= scale
+                dot = tl.sum(u * value, 1, True)
+                tl.store(dx + column, factor * scale * (u - value * dot / D), inside)
+                if head < H:
+                    tl.store(dgain + row * H + head, dot, row < M)
+            else:
+                other = tl.load(x + partner, turned, 0.0).to(tl.float32)
+                tl.store(side + column, (value * c + other * s) * scale * factor, inside)
 
-    return min((milliseconds(tiles), tiles) for _ in range(3) for tiles in TILES[described])[1]
-
-
-def launch_matmul(
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    signs: Tensor,
-    mode: int,
-    hidden: Tensor | None = None,
-    tiles: Sequence[int] = (),
-) -> None:
-    """h = a [M, K] b [N, K]^T and an epilogue: leaky_relu^2 (mode 0), and the signs of h (1), 32 in a word.
-
-    Mode 2 multiplies by the slope of what mode 1 made, `hidden`: 2 h = 2 sqrt(hidden), negative h / 2 =
-    -sqrt(hidden). So a bit a number is all that is kept for the backward pass besides what it needs anyway.
-    `tiles`: of TILES, else the fastest. Persistent: each multiprocessor takes one after the other.
-    """
-    (rows, inner), columns = a.shape, len(b)
-    tiles = tiles or fastest_tiles(a.device, a.dtype, inner, columns, mode)
-    described, bm, bn, bk, warps, stages = tiles
-    programs = count = -(-rows // bm) * -(-columns // bn)
-    if a.is_cuda:
-        programs = min(count, torch.cuda.get_device_properties(a.device).multi_processor_count)
-    if described:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        a, b = TensorDescriptor.from_tensor(a, [bm, bk]), TensorDescriptor.from_tensor(b, [bn, bk])
-    if programs:
-        sizes = (rows, -(-count // programs), columns, inner, mode, bool(described), bm, bn, bk)
-        tensors = a, b, out, out if hidden is None else hidden, signs
-        kernels().matmul[(programs,)](*tensors, *sizes, num_warps=warps, num_stages=stages)
+    return qkv_norm_rope
 
 
-def launch_heads(
+def launch_qkv_norm_rope(
     x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor, *grads: Tensor
 ) -> None:
     """Products x [N, (H + 2G) D] <-> heads q [N, H, D], k and v [N, G, D]; cos and sin [T, r/2], gain [H].
@@ -1618,158 +1529,243 @@ def launch_heads(
     sizes = rows, len(cos), len(gain), groups, size, cos.size(1), 32, 1 << (size - 1).bit_length()
     if rows:
         grid = (-(-rows // 32), len(gain) + 2 * groups)
-        kernels().heads[grid](x, gain, cos, sin, q, k, v, *(grads or (x, gain)), *sizes, bool(grads))
+        qkv_norm_rope_kernel()[grid](x, gain, cos, sin, q, k, v, *(grads or (x, gain)), *sizes, bool(grads))
 
 
-def launch_exclude(y: Tensor, v: Tensor, gate: Tensor, out: Tensor, *grads: Tensor) -> None:
+def _qkv_norm_rope_backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dgain = _qkv_norm_rope_grad(*ctx.saved_tensors, *(grad.contiguous() for grad in grads))
+    return dx, dgain.sum(0).to(ctx.saved_tensors[1].dtype), None, None, None
+
+
+_qkv_norm_rope = _operator(
+    "qkv_norm_rope(Tensor x, Tensor gain, Tensor cos, Tensor sin, int groups) -> (Tensor, Tensor, Tensor)",
+    lambda x, gain, cos, sin, groups: tuple(
+        x.new_empty(x.size(0), n, x.size(1) // (len(gain) + 2 * groups)) for n in (len(gain), groups, groups)
+    ),
+    lambda q, k, v, x, gain, cos, sin, groups: launch_qkv_norm_rope(x, gain, cos, sin, q, k, v),
+    lambda ctx, inputs, results: ctx.save_for_backward(*inputs[:4]),
+    _qkv_norm_rope_backward,
+)
+_qkv_norm_rope_grad = _operator(
+    "qkv_norm_rope_grad(Tensor x, Tensor gain, Tensor cos, Tensor sin, Tensor dq, Tensor dk, Tensor dv)"
+    " -> (Tensor, Tensor)",
+    lambda x, gain, *_: (torch.empty_like(x), x.new_empty(x.size(0), len(gain), dtype=torch.float32)),
+    lambda dx, dgain, *inputs: launch_qkv_norm_rope(*inputs, dx, dgain),
+)
+
+
+def fused_qkv_norm_rope(
+    x: Tensor, gain: Tensor, rope: tuple[Tensor, Tensor], groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One product of all roles [B, T, (H + 2G) D] -> normed, rotated queries times gain, keys, and values."""
+    tables = (table.to(x.dtype).flatten(1) for table in rope)
+    parts = _qkv_norm_rope(x.flatten(0, -2).contiguous(), gain.to(x.dtype), *tables, groups)
+    return tuple(part.unflatten(0, x.shape[:-1]) for part in parts)
+
+
+@functools.cache
+def xsa_gate_kernel() -> Callable:
+    """A program a key/value head and ROWS tokens: all query heads of the group lose what lies along v."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit(do_not_specialize=["M"])
+    def xsa_gate(y, v, gate, dz, out, dv, dgate, M, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+                 ROWS: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+        group = tl.program_id(1)
+        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        column = tl.arange(0, WIDTH)[None]
+        inside = (row < M) & (column < D)
+        at = (row * G + group) * D + column
+        away = tl.load(v + at, inside, 0.0).to(tl.float32)
+        length = tl.maximum(tl.sqrt(tl.sum(away * away, 1, True)), 1e-12)
+        away /= length
+        turn = tl.zeros([ROWS, WIDTH], tl.float32)
+        for i in range(H // G):
+            head = row * H + group * (H // G) + i
+            place = head * D + column
+            own = tl.load(y + place, inside, 0.0).to(tl.float32)
+            dot = tl.sum(own * away, 1, True)
+            factor = tl.load(gate + head, row < M, 0.0).to(tl.float32)
+            rest = own - dot * away
+            if BACKWARD:
+                grad = tl.load(dz + place, inside, 0.0).to(tl.float32)
+                tl.store(dgate + head, tl.sum(grad * rest, 1, True), row < M)
+                grad *= factor
+                along = tl.sum(grad * away, 1, True)
+                tl.store(out + place, grad - along * away, inside)
+                turn -= dot * grad + along * own
+            else:
+                tl.store(out + place, rest * factor, inside)
+        if BACKWARD:
+            tl.store(dv + at, (turn - tl.sum(turn * away, 1, True) * away) / length, inside)
+
+    return xsa_gate
+
+
+def launch_xsa_gate(y: Tensor, v: Tensor, gate: Tensor, out: Tensor, *grads: Tensor) -> None:
     """y [N, H, D], v [N, G, D], gate [N, H] -> out; given dz, and room for those of v and gate: dy."""
     rows, groups, size = v.shape
     sizes = rows, y.size(1), groups, size, 32, 1 << (size - 1).bit_length()
     dz, dv, dgate = grads or (y, v, gate)
     if rows:
         grid = (-(-rows // 32), groups)
-        kernels().exclude[grid](y, v, gate, dz, out, dv, dgate, *sizes, bool(grads))
+        xsa_gate_kernel()[grid](y, v, gate, dz, out, dv, dgate, *sizes, bool(grads))
 
 
-def _head_loss_forward(
-    losses: Tensor, dz: Tensor, h: Tensor, weight: Tensor, targets: Tensor, cap: float, train: bool
-) -> None:
-    z = torch.mm(h, weight.T, out=dz) if train else h @ weight.T
-    launch_cross_entropy(z, targets, losses, cap, train)
-
-
-def _head_loss_backward(ctx: object, grads: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    """A factor of a row of dz may as well come after the product, or go to the other factor."""
-    h, weight, dz = ctx.saved_tensors
-    grads = grads[:, None]
-    return (dz @ weight * grads).to(h.dtype), dz.T @ (h * grads).to(h.dtype), None, None, None
-
-
-_head_loss = _operator(
-    "head_loss(Tensor h, Tensor weight, Tensor targets, float cap, bool train) -> (Tensor, Tensor)",
-    lambda h, weight, targets, cap, train: (
-        h.new_empty(h.size(0), dtype=torch.float32),
-        h.new_empty(h.size(0) if train else 0, len(weight)),
-    ),
-    _head_loss_forward,
-)
-_head_loss.register_autograd(
-    _head_loss_backward, setup_context=lambda ctx, inputs, output: _keep(ctx, *inputs[:2], output[1])
-)
-
-
-def fused_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """`softcapped_cross_entropy` of h W^T, h [..., D]; the logits are read once, gradient and all."""
-    h, weight = h.flatten(0, -2).contiguous(), weight.to(h.dtype)
-    losses, _ = _head_loss(h, weight, targets.flatten(), cap, torch.is_grad_enabled())
-    return losses.view(targets.shape)
-
-
-_heads = _operator(
-    "heads(Tensor x, Tensor gain, Tensor cos, Tensor sin, int groups) -> (Tensor, Tensor, Tensor)",
-    lambda x, gain, cos, sin, groups: tuple(
-        x.new_empty(x.size(0), n, x.size(1) // (len(gain) + 2 * groups)) for n in (len(gain), groups, groups)
-    ),
-    lambda q, k, v, x, gain, cos, sin, groups: launch_heads(x, gain, cos, sin, q, k, v),
-)
-_heads_grad = _operator(
-    "heads_grad(Tensor x, Tensor gain, Tensor cos, Tensor sin, Tensor dq, Tensor dk, Tensor dv)"
-    " -> (Tensor, Tensor)",
-    lambda x, gain, *_: (torch.empty_like(x), x.new_empty(x.size(0), len(gain), dtype=torch.float32)),
-    lambda dx, dgain, *inputs: launch_heads(*inputs, dx, dgain),
-)
-
-
-def _heads_backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dgain = _heads_grad(*ctx.saved_tensors, *(grad.contiguous() for grad in grads))
-    return dx, dgain.sum(0).to(ctx.saved_tensors[1].dtype), None, None, None
-
-
-_heads.register_autograd(_heads_backward, setup_context=lambda ctx, inputs, output: _keep(ctx, *inputs[:4]))
-
-
-def fused_heads(
-    x: Tensor, gain: Tensor, rope: tuple[Tensor, Tensor], groups: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One product of all roles [B, T, (H + 2G) D] -> normed, rotated queries times gain, keys, and values."""
-    tables = (table.to(x.dtype).flatten(1) for table in rope)
-    parts = _heads(x.flatten(0, -2).contiguous(), gain.to(x.dtype), *tables, groups)
-    return tuple(part.unflatten(0, x.shape[:-1]) for part in parts)
-
-
-_exclude = _operator(
-    "exclude(Tensor y, Tensor v, Tensor gate) -> Tensor",
+_xsa_gate = _operator(
+    "xsa_gate(Tensor y, Tensor v, Tensor gate) -> Tensor",
     lambda y, v, gate: torch.empty_like(y),
-    lambda out, y, v, gate: launch_exclude(y, v, gate, out),
+    lambda out, y, v, gate: launch_xsa_gate(y, v, gate, out),
+    lambda ctx, inputs, results: ctx.save_for_backward(*inputs),
+    lambda ctx, dz: _xsa_gate_grad(*ctx.saved_tensors, dz.contiguous()),
 )
-_exclude_grad = _operator(
-    "exclude_grad(Tensor y, Tensor v, Tensor gate, Tensor dz) -> (Tensor, Tensor, Tensor)",
+_xsa_gate_grad = _operator(
+    "xsa_gate_grad(Tensor y, Tensor v, Tensor gate, Tensor dz) -> (Tensor, Tensor, Tensor)",
     lambda y, v, gate, dz: (torch.empty_like(y), torch.empty_like(v), torch.empty_like(gate)),
-    lambda dy, dv, dgate, y, v, gate, dz: launch_exclude(y, v, gate, dy, dz, dv, dgate),
-)
-_exclude.register_autograd(
-    lambda ctx, dz: _exclude_grad(*ctx.saved_tensors, dz.contiguous()),
-    setup_context=lambda ctx, inputs, output: _keep(ctx, *inputs),
+    lambda dy, dv, dgate, y, v, gate, dz: launch_xsa_gate(y, v, gate, dy, dz, dv, dgate),
 )
 
 
-def fused_exclude(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+def fused_xsa_gate(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     """XSA and gate: y [B, T, H, D] without its part along v [B, T, G, D], times gate [B, T, H]."""
     parts = (part.flatten(0, 1).contiguous() for part in (y, v, gate.to(y.dtype)))
-    return _exclude(*parts).view(y.shape)
+    return _xsa_gate(*parts).view(y.shape)
 
 
-def _mlp_forward(y: Tensor, hidden: Tensor, signs: Tensor, x: Tensor, up: Tensor, down: Tensor, train: bool):
-    launch_matmul(x, up, hidden, signs, int(train))
+TILES = {  # M, N, K; warps; stages: of tensor descriptors (Hopper) or of pointers
+    True: ((128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (64, 256, 64, 8, 4), (128, 128, 64, 4, 3)),
+    False: ((128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 64, 32, 4, 4), (64, 128, 32, 4, 4)),
+}
+
+
+@functools.cache
+def matmul_kernel(described: bool) -> Callable:
+    """The product of `launch_matmul` with the tiles that are fastest for its N, K and pass.
+
+    Triton times the tiles at the first launch, in the warm-up: the number of rows M is no part of the choice.
+    Tiles that need too much shared memory drop out. The choice, which ranks make for themselves, says what a
+    program computes; each number is the same sum over k, in the same order.
+    """
+    import triton
+    import triton.language as tl
+
+    def set_blocks(given: dict) -> None:
+        for operand, rows in (("a", "BM"), ("b", "BN")) if described else ():
+            given[operand].block_shape = [given[rows], given["BK"]]
+
+    timed = TILES[described][: 1 if os.environ.get("TRITON_INTERPRET") == "1" else None]
+    blocks = [dict(zip(("BM", "BN", "BK"), tiles, strict=False)) for tiles in timed]
+    configs = [triton.Config(b, *t[3:], pre_hook=set_blocks) for b, t in zip(blocks, timed, strict=True)]
+
+    @triton.autotune(configs, key=["N", "K", "BACKWARD"])
+    @triton.jit(do_not_specialize=["M"])
+    def matmul(a, b, out, hidden, signs, M, N, K: tl.constexpr, BACKWARD: tl.constexpr, DESC: tl.constexpr,
+               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+        across = tl.cdiv(N, BN)
+        for turn in tl.range(0, tl.cdiv(tl.cdiv(M, BM) * across, tl.num_programs(0)), flatten=DESC):
+            tile = turn * tl.num_programs(0) + tl.program_id(0)
+            row = tile // across * BM
+            column = tile % across * BN
+            acc = tl.zeros([BM, BN], tl.float32)
+            for k in range(0, K, BK):
+                if DESC:
+                    x = a.load([row, k])
+                    w = b.load([column, k])
+                else:
+                    c = k + tl.arange(0, BK)[None]
+                    r = row + tl.arange(0, BM)[:, None]
+                    x = tl.load(a + r.to(tl.int64) * K + c, (r < M) & (c < K), 0.0)
+                    r = column + tl.arange(0, BN)[:, None]
+                    w = tl.load(b + r.to(tl.int64) * K + c, (r < N) & (c < K), 0.0)
+                acc = tl.dot(x, w.T, acc)
+            i = row + tl.arange(0, BM)[:, None]
+            j = column + tl.arange(0, BN)[None]
+            place = i.to(tl.int64) * N + j
+            inside = (i < M) & (j < N)
+            words = tl.cdiv(N, 32)  # the signs of 32 numbers lie in a word
+            word = column // 32 + tl.arange(0, BN // 32)[None]
+            kept = (i < M) & (word < words)
+            shift = tl.arange(0, 32)[None, None]
+            if BACKWARD:
+                root = tl.sqrt(tl.load(hidden + place, inside, 0.0).to(tl.float32))
+                bits = (tl.load(signs + i * words + word, kept, 0)[:, :, None] >> shift) & 1
+                acc *= root * tl.where(tl.reshape(bits, [BM, BN]) == 1, -1.0, 2.0)
+            else:
+                bits = tl.reshape((acc < 0).to(tl.int32), [BM, BN // 32, 32]) << shift
+                tl.store(signs + i * words + word, tl.sum(bits, 2), kept)
+                acc *= acc * tl.where(acc < 0, 0.25, 1.0)
+            tl.store(out + place, acc, inside)
+
+    return matmul
+
+
+def has_descriptors(a: Tensor) -> bool:
+    """Whether tiles of a [M, K] may be loaded by tensor descriptors."""
+    hopper = a.is_cuda and torch.cuda.get_device_capability(a.device)[0] in (9, 10)
+    return hopper and a.element_size() == 2 and a.size(1) % 8 == 0
+
+
+def launch_matmul(a: Tensor, b: Tensor, out: Tensor, hidden: Tensor, signs: Tensor, backward: bool) -> None:
+    """h = a [M, K] b [N, K]^T; written are leaky_relu^2 of h and the signs of h, 32 in a word.
+
+    Backward the product is multiplied by the slope of what forward made of h, `hidden`: 2 h = 2 sqrt(hidden),
+    negative h / 2 = -sqrt(hidden). So a bit a number is all that is kept besides what is needed anyway.
+    Persistent: each multiprocessor takes one tile after the other.
+    """
+    (rows, inner), columns, described = a.shape, len(b), has_descriptors(a)
+    programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 1
+    if described:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        a, b = (TensorDescriptor.from_tensor(x, [1, 1]) for x in (a, b))  # `set_blocks` knows how large
+    if rows:
+        grid = lambda m: (min(programs, -(-rows // m["BM"]) * -(-columns // m["BN"])),)  # noqa: E731
+        matmul_kernel(described)[grid](a, b, out, hidden, signs, rows, columns, inner, backward, described)
+
+
+def _mlp_forward(y: Tensor, hidden: Tensor, signs: Tensor, x: Tensor, up: Tensor, down: Tensor) -> None:
+    launch_matmul(x, up, hidden, hidden, signs, False)
     torch.mm(hidden, down.T, out=y)
 
 
 def _mlp_backward(ctx: object, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient before the activation is (dy down) * slope, without storing the product."""
     x, up, down, hidden, signs = ctx.saved_tensors
-    dh, (_, trains_up, trains_down, _) = _mlp_grad(dy.contiguous(), down, hidden, signs), ctx.needs_input_grad
-    return dh @ up, dh.T @ x if trains_up else None, dy.T @ hidden if trains_down else None, None
+    dh, (_, trains_up, trains_down) = _mlp_grad(dy.contiguous(), down, hidden, signs), ctx.needs_input_grad
+    return dh @ up, dh.T @ x if trains_up else None, dy.T @ hidden if trains_down else None
 
 
 _mlp = _operator(
-    "mlp(Tensor x, Tensor up, Tensor down, bool train) -> (Tensor, Tensor, Tensor)",
-    lambda x, up, down, train: (
+    "mlp(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor, Tensor)",
+    lambda x, up, down: (
         torch.empty_like(x),
-        x.new_empty(x.size(0), len(up)),
-        x.new_empty(x.size(0) if train else 0, -(-len(up) // 32), dtype=torch.int32),
+        x.new_empty(len(x), len(up)),
+        x.new_empty(len(x), -(-len(up) // 32), dtype=torch.int32),
     ),
     _mlp_forward,
+    lambda ctx, inputs, results: ctx.save_for_backward(*inputs, *results[1:]),
+    _mlp_backward,
 )
 _mlp_grad = _operator(
     "mlp_grad(Tensor dy, Tensor down, Tensor hidden, Tensor signs) -> Tensor",
     lambda dy, down, hidden, signs: torch.empty_like(hidden),
-    lambda out, dy, down, hidden, signs: launch_matmul(dy, down.T.contiguous(), out, signs, 2, hidden),
-)
-_mlp.register_autograd(
-    _mlp_backward, setup_context=lambda ctx, inputs, output: _keep(ctx, *inputs[:3], *output[1:])
+    lambda out, dy, down, hidden, signs: launch_matmul(dy, down.T.contiguous(), out, hidden, signs, True),
 )
 
 
 def fused_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """leaky_relu_squared(x up^T) down^T in the type of x [..., D]; the epilogue is part of the product."""
-    up, down = up.to(x.dtype), down.to(x.dtype)
-    y, *_ = _mlp(x.flatten(0, -2).contiguous(), up, down, torch.is_grad_enabled())
+    y, *_ = _mlp(x.flatten(0, -2).contiguous(), up.to(x.dtype), down.to(x.dtype))
     return y.view(x.shape)
-
-
-def fuses(backends: Backends, x: Tensor, kernel: str) -> bool:
-    """Whether a fused kernel is to be used on a tensor."""
-    return kernel in backends.kernels and x.is_cuda
 
 
 # ---------------------------------------------------------------------------------------------------------
 # 7. Model (SPEC section 3): one block, one traversal, for training, evaluation, calibration and adaptation
 # ---------------------------------------------------------------------------------------------------------
 
-Adapt = Callable[
-    [str, Tensor], Tensor | float
-]  # role and input of a projection -> what is added to its output
-Tap = Callable[[str, Tensor], None]  # flat weight name and the projection's input
+Adapt = Callable[[str, Tensor], Tensor | float]  # (role of a projection, its input) -> addend to its output
+OnInput = Callable[[str, Tensor], None]  # is told the flat name of each matrix and the input of its product
 
 
 class LayerWeights(NamedTuple):
@@ -1783,28 +1779,26 @@ class LayerWeights(NamedTuple):
     down: Tensor
 
 
-class Pass(NamedTuple):
-    """What a block needs besides its input: rotary tables, segments, the slot's adapters, the tap.
+class BlockContext(NamedTuple):
+    """What a block needs besides its input.
 
-    `wanted` [B, n] are the positions whose result is used (None: all); `past` puts the keys and values of
-    earlier tokens before those of the input.
+    `x0` is the first block's input. At `wanted` [B, n] the result is used (None: everywhere). `past`
+    puts the keys and values of earlier tokens before those of the input.
     """
 
+    x0: Tensor
+    weights: LayerWeights
     rope: tuple[Tensor, Tensor]
     segments: Segments | None
     adapt: Adapt | None
-    tap: Tap | None
-    wanted: Tensor | None = None
-    past: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-
-    def pick(self, x: Tensor) -> Tensor:
-        """The rows of x [B, T, D] that are wanted."""
-        return x if self.wanted is None else pick(x, self.wanted)
+    on_input: OnInput | None
+    wanted: Tensor | None
+    past: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
 
 
-def pick(x: Tensor, positions: Tensor) -> Tensor:
-    """x [B, T, D] at positions [B, n] -> [B, n, D]."""
-    return x.gather(1, positions[..., None].expand(-1, -1, x.size(-1)))
+def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
+    """x [B, T, D] at positions [B, n] -> [B, n, D]; x itself where positions is None."""
+    return x if positions is None else x.gather(1, positions[..., None].expand(-1, -1, x.size(-1)))
 
 
 def layer_order(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
@@ -1832,15 +1826,13 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def rope_tables(cfg: Config, length: int, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [T, 1, r/2]; positions count from the start of the row, which is `first`."""
-    dims = cfg.rope_dims or cfg.head_dim
-    base = cfg.rope_base
+    """cos and sin, float32 [T, 1, r/2], of positions first, first + 1, ... in their row."""
+    dims, base = cfg.rope_dims or cfg.head_dim, cfg.rope_base
     if cfg.rope_yarn and length > cfg.train_seq_len:
         base *= (length / cfg.train_seq_len) ** (dims / (dims - 2))
     frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims)
-    angles = (
-        torch.arange(first, first + length, dtype=torch.float32, device=device)[:, None, None] * frequencies
-    )
+    positions = torch.arange(first, first + length, dtype=torch.float32, device=device)
+    angles = positions[:, None, None] * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -1852,103 +1844,91 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
 
 
-def project(
-    x: Tensor, weight: Tensor, role: str, adapt: Adapt | None, adapter_input: Tensor | None = None
-) -> Tensor:
-    """x W^T, plus what the adapter of this role makes of its input (x unless given)."""
+def project(x: Tensor, weight: Tensor, role: str, adapt: Adapt | None) -> Tensor:
+    """x W^T, plus what the adapter of this role makes of x."""
     y = F.linear(x, weight)
-    return y if adapt is None else y + adapt(role, x if adapter_input is None else adapter_input)
+    return y if adapt is None else y + adapt(role, x)
 
 
 def project_together(x: Tensor, weights: Mapping[str, Tensor], adapt: Adapt | None) -> list[Tensor]:
     """`project` for several roles of one input; on CUDA one product, which reads x once."""
     if not x.is_cuda:
         return [project(x, weight, role, adapt) for role, weight in weights.items()]
-    whole = F.linear(x, torch.cat(list(weights.values())))
-    parts = whole.split([len(weight) for weight in weights.values()], -1)
+    products = F.linear(x, torch.cat(list(weights.values())))
+    parts = products.split([len(weight) for weight in weights.values()], -1)
     return [y if adapt is None else y + adapt(role, x) for role, y in zip(weights, parts, strict=True)]
 
 
 class Attention(nn.Module):
     """Attention of one layer: normed queries and keys, partial rotary, query gain, XSA, one optional gate."""
 
-    def __init__(self, cfg: Config, layer: int, backends: Backends = Backends()):
+    def __init__(self, cfg: Config, layer: int, backends: Backends):
         super().__init__()
         self.cfg, self.layer, self.backends = cfg, layer, backends
         self.excludes_self = layer >= cfg.num_layers - cfg.xsa_last_n
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         if cfg.sparse_attn_gate_enabled:
-            self.attn_gate_w = nn.Parameter(
-                _normal(cfg.sparse_attn_gate_init_std, cfg.num_heads, cfg.gate_window)
-            )
+            gate = _normal(cfg.sparse_attn_gate_init_std, cfg.num_heads, cfg.gate_window)
+            self.attn_gate_w = nn.Parameter(gate)
         elif cfg.gated_attn_enabled:
             self.attn_gate_w = nn.Parameter(_normal(cfg.gated_attn_init_std, cfg.num_heads, cfg.model_dim))
         elif cfg.attn_out_gate_enabled:
             self.attn_gate_proj = _zero_linear(cfg.gate_window, cfg.num_heads)
 
-    def forward(self, n: Tensor, w: LayerWeights, run: Pass) -> Tensor:
-        """n [B, T, D], the normed and scaled block input -> [B, T, D], or [B, n, D] of the rows wanted."""
-        cfg = self.cfg
-        if run.tap is not None:
-            run.tap(f"blocks.{self.layer}.attn.c_q.weight", n)
-        whole = run.wanted is None and run.past is None
-        fused = whole and fuses(self.backends, n, "heads")
-        q_flat, q, k, v = (self._fused_heads if fused else self._heads)(n, w, run)
-        own, n = run.pick(v.flatten(-2)).unflatten(-1, v.shape[-2:]), run.pick(n)
-        if whole:
-            y = attend(q, k, v, run.segments, self.backends.attention)
+    def forward(self, n: Tensor, context: BlockContext) -> Tensor:
+        """n [B, T, D], the normed and scaled block input -> [B, T, D], or [B, n, D] at wanted positions."""
+        wanted, past = context.wanted, context.past
+        if context.on_input is not None:
+            context.on_input(f"blocks.{self.layer}.attn.c_q.weight", n)
+        plain = wanted is None and past is None
+        if plain and "qkv_norm_rope" in self.backends.kernels:
+            q_flat, q, k, v = self._fused_heads(n, context)
         else:
-            keys, values = (k, v) if run.past is None else run.past(k, v)
-            wanted = torch.arange(k.size(1), device=k.device)[None] if run.wanted is None else run.wanted
-            y = attend_from(q, wanted + keys.size(1) - k.size(1), keys, values)
-        gate = self._gate(n, q_flat)
-        if self.excludes_self and gate is not None and fuses(self.backends, n, "exclude"):
-            y = fused_exclude(y, own, gate)
+            q_flat, q, k, v = self._heads(n, context)
+        own_value = at_positions(v.flatten(-2), wanted).unflatten(-1, v.shape[-2:])
+        n = at_positions(n, wanted)
+        if plain:
+            y = attend(q, k, v, context.segments, self.backends)
         else:
-            y = self._exclude_self(y, own) if self.excludes_self else y
-            y = y if gate is None else y * gate.to(y.dtype)[..., None]
-        y = y.flatten(-2)
-        if run.tap is not None:
-            run.tap(f"blocks.{self.layer}.attn.proj.weight", y)
-        return project(y, w.o, "o", run.adapt, adapter_input=n)
+            keys, values = (k, v) if past is None else past(k, v)
+            positions = torch.arange(k.size(1), device=k.device)[None] if wanted is None else wanted
+            y = attend_from(q, positions + keys.size(1) - k.size(1), keys, values)
+        y = self._exclude_and_gate(y, own_value, self._gate(n, q_flat)).flatten(-2)
+        if context.on_input is not None:
+            context.on_input(f"blocks.{self.layer}.attn.proj.weight", y)
+        y = F.linear(y, context.weights.o)
+        return y if context.adapt is None else y + context.adapt("o", n)
 
-    def _heads(self, n: Tensor, w: LayerWeights, run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _heads(self, n: Tensor, context: BlockContext) -> tuple[Tensor, ...]:
         """Queries before the norm [B, n, H d]; then queries, keys and values [B, n or T, heads, d]."""
-        cfg = self.cfg
-        roles = {"q": w.q, "k": w.k, "v": w.v}
-        if run.wanted is not None:
-            roles.pop("q")  # queries of the wanted positions only
-        *q_flat, k, v = project_together(n, roles, run.adapt)
-        k, v = (x.unflatten(-1, (cfg.num_kv_heads, cfg.head_dim)) for x in (k, v))
-        q_flat = q_flat[0] if q_flat else project(run.pick(n), w.q, "q", run.adapt)
+        cfg, w, rope, wanted = self.cfg, context.weights, context.rope, context.wanted
+        if wanted is None:
+            q_flat, k, v = project_together(n, {"q": w.q, "k": w.k, "v": w.v}, context.adapt)
+        else:  # queries of the wanted positions only
+            k, v = project_together(n, {"k": w.k, "v": w.v}, context.adapt)
+            q_flat = project(at_positions(n, wanted), w.q, "q", context.adapt)
+            rope = tuple(table[wanted] for table in rope)
         q = q_flat.unflatten(-1, (cfg.num_heads, cfg.head_dim))
-        rope = run.rope if run.wanted is None else tuple(table[run.wanted] for table in run.rope)
+        k, v = (x.unflatten(-1, (cfg.num_kv_heads, cfg.head_dim)) for x in (k, v))
         q = apply_rope(rms_norm(q), rope) * self.q_gain.to(q.dtype)[:, None]
-        return q_flat, q, apply_rope(rms_norm(k), run.rope), v
+        return q_flat, q, apply_rope(rms_norm(k), context.rope), v
 
-    def _fused_heads(self, n: Tensor, w: LayerWeights, run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same by one product and one kernel."""
-        if run.adapt is None:
-            whole = F.linear(n, torch.cat([w.q, w.k, w.v]))
+    def _fused_heads(self, n: Tensor, context: BlockContext) -> tuple[Tensor, ...]:
+        """As `_heads` of all positions, by one product and one kernel."""
+        w = context.weights
+        if context.adapt is None:
+            products = F.linear(n, torch.cat([w.q, w.k, w.v]))
         else:
-            whole = torch.cat(project_together(n, {"q": w.q, "k": w.k, "v": w.v}, run.adapt), -1)
-        heads = fused_heads(whole, self.q_gain, run.rope, self.cfg.num_kv_heads)
-        return whole[..., : len(w.q)], *heads
-
-    @staticmethod
-    def _exclude_self(y: Tensor, v: Tensor) -> Tensor:
-        """XSA: remove from each head's output its projection on the token's own value vector."""
-        direction = F.normalize(v, dim=-1, eps=1e-12)[..., None, :]
-        grouped = y.unflatten(-2, (v.size(-2), -1))
-        return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(-3, -2)
+            products = torch.cat(project_together(n, {"q": w.q, "k": w.k, "v": w.v}, context.adapt), -1)
+        heads = fused_qkv_norm_rope(products, self.q_gain, context.rope, self.cfg.num_kv_heads)
+        return products[..., : len(w.q)], *heads
 
     def _gate(self, n: Tensor, q_flat: Tensor) -> Tensor | None:
         """The factor of each head and position [B, T, H], None without a gate."""
         cfg = self.cfg
         if cfg.sparse_attn_gate_enabled:
-            return torch.sigmoid(
-                cfg.sparse_attn_gate_scale * F.linear(n[..., : cfg.gate_window], self.attn_gate_w)
-            )
+            z = F.linear(n[..., : cfg.gate_window], self.attn_gate_w)
+            return torch.sigmoid(cfg.sparse_attn_gate_scale * z)
         if cfg.gated_attn_enabled:
             return torch.sigmoid(F.linear(n, self.attn_gate_w))
         if cfg.attn_out_gate_enabled:
@@ -1956,58 +1936,65 @@ class Attention(nn.Module):
             return 2 * torch.sigmoid(self.attn_gate_proj(source[..., : cfg.gate_window]))
         return None
 
+    def _exclude_and_gate(self, y: Tensor, own_value: Tensor, gate: Tensor | None) -> Tensor:
+        """XSA, where the layer has it, and the gate; y [B, n, H, d]."""
+        if self.excludes_self and gate is not None and "xsa_gate" in self.backends.kernels:
+            return fused_xsa_gate(y, own_value, gate)
+        if self.excludes_self:
+            y = exclude_self(y, own_value)
+        return y if gate is None else y * gate.to(y.dtype)[..., None]
+
 
 class Block(nn.Module):
     """One layer: an attention and an MLP branch, and three ways of adding them to the residual stream."""
 
-    def __init__(self, cfg: Config, layer: int, backends: Backends = Backends()):
+    def __init__(self, cfg: Config, layer: int, backends: Backends):
         super().__init__()
-        self.layer = layer
+        self.layer, self.backends = layer, backends
         self.norm_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)]))
         self.attn = Attention(cfg, layer, backends)
 
-    def _mix(self, x: Tensor, x0: Tensor) -> Tensor:
+    def _mix(self, x: Tensor, context: BlockContext) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
-        return mix[0] * x + mix[1] * x0
+        return mix[0] * x + mix[1] * context.x0
 
-    def _attention(self, u: Tensor, w: LayerWeights, run: Pass) -> Tensor:
-        return self.attn_scale.to(u.dtype) * self.attn(rms_norm(u) * self.norm_scale, w, run)
+    def _attention(self, u: Tensor, context: BlockContext) -> Tensor:
+        return self.attn_scale.to(u.dtype) * self.attn(rms_norm(u) * self.norm_scale, context)
 
-    def _mlp(self, u: Tensor, w: LayerWeights, run: Pass) -> Tensor:
-        n = rms_norm(u) * self.norm_scale
-        if run.tap is None and fuses(self.attn.backends, n, "mlp"):
+    def _mlp(self, u: Tensor, context: BlockContext) -> Tensor:
+        n, w = rms_norm(u) * self.norm_scale, context.weights
+        if context.on_input is None and "mlp" in self.backends.kernels:
             y = fused_mlp(n, w.up, w.down)
         else:
             hidden = leaky_relu_squared(F.linear(n, w.up))
             y = F.linear(hidden, w.down)
-            if run.tap is not None:
-                run.tap(f"blocks.{self.layer}.mlp.fc.weight", n)
-                run.tap(f"blocks.{self.layer}.mlp.proj.weight", hidden)
-        return self.mlp_scale.to(u.dtype) * (y if run.adapt is None else y + run.adapt("mlp", n))
+            if context.on_input is not None:
+                context.on_input(f"blocks.{self.layer}.mlp.fc.weight", n)
+                context.on_input(f"blocks.{self.layer}.mlp.proj.weight", hidden)
+        return self.mlp_scale.to(u.dtype) * (y if context.adapt is None else y + context.adapt("mlp", n))
 
-    def serial(self, x: Tensor, x0: Tensor, w: LayerWeights, run: Pass) -> Tensor:
+    def serial(self, x: Tensor, context: BlockContext) -> Tensor:
         """Attention, then the MLP on its result."""
-        u = self._mix(x, x0)
-        u = run.pick(u) + self._attention(u, w, run)
-        return u + self._mlp(u, w, run)
+        u = self._mix(x, context)
+        u = at_positions(u, context.wanted) + self._attention(u, context)
+        return u + self._mlp(u, context)
 
-    def single(self, x: Tensor, x0: Tensor, w: LayerWeights, run: Pass) -> Tensor:
+    def single(self, x: Tensor, context: BlockContext) -> Tensor:
         """Attention and MLP side by side on one stream (PR #1493)."""
-        u = self._mix(x, x0)
-        a, u = self._attention(u, w, run), run.pick(u)
-        return u + a + self._mlp(u, w, run)
+        u = self._mix(x, context)
+        a, u = self._attention(u, context), at_positions(u, context.wanted)
+        return u + a + self._mlp(u, context)
 
-    def lanes(
-        self, lanes: tuple[Tensor, Tensor], x0: Tensor, w: LayerWeights, run: Pass, keep: Tensor, add: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Two lanes: attention reads lane 0, the MLP lane 1; `keep` [2] per lane, `add` [source, lane]."""
-        a, lanes = self._attention(self._mix(lanes[0], x0), w, run), [run.pick(lane) for lane in lanes]
-        m = self._mlp(lanes[1], w, run)
+    def lanes(self, x: Tensor, y: Tensor, context: BlockContext, keep: Tensor, add: Tensor) -> tuple:
+        """Two lanes: attention reads x, the MLP y; `keep` [2] per lane, `add` [source, lane]."""
+        a = self._attention(self._mix(x, context), context)
+        x, y = (at_positions(lane, context.wanted) for lane in (x, y))
+        m = self._mlp(y, context)
         keep, add = keep.to(a.dtype), add.to(a.dtype)
-        return tuple(keep[i] * lanes[i] + add[0, i] * a + add[1, i] * m for i in (0, 1))
+        return tuple(keep[i] * lane + add[0, i] * a + add[1, i] * m for i, lane in enumerate((x, y)))
 
 
 class GPT(nn.Module):
@@ -2052,9 +2039,8 @@ class GPT(nn.Module):
     def weights(self) -> list[LayerWeights]:
         """The matrices of each physical layer. Banks are taken apart once: a gradient is then one stack."""
         layers = self.cfg.num_layers
-        qo, kv, up, down = (
-            bank.unbind() for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank)
-        )
+        banks = (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank)
+        qo, kv, up, down = (bank.unbind() for bank in banks)
         parts = (qo[:layers], kv[:layers], kv[layers:], qo[layers:], up, down)
         return [LayerWeights(*matrices) for matrices in zip(*parts, strict=True)]
 
@@ -2065,7 +2051,7 @@ class GPT(nn.Module):
         *,
         looping: bool,
         lora: "BatchedLoRA | None" = None,
-        tap: Tap | None = None,
+        on_input: OnInput | None = None,
         wanted: Tensor | None = None,
         cache: "KeyValueCache | None" = None,
     ) -> Tensor:
@@ -2083,53 +2069,44 @@ class GPT(nn.Module):
         encoder, decoder = layer_order(cfg, looping)
         weights, skips, lanes = self.weights(), [], None
         for slot, layer in enumerate(encoder + decoder):
+            block, step = self.blocks[layer], slot - len(encoder)
             adapt = None if lora is None else lora.at(slot)
-            last = slot == len(encoder + decoder) - 1
-            run = Pass(rope, segments, adapt, tap, wanted if last else None, cache and cache.at(slot))
-            w, block = weights[layer], self.blocks[layer]
-            if slot < len(encoder):
-                x = block.serial(x, x0, w, run)
-                skips.append(x)
-                continue
+            used = wanted if step == len(decoder) - 1 else None
+            past = cache and cache.at(slot)
+            context = BlockContext(x0, weights[layer], rope, segments, adapt, on_input, used, past)
             parallel = 0 < cfg.parallel_start_layer <= layer
-            two_lanes = parallel and cfg.parallel_style == "lanes"
-            if two_lanes and lanes is None:
-                lanes = (x, x)
-            step = slot - len(encoder)
-            if skips and step < len(self.skip_weights):
-                skip = skips.pop()
-                if two_lanes:
-                    lanes = (self._add_skip(lanes[0], skip, step), lanes[1])
-                else:
-                    x = self._add_skip(x, skip, step)
-            if two_lanes:
-                keep, add = self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer]
-                lanes = block.lanes(lanes, x0, w, run, keep, add)
+            if step < 0:
+                x = block.serial(x, context)
+                skips.append(x)
+            elif parallel and cfg.parallel_style == "lanes":
+                a, m = lanes or (x, x)
+                lambdas = self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer]
+                lanes = block.lanes(self._add_skip(a, skips, step), m, context, *lambdas)
+            elif parallel and cfg.parallel_style == "single":
+                x = block.single(self._add_skip(x, skips, step), context)
             else:
-                x = (block.single if parallel else block.serial)(x, x0, w, run)
+                x = block.serial(self._add_skip(x, skips, step), context)
         if lanes is not None:
-            x = {"mean": (lanes[0] + lanes[1]) / 2, "attn": lanes[0], "mlp": lanes[1]}[
-                cfg.parallel_final_lane
-            ]
+            mean = cfg.parallel_final_lane == "mean"
+            x = (lanes[0] + lanes[1]) / 2 if mean else lanes[cfg.parallel_final_lane == "mlp"]
         h = rms_norm(x)
-        if tap is not None:
-            tap(f"{self._head_name}.weight", h)
+        if on_input is not None:
+            on_input("tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight", h)
         return h
 
-    def _add_skip(self, x: Tensor, skip: Tensor, step: int) -> Tensor:
-        skip = self.skip_weights[step].to(x.dtype) * skip
+    def _add_skip(self, x: Tensor, skips: list[Tensor], step: int) -> Tensor:
+        """x with what the skip connection of the decoder's layer `step` brings, where there is one."""
+        if not skips or step >= len(self.skip_weights):
+            return x
+        skip = self.skip_weights[step].to(x.dtype) * skips.pop()
         if not self.cfg.skip_gates_enabled:
             return x + skip
         gate = torch.sigmoid(self.skip_gates[step]).to(x.dtype)
         return gate * x + (1 - gate) * skip
 
     @property
-    def _head_name(self) -> str:
-        return "tok_emb" if self.cfg.tie_embeddings else "lm_head"
-
-    @property
     def _head_weight(self) -> Tensor:
-        return getattr(self, self._head_name).weight
+        return self.tok_emb.weight if self.cfg.tie_embeddings else self.lm_head.weight
 
     def _head(self, h: Tensor, lora: "BatchedLoRA | None") -> Tensor:
         """Hidden states -> logits before the softcap."""
@@ -2154,13 +2131,12 @@ class GPT(nn.Module):
         h = self.hidden(input_ids, segments, looping=looping, lora=lora, wanted=scored, cache=cache)
         if scored is not None:
             target_ids = target_ids.gather(1, scored)
-        cap = self.cfg.logit_softcap
-        if lora is None and fuses(self.backends, h, "loss"):
-            return fused_cross_entropy(h, self._head_weight, target_ids, cap)
-        return softcapped_cross_entropy(self._head(h, lora), target_ids, cap)
+        if lora is None and "loss" in self.backends.kernels:
+            return fused_cross_entropy(h, self._head_weight, target_ids, self.cfg.logit_softcap)
+        return softcapped_cross_entropy(self._head(h, lora), target_ids, self.cfg.logit_softcap)
 
     def forward(self, *batch: object, **options: object) -> Tensor:
-        """`losses`, compiled where `Ranks.place` compiles."""
+        """`losses`, compiled where `Backends.move_and_compile` compiles."""
         return self.losses(*batch, **options)
 
 
@@ -2284,7 +2260,8 @@ class LoRAOptimizer:
 
     def step(self, loss: Tensor) -> None:
         """One step on the rows in use, down the gradient of a loss."""
-        cfg, gradients = self.cfg, list(torch.autograd.grad(loss, self.factors))
+        cfg, gradients = self.cfg, torch.autograd.grad(loss, self.factors)
+        gradients = [gradient.contiguous() for gradient in gradients]  # the fused kernel knows no strides
         settings = {"beta1": cfg.ttt_beta1, "beta2": cfg.ttt_beta2, "eps": 1e-10, "lr": cfg.ttt_lora_lr}
         settings |= {"weight_decay": cfg.ttt_weight_decay, "fused": True, "amsgrad": False, "maximize": False}
         with torch.no_grad():
@@ -2893,7 +2870,7 @@ def calibrate(
             continue
         x, _ = loader.next(rows)
         with ranks.autocast():
-            model.hidden(x.to(ranks.device), looping=looping, tap=collector.on_input)
+            model.hidden(x.to(ranks.device), looping=looping, on_input=collector.on_input)
     torch.set_float32_matmul_precision("highest")
     ranks.wait_for_all("calibrate")
     return collector.hessians(cfg.gptq_calibration_batches, ranks)

@@ -25,7 +25,7 @@ def collect(tg, config, weights: dict, batches: torch.Tensor, looping: bool) -> 
     collector = tg.HessianCollector()
     with torch.no_grad():
         for input_ids in batches:
-            model.hidden(input_ids, looping=looping, tap=collector.on_input)
+            model.hidden(input_ids, looping=looping, on_input=collector.on_input)
     return collector.hessians(len(batches))
 
 
@@ -121,7 +121,7 @@ def test_looped_layers_accumulate_over_their_visits(tg, golden):
 
     with torch.no_grad():
         for input_ids in batches:
-            model.hidden(input_ids, looping=True, tap=count)
+            model.hidden(input_ids, looping=True, on_input=count)
     for layer in range(config.num_layers):
         visits = config.num_loops + 1 if config.loop_start <= layer <= config.loop_end else 1
         name = f"blocks.{layer}.attn.proj.weight"

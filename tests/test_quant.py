@@ -274,6 +274,6 @@ def test_hessians_cover_every_quantised_tensor(tg, quantised):
     collector = tg.HessianCollector()
     ids = torch.randint(0, SMALL["vocab_size"], (1, 12), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        model.logits(model.hidden(ids, looping=False, tap=collector.on_input))
+        model.logits(model.hidden(ids, looping=False, on_input=collector.on_input))
     needed = {name for name, tensor in flat.items() if tg.scheme_of(name, tensor, config).kind == "gptq"}
     assert needed <= set(collector.hessians(1)) | {"tok_emb.weight"}

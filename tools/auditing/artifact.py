@@ -120,6 +120,8 @@ def _rerun(audit: Audit, part: bool = False) -> Rerun:
         (here / path.name).write_bytes(path.read_bytes())
     settings = _settings_alone(audit, part) | {
         "TTT_EVAL_ONLY": True,
+        "QUANTIZE_ONLY": False,
+        "PREQUANT_ONLY": False,
         "QUANTIZED_MODEL_PATH": audit.artifact.name,
         "DATA_PATH": str(here),
         "TOKENIZER_PATH": tokenizer.name,
