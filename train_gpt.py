@@ -37,7 +37,6 @@ import random
 import re
 import struct
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -304,69 +303,94 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_value(field.name.upper(), getattr(self, field.name), field.type)
-        if not re.fullmatch(r"(\w[\w.+-]{0,99})?", self.run_id):
-            raise ConfigError(f"RUN_ID={self.run_id!r}: must be a name of letters, digits and . _ + -")
-        outputs = [Path(path).name for path in (self.model_path, self.quantized_model_path)]
-        for name, file in zip(("MODEL_PATH", "QUANTIZED_MODEL_PATH"), outputs, strict=True):
-            if file in ("", "..", "logs") or len(file) > 99 or [*outputs, *OUTPUTS].count(file) > 1:
-                raise ConfigError(f"{name}={getattr(self, name.lower())!r}: must name a file of its own")
-        if 0 < self.max_wallclock_seconds < self.gptq_reserve_seconds + 0.001:
-            limit = f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:.12g}"
-            raise ConfigError(f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:.12g}: must be below {limit}")
-        if 0 < self.fit_bytes < 1 << 15:
-            raise ConfigError(
-                f"FIT_BYTES={self.fit_bytes}: must be 0 or at least {1 << 15} (code alone is more)"
-            )
+        for rules in (self._shape_rules, self._layer_rules, self._other_rules):
+            for holds, names, text in rules():
+                if not holds:
+                    raise ConfigError(f"{' '.join(map(self.pair, names.split()))}: {text}")
         check_micro_batches(self, world_size=1)  # what one rank cannot divide, more cannot either
-        self._check_shapes()
-        self._check_layers()
-        check_optional_settings(self)
-        self._check_exclusive("SPARSE_ATTN_GATE_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED")
-        self._check_exclusive("PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY")
+        chunk_size(self, 0)  # TTT_CHUNK_BY_LENGTH is read as if a document were to be scored
+        kernel_names(self.triton_kernels)
 
-    def _check_exclusive(self, *names: str) -> None:
-        chosen = [name for name in names if getattr(self, name.lower())]
-        if len(chosen) > 1:
-            raise ConfigError(f"{' and '.join(f'{n}=1' for n in chosen)} exclude each other: set at most one")
+    def pair(self, name: str) -> str:
+        """A setting as a user would write it: NAME=value."""
+        value = getattr(self, name.lower())
+        shown = (
+            f"{value:.12g}"
+            if isinstance(value, float)
+            else repr(value)
+            if value.__class__ is str
+            else int(value)
+        )
+        return f"{name}={shown}"
 
-    def _check_shapes(self) -> None:
-        _check_divides(self, "model_dim", "num_heads")
-        _check_divides(self, "num_heads", "num_kv_heads")
-        if self.head_dim % 2:
-            raise ConfigError(f"MODEL_DIM / NUM_HEADS = {self.head_dim}: must be even (rotary pairs)")
-        if self.rope_dims > self.head_dim or self.rope_dims % 2:
-            limit = f"{self.head_dim} (MODEL_DIM / NUM_HEADS)"
-            raise ConfigError(f"ROPE_DIMS={self.rope_dims}: must be even and at most {limit}")
-        if self.rope_yarn and (self.rope_dims or self.head_dim) <= 2:
-            raise ConfigError(f"ROPE_DIMS={self.rope_dims}: ROPE_YARN=1 needs more than 2 rotated dimensions")
-        if self.gate_window > self.model_dim:
-            raise ConfigError(f"GATE_WINDOW={self.gate_window}: must be at most MODEL_DIM={self.model_dim}")
-        if self.mlp_dim < 1:
-            raise ConfigError(f"MLP_MULT={self.mlp_mult}: leaves an MLP without hidden units")
-        if self.ttt_chunk_size > self.ttt_eval_seq_len:
-            limit = f"TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"
-            raise ConfigError(f"TTT_CHUNK_SIZE={self.ttt_chunk_size}: must be at most {limit}")
-        if self.global_ttt_chunk_tokens < self.eval_seq_len:
-            limit = f"EVAL_SEQ_LEN={self.eval_seq_len} (a chunk is whole windows)"
-            raise ConfigError(
-                f"GLOBAL_TTT_CHUNK_TOKENS={self.global_ttt_chunk_tokens}: must be at least {limit}"
-            )
+    # Rules between settings: what must hold, the settings to name, what to say. Later ones rely on earlier ones.
 
-    def _check_layers(self) -> None:
-        if self.num_loops and not self.loop_start <= self.loop_end < self.num_layers:
-            raise ConfigError(
-                f"LOOP_START={self.loop_start} LOOP_END={self.loop_end}: need "
-                f"LOOP_START <= LOOP_END < NUM_LAYERS={self.num_layers}"
-            )
-        start = self.parallel_start_layer
+    def _shape_rules(self) -> Iterable[tuple[bool, str, str]]:
+        pair, heads = self.pair, f"{self.head_dim} (MODEL_DIM / NUM_HEADS)"
+        chunk = f"{pair('EVAL_SEQ_LEN')} (a chunk is whole windows)"
+        yield self.model_dim % self.num_heads == 0, "MODEL_DIM", f"must be a multiple of {pair('NUM_HEADS')}"
+        yield (
+            self.num_heads % self.num_kv_heads == 0,
+            "NUM_HEADS",
+            f"must be a multiple of {pair('NUM_KV_HEADS')}",
+        )
+        yield (
+            self.head_dim % 2 == 0,
+            "MODEL_DIM NUM_HEADS",
+            f"a head has {heads} dimensions, must be even (rotary pairs)",
+        )
+        fits = self.rope_dims <= self.head_dim and self.rope_dims % 2 == 0
+        yield fits, "ROPE_DIMS", f"must be even and at most {heads}"
+        rotated = (self.rope_dims or self.head_dim) > 2
+        yield rotated or not self.rope_yarn, "ROPE_DIMS", "ROPE_YARN=1 needs more than 2 rotated dimensions"
+        yield self.gate_window <= self.model_dim, "GATE_WINDOW", f"must be at most {pair('MODEL_DIM')}"
+        yield self.mlp_dim >= 1, "MLP_MULT", "leaves an MLP without hidden units"
+        limit = self.ttt_eval_seq_len
+        yield self.ttt_chunk_size <= limit, "TTT_CHUNK_SIZE", f"must be at most {pair('TTT_EVAL_SEQ_LEN')}"
+        fits = self.global_ttt_chunk_tokens >= self.eval_seq_len
+        yield fits, "GLOBAL_TTT_CHUNK_TOKENS", f"must be at least {chunk}"
+        fits = not self.ttt_cache_window or self.ttt_chunk_size <= self.ttt_cache_window <= limit
+        limits = f"{pair('TTT_CHUNK_SIZE')} to {pair('TTT_EVAL_SEQ_LEN')}"
+        yield fits, "TTT_CACHE_WINDOW", f"must be 0 or {limits}"
+        slides = self.sliding_window_enabled or self.ttt_sgd
+        fits = not slides or self.eval_stride <= self.eval_seq_len
+        yield fits, "EVAL_STRIDE", f"must be at most {pair('EVAL_SEQ_LEN')}"
+        fits = not self.ttt_sgd or self.ttt_chunk_tokens >= self.eval_seq_len
+        yield fits, "TTT_CHUNK_TOKENS", f"must be at least {chunk}"
+
+    def _layer_rules(self) -> Iterable[tuple[bool, str, str]]:
+        fits = not self.num_loops or self.loop_start <= self.loop_end < self.num_layers
+        text = f"need LOOP_START <= LOOP_END < {self.pair('NUM_LAYERS')}"
+        yield fits, "LOOP_START LOOP_END", text
         for looping in (False, True):
             decoder = layer_order(self, looping)[1]
-            parallel = [layer >= start > 0 for layer in decoder]
-            if True in parallel and not all(parallel[parallel.index(True) :]):
-                raise ConfigError(
-                    f"PARALLEL_START_LAYER={start}: the decoder {decoder} comes back below it after "
-                    f"the lanes split; must be 0 or above LOOP_END={self.loop_end}"
-                )
+            parallel = [layer >= self.parallel_start_layer > 0 for layer in decoder]
+            comes_back = True in parallel and not all(parallel[parallel.index(True) :])
+            text = f"the decoder {decoder} comes back below it after the lanes split; must be 0 or above"
+            yield not comes_back, "PARALLEL_START_LAYER", f"{text} {self.pair('LOOP_END')}"
+
+    def _other_rules(self) -> Iterable[tuple[bool, str, str]]:
+        name = re.fullmatch(r"(\w[\w.+-]{0,99})?", self.run_id)
+        yield bool(name), "RUN_ID", "must be a name of letters, digits and . _ + -"
+        files = [Path(path).name for path in (self.model_path, self.quantized_model_path)]
+        for setting, file in zip(("MODEL_PATH", "QUANTIZED_MODEL_PATH"), files, strict=True):
+            shared = file in ("", "..", "logs") or len(file) > 99 or [*files, *OUTPUTS].count(file) > 1
+            yield not shared, setting, "must name a file of its own"
+        seconds, reserve = self.max_wallclock_seconds, self.gptq_reserve_seconds
+        fits = not 0 < seconds < reserve + 0.001
+        yield fits, "GPTQ_RESERVE_SECONDS", f"must be below {self.pair('MAX_WALLCLOCK_SECONDS')}"
+        fits, least = (
+            self.fit_bytes == 0 or self.fit_bytes >= 1 << 15,
+            f"at least {1 << 15} (code alone is more)",
+        )
+        yield fits, "FIT_BYTES", f"must be 0 or {least}"
+        text = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"
+        adapts = self.ttt_enabled and not self.ttt_sgd
+        yield self.val_doc_fraction == 1 or adapts, "VAL_DOC_FRACTION", text
+        gates = ("SPARSE_ATTN_GATE_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED")
+        for names in (gates, ("PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY")):
+            chosen = [name for name in names if getattr(self, name.lower())]
+            yield len(chosen) < 2, " ".join(chosen), "exclude each other: set at most one"
 
     # -- derived sizes
 
@@ -419,132 +443,6 @@ class Config:
         return cls(**values)
 
 
-_NAMES = [field.name for field in dataclasses.fields(Config)]
-MODEL_SETTINGS = (
-    "vocab_size",
-    "train_seq_len",
-    *_NAMES[_NAMES.index("num_layers") : _NAMES.index("gated_attn_enabled") + 1],
-    "fit_bytes",  # what made it counts, whatever a re-evaluation sets
-)
-
-# A preset is a row of differences from the defaults; explicit variables win over it. The authority for a
-# published run is its log (SPEC section 8). A packed script has one row, all that its run differed in.
-PRESETS: dict[str, dict[str, object]] = {
-    "pr1851": {},
-    "demo": {  # every component, small enough for two CPU cores
-        "cpu_threads": 1,
-        "data_path": "data/demo",
-        "vocab_size": 1024,
-        "train_seq_len": 256,
-        "train_batch_tokens": 4096,
-        "grad_accum_steps": 2,
-        "num_layers": 6,
-        "model_dim": 128,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "mlp_mult": 3.0,
-        "num_loops": 1,
-        "loop_start": 2,
-        "loop_end": 3,
-        "parallel_start_layer": 4,
-        "xsa_last_n": 6,
-        "iterations": 150,
-        "max_wallclock_seconds": 0.0,
-        "warmup_steps": 1,
-        "muon_momentum_warmup_steps": 50,
-        "train_log_every": 20,
-        "val_loss_every": 150,
-        "ema_decay": 0.95,
-        "float16_max_elements": 4096,
-        "gptq_calibration_batches": 4,
-        "val_batch_tokens": 32_768,
-        "eval_seq_len": 256,
-        "ttt_eval_seq_len": 256,
-        "ttt_batch_size": 16,
-        "ttt_lora_rank": 8,
-        "ttt_lora_alpha": 16.0,
-        "ttt_lora_lr": 1e-3,
-        "ttt_warm_start_a": False,  # the same score on any number of ranks
-        "phased_ttt_prefix_docs": 24,
-        "phased_ttt_num_phases": 2,
-        "global_ttt_chunk_tokens": 2048,
-        "global_ttt_batch_seqs": 8,
-        "audit": True,
-    },
-}
-
-
-def check_micro_batches(cfg: Config, world_size: int) -> None:
-    """Raise ConfigError unless a step of all ranks is equal micro-batches that hold a whole document."""
-    total, tokens = cfg.grad_accum_steps, cfg.train_batch_tokens
-    if total % world_size and world_size % total:
-        raise ConfigError(f"WORLD_SIZE={world_size}: must divide GRAD_ACCUM_STEPS={total} or be its multiple")
-    shared = max(total, world_size)
-    if tokens % shared or tokens // shared < cfg.train_seq_len:
-        least = f"each at least TRAIN_SEQ_LEN={cfg.train_seq_len} tokens (GRAD_ACCUM_STEPS={total})"
-        raise ConfigError(f"TRAIN_BATCH_TOKENS={tokens}: must be {shared} equal micro-batches, {least}")
-
-
-_DEMO = {  # every component, small enough for two CPU cores
-    "cpu_threads": 1,
-    "data_path": "data/demo",
-    "vocab_size": 1024,
-    "train_seq_len": 256,
-    "train_batch_tokens": 4096,
-    "grad_accum_steps": 2,
-    "num_layers": 6,
-    "model_dim": 128,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "mlp_mult": 3.0,
-    "num_loops": 1,
-    "loop_start": 2,
-    "loop_end": 3,
-    "parallel_start_layer": 4,
-    "xsa_last_n": 6,
-    "iterations": 150,
-    "max_wallclock_seconds": 0.0,
-    "warmup_steps": 1,
-    "muon_momentum_warmup_steps": 50,
-    "train_log_every": 20,
-    "val_loss_every": 150,
-    "ema_decay": 0.95,
-    "float16_max_elements": 4096,
-    "gptq_calibration_batches": 4,
-    "val_batch_tokens": 32_768,
-    "eval_seq_len": 256,
-    "ttt_eval_seq_len": 256,
-    "ttt_batch_size": 16,
-    "ttt_lora_rank": 8,
-    "ttt_lora_alpha": 16.0,
-    "ttt_lora_lr": 1e-3,
-    "ttt_warm_start_a": False,  # the same score on any number of ranks
-    "phased_ttt_prefix_docs": 24,
-    "phased_ttt_num_phases": 2,
-    "global_ttt_chunk_tokens": 2048,
-    "global_ttt_batch_seqs": 8,
-    "audit": True,
-}
-
-
-def check_optional_settings(cfg: Config) -> None:
-    """Settings that a packed record lacks or leaves alone. Raises ConfigError; the whole script asks."""
-    if cfg.ttt_cache_window and not cfg.ttt_chunk_size <= cfg.ttt_cache_window <= cfg.ttt_eval_seq_len:
-        limits = f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size} to TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}"
-        raise ConfigError(f"TTT_CACHE_WINDOW={cfg.ttt_cache_window}: must be 0 or {limits}")
-    if cfg.sliding_window_enabled + cfg.ttt_sgd and cfg.eval_stride > cfg.eval_seq_len:
-        limit = f"EVAL_SEQ_LEN={cfg.eval_seq_len}"
-        raise ConfigError(f"EVAL_STRIDE={cfg.eval_stride}: must be at most {limit}")
-    if cfg.ttt_sgd and cfg.ttt_chunk_tokens < cfg.eval_seq_len:
-        limit = f"EVAL_SEQ_LEN={cfg.eval_seq_len} (a chunk is whole windows)"
-        raise ConfigError(f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens}: must be at least {limit}")
-    if cfg.val_doc_fraction < 1 and not (cfg.ttt_enabled and not cfg.ttt_sgd):
-        reason = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"
-        raise ConfigError(f"VAL_DOC_FRACTION={cfg.val_doc_fraction:g}: {reason}")
-    chunk_size(cfg, 0)  # TTT_CHUNK_BY_LENGTH is read as if a document were to be scored
-    kernel_names(cfg.triton_kernels)
-
-
 def _base_type(annotation: object) -> type:
     if get_origin(annotation) is Literal:
         return str
@@ -581,10 +479,43 @@ def _check_value(name: str, value: object, annotation: object) -> None:
         raise ConfigError(f"{name}={value!r}: must be {allowed(annotation)}")
 
 
-def _check_divides(cfg: Config, whole: str, part: str) -> None:
-    if getattr(cfg, whole) % getattr(cfg, part):
-        value, divisor = getattr(cfg, whole), getattr(cfg, part)
-        raise ConfigError(f"{whole.upper()}={value}: must be a multiple of {part.upper()}={divisor}")
+def parse_settings(text: str) -> dict[str, object]:
+    """Settings as on a command line, NAME=value with white space between -> values by field."""
+    pairs = (pair.split("=") for pair in text.split())
+    return {name.lower(): _parse(name, value, Config.__annotations__[name.lower()]) for name, value in pairs}
+
+
+_NAMES = [field.name for field in dataclasses.fields(Config)]
+MODEL_SETTINGS = (
+    "vocab_size",
+    "train_seq_len",
+    *_NAMES[_NAMES.index("num_layers") : _NAMES.index("gated_attn_enabled") + 1],
+    "fit_bytes",  # what made it counts, whatever a re-evaluation sets
+)
+
+# A preset is a row of differences from the defaults; explicit variables win over it. The authority for a
+# published run is its log (SPEC section 8); harness/settings.py has the other systems.
+_DEMO = """
+CPU_THREADS=1 DATA_PATH=data/demo VOCAB_SIZE=1024 TRAIN_SEQ_LEN=256 TRAIN_BATCH_TOKENS=4096 GRAD_ACCUM_STEPS=2
+NUM_LAYERS=6 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=3 NUM_LOOPS=1 LOOP_START=2 LOOP_END=3
+PARALLEL_START_LAYER=4 XSA_LAST_N=6 ITERATIONS=150 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=1 TRAIN_LOG_EVERY=20
+MUON_MOMENTUM_WARMUP_STEPS=50 VAL_LOSS_EVERY=150 EMA_DECAY=0.95 FLOAT16_MAX_ELEMENTS=4096 VAL_BATCH_TOKENS=32768
+GPTQ_CALIBRATION_BATCHES=4 EVAL_SEQ_LEN=256 TTT_EVAL_SEQ_LEN=256 TTT_BATCH_SIZE=16 TTT_LORA_RANK=8
+TTT_LORA_ALPHA=16 TTT_LORA_LR=1e-3 TTT_WARM_START_A=0 PHASED_TTT_PREFIX_DOCS=24 PHASED_TTT_NUM_PHASES=2
+GLOBAL_TTT_CHUNK_TOKENS=2048 GLOBAL_TTT_BATCH_SEQS=8 AUDIT=1
+"""  # every component, small enough for two CPU cores; new adapters for each batch: the same score on all ranks
+PRESETS: dict[str, dict[str, object]] = {"pr1851": {}, "demo": parse_settings(_DEMO)}
+
+
+def check_micro_batches(cfg: Config, world_size: int) -> None:
+    """Raise ConfigError unless a step of all ranks is equal micro-batches that hold a whole document."""
+    total, tokens = cfg.grad_accum_steps, cfg.train_batch_tokens
+    if total % world_size and world_size % total:
+        raise ConfigError(f"WORLD_SIZE={world_size}: must divide GRAD_ACCUM_STEPS={total} or be its multiple")
+    shared = max(total, world_size)
+    if tokens % shared or tokens // shared < cfg.train_seq_len:
+        least = f"each at least TRAIN_SEQ_LEN={cfg.train_seq_len} tokens (GRAD_ACCUM_STEPS={total})"
+        raise ConfigError(f"TRAIN_BATCH_TOKENS={tokens}: must be {shared} equal micro-batches, {least}")
 
 
 def show_settings(cfg: Config) -> str:
