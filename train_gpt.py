@@ -1382,7 +1382,10 @@ def _head_loss_backward(ctx: object, grads: Tensor, _: Tensor) -> tuple[Tensor |
 
 _head_loss = _operator(
     "head_loss(Tensor h, Tensor weight, Tensor targets, float cap) -> (Tensor, Tensor)",
-    lambda h, weight, *_: (h.new_empty(len(h), dtype=torch.float32), h.new_empty(len(h), len(weight))),
+    lambda h, weight, *_: (  # size(0), unlike len, may be any number to a graph
+        h.new_empty(h.size(0), dtype=torch.float32),
+        h.new_empty(h.size(0), len(weight)),
+    ),
     lambda losses, dz, h, weight, targets, cap: launch_cross_entropy(
         torch.mm(h, weight.T, out=dz), targets, losses, cap
     ),
@@ -1671,8 +1674,8 @@ _mlp = _operator(
     "mlp(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor, Tensor)",
     lambda x, up, down: (
         torch.empty_like(x),
-        x.new_empty(len(x), len(up)),
-        x.new_empty(len(x), -(-len(up) // 32), dtype=torch.int32),
+        x.new_empty(x.size(0), len(up)),
+        x.new_empty(x.size(0), -(-len(up) // 32), dtype=torch.int32),
     ),
     _mlp_forward,
     lambda ctx, inputs, results: ctx.save_for_backward(*inputs, *results[1:]),
