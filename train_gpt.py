@@ -565,6 +565,7 @@ class Backends:
 
 COLLECTIVE_SECONDS = 600  # a rank that does not answer a collective for so long has failed
 BARRIER_SECONDS = 3600  # and one that has not finished a stage so long after another
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 class Ranks:
@@ -573,51 +574,48 @@ class Ranks:
     Launched by torchrun; NCCL on GPUs, gloo on CPUs. The only place that knows device and precision.
     """
 
-    def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1, local_rank: int = 0):
-        self.device, self.rank, self.world_size, self.local_rank = device, rank, world_size, local_rank
+    def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1):
+        self.device, self.rank, self.world_size = device, rank, world_size
         self._store, self._barriers = None, 0
         self.stop_signal, self.stage_handles_stop = 0, False  # the harness sets both
 
     @classmethod
     def from_env(cls, cfg: Config, environ: Mapping[str, str]) -> "Ranks":
         """Pick the device; join the process group if torchrun started several processes."""
-        rank, local_rank, world_size = (
-            _rank_number(environ, name, default)
-            for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-        )
+        given = {name: environ.get(name, default) for name, default in TORCHRUN.items()}
+        for name, text in given.items():
+            if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) == 0):
+                raise ConfigError(f"{name}={text!r}: must be a whole number, as torchrun sets it")
+        rank, local_rank, world_size = map(int, given.values())
         if not local_rank <= rank < world_size:
             raise ConfigError(f"RANK={rank}: must be below WORLD_SIZE={world_size}, LOCAL_RANK at most RANK")
         check_micro_batches(cfg, world_size)
-        cuda = torch.cuda.is_available() and cfg.device != "cpu"
+        cuda, devices = torch.cuda.is_available() and cfg.device != "cpu", torch.cuda.device_count()
         if cfg.device == "cuda" and not cuda:
             raise ConfigError("DEVICE=cuda: torch sees no CUDA device; must be auto or cpu here")
-        if cuda and local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"LOCAL_RANK={local_rank}: this machine has {torch.cuda.device_count()} CUDA devices"
-            )
+        if cuda and local_rank >= devices:
+            raise ConfigError(f"LOCAL_RANK={local_rank}: this machine has {devices} CUDA devices")
         if cfg.cpu_threads:
             torch.set_num_threads(cfg.cpu_threads)
-        ranks = cls(
-            torch.device("cuda", local_rank) if cuda else torch.device("cpu"), rank, world_size, local_rank
-        )
-        if cuda:
-            torch.cuda.set_device(ranks.device)
+        device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        ranks = cls(device, rank, world_size)
+        if ranks.on_gpu:
+            torch.cuda.set_device(device)
             torch.backends.cuda.enable_cudnn_sdp(False)  # plans every shape anew; adaptation has thousands
         if world_size > 1:
-            ranks._join("nccl" if cuda else "gloo")
+            ranks._join("nccl" if ranks.on_gpu else "gloo")
         return ranks
 
     def _join(self, backend: str) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # renamed since
-        options = {"rank": self.rank, "world_size": self.world_size}
-        timeout = timedelta(seconds=COLLECTIVE_SECONDS)
+        options = {"timeout": timedelta(seconds=COLLECTIVE_SECONDS)}
         try:
-            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
-            dist.init_process_group(backend, store=store, timeout=timeout, **options)
+            store, *_ = next(dist.rendezvous("env://", **options))
+            options |= {"rank": self.rank, "world_size": self.world_size}
+            dist.init_process_group(backend, store=store, **options)
         except (ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"WORLD_SIZE={self.world_size}: ranks cannot meet ({error}); use torchrun"
-            ) from None
+            text = f"ranks cannot meet ({error}); use torchrun"
+            raise ConfigError(f"WORLD_SIZE={self.world_size}: {text}") from None
         self._store = dist.PrefixStore("barrier", store)
 
     @property
@@ -695,8 +693,7 @@ class Ranks:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """bfloat16 matrix products on CUDA, plain float32 on a CPU."""
-        enabled = self.on_gpu
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu)
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read afterwards is true."""
@@ -743,13 +740,6 @@ class Pending(NamedTuple):
 
 
 CPU = Ranks(torch.device("cpu"))  # one process without a GPU
-
-
-def _rank_number(environ: Mapping[str, str], name: str, default: int) -> int:
-    text = environ.get(name, str(default))
-    if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) == 0):
-        raise ConfigError(f"{name}={text!r}: must be a whole number, as torchrun sets it")
-    return int(text)
 
 
 def assign_to_ranks(costs: Sequence[float], world_size: int) -> list[int]:
