@@ -4026,25 +4026,21 @@ class Run:
 
     def _log_head(self) -> None:
         """What a reader needs to trust the log: settings, sources, versions and device."""
-        backends, source = self.backends, self.sources["train_gpt.py"]
-        self.result["environment"] = {
+        if COUNTED:
+            return
+        source, text = self.sources["train_gpt.py"], show_settings(self.cfg)
+        self.log.text(f"{text}\n{'=' * 80}\n{source.decode(errors='backslashreplace')}\n{'=' * 80}")
+        self.result["environment"] = environment = {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if self.ranks.on_gpu else platform.machine(),
             "threads": torch.get_num_threads(),
             "ranks": self.ranks.world_size,
-            "attention": backends.attention,
-            "compiler": backends.compiler or "off",
-            "kernels": backends.kernels,
+            **dataclasses.asdict(self.backends),
             "source_sha256": hashlib.sha256(source).hexdigest(),
         }
-        if not COUNTED:
-            self.log.text(show_settings(self.cfg))
-            self.log.text(f"{'=' * 80}\n{source.decode(errors='backslashreplace')}\n{'=' * 80}")
-            self.watch.see("head", run=self)
-        self.log.event(
-            "start", run=self.log.run_id, folder=str(self.log.folder), **self.result["environment"]
-        )
+        self.watch.see("head", run=self)
+        self.log.event("start", run=self.log.run_id, folder=str(self.log.folder), **environment)
 
     # -- stages
 
@@ -4308,31 +4304,21 @@ class Run:
         return self.finish()
 
 
-WATCHED_SETTINGS = (  # what harness/ does
-    *("SCALE", "CHECKPOINT_SECONDS", "WANDB_PROJECT", "TENSORBOARD_DIR", "AUDIT", "PREFLIGHT_ONLY"),
-    *("QUANTIZE_ONLY", "ALLOW_UNVERIFIED_DATA"),
-)
-
-
 def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
-    needs = {  # setting -> is its part needed, and which
-        "COMPRESSOR": (cfg.compressor == "ans", "ans"),
-        "FIT_BYTES": (cfg.fit_bytes, "fit_bytes"),
-        "CASEOPS_ENABLED": (not cfg.caseops_enabled, "plain_text"),
-        "PLAIN_WINDOWS": (cfg.plain_windows, "stream"),
-        "SLIDING_WINDOW_ENABLED": (cfg.sliding_window_enabled, "stream"),
-        "TTT_SGD": (cfg.ttt_sgd, "stream"),
-        "TTT_CACHE_WINDOW": (cfg.ttt_cache_window, "cache"),
-        "ATTENTION_BACKEND": (cfg.attention_backend in ("fa4", "torch_varlen"), cfg.attention_backend),
+    needed = {  # setting -> the part that it needs, if it needs one
+        "COMPRESSOR": "ans" * (cfg.compressor == "ans"),
+        "FIT_BYTES": "fit_bytes" * (cfg.fit_bytes > 0),
+        "CASEOPS_ENABLED": "plain_text" * (not cfg.caseops_enabled),
+        "PLAIN_WINDOWS": "stream" * cfg.plain_windows,
+        "SLIDING_WINDOW_ENABLED": "stream" * cfg.sliding_window_enabled,
+        "TTT_SGD": "stream" * cfg.ttt_sgd,
+        "TTT_CACHE_WINDOW": "cache" * (cfg.ttt_cache_window > 0),
+        "ATTENTION_BACKEND": {"fa4": "fa4", "torch_varlen": "varlen"}.get(cfg.attention_backend, ""),
     }
-    for name, (needed, part) in needs.items():
-        file = {"torch_varlen": "varlen"}.get(part, part)
-        if needed and not (Path(__file__).resolve().parent / "systems" / f"{file}.py").is_file():
-            value = cfg.as_env()[name]
-            raise ConfigError(
-                f"{name}={value}: needs systems/{file}.py beside train_gpt.py, which is not there"
-            )
+    for name, part in needed.items():
+        if part and not (Path(__file__).resolve().parent / "systems" / f"{part}.py").is_file():
+            raise ConfigError(f"{cfg.pair(name)}: needs systems/{part}.py beside train_gpt.py")
 
 
 def find_file(cfg: Config, field: str, needed: bool = True) -> Path | None:
@@ -4398,11 +4384,11 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def check_alone(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     """Refuse what a script without harness/ beside it cannot do. Raises ConfigError."""
-    for name in WATCHED_SETTINGS:
-        if environ.get(name, "").lower() not in ("", "0", "0.0", "false"):
-            raise ConfigError(f"{name}={environ[name]}: needs harness/ beside train_gpt.py")
-    if arguments:
-        raise ConfigError(f"{' '.join(arguments)}: needs harness/ beside train_gpt.py")
+    watched = "CHECKPOINT_SECONDS WANDB_PROJECT TENSORBOARD_DIR AUDIT PREFLIGHT_ONLY QUANTIZE_ONLY SCALE"
+    asked = [name for name in watched.split() if environ.get(name, "0") not in ("", "0", "false")]
+    if arguments or asked:
+        text = " ".join([*arguments, *(f"{name}={environ[name]}" for name in asked)])
+        raise ConfigError(f"{text}: needs harness/ beside train_gpt.py")
 
 
 def say_mistake(error: UserError, environ: Mapping[str, str]) -> int:
