@@ -153,9 +153,7 @@ class Config:
 
     # Speed
     attention_backend: Backend = "auto"  # auto: the first of the others that works on the device
-    triton_kernels: str = (
-        "loss,mlp,qkv_norm_rope,xsa_gate"  # fused kernels, on CUDA with Triton; 1: all; 0: none
-    )
+    triton_kernels: str = "loss,mlp,qkv_norm_rope,xsa_gate"  # fused, on CUDA with Triton; 1: all; 0: none
     compile_backend: Literal["auto", "off", "aot_eager", "inductor"] = "auto"  # inductor on CUDA
 
     # Data
