@@ -153,9 +153,7 @@ class Config:
 
     # Speed
     attention_backend: Backend = "auto"  # auto: the first of the others that works on the device
-    triton_kernels: str = (
-        "loss,mlp,qkv_norm_rope,xsa_gate"  # fused kernels, on CUDA with Triton; 1: all; 0: none
-    )
+    triton_kernels: str = "loss,mlp,qkv_norm_rope,xsa_gate"  # fused, on CUDA with Triton; 1: all; 0: none
     compile_backend: Literal["auto", "off", "aot_eager", "inductor"] = "auto"  # inductor on CUDA
 
     # Data
@@ -565,6 +563,7 @@ class Backends:
 
 COLLECTIVE_SECONDS = 600  # a rank that does not answer a collective for so long has failed
 BARRIER_SECONDS = 3600  # and one that has not finished a stage so long after another
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 class Ranks:
@@ -573,51 +572,48 @@ class Ranks:
     Launched by torchrun; NCCL on GPUs, gloo on CPUs. The only place that knows device and precision.
     """
 
-    def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1, local_rank: int = 0):
-        self.device, self.rank, self.world_size, self.local_rank = device, rank, world_size, local_rank
+    def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1):
+        self.device, self.rank, self.world_size = device, rank, world_size
         self._store, self._barriers = None, 0
         self.stop_signal, self.stage_handles_stop = 0, False  # the harness sets both
 
     @classmethod
     def from_env(cls, cfg: Config, environ: Mapping[str, str]) -> "Ranks":
         """Pick the device; join the process group if torchrun started several processes."""
-        rank, local_rank, world_size = (
-            _rank_number(environ, name, default)
-            for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-        )
+        given = {name: environ.get(name, default) for name, default in TORCHRUN.items()}
+        for name, text in given.items():
+            if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) == 0):
+                raise ConfigError(f"{name}={text!r}: must be a whole number, as torchrun sets it")
+        rank, local_rank, world_size = map(int, given.values())
         if not local_rank <= rank < world_size:
             raise ConfigError(f"RANK={rank}: must be below WORLD_SIZE={world_size}, LOCAL_RANK at most RANK")
         check_micro_batches(cfg, world_size)
-        cuda = torch.cuda.is_available() and cfg.device != "cpu"
+        cuda, devices = torch.cuda.is_available() and cfg.device != "cpu", torch.cuda.device_count()
         if cfg.device == "cuda" and not cuda:
             raise ConfigError("DEVICE=cuda: torch sees no CUDA device; must be auto or cpu here")
-        if cuda and local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"LOCAL_RANK={local_rank}: this machine has {torch.cuda.device_count()} CUDA devices"
-            )
+        if cuda and local_rank >= devices:
+            raise ConfigError(f"LOCAL_RANK={local_rank}: this machine has {devices} CUDA devices")
         if cfg.cpu_threads:
             torch.set_num_threads(cfg.cpu_threads)
-        ranks = cls(
-            torch.device("cuda", local_rank) if cuda else torch.device("cpu"), rank, world_size, local_rank
-        )
-        if cuda:
-            torch.cuda.set_device(ranks.device)
+        device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        ranks = cls(device, rank, world_size)
+        if ranks.on_gpu:
+            torch.cuda.set_device(device)
             torch.backends.cuda.enable_cudnn_sdp(False)  # plans every shape anew; adaptation has thousands
         if world_size > 1:
-            ranks._join("nccl" if cuda else "gloo")
+            ranks._join("nccl" if ranks.on_gpu else "gloo")
         return ranks
 
     def _join(self, backend: str) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # renamed since
-        options = {"rank": self.rank, "world_size": self.world_size}
-        timeout = timedelta(seconds=COLLECTIVE_SECONDS)
+        options = {"timeout": timedelta(seconds=COLLECTIVE_SECONDS)}
         try:
-            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
-            dist.init_process_group(backend, store=store, timeout=timeout, **options)
+            store, *_ = next(dist.rendezvous("env://", **options))
+            options |= {"rank": self.rank, "world_size": self.world_size}
+            dist.init_process_group(backend, store=store, **options)
         except (ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"WORLD_SIZE={self.world_size}: ranks cannot meet ({error}); use torchrun"
-            ) from None
+            text = f"ranks cannot meet ({error}); use torchrun"
+            raise ConfigError(f"WORLD_SIZE={self.world_size}: {text}") from None
         self._store = dist.PrefixStore("barrier", store)
 
     @property
@@ -695,8 +691,7 @@ class Ranks:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """bfloat16 matrix products on CUDA, plain float32 on a CPU."""
-        enabled = self.on_gpu
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu)
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read afterwards is true."""
@@ -745,13 +740,6 @@ class Pending(NamedTuple):
 CPU = Ranks(torch.device("cpu"))  # one process without a GPU
 
 
-def _rank_number(environ: Mapping[str, str], name: str, default: int) -> int:
-    text = environ.get(name, str(default))
-    if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) == 0):
-        raise ConfigError(f"{name}={text!r}: must be a whole number, as torchrun sets it")
-    return int(text)
-
-
 def assign_to_ranks(costs: Sequence[float], world_size: int) -> list[int]:
     """The rank that does each piece of work: the costliest first, each to the rank with the least so far."""
     loads, owners = [0.0] * world_size, [0] * len(costs)
@@ -787,71 +775,9 @@ def write_whole(path: Path, data: bytes) -> None:
 OUTPUTS = ("metrics.jsonl", "result.json", "train_gpt.packed.py")
 
 
-def numbered(wanted: Path) -> Iterable[Path]:
-    """The folder asked for, then name+2, name+3, ..."""
-    wanted = wanted if wanted.name else wanted.resolve()
-    return itertools.chain([wanted], (wanted.with_name(f"{wanted.name}+{i}") for i in itertools.count(2)))
-
-
-def new_folder(wanted: Path, outputs: Sequence[str]) -> Path:
-    """The folder asked for or, where outputs of an earlier run lie in it, the first free of name+2, ..."""
-    for folder in numbered(wanted):
-        try:
-            (folder / "logs").mkdir(parents=True, exist_ok=True)
-            if not any((folder / name).exists() for name in outputs):
-                (folder / "metrics.jsonl").touch(exist_ok=False)  # whoever makes it owns the folder
-                return folder
-        except OSError as error:
-            if not isinstance(error, FileExistsError):
-                raise ConfigError(f"ARTIFACT_DIR={folder}: cannot write there ({error.strerror})") from None
-
-
 def run_name(cfg: Config) -> str:
     """RUN_ID or, without one, a name of preset, seed and time."""
     return cfg.run_id or f"{cfg.preset}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-class RunLog:
-    """The run's folder and its log: events on the console, in logs/<RUN_ID>.txt and in metrics.jsonl.
-
-    Rank 0 writes; the other ranks' logs go nowhere. Files that are there already grow.
-    """
-
-    def __init__(
-        self, cfg: Config, ranks: Ranks = CPU, watch: "Watch | None" = None, folder: Path | None = None
-    ):
-        self.is_main, self._watch, self.run_id = ranks.is_main, watch or Watch(), run_name(cfg)
-        self.folder, text, metrics = (Path(os.devnull),) * 3
-        if self.is_main:
-            outputs = [Path(cfg.model_path).name, Path(cfg.quantized_model_path).name, *OUTPUTS]
-            wanted = Path(cfg.artifact_dir or Path("runs") / self.run_id)
-            self.folder = folder or new_folder(wanted, outputs)
-            text, metrics = self.folder / "logs" / f"{self.run_id}.txt", self.folder / "metrics.jsonl"
-        self._text = open(text, "a", encoding="utf-8")  # noqa: SIM115
-        self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115
-
-    def text(self, text: str, console: bool = False) -> None:
-        """Free text into the log file, and to the console if asked."""
-        self._write(self._text, text)
-        if console and self.is_main:
-            print(text, flush=True)
-
-    def event(self, stage: str, **values: object) -> None:
-        """One line `stage key:value ...` on console and log, the same as JSON in metrics.jsonl."""
-        shown = " ".join(f"{k}:{f'{v:.6g}' if isinstance(v, float) else v}" for k, v in values.items())
-        self.text(f"{stage} {shown}", console=True)
-        self._write(self._metrics, json.dumps({"stage": stage, **values}))
-        self._watch.see("line", stage=stage, values=values, log=self)
-
-    @staticmethod
-    def _write(file: io.TextIOBase, line: str) -> None:
-        with writing(file.name):
-            print(line, file=file, flush=True)
-
-    def close(self) -> None:
-        """Close the files."""
-        self._text.close()
-        self._metrics.close()
 
 
 class Watch:
@@ -884,6 +810,34 @@ class Worker:
 
     def load_state(self, state: Mapping) -> None:
         """Go on from a state."""
+
+
+class RunLog:
+    """What a run tells, a line at a time: to rank 0's console, and to the watch, which may keep it in files.
+
+    `folder` is that of the run's outputs; another than was asked for where the watch says so.
+    """
+
+    def __init__(self, cfg: Config, ranks: Ranks = CPU, watch: Watch | None = None):
+        self.is_main, self._watch, self.run_id = ranks.is_main, watch or Watch(), run_name(cfg)
+        self.folder = Path(cfg.artifact_dir or Path("runs") / self.run_id)
+        self._watch.see("folder", log=self, cfg=cfg)
+        if self.is_main:
+            if (self.folder / "result.json").exists():
+                raise ConfigError(f"ARTIFACT_DIR={self.folder}: holds an earlier run, must be another folder")
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def text(self, text: str, console: bool = False) -> None:
+        """Free text for the files, and for the console if asked."""
+        self._watch.see("text", text=text)
+        if console and self.is_main:
+            print(text, flush=True)
+
+    def event(self, stage: str, **values: object) -> None:
+        """One line `stage key:value ...`."""
+        shown = " ".join(f"{k}:{f'{v:.6g}' if isinstance(v, float) else v}" for k, v in values.items())
+        self.text(f"{stage} {shown}", console=True)
+        self._watch.see("line", stage=stage, values=values, log=self)
 
 
 class Stopwatch:
@@ -3980,7 +3934,6 @@ class Run:
         backends: Backends,
         sources: Mapping[str, bytes],
         watch: Watch | None = None,
-        folder: Path | None = None,
     ):
         self.cfg, self.ranks, self.backends, self.sources = cfg, ranks, backends, sources
         self.watch, self.clock = watch or Watch(), Stopwatch(ranks)
@@ -4002,7 +3955,7 @@ class Run:
         self.watch.see("sizes", run=self)
         self.model = self._first_model(artifact, checkpoint)
         self.watch.see("model", run=self)
-        self.log = RunLog(self.cfg, ranks, self.watch, folder)
+        self.log = RunLog(self.cfg, ranks, self.watch)
         self._log_head()
         self.watch.see("opened", run=self)
 
@@ -4039,25 +3992,21 @@ class Run:
 
     def _log_head(self) -> None:
         """What a reader needs to trust the log: settings, sources, versions and device."""
-        backends, source = self.backends, self.sources["train_gpt.py"]
-        self.result["environment"] = {
+        if COUNTED:
+            return
+        source, text = self.sources["train_gpt.py"], show_settings(self.cfg)
+        self.log.text(f"{text}\n{'=' * 80}\n{source.decode(errors='backslashreplace')}\n{'=' * 80}")
+        self.result["environment"] = environment = {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if self.ranks.on_gpu else platform.machine(),
             "threads": torch.get_num_threads(),
             "ranks": self.ranks.world_size,
-            "attention": backends.attention,
-            "compiler": backends.compiler or "off",
-            "kernels": backends.kernels,
+            **dataclasses.asdict(self.backends),
             "source_sha256": hashlib.sha256(source).hexdigest(),
         }
-        if not COUNTED:
-            self.log.text(show_settings(self.cfg))
-            self.log.text(f"{'=' * 80}\n{source.decode(errors='backslashreplace')}\n{'=' * 80}")
-            self.watch.see("head", run=self)
-        self.log.event(
-            "start", run=self.log.run_id, folder=str(self.log.folder), **self.result["environment"]
-        )
+        self.watch.see("head", run=self)
+        self.log.event("start", run=self.log.run_id, folder=str(self.log.folder), **environment)
 
     # -- stages
 
@@ -4321,31 +4270,21 @@ class Run:
         return self.finish()
 
 
-WATCHED_SETTINGS = (  # what harness/ does
-    *("SCALE", "CHECKPOINT_SECONDS", "WANDB_PROJECT", "TENSORBOARD_DIR", "AUDIT", "PREFLIGHT_ONLY"),
-    *("QUANTIZE_ONLY", "ALLOW_UNVERIFIED_DATA"),
-)
-
-
 def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
-    needs = {  # setting -> is its part needed, and which
-        "COMPRESSOR": (cfg.compressor == "ans", "ans"),
-        "FIT_BYTES": (cfg.fit_bytes, "fit_bytes"),
-        "CASEOPS_ENABLED": (not cfg.caseops_enabled, "plain_text"),
-        "PLAIN_WINDOWS": (cfg.plain_windows, "stream"),
-        "SLIDING_WINDOW_ENABLED": (cfg.sliding_window_enabled, "stream"),
-        "TTT_SGD": (cfg.ttt_sgd, "stream"),
-        "TTT_CACHE_WINDOW": (cfg.ttt_cache_window, "cache"),
-        "ATTENTION_BACKEND": (cfg.attention_backend in ("fa4", "torch_varlen"), cfg.attention_backend),
+    needed = {  # setting -> the part that it needs, if it needs one
+        "COMPRESSOR": "ans" * (cfg.compressor == "ans"),
+        "FIT_BYTES": "fit_bytes" * (cfg.fit_bytes > 0),
+        "CASEOPS_ENABLED": "plain_text" * (not cfg.caseops_enabled),
+        "PLAIN_WINDOWS": "stream" * cfg.plain_windows,
+        "SLIDING_WINDOW_ENABLED": "stream" * cfg.sliding_window_enabled,
+        "TTT_SGD": "stream" * cfg.ttt_sgd,
+        "TTT_CACHE_WINDOW": "cache" * (cfg.ttt_cache_window > 0),
+        "ATTENTION_BACKEND": {"fa4": "fa4", "torch_varlen": "varlen"}.get(cfg.attention_backend, ""),
     }
-    for name, (needed, part) in needs.items():
-        file = {"torch_varlen": "varlen"}.get(part, part)
-        if needed and not (Path(__file__).resolve().parent / "systems" / f"{file}.py").is_file():
-            value = cfg.as_env()[name]
-            raise ConfigError(
-                f"{name}={value}: needs systems/{file}.py beside train_gpt.py, which is not there"
-            )
+    for name, part in needed.items():
+        if part and not (Path(__file__).resolve().parent / "systems" / f"{part}.py").is_file():
+            raise ConfigError(f"{cfg.pair(name)}: needs systems/{part}.py beside train_gpt.py")
 
 
 def find_file(cfg: Config, field: str, needed: bool = True) -> Path | None:
@@ -4363,9 +4302,8 @@ def execute(run: Run) -> int:
     """All stages of a run; what ends it early is said with rank and stage. Exit code as `main`."""
     ranks = run.ranks
     try:
-        with contextlib.closing(run.log):
-            code = run.execute()
-            run.watch.see("ended", code=code)
+        code = run.execute()
+        run.watch.see("ended", code=code)
         ranks.wait_for_all("end")  # torchrun ends all ranks when one has left with another code than 0
         ranks.close()
         return code
@@ -4411,11 +4349,11 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def check_alone(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     """Refuse what a script without harness/ beside it cannot do. Raises ConfigError."""
-    for name in WATCHED_SETTINGS:
-        if environ.get(name, "").lower() not in ("", "0", "0.0", "false"):
-            raise ConfigError(f"{name}={environ[name]}: needs harness/ beside train_gpt.py")
-    if arguments:
-        raise ConfigError(f"{' '.join(arguments)}: needs harness/ beside train_gpt.py")
+    watched = "CHECKPOINT_SECONDS WANDB_PROJECT TENSORBOARD_DIR AUDIT PREFLIGHT_ONLY QUANTIZE_ONLY SCALE"
+    asked = [name for name in watched.split() if environ.get(name, "0") not in ("", "0", "false")]
+    if arguments or asked:
+        text = " ".join([*arguments, *(f"{name}={environ[name]}" for name in asked)])
+        raise ConfigError(f"{text}: needs harness/ beside train_gpt.py")
 
 
 def say_mistake(error: UserError, environ: Mapping[str, str]) -> int:
