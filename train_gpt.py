@@ -4174,11 +4174,11 @@ class Run:
         """Phased score-first LoRA test-time training: the contest score."""
         cfg = self.model.cfg
         documents = select_documents(self.val.documents, cfg.val_doc_fraction, cfg.seed)
+        self.watch.see("adapting", run=self)  # a watch that changes `forward` does so before it is compiled
         if self.model.backends.compiler:
             self.compile_adaptation(documents)
         options = {"looping": self.looping, "ranks": self.ranks, "watch": self.watch}
         worker = ScoreFirstTTT(self.model, self.val, cfg, **options)
-        self.watch.see("adapting", run=self)
         self.stage("ttt", worker)
         self.watch.see("adapted", run=self)
         self.record("ttt", worker.meter, documents)

@@ -208,7 +208,7 @@ def test_adaptation_computes_no_gradients_of_base_weights(tg, monkeypatch):
 
 @pytest.fixture
 def make_run(tg, tmp_path, monkeypatch):
-    """Function: settings -> a run on a tiny model (none of its data is read), its log's graphs and notices."""
+    """Function: settings -> a run with a tiny compiled model and no data; its log's graphs and notices."""
 
     def make(watch=None, **settings: object):
         monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)
