@@ -41,8 +41,7 @@ import tempfile
 import time
 import traceback
 import warnings
-import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -2830,12 +2829,12 @@ def restore_banks(flat: Mapping[str, Tensor], num_layers: int) -> dict[str, Tens
 
 
 class HessianCollector:
-    """Sums x^T x of every projection's inputs over tokens, batches and passes of looped layers (float32)."""
+    """Sums x^T x of every projection's inputs over tokens, batches and visits of looped layers (float32)."""
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
 
-    def tap(self, name: str, x: Tensor) -> None:
+    def on_input(self, name: str, x: Tensor) -> None:
         """Add the inputs x [..., n] of a projection."""
         rows = x.detach().flatten(0, -2).float()
         if name not in self._sums:
@@ -2843,7 +2842,7 @@ class HessianCollector:
         self._sums[name].addmm_(rows.mT, rows)
 
     def hessians(self, num_batches: int, ranks: Ranks = CPU) -> dict[str, Tensor]:
-        """The sums over all ranks divided by the number of batches; K and V share Q's, as their input."""
+        """The sums over all ranks, divided by the number of batches. K and V share the Hessian of Q."""
         hessians = {name: ranks.sum_(total) / num_batches for name, total in self._sums.items()}
         for name in list(hessians):
             if name.endswith("c_q.weight"):
@@ -2863,7 +2862,7 @@ def calibrate(
     collector = HessianCollector()
     on_rank, tokens = micro_batches(cfg, model.backends, ranks.world_size)
     rows = tokens // cfg.train_seq_len
-    if ranks.on_gpu:  # TF32, eight times as fast: the inputs are bfloat16's, exact in it
+    if ranks.on_gpu:  # TF32 is eight times as fast, and the bfloat16 inputs are exact in it
         torch.set_float32_matmul_precision("high")
     for micro in range(cfg.gptq_calibration_batches * on_rank * ranks.world_size):
         if micro % ranks.world_size != ranks.rank:
@@ -2871,28 +2870,83 @@ def calibrate(
             continue
         x, _ = loader.next(rows)
         with ranks.autocast():
-            model.hidden(x.to(ranks.device), looping=looping, on_input=collector.tap)
+            model.hidden(x.to(ranks.device), looping=looping, on_input=collector.on_input)
     torch.set_float32_matmul_precision("highest")
     ranks.wait_for_all("calibrate")
     return collector.hessians(cfg.gptq_calibration_batches, ranks)
 
 
-class Scheme(NamedTuple):
-    """How a tensor is stored: kind, and for GPTQ the bits and the clip width in row standard deviations.
+# These two tables say how tensors are stored; quantiser, artifact and readers go by them. A stored tensor has
+# one of the first three forms, and a GPTQ matrix may have one of the others on top of it: its correction.
+FORMS = {  # form -> its name in published artifacts, the keys of its arrays
+    "fp16": ("passthrough (float16)", ("",)),
+    "int8_rows": ("gate_int8_row", ("gq", "gs")),
+    "gptq": ("gptq (int{})", ("q", "scale")),
+    "columns": ("+columns", ("columns",)),
+    "asym": ("+lqer_asym", ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")),
+    "sym": ("+lqer", ("lqA", "lqAs", "lqB", "lqBs")),
+}
+ARRAYS = {  # key -> type; a letter per dimension (rows, columns, k the rank, groups); largest level, 0: by bits
+    "": ("<f2", "", 0),  # a tensor of any shape
+    "gq": ("|i1", "rc", 127),
+    "gs": ("<f2", "r", 0),
+    "q": ("|i1", "rc", 0),
+    "scale": ("<f2", "r", 0),
+    "columns": ("<f2", "c", 0),
+    "lqA_a": ("|i1", "rk", 1),
+    "lqAs_a": ("<f2", "", 0),
+    "lqB_a": ("|i1", "kc", 7),
+    "lqBs_a": ("<f2", "g", 0),
+    "lqA": ("|i1", "rk", 127),
+    "lqAs": ("<f2", "r", 0),
+    "lqB": ("|i1", "kc", 127),
+    "lqBs": ("<f2", "k", 0),
+}
 
-    With less than float16's ten bits of mantissa, its float16 values are shortened, and no level is clipped.
-    """
+
+@dataclass
+class QuantizedTensor:
+    """A stored tensor: its form, its arrays by key, and what the log says of its quantisation."""
+
+    kind: str  # "fp16", "int8_rows" or "gptq"
+    bits: int
+    shape: tuple[int, ...]
+    arrays: dict[str, Tensor]
+    correction: tuple[str, int, int] | tuple[()] = ()  # form, rank and size of a group
+    report: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The form of the tensor and that of its correction."""
+        return self.kind, *self.correction[:1]
+
+    @property
+    def category(self) -> str:
+        """The name of the form in published artifacts."""
+        return "".join(FORMS[form][0] for form in self.forms).format(self.bits)
+
+    def dequantize(self) -> Tensor:
+        """The float32 tensor that the model gets."""
+        base, *correction = ([self.arrays[key] for key in FORMS[form][1]] for form in self.forms)
+        if self.kind == "fp16":
+            return base[0].float()
+        weight = apply_scales(*base)
+        if "columns" in self.forms:
+            return weight * correction[0][0].float()
+        return weight + low_rank(*correction[0]) if correction else weight
+
+
+class Scheme(NamedTuple):
+    """How a tensor is to be stored: form, and for GPTQ the bits and the clip width in row deviations."""
 
     kind: Literal["gptq", "int8_rows", "fp16"]
     bits: int = 16
     clip_sigmas: float = 0.0
-    mantissa: int = 10
 
 
-def scheme(name: str, tensor: Tensor, cfg: Config) -> Scheme:
+def scheme_of(name: str, tensor: Tensor, cfg: Config) -> Scheme:
     """The scheme of a tensor by its flat name and size."""
-    gate = name.endswith(".attn_gate_w") and tensor.ndim == 2 and 32 <= tensor.numel() <= 8192
-    if gate and cfg.gated_attn_quant_gate:
+    if cfg.gated_attn_quant_gate and name.endswith(".attn_gate_w") and 32 <= tensor.numel() <= 8192:
         return Scheme("int8_rows", 8)
     projection = tensor.ndim == 2 and name.endswith(".weight") and "gate" not in name
     if tensor.numel() <= cfg.float16_max_elements or not projection:
@@ -2904,9 +2958,7 @@ def scheme(name: str, tensor: Tensor, cfg: Config) -> Scheme:
     return Scheme("gptq", cfg.matrix_bits, sigmas)
 
 
-SMALLEST_HALF = 2.0**-24  # a scale below this would be 0 in float16 and divide by zero
-
-
+SMALLEST_HALF = 2.0**-24  # a scale below this would be 0 in float16, and a division by it infinite
 DAMPING = 0.01
 
 
@@ -2916,13 +2968,13 @@ class HessianFactor(NamedTuple):
     order: Tensor
     dead: Tensor  # columns whose inputs were always zero
     upper: Tensor
-    damping: float = DAMPING  # what was added to the diagonal, in means of it
+    damping: float = DAMPING  # what was added to the diagonal, in means of the diagonal
 
 
 def factorise(hessian: Tensor) -> HessianFactor:
     """Damp, sort and factorise a Hessian [columns, columns]: one Cholesky, one triangular inverse.
 
-    One that is not positive definite is damped ten times more, until it is. Raises RunError at 10^7 times.
+    While it is not positive definite, it is damped ten times more. Raises RunError beyond 10^7 times.
     """
     h = hessian.float().clone()
     dead = h.diagonal() == 0
@@ -2944,38 +2996,30 @@ def factorise(hessian: Tensor) -> HessianFactor:
     return HessianFactor(order, dead, torch.linalg.solve_triangular(root, identity, upper=True), damping)
 
 
+def factorise_all(hessians: Mapping[str, Tensor | HessianFactor]) -> dict[str, HessianFactor]:
+    """The factor of each matrix; a Hessian that several matrices share is factorised once."""
+    distinct = {id(hessian): hessian for hessian in hessians.values()}
+    factors = {key: factorise(h) if isinstance(h, Tensor) else h for key, h in distinct.items()}
+    return {name: factors[id(hessian)] for name, hessian in hessians.items()}
+
+
 def gptq(
-    weight: Tensor, hessian: Tensor | HessianFactor, bits: int, clip_sigmas: float, block: int = 32
-) -> tuple[Tensor, Tensor]:
-    """GPTQ (arXiv 2210.17323) with SDClip row scales (PR #1394).
-
-    weight [rows, columns], hessian [columns, columns] of its inputs -> levels int8 [rows, columns], scale
-    float16 [rows]. Columns go by falling diagonal; each one's rounding error is spread over the later ones.
-    """
-    scale = clip_sigmas * weight.float().std(dim=1) / (2 ** (bits - 1) - 1)
-    return gptq_sweep(weight, hessian, bits, scale, block)[:2]
-
-
-def gptq_sweep(
-    weight: Tensor,
-    hessian: Tensor | HessianFactor,
-    bits: int,
-    scale: Tensor,
-    block: int = 32,
-    column_scale: Tensor | None = None,
+    weight: Tensor, factor: HessianFactor, bits: int, scale: Tensor, block: int = 32
 ) -> tuple[Tensor, Tensor, float]:
-    """GPTQ at given scales: levels, row scales in float16, and the error tr(E H E^T), H damped.
+    """GPTQ (arXiv 2210.17323) of a weight [rows, columns] at given row scales [rows].
 
-    Columns lie as rows, so that each step reads whole ones. The errors of a block reach its own columns as
-    each is read, and those behind it as one matrix product.
+    Columns go by falling diagonal of the Hessian; the rounding error of each is spread over the later ones.
+    Here columns lie as rows, so that each step reads whole ones. The errors of a block reach the columns of
+    the block as each is read, and those behind the block as one matrix product.
+
+    Returns:
+        levels int8 [rows, columns], scales float16 [rows], and the error tr(E H E^T) with H damped.
     """
-    order, dead, upper, _ = hessian if isinstance(hessian, HessianFactor) else factorise(hessian)
+    order, dead, upper, _ = factor
     q_max = 2 ** (bits - 1) - 1
     scale = scale.clamp_min(SMALLEST_HALF).half()
     step = scale.float()
     w = weight.float().t()[order]
-    if column_scale is not None:  # the same problem in other units
-        w, upper = w / column_scale[order, None], upper / column_scale[order]
     w[dead[order]] = 0
     levels, errors, pivots = torch.empty_like(w), torch.empty_like(w), upper.diagonal().tolist()
     for start in range(0, len(w), block):
@@ -2990,15 +3034,19 @@ def gptq_sweep(
     return restored.t().contiguous(), scale, float(errors.double().square().sum())
 
 
-def quantize_rows_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows to int8 by their largest magnitude: levels int8 [rows, columns], scale float16 [rows]."""
-    return _round_to_scale(weight.float(), weight.float().abs().amax(1) / 127, -127, 127)
+def round_to_scales(x: Tensor, runs: int, low: int, high: int, top: float) -> tuple[Tensor, Tensor]:
+    """Levels low..high of x, int8, and a float16 scale for each of `runs` equal runs of its values.
+
+    The largest magnitude of a run would lie at the level `top`.
+    """
+    values = x.float().reshape(runs, -1)
+    scale = (values.abs().amax(1) / top).clamp_min(SMALLEST_HALF).half()
+    return (values / scale.float()[:, None]).round().clamp(low, high).to(torch.int8).view(x.shape), scale
 
 
-def _round_to_scale(values: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Levels of values [n, m] at one scale per row, and the scales in float16, never 0."""
-    scale = scale.clamp_min(SMALLEST_HALF).half()
-    return (values / scale.float()[:, None]).round().clamp(low, high).to(torch.int8), scale
+def apply_scales(levels: Tensor, scale: Tensor) -> Tensor:
+    """The inverse of `round_to_scales`, float32."""
+    return (levels.float().view(scale.numel(), -1) * scale.float().view(-1, 1)).view(levels.shape)
 
 
 def low_rank_factors(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -3007,163 +3055,95 @@ def low_rank_factors(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u[:, :rank] * s[:rank], vh[:rank]
 
 
-def pack_low_rank_asym(a: Tensor, b: Tensor, group: int) -> dict[str, Tensor]:
-    """LQER, asymmetric (PR #1797): A in int2 with one scale, B in int4 with a scale per `group` elements."""
-    q_a, s_a = _round_to_scale(a.reshape(1, -1), a.abs().amax().reshape(1) / 1.5, -2, 1)
-    groups = b.reshape(-1, group)
-    q_b, s_b = _round_to_scale(groups, groups.abs().amax(1) / 7.5, -8, 7)
-    return {"lqA_a": q_a.view(a.shape), "lqAs_a": s_a[0], "lqB_a": q_b.view(b.shape), "lqBs_a": s_b}
+def pack_low_rank(
+    a: Tensor, b: Tensor, group: int, bits: int
+) -> tuple[tuple[str, int, int], dict[str, Tensor]]:
+    """The correction A B as a record keeps it: form, rank and group, and its arrays.
+
+    Where `group` divides B, A is in int2 with one scale, B in int4 with a scale per `group` values (PR #1797).
+    Otherwise, or if it is 0, both factors are in integers of `bits`, with one scale per row.
+    """
+    if group and b.numel() % group == 0:
+        form, (levels, scale) = "asym", round_to_scales(a, 1, -2, 1, 1.5)
+        arrays = levels, scale[0], *round_to_scales(b, b.numel() // group, -8, 7, 7.5)
+    else:
+        form, group, top = "sym", 0, 2 ** (bits - 1) - 1
+        arrays = *round_to_scales(a, len(a), -top, top, top), *round_to_scales(b, len(b), -top, top, top)
+    return (form, len(b), group), dict(zip(FORMS[form][1], arrays, strict=True))
 
 
-def pack_low_rank_sym(a: Tensor, b: Tensor, bits: int) -> dict[str, Tensor]:
-    """LQER, symmetric: both factors in integers of `bits`, one scale per row."""
-    top = 2 ** (bits - 1) - 1
-    q_a, s_a = _round_to_scale(a, a.abs().amax(1) / top, -top, top)
-    q_b, s_b = _round_to_scale(b, b.abs().amax(1) / top, -top, top)
-    return {"lqA": q_a, "lqAs": s_a, "lqB": q_b, "lqBs": s_b}
-
-
-def unpack_low_rank(packed: Mapping[str, Tensor]) -> Tensor:
+def low_rank(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
     """The correction A B, float32 [rows, columns], of packed factors."""
-    if "lqA" in packed:
-        a = packed["lqA"].float() * packed["lqAs"].float()[:, None]
-        return a @ (packed["lqB"].float() * packed["lqBs"].float()[:, None])
-    groups = packed["lqBs_a"].numel()
-    b = packed["lqB_a"].float().view(groups, -1) * packed["lqBs_a"].float()[:, None]
-    return packed["lqA_a"].float() * packed["lqAs_a"].float() @ b.view(packed["lqB_a"].shape)
-
-
-@dataclass
-class QuantizedTensor:
-    """A stored tensor: its scheme and its arrays, keyed by the suffixes of the published format."""
-
-    kind: str
-    bits: int
-    shape: tuple[int, ...]
-    arrays: dict[str, Tensor]
-    report: dict[str, float] = dataclasses.field(default_factory=dict)  # of GPTQ, for the log
-
-    @property
-    def correction(self) -> str:
-        """ "asym", "sym" (low-rank), "columns" (scales of their own) or ""."""
-        styles = {"columns": "columns", "lqA_a": "asym", "lqA": "sym"}
-        return next((style for key, style in styles.items() if key in self.arrays), "")
-
-    @property
-    def category(self) -> str:
-        """The published name of the scheme."""
-        if self.kind == "fp16":
-            return "passthrough (float16)"
-        if self.kind == "int8_rows":
-            return "gate_int8_row"
-        suffix = {"": "", "columns": "+columns", "asym": "+lqer_asym", "sym": "+lqer"}[self.correction]
-        return f"gptq (int{self.bits}){suffix}"
-
-    def dequantize(self) -> Tensor:
-        """The float32 tensor that the model gets."""
-        if self.kind == "fp16":
-            return self.arrays[""].float()
-        levels, scale = ("gq", "gs") if self.kind == "int8_rows" else ("q", "scale")
-        weight = self.arrays[levels].float() * self.arrays[scale].float()[:, None]
-        if "columns" in self.arrays:
-            return weight * self.arrays["columns"].float()
-        return weight + unpack_low_rank(self.arrays) if self.correction else weight
-
-
-def short_half(x: Tensor, mantissa: int) -> Tensor:
-    """x in float16, rounded to so many bits of mantissa: the others are zeros, which compress to nothing."""
-    drop = 10 - mantissa
-    bits = x.half().view(torch.int16)
-    return ((bits + (1 << drop >> 1)) >> drop << drop).view(torch.float16) if drop else x.half()
+    return apply_scales(a, a_scale) @ apply_scales(b, b_scale)
 
 
 def quantize_tensor(
-    name: str, tensor: Tensor, hessian: Tensor | HessianFactor | None, how: Scheme
+    tensor: Tensor, scheme: Scheme, factor: HessianFactor | None, cfg: Config
 ) -> QuantizedTensor:
-    """Store one tensor by its scheme. An untied embedding has no Hessian: all its columns weigh the same."""
-    started, report = time.perf_counter(), {}
-    if how.kind == "fp16":
-        arrays = {"": short_half(tensor, how.mantissa)}
-    elif how.kind == "int8_rows":
-        arrays = dict(zip(("gq", "gs"), quantize_rows_int8(tensor), strict=True))
-    else:
-        if hessian is None and name != "tok_emb.weight":
-            raise RunError(f"{name}: calibration collected no Hessian for it")
-        hessian = torch.eye(tensor.size(1), device=tensor.device) if hessian is None else hessian
-        weight, q_max, columns = tensor.float(), 2 ** (how.bits - 1) - 1, None
-        if how.mantissa < 10:
-            from systems.fit_bytes import column_scales
+    """Store one tensor by its scheme; GPTQ needs the factor of its Hessian, and clips rows (PR #1394)."""
+    started, report, arrays = time.perf_counter(), {}, [tensor.half()]
+    if scheme.kind == "gptq":
+        scale = scheme.clip_sigmas * tensor.float().std(dim=1) / (2 ** (scheme.bits - 1) - 1)
+        *arrays, error = gptq(tensor, factor, scheme.bits, scale)
+        report = gptq_report(scheme, factor, error, started)
+    elif cfg.gated_attn_quant_gate and scheme.kind == "int8_rows":
+        arrays = round_to_scales(tensor, len(tensor), -127, 127, 127)
+    keyed = dict(zip(FORMS[scheme.kind][1], arrays, strict=True))
+    return QuantizedTensor(scheme.kind, scheme.bits, tuple(tensor.shape), keyed, report=report)
 
-            columns = column_scales(hessian, how.mantissa)
-            weight = weight / columns
-        scale = how.clip_sigmas * weight.std(dim=1) / q_max
-        if how.mantissa < 10:
-            scale = short_half(
-                scale.maximum(weight.abs().amax(1) / q_max).clamp(2.0**-14, 2.0**15), how.mantissa
-            )
-        levels, scale, error = gptq_sweep(tensor, hessian, how.bits, scale, column_scale=columns)
-        arrays = {"q": levels, "scale": scale} | ({} if columns is None else {"columns": columns.half()})
-        report = {"bits": how.bits, "clip_sigmas": how.clip_sigmas, "weighted_error": error}
-        if isinstance(hessian, HessianFactor) and hessian.damping > DAMPING:
-            report["damping"] = hessian.damping
-        report["seconds"] = time.perf_counter() - started
-    return QuantizedTensor(how.kind, how.bits, tuple(tensor.shape), arrays, report)
+
+def gptq_report(scheme: Scheme, factor: HessianFactor, error: float, started: float) -> dict[str, float]:
+    """What the log says of a matrix."""
+    report = {"bits": scheme.bits, "clip_sigmas": scheme.clip_sigmas, "weighted_error": error}
+    report |= {"damping": factor.damping} if factor.damping > DAMPING else {}
+    return report | {"seconds": time.perf_counter() - started}
+
+
+def tensors_of_rank(flat: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
+    """The tensors that this rank quantises: all are shared out by the cost of GPTQ."""
+    owners = assign_to_ranks([tensor.numel() * tensor.size(-1) for tensor in flat.values()], ranks.world_size)
+    return [name for name, owner in zip(flat, owners, strict=True) if owner == ranks.rank]
+
+
+def gather_by_name(part: Mapping[str, object], order: Iterable[str], ranks: Ranks) -> dict[str, object]:
+    """What all ranks have for their tensors, as one dictionary in a given order of names, on every rank."""
+    ranks.wait_for_all("quantise")
+    union = {name: value for part in ranks.gather(part) for name, value in part.items()}
+    return {name: union[name] for name in order if name in union}
 
 
 def quantize_state(
     flat: Mapping[str, Tensor],
     hessians: Mapping[str, Tensor | HessianFactor],
     cfg: Config,
-    on_tensor: Callable[[int], None] | None = None,
     ranks: Ranks = CPU,
-    schemes: Mapping[str, Scheme] | None = None,
 ) -> dict[str, QuantizedTensor]:
     """Store every tensor of a flat state dict, then correct the matrices with the largest errors (LQER).
 
-    The tensors are shared out over the ranks by the cost of GPTQ; every rank gets all results, on the CPU.
-    `schemes` instead of the settings' are without correction.
+    The ranks share the tensors, and every rank gets all results, on the CPU.
     """
-    owners = assign_to_ranks([tensor.numel() * tensor.size(-1) for tensor in flat.values()], ranks.world_size)
-    mine = [name for name, owner in zip(flat, owners, strict=True) if owner == ranks.rank]
-    records: dict[str, QuantizedTensor] = {}
-    errors: dict[str, Tensor] = {}
-    shared: dict[int, HessianFactor] = {}  # Q, K and V have one Hessian
+    mine = tensors_of_rank(flat, ranks)
+    schemes = {name: scheme_of(name, flat[name], cfg) for name in mine}
+    if not cfg.tie_embeddings:  # the inputs of an untied embedding are one-hot: all columns weigh the same
+        width, device = flat["tok_emb.weight"].size(1), flat["tok_emb.weight"].device
+        hessians = {"tok_emb.weight": torch.eye(width, device=device), **hessians}
+    factors = factorise_all({name: hessians[name] for name in mine if schemes[name].kind == "gptq"})
+    records, errors = {}, {}
     for name in mine:
-        how = schemes[name] if schemes else scheme(name, flat[name], cfg)
-        hessian = hessians.get(name)
-        if how.kind == "gptq" and isinstance(hessian, Tensor):
-            if id(hessian) not in shared:
-                shared = {id(hessian): factorise(hessian)}
-            hessian = shared[id(hessian)]
-        records[name] = quantize_tensor(name, flat[name], hessian, how)
-        if how.kind == "gptq" and cfg.lqer_enabled and not schemes:
+        records[name] = quantize_tensor(flat[name], schemes[name], factors.get(name), cfg)
+        if cfg.lqer_enabled and name in factors:
             errors[name] = flat[name].float() - records[name].dequantize()
-        if on_tensor:
-            on_tensor(len(records) * len(flat) / len(mine))
-    if cfg.lqer_enabled and not schemes:
-        ranks.wait_for_all("quantise")
-        norms = _merge(ranks.gather({name: float(error.norm()) for name, error in errors.items()}), flat)
-        worst = sorted(norms, key=lambda name: -norms[name])[: cfg.lqer_top_k]
-        for name in set(worst) & errors.keys():
-            records[name].arrays |= low_rank_correction(errors[name], cfg)
+    if cfg.lqer_enabled:
+        norms = gather_by_name({name: float(error.norm()) for name, error in errors.items()}, flat, ranks)
+        for name in sorted(norms, key=lambda name: -norms[name])[: cfg.lqer_top_k]:
+            if name in errors:
+                group = cfg.lqer_asym_group * cfg.lqer_asym_enabled
+                a, b = low_rank_factors(errors[name], cfg.lqer_rank)
+                records[name].correction, arrays = pack_low_rank(a, b, group, cfg.lqer_factor_bits)
+                records[name].arrays |= arrays
     for record in records.values():
         record.arrays = {key: array.cpu() for key, array in record.arrays.items()}
-    ranks.wait_for_all("quantise")
-    return _merge(ranks.gather(records), flat)
-
-
-def low_rank_correction(error: Tensor, cfg: Config) -> dict[str, Tensor]:
-    """Packed factors for an error matrix; symmetric ones where the groups do not divide the right factor."""
-    a, b = low_rank_factors(error, cfg.lqer_rank)
-    if cfg.lqer_asym_enabled and b.numel() % cfg.lqer_asym_group == 0:
-        return pack_low_rank_asym(a, b, cfg.lqer_asym_group)
-    return pack_low_rank_sym(a, b, cfg.lqer_factor_bits)
-
-
-def _merge(parts: Sequence[Mapping[str, object]], order: Iterable[str]) -> dict[str, object]:
-    """The parts of all ranks as one dictionary in a given order of names."""
-    union = {name: value for part in parts for name, value in part.items()}
-    return {name: union[name] for name in order if name in union}
+    return gather_by_name(records, flat, ranks)
 
 
 def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) -> dict[str, Tensor]:
@@ -3172,12 +3152,12 @@ def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) ->
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 12. Artifact: a container without anything executable, and the counted code
+# 12. Artifact: a container without anything executable
 #
 # magic, version, codec (1 byte each after the magic) | header length u32 | sha256 of what follows | header:
 # compressed JSON (model settings; name, kind, bits, shape, correction of each tensor; key and packed length
 # of each stream) | streams: all arrays of one key, concatenated in the tensors' order and compressed. With
-# the codec "ans" all integer arrays are one stream, LEVELS, and the rest is brotli's.
+# the codec "ans" all arrays of levels are one stream, LEVELS, and the rest is compressed by brotli.
 # ---------------------------------------------------------------------------------------------------------
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
@@ -3210,75 +3190,47 @@ def byte_unshuffle(data: bytes) -> bytes:
     return bytes(out)
 
 
-def codec_module(codec: str) -> object:
-    """The Python module of a codec. Raises ConfigError where its package is not installed."""
-    package = {"ans": "constriction"}.get(codec, codec)
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise ConfigError(f"COMPRESSOR={codec}: the Python package {package} is not installed") from None
+def check_codec(codec: str) -> None:
+    """Raise ConfigError where a package that a codec needs is not installed."""
+    for package in ("constriction", "brotli") if codec == "ans" else (codec,):
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise ConfigError(f"COMPRESSOR={codec}: the Python package {package} is not installed") from None
 
 
-def compress(data: bytes, codec: str) -> bytes:
-    """Compress bytes at the best setting of a codec; bytes that are no levels are brotli's with "ans" too."""
-    if codec == "lzma":
+def compress(data: bytes, cfg: Config) -> bytes:
+    """Compress bytes at the best setting of the codec. With "ans" what are no levels is left to brotli."""
+    if cfg.compressor == "lzma":
         options = {"preset": 9 | lzma.PRESET_EXTREME, "dict_size": max(4096, len(data))}
         return lzma.compress(data, filters=[{"id": lzma.FILTER_LZMA2, **options}])
-    return codec_module("brotli").compress(data, quality=11, lgwin=24)
+    import brotli
+
+    return brotli.compress(data, quality=11, lgwin=24)
 
 
-def decompress(data: bytes, codec: str, limit: int = 1 << 30) -> bytes:
-    """The inverse of `compress`. Raises ArtifactError on damaged data and beyond `limit` bytes of output."""
-    try:
-        if codec == "lzma":
-            decoder = lzma.LZMADecompressor(memlimit=2 * limit + (1 << 24))
-            out = decoder.decompress(data, limit + 1)
-            whole = decoder.eof and not decoder.unused_data
-        else:
-            decoder = codec_module("brotli").Decompressor()
-            out = decoder.process(data, output_buffer_limit=limit + 1)
-            whole = decoder.is_finished()
-    except ConfigError:
-        raise
-    except Exception as error:  # each codec raises types of its own
-        raise ArtifactError(f"damaged {codec} stream ({error})") from None
-    if not whole or len(out) > limit:
-        raise ArtifactError(f"damaged {codec} stream (cut off, or above {limit} bytes)")
+def decompress(data: bytes, cfg: Config, limit: int = 1 << 30) -> bytes:
+    """The inverse of `compress`. Raises ArtifactError, or an error of the codec, on damaged data.
+
+    Reading stops where `limit` bytes of output are exceeded, which is an error too.
+    """
+    if cfg.compressor == "lzma":
+        decoder = lzma.LZMADecompressor(memlimit=2 * limit + (1 << 24))
+        out = decoder.decompress(data, limit + 1)
+        complete = decoder.eof and not decoder.unused_data
+    else:
+        import brotli
+
+        decoder = brotli.Decompressor()
+        out = decoder.process(data, output_buffer_limit=limit + 1)
+        complete = decoder.is_finished()
+    if not COUNTED and (not complete or len(out) > limit):
+        raise ArtifactError(f"damaged {cfg.compressor} stream (cut off, or above {limit} bytes)")
     return out
 
 
-def array_layout(
-    kind: str, shape: Sequence[int], correction: Sequence
-) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Keys of a stored tensor's arrays with type and shape; correction is [] or [style, rank, group]."""
-    if kind == "fp16":
-        return {"": ("<f2", tuple(shape))}
-    rows, columns = shape
-    levels, scale = ("gq", "gs") if kind == "int8_rows" else ("q", "scale")
-    layout = {levels: ("|i1", (rows, columns)), scale: ("<f2", (rows,))}
-    if correction and correction[0] == "columns":
-        layout["columns"] = "<f2", (columns,)
-    elif correction:
-        style, rank, group = correction
-        suffix = "_a" if style == "asym" else ""
-        scales = ((), (rank * columns // group,)) if style == "asym" else ((rows,), (rank,))
-        layout |= {f"lqA{suffix}": ("|i1", (rows, rank)), f"lqAs{suffix}": ("<f2", scales[0])}
-        layout |= {f"lqB{suffix}": ("|i1", (rank, columns)), f"lqBs{suffix}": ("<f2", scales[1])}
-    return layout
-
-
-def _correction_entry(record: QuantizedTensor) -> list:
-    if not record.correction:
-        return []
-    if record.correction == "columns":
-        return ["columns", 0, 0]
-    b = record.arrays["lqB_a" if record.correction == "asym" else "lqB"]
-    group = b.numel() // record.arrays["lqBs_a"].numel() if record.correction == "asym" else 0
-    return [record.correction, b.size(0), group]
-
-
-class StreamPart(NamedTuple):
-    """One array's place in the streams."""
+class StoredArray(NamedTuple):
+    """One array of a stored tensor, and its place in the artifact."""
 
     name: str  # of its tensor
     key: str
@@ -3286,171 +3238,160 @@ class StreamPart(NamedTuple):
     dims: tuple[int, ...]
     top: int  # largest level
 
+    @property
+    def size(self) -> int:
+        """Bytes before compression."""
+        return math.prod(self.dims) * int(self.dtype[2])
 
-def stream_parts(tensors: Sequence[Sequence], codec: str) -> dict[str, list[StreamPart]]:
+
+def stored_arrays(
+    name: str, kind: str, bits: int, shape: Sequence[int], correction: Sequence
+) -> Iterator[StoredArray]:
+    """The arrays of a stored tensor by its entry in the header."""
+    rank, group = correction[1:] or (0, 0)
+    counts = (*shape, rank, rank * shape[-1] // (group or 1)) if kind != "fp16" else ()
+    sizes = dict(zip("rckg", counts, strict=False))
+    for key in itertools.chain.from_iterable(FORMS[form][1] for form in (kind, *correction[:1])):
+        dtype, dims, top = ARRAYS[key]
+        dims = tuple(sizes[letter] for letter in dims) if key else tuple(shape)
+        yield StoredArray(name, key, dtype, dims, top or 2 ** (bits - 1) - 1)
+
+
+def artifact_streams(tensors: Iterable[Sequence], cfg: Config) -> dict[str, list[StoredArray]]:
     """Streams of an artifact, each with the arrays that it holds, by the header's list of tensors."""
-    streams: dict[str, list[StreamPart]] = {}
-    for name, kind, bits, shape, correction in tensors:
-        tops = {"q": 2 ** (bits - 1) - 1, "lqA_a": 1, "lqB_a": 7}
-        for key, (dtype, dims) in array_layout(kind, shape, correction).items():
-            stream = LEVELS if codec == "ans" and dtype == "|i1" else key
-            streams.setdefault(stream, []).append(StreamPart(name, key, dtype, dims, tops.get(key, 127)))
+    streams: dict[str, list[StoredArray]] = {}
+    for array in itertools.chain.from_iterable(stored_arrays(*entry) for entry in tensors):
+        levels = cfg.compressor == "ans" and array.dtype == "|i1"
+        streams.setdefault(LEVELS if levels else array.key, []).append(array)
     return streams
 
 
 def pack_artifact(records: Mapping[str, QuantizedTensor], cfg: Config) -> bytes:
     """Stored tensors and the settings that rebuild the model -> the artifact. Same weights, same bytes."""
-    codec = cfg.compressor
-    tensors = [[n, r.kind, r.bits, list(r.shape), _correction_entry(r)] for n, r in records.items()]
+    tensors = [[name, r.kind, r.bits, [*r.shape], [*r.correction]] for name, r in records.items()]
     packed = {}
-    for stream, parts in stream_parts(tensors, codec).items():
+    for stream, parts in artifact_streams(tensors, cfg).items():
         arrays = [records[p.name].arrays[p.key].cpu().numpy().astype(p.dtype) for p in parts]
-        if stream == LEVELS:
+        if cfg.compressor == "ans" and stream == LEVELS:
             from systems.ans import encode_levels
 
             packed[stream] = encode_levels([(a, p.top) for a, p in zip(arrays, parts, strict=True)])
         else:
             data = b"".join(array.tobytes() for array in arrays)
-            packed[stream] = compress(byte_shuffle(data, arrays[0].itemsize), codec)
+            packed[stream] = compress(byte_shuffle(data, arrays[0].itemsize), cfg)
     index = [[stream, len(data)] for stream, data in packed.items()]
     header = {"model": cfg.model_settings(), "tensors": tensors, "streams": index}
-    head = compress(json.dumps(header, separators=(",", ":")).encode(), codec)
+    head = compress(json.dumps(header, separators=(",", ":")).encode(), cfg)
     body = head + b"".join(packed.values())
-    digest = hashlib.sha256(body).digest()
-    return PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS.index(codec), len(head), digest) + body
+    codec, digest = CODECS.index(cfg.compressor), hashlib.sha256(body).digest()
+    return PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, codec, len(head), digest) + body
 
 
-def unpack_artifact(blob: bytes) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
-    """The artifact -> model settings and stored tensors. Raises ArtifactError unless all is as written.
-
-    Nothing is decoded before the sizes that the header declares are known to be in proportion to the file.
-    """
-    if len(blob) < PREFIX.size or not blob.startswith(ARTIFACT_MAGIC):
-        raise ArtifactError("not an artifact of this script")
-    _, version, codec, head_len, digest = PREFIX.unpack_from(blob)
-    if version != ARTIFACT_VERSION or codec >= len(CODECS):
-        raise ArtifactError(f"artifact version {version}, codec {codec}: not known to this script")
-    body, codec = memoryview(blob)[PREFIX.size :], CODECS[codec]
-    if hashlib.sha256(body).digest() != digest:
-        raise ArtifactError("artifact is truncated or corrupted (checksum differs)")
-    try:
-        header = json.loads(decompress(bytes(body[:head_len]), codec, HEADER_LIMIT))
-        settings, tensors, index = dict(header["model"]), header["tensors"], dict(header["streams"])
-        streams = stream_parts(list(map(_checked_entry, tensors)), codec)
-        sizes = {k: sum(math.prod(p.dims) * int(p.dtype[2]) for p in v) for k, v in streams.items()}
-        if sum(sizes.values()) > SIZE_FACTOR * len(blob) + HEADER_LIMIT:
-            raise ArtifactError(f"artifact declares {sum(sizes.values())} bytes: more than such a file holds")
-        if list(index) != list(streams) or head_len + sum(index.values()) != len(body):
-            raise ArtifactError("artifact streams do not fit its tensors")
-        records = {t[0]: QuantizedTensor(t[1], t[2], tuple(t[3]), {}) for t in tensors}
-        start = head_len
-        for stream, parts in streams.items():
-            data = bytes(body[start : start + index[stream]])
-            for part, array in zip(
-                parts, _unpack_stream(data, codec, stream, parts, sizes[stream]), strict=True
-            ):
-                records[part.name].arrays[part.key] = torch.from_numpy(array)
-            start += len(data)
-        _check_model(settings, records)
-        return settings, records
-    except (KeyError, TypeError, IndexError, OverflowError, RecursionError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise ArtifactError(f"artifact header does not fit its contents ({error})") from None
-
-
-def _check_model(settings: Mapping, records: Mapping[str, QuantizedTensor]) -> None:
-    """Refuse settings that no model has, and a model larger than the tensors, before it is built."""
-    if not settings.keys() <= {*MODEL_SETTINGS}:
-        raise ArtifactError("artifact has settings that no model has")
-    layers, dim, loops = settings["num_layers"], settings["model_dim"], settings["num_loops"]
-    if layers > len(records) or loops > HEADER_LIMIT >> 8:
-        raise ArtifactError("artifact declares a model of more layers than it holds")
-    wanted = {"tok_emb.weight": (settings["vocab_size"], dim)}
-    for layer in range(layers):
-        wanted[f"blocks.{layer}.attn.c_q.weight"] = dim, dim
-        wanted[f"blocks.{layer}.mlp.fc.weight"] = int(settings["mlp_mult"] * dim), dim
-    for name, shape in wanted.items():
-        if records[name].shape != shape:
-            raise ArtifactError(f"{name} has shape {records[name].shape}, not {shape}")
-
-
-def _checked_entry(entry: Sequence) -> Sequence:
-    """A tensor's entry of the header, if it is one that `pack_artifact` may have written."""
-    name, kind, bits, shape, correction = entry
-    numbers = [bits, *shape, *correction[1:]]
-    good = type(name) is str and all(type(number) is int and number >= 0 for number in numbers)
-    good = good and kind in get_args(Scheme.__annotations__["kind"]) and bits <= 16
-    good = good and len(shape) == 2 if kind != "fp16" else good and len(shape) <= 4 and not correction
-    if good and correction:
-        style, rank, group = correction
-        good = style in ("sym", "columns") or (style == "asym" and group > 0 and rank * shape[1] % group == 0)
-    if not good:
-        raise ArtifactError(f"artifact declares an impossible tensor: {str(entry)[:80]}")
-    return entry
+def unpack_artifact(artifact: bytes, cfg: Config) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
+    """The artifact -> model settings and stored tensors; `cfg` names the codec."""
+    start = PREFIX.size + PREFIX.unpack_from(artifact)[3]
+    header = json.loads(decompress(artifact[PREFIX.size : start], cfg, HEADER_LIMIT))
+    tensors, lengths = header["tensors"], dict(header["streams"])
+    if not COUNTED:
+        check_header(header, len(artifact), len(artifact) - start, cfg)
+    records = {t[0]: QuantizedTensor(t[1], t[2], tuple(t[3]), {}, tuple(t[4])) for t in tensors}
+    for stream, parts in artifact_streams(tensors, cfg).items():
+        data, start = artifact[start : start + lengths[stream]], start + lengths[stream]
+        for part, array in zip(parts, _unpack_stream(data, stream, parts, cfg), strict=True):
+            records[part.name].arrays[part.key] = torch.from_numpy(array)
+    return header["model"], records
 
 
 def _unpack_stream(
-    data: bytes, codec: str, stream: str, parts: Sequence[StreamPart], size: int
-) -> Iterable[np.ndarray]:
+    data: bytes, stream: str, parts: Sequence[StoredArray], cfg: Config
+) -> Iterator[np.ndarray]:
     """The arrays of a stream, each in memory of its own."""
-    if stream == LEVELS:
+    if cfg.compressor == "ans" and stream == LEVELS:
         from systems.ans import decode_levels
 
-        return decode_levels(data, [(part.dims, part.top) for part in parts])
+        yield from decode_levels(data, [(part.dims, part.top) for part in parts])
+        return
+    size = sum(part.size for part in parts)
     shuffled = parts[0].dtype != "|i1" and size > 1
-    data = decompress(data, codec, size + 5 * shuffled)
+    data = decompress(data, cfg, size + 5 * shuffled)
     data = byte_unshuffle(data) if shuffled else data
-    if len(data) != size:
+    if not COUNTED and len(data) != size:
         raise ArtifactError("artifact streams do not fit its tensors")
-    flat = np.frombuffer(data, parts[0].dtype)
-    ends = list(itertools.accumulate(math.prod(part.dims) for part in parts))
-    return (
-        array.reshape(part.dims).copy() for part, array in zip(parts, np.split(flat, ends[:-1]), strict=True)
-    )
+    start = 0
+    for part in parts:
+        yield np.frombuffer(data, part.dtype, math.prod(part.dims), start).reshape(part.dims).copy()
+        start += part.size
 
 
-def read_artifact(blob: bytes) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
-    """Our artifact or a published one -> model settings (none in a published one) and stored tensors."""
-    if COUNTED or blob.startswith(ARTIFACT_MAGIC[:3]):
-        return unpack_artifact(blob)
-    from harness.published import read_published
+def read_artifact(artifact: bytes, cfg: Config) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
+    """Our artifact or a published one -> model settings (none in a published one) and stored tensors.
 
-    return {}, read_published(blob)
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """A full-precision checkpoint: a state dict, read without unpickling anything but tensors.
-
-    Checksums of the archive, which torch does not look at, are compared first.
+    The settings include the codec. Raises ArtifactError unless all is as written; nothing is decoded before
+    the sizes that the header declares are known to be in proportion to the file.
     """
+    if COUNTED:
+        return unpack_artifact(artifact, cfg)
+    if not artifact.startswith(ARTIFACT_MAGIC[:3]):
+        from harness.readers import read_published
+
+        return {}, read_published(artifact)
+    cfg = dataclasses.replace(cfg, compressor=check_prefix(artifact))
+    check_codec(cfg.compressor)
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise ValueError("checksum differs")
-        with warnings.catch_warnings(action="ignore"):  # about pickle protocols: the error below says enough
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises half a dozen types for a damaged or foreign file
-        raise ArtifactError(
-            f"MODEL_PATH={path}: not a checkpoint that holds tensors and nothing else"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ArtifactError(f"MODEL_PATH={path}: not a state dict of tensors")
-    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-    if broken:
-        raise ArtifactError(f"MODEL_PATH={path}: {broken[0]} holds values that are not finite")
-    return state
+        settings, records = unpack_artifact(artifact, cfg)
+    except UserError:
+        raise
+    except Exception as error:  # a header that was made by hand ends in any error, and so does each codec
+        raise ArtifactError(f"damaged artifact ({one_line(error)})") from None
+    return settings | {"compressor": cfg.compressor}, records
 
 
-def model_of_checkpoint(run: "Run", path: Path) -> GPT:
-    """The full-precision model of an earlier run."""
-    model = run.new_model(run.cfg)
-    try:
-        model.load_state_dict(load_weights(path))
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(f"MODEL_PATH={path}: does not fit the model settings ({reason})") from None
-    return model
+def check_prefix(artifact: bytes) -> str:
+    """The codec of an artifact. Raises ArtifactError unless the file is whole and of a known version."""
+    if len(artifact) < PREFIX.size or not artifact.startswith(ARTIFACT_MAGIC):
+        raise ArtifactError("not an artifact of this script")
+    _, version, codec, _, digest = PREFIX.unpack_from(artifact)
+    if version != ARTIFACT_VERSION or codec >= len(CODECS):
+        raise ArtifactError(f"artifact version {version}, codec {codec}: not known to this script")
+    if hashlib.sha256(memoryview(artifact)[PREFIX.size :]).digest() != digest:
+        raise ArtifactError("artifact is truncated or corrupted (checksum differs)")
+    return CODECS[codec]
+
+
+def check_entry(name: str, kind: str, bits: int, shape: Sequence[int], correction: Sequence) -> None:
+    """Refuse a tensor's entry in the header that `pack_artifact` cannot have written."""
+    form, rank, group = correction or ("", 0, 0)
+    good = type(name) is str and all(type(n) is int and n >= 0 for n in (bits, *shape, rank, group))
+    good = good and kind in ("fp16", "int8_rows", "gptq") and bits <= 16
+    good = good and (len(shape) <= 4 if kind == "fp16" else len(shape) == 2)
+    good = good and form in (("", "columns", "sym", "asym") if kind == "gptq" else ("",))
+    if not good or (form == "asym" and (not group or rank * shape[1] % group)):
+        raise ArtifactError(f"artifact declares an impossible tensor: {f'{name} {kind} {bits} {shape}'[:80]}")
+
+
+def check_header(header: Mapping, file_bytes: int, stream_bytes: int, cfg: Config) -> None:
+    """Refuse a header that does not fit its file or has no model, before anything is made of its sizes."""
+    settings, tensors, index = header["model"], header["tensors"], dict(header["streams"])
+    for entry in tensors:
+        check_entry(*entry)
+    streams = artifact_streams(tensors, cfg)
+    declared = sum(part.size for parts in streams.values() for part in parts)
+    if declared > SIZE_FACTOR * file_bytes + HEADER_LIMIT:
+        raise ArtifactError(f"artifact declares {declared} bytes: more than such a file holds")
+    if list(index) != list(streams) or min(index.values()) < 0 or sum(index.values()) != stream_bytes:
+        raise ArtifactError("artifact streams do not fit its tensors")
+    if not settings.keys() <= {*MODEL_SETTINGS}:
+        raise ArtifactError("artifact has settings that no model has")
+    layers, dim, shapes = settings["num_layers"], settings["model_dim"], {t[0]: t[3] for t in tensors}
+    if layers > len(shapes) or settings["num_loops"] > HEADER_LIMIT >> 8:
+        raise ArtifactError("artifact declares a model of more layers than it holds")
+    wanted = {"tok_emb.weight": [settings["vocab_size"], dim]}
+    for layer in range(layers):
+        wanted[f"blocks.{layer}.attn.c_q.weight"] = [dim, dim]
+        wanted[f"blocks.{layer}.mlp.fc.weight"] = [int(settings["mlp_mult"] * dim), dim]
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise ArtifactError(f"{name} has shape {shapes[name]}, not {shape}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4087,7 +4028,7 @@ class Run:
         self.looping = cfg.num_loops > 0  # a trained model is evaluated with its loops
         if not COUNTED:
             check_systems(cfg)
-            codec_module(cfg.compressor)  # missing: said before training, not after it
+            check_codec(cfg.compressor)  # missing: said before training, not after it
         self.stages: dict[str, dict[str, float]] = {}
         self.result: dict[str, object] = {}
         self.finished: list[str] = []  # stages that are over, and were perhaps before this run was resumed
@@ -4111,9 +4052,7 @@ class Run:
         if artifact:
             self.artifact = artifact.read_bytes()
             model = self.model_of_artifact(artifact)
-            if not COUNTED and self.artifact.startswith(ARTIFACT_MAGIC):
-                codec = CODECS[PREFIX.unpack_from(self.artifact)[2]]
-                self.cfg = dataclasses.replace(model.cfg, compressor=codec)  # what the counted code needs
+            self.cfg = model.cfg  # what made the artifact is what the counted code needs
             return model
         if checkpoint and not COUNTED:
             from harness.readers import model_of_checkpoint
@@ -4248,18 +4187,23 @@ class Run:
             loader = ShuffledLoader(paths, 1, 0, cfg.train_seq_len, cfg.vocab_size)
             hessians = calibrate(self.model, cfg, loader, looping=self.looping, ranks=ranks)
             if cfg.fit_bytes:
-                from systems.fit_bytes import calibrate_gradients, fit_state
+                from systems.fit_bytes import calibrate_gradients
 
                 options = {"looping": self.looping, "ranks": ranks}
                 gradients = calibrate_gradients(self.model, cfg, loader, **options)
         with self.clock.stage("quantise"):
             flat = flatten_banks(self.model.state_dict(), cfg.num_layers)
             if cfg.fit_bytes:
+                from systems.fit_bytes import FitSearch
+
                 code = len(self.packed_code[0]) if ranks.is_main else 0
                 budget = cfg.fit_bytes - ranks.gather(code)[0]
-                records = fit_state(flat, hessians, gradients, cfg, budget, self.log, ranks)
+                search = FitSearch(flat, hessians, gradients, cfg, budget, ranks)
+                for trial, (log2_step, spare_bytes) in enumerate(search.trials()):
+                    self.log.event("fit", trial=trial, clip_factor=2.0**log2_step, bytes_left=spare_bytes)
+                records = search.best_records()
             else:
-                records = quantize_state(flat, hessians, cfg, None, ranks)
+                records = quantize_state(flat, hessians, cfg, ranks)
         for name, record in records.items():
             if record.report:
                 self.log.event("matrix", name=name, **record.report)
@@ -4279,7 +4223,7 @@ class Run:
     def model_of_artifact(self, path: Path) -> GPT:
         """A clean model that knows nothing but the bytes of the artifact."""
         try:
-            settings, records = read_artifact(self.artifact)
+            settings, records = read_artifact(self.artifact, self.cfg)
             model = self.new_model(self.cfg if COUNTED else dataclasses.replace(self.cfg, **settings))
             model.load_state_dict(dequantize_state(records, model.cfg.num_layers))
         except (UserError, TypeError, RuntimeError, KeyError) as error:

@@ -131,8 +131,6 @@ class Preflight(Watch):
             pass
         except OSError as error:
             raise ConfigError(f"DATA_PATH={cfg.data_folder}: cannot be read ({error.strerror})") from None
-        if cfg.compressor == "ans" and importlib.util.find_spec("brotli") is None:
-            raise ConfigError("COMPRESSOR=ans: needs the Python package brotli too, for all but the matrices")
         most = 4 * (os.cpu_count() or 1)  # far more than CPUs, and they wait for each other for minutes
         if cfg.cpu_threads > most:
             raise ConfigError(f"CPU_THREADS={cfg.cpu_threads}: must be at most {most} on this machine")
