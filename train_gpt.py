@@ -37,7 +37,6 @@ import random
 import re
 import struct
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -154,9 +153,7 @@ class Config:
 
     # Speed
     attention_backend: Backend = "auto"  # auto: the first of the others that works on the device
-    triton_kernels: str = (
-        "loss,mlp,qkv_norm_rope,xsa_gate"  # fused kernels, on CUDA with Triton; 1: all; 0: none
-    )
+    triton_kernels: str = "loss,mlp,qkv_norm_rope,xsa_gate"  # fused, on CUDA with Triton; 1: all; 0: none
     compile_backend: Literal["auto", "off", "aot_eager", "inductor"] = "auto"  # inductor on CUDA
 
     # Data
@@ -304,69 +301,94 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_value(field.name.upper(), getattr(self, field.name), field.type)
-        if not re.fullmatch(r"(\w[\w.+-]{0,99})?", self.run_id):
-            raise ConfigError(f"RUN_ID={self.run_id!r}: must be a name of letters, digits and . _ + -")
-        outputs = [Path(path).name for path in (self.model_path, self.quantized_model_path)]
-        for name, file in zip(("MODEL_PATH", "QUANTIZED_MODEL_PATH"), outputs, strict=True):
-            if file in ("", "..", "logs") or len(file) > 99 or [*outputs, *OUTPUTS].count(file) > 1:
-                raise ConfigError(f"{name}={getattr(self, name.lower())!r}: must name a file of its own")
-        if 0 < self.max_wallclock_seconds < self.gptq_reserve_seconds + 0.001:
-            limit = f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:.12g}"
-            raise ConfigError(f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:.12g}: must be below {limit}")
-        if 0 < self.fit_bytes < 1 << 15:
-            raise ConfigError(
-                f"FIT_BYTES={self.fit_bytes}: must be 0 or at least {1 << 15} (code alone is more)"
-            )
+        for rules in (self._shape_rules, self._layer_rules, self._other_rules):
+            for holds, names, text in rules():
+                if not holds:
+                    raise ConfigError(f"{' '.join(map(self.pair, names.split()))}: {text}")
         check_micro_batches(self, world_size=1)  # what one rank cannot divide, more cannot either
-        self._check_shapes()
-        self._check_layers()
-        check_optional_settings(self)
-        self._check_exclusive("SPARSE_ATTN_GATE_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED")
-        self._check_exclusive("PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY")
+        chunk_size(self, 0)  # TTT_CHUNK_BY_LENGTH is read as if a document were to be scored
+        kernel_names(self.triton_kernels)
 
-    def _check_exclusive(self, *names: str) -> None:
-        chosen = [name for name in names if getattr(self, name.lower())]
-        if len(chosen) > 1:
-            raise ConfigError(f"{' and '.join(f'{n}=1' for n in chosen)} exclude each other: set at most one")
+    def pair(self, name: str) -> str:
+        """A setting as a user would write it: NAME=value."""
+        value = getattr(self, name.lower())
+        shown = (
+            f"{value:.12g}"
+            if isinstance(value, float)
+            else repr(value)
+            if value.__class__ is str
+            else int(value)
+        )
+        return f"{name}={shown}"
 
-    def _check_shapes(self) -> None:
-        _check_divides(self, "model_dim", "num_heads")
-        _check_divides(self, "num_heads", "num_kv_heads")
-        if self.head_dim % 2:
-            raise ConfigError(f"MODEL_DIM / NUM_HEADS = {self.head_dim}: must be even (rotary pairs)")
-        if self.rope_dims > self.head_dim or self.rope_dims % 2:
-            limit = f"{self.head_dim} (MODEL_DIM / NUM_HEADS)"
-            raise ConfigError(f"ROPE_DIMS={self.rope_dims}: must be even and at most {limit}")
-        if self.rope_yarn and (self.rope_dims or self.head_dim) <= 2:
-            raise ConfigError(f"ROPE_DIMS={self.rope_dims}: ROPE_YARN=1 needs more than 2 rotated dimensions")
-        if self.gate_window > self.model_dim:
-            raise ConfigError(f"GATE_WINDOW={self.gate_window}: must be at most MODEL_DIM={self.model_dim}")
-        if self.mlp_dim < 1:
-            raise ConfigError(f"MLP_MULT={self.mlp_mult}: leaves an MLP without hidden units")
-        if self.ttt_chunk_size > self.ttt_eval_seq_len:
-            limit = f"TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"
-            raise ConfigError(f"TTT_CHUNK_SIZE={self.ttt_chunk_size}: must be at most {limit}")
-        if self.global_ttt_chunk_tokens < self.eval_seq_len:
-            limit = f"EVAL_SEQ_LEN={self.eval_seq_len} (a chunk is whole windows)"
-            raise ConfigError(
-                f"GLOBAL_TTT_CHUNK_TOKENS={self.global_ttt_chunk_tokens}: must be at least {limit}"
-            )
+    # Rules between settings: what must hold, the settings to name, what to say. Later ones rely on earlier ones.
 
-    def _check_layers(self) -> None:
-        if self.num_loops and not self.loop_start <= self.loop_end < self.num_layers:
-            raise ConfigError(
-                f"LOOP_START={self.loop_start} LOOP_END={self.loop_end}: need "
-                f"LOOP_START <= LOOP_END < NUM_LAYERS={self.num_layers}"
-            )
-        start = self.parallel_start_layer
+    def _shape_rules(self) -> Iterable[tuple[bool, str, str]]:
+        pair, heads = self.pair, f"{self.head_dim} (MODEL_DIM / NUM_HEADS)"
+        chunk = f"{pair('EVAL_SEQ_LEN')} (a chunk is whole windows)"
+        yield self.model_dim % self.num_heads == 0, "MODEL_DIM", f"must be a multiple of {pair('NUM_HEADS')}"
+        yield (
+            self.num_heads % self.num_kv_heads == 0,
+            "NUM_HEADS",
+            f"must be a multiple of {pair('NUM_KV_HEADS')}",
+        )
+        yield (
+            self.head_dim % 2 == 0,
+            "MODEL_DIM NUM_HEADS",
+            f"a head has {heads} dimensions, must be even (rotary pairs)",
+        )
+        fits = self.rope_dims <= self.head_dim and self.rope_dims % 2 == 0
+        yield fits, "ROPE_DIMS", f"must be even and at most {heads}"
+        rotated = (self.rope_dims or self.head_dim) > 2
+        yield rotated or not self.rope_yarn, "ROPE_DIMS", "ROPE_YARN=1 needs more than 2 rotated dimensions"
+        yield self.gate_window <= self.model_dim, "GATE_WINDOW", f"must be at most {pair('MODEL_DIM')}"
+        yield self.mlp_dim >= 1, "MLP_MULT", "leaves an MLP without hidden units"
+        limit = self.ttt_eval_seq_len
+        yield self.ttt_chunk_size <= limit, "TTT_CHUNK_SIZE", f"must be at most {pair('TTT_EVAL_SEQ_LEN')}"
+        fits = self.global_ttt_chunk_tokens >= self.eval_seq_len
+        yield fits, "GLOBAL_TTT_CHUNK_TOKENS", f"must be at least {chunk}"
+        fits = not self.ttt_cache_window or self.ttt_chunk_size <= self.ttt_cache_window <= limit
+        limits = f"{pair('TTT_CHUNK_SIZE')} to {pair('TTT_EVAL_SEQ_LEN')}"
+        yield fits, "TTT_CACHE_WINDOW", f"must be 0 or {limits}"
+        slides = self.sliding_window_enabled or self.ttt_sgd
+        fits = not slides or self.eval_stride <= self.eval_seq_len
+        yield fits, "EVAL_STRIDE", f"must be at most {pair('EVAL_SEQ_LEN')}"
+        fits = not self.ttt_sgd or self.ttt_chunk_tokens >= self.eval_seq_len
+        yield fits, "TTT_CHUNK_TOKENS", f"must be at least {chunk}"
+
+    def _layer_rules(self) -> Iterable[tuple[bool, str, str]]:
+        fits = not self.num_loops or self.loop_start <= self.loop_end < self.num_layers
+        text = f"need LOOP_START <= LOOP_END < {self.pair('NUM_LAYERS')}"
+        yield fits, "LOOP_START LOOP_END", text
         for looping in (False, True):
             decoder = layer_order(self, looping)[1]
-            parallel = [layer >= start > 0 for layer in decoder]
-            if True in parallel and not all(parallel[parallel.index(True) :]):
-                raise ConfigError(
-                    f"PARALLEL_START_LAYER={start}: the decoder {decoder} comes back below it after "
-                    f"the lanes split; must be 0 or above LOOP_END={self.loop_end}"
-                )
+            parallel = [layer >= self.parallel_start_layer > 0 for layer in decoder]
+            comes_back = True in parallel and not all(parallel[parallel.index(True) :])
+            text = f"the decoder {decoder} comes back below it after the lanes split; must be 0 or above"
+            yield not comes_back, "PARALLEL_START_LAYER", f"{text} {self.pair('LOOP_END')}"
+
+    def _other_rules(self) -> Iterable[tuple[bool, str, str]]:
+        name = re.fullmatch(r"(\w[\w.+-]{0,99})?", self.run_id)
+        yield bool(name), "RUN_ID", "must be a name of letters, digits and . _ + -"
+        files = [Path(path).name for path in (self.model_path, self.quantized_model_path)]
+        for setting, file in zip(("MODEL_PATH", "QUANTIZED_MODEL_PATH"), files, strict=True):
+            shared = file in ("", "..", "logs") or len(file) > 99 or [*files, *OUTPUTS].count(file) > 1
+            yield not shared, setting, "must name a file of its own"
+        seconds, reserve = self.max_wallclock_seconds, self.gptq_reserve_seconds
+        fits = not 0 < seconds < reserve + 0.001
+        yield fits, "GPTQ_RESERVE_SECONDS", f"must be below {self.pair('MAX_WALLCLOCK_SECONDS')}"
+        fits, least = (
+            self.fit_bytes == 0 or self.fit_bytes >= 1 << 15,
+            f"at least {1 << 15} (code alone is more)",
+        )
+        yield fits, "FIT_BYTES", f"must be 0 or {least}"
+        text = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"
+        adapts = self.ttt_enabled and not self.ttt_sgd
+        yield self.val_doc_fraction == 1 or adapts, "VAL_DOC_FRACTION", text
+        gates = ("SPARSE_ATTN_GATE_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED")
+        for names in (gates, ("PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY")):
+            chosen = [name for name in names if getattr(self, name.lower())]
+            yield len(chosen) < 2, " ".join(chosen), "exclude each other: set at most one"
 
     # -- derived sizes
 
@@ -419,132 +441,6 @@ class Config:
         return cls(**values)
 
 
-_NAMES = [field.name for field in dataclasses.fields(Config)]
-MODEL_SETTINGS = (
-    "vocab_size",
-    "train_seq_len",
-    *_NAMES[_NAMES.index("num_layers") : _NAMES.index("gated_attn_enabled") + 1],
-    "fit_bytes",  # what made it counts, whatever a re-evaluation sets
-)
-
-# A preset is a row of differences from the defaults; explicit variables win over it. The authority for a
-# published run is its log (SPEC section 8). A packed script has one row, all that its run differed in.
-PRESETS: dict[str, dict[str, object]] = {
-    "pr1851": {},
-    "demo": {  # every component, small enough for two CPU cores
-        "cpu_threads": 1,
-        "data_path": "data/demo",
-        "vocab_size": 1024,
-        "train_seq_len": 256,
-        "train_batch_tokens": 4096,
-        "grad_accum_steps": 2,
-        "num_layers": 6,
-        "model_dim": 128,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "mlp_mult": 3.0,
-        "num_loops": 1,
-        "loop_start": 2,
-        "loop_end": 3,
-        "parallel_start_layer": 4,
-        "xsa_last_n": 6,
-        "iterations": 150,
-        "max_wallclock_seconds": 0.0,
-        "warmup_steps": 1,
-        "muon_momentum_warmup_steps": 50,
-        "train_log_every": 20,
-        "val_loss_every": 150,
-        "ema_decay": 0.95,
-        "float16_max_elements": 4096,
-        "gptq_calibration_batches": 4,
-        "val_batch_tokens": 32_768,
-        "eval_seq_len": 256,
-        "ttt_eval_seq_len": 256,
-        "ttt_batch_size": 16,
-        "ttt_lora_rank": 8,
-        "ttt_lora_alpha": 16.0,
-        "ttt_lora_lr": 1e-3,
-        "ttt_warm_start_a": False,  # the same score on any number of ranks
-        "phased_ttt_prefix_docs": 24,
-        "phased_ttt_num_phases": 2,
-        "global_ttt_chunk_tokens": 2048,
-        "global_ttt_batch_seqs": 8,
-        "audit": True,
-    },
-}
-
-
-def check_micro_batches(cfg: Config, world_size: int) -> None:
-    """Raise ConfigError unless a step of all ranks is equal micro-batches that hold a whole document."""
-    total, tokens = cfg.grad_accum_steps, cfg.train_batch_tokens
-    if total % world_size and world_size % total:
-        raise ConfigError(f"WORLD_SIZE={world_size}: must divide GRAD_ACCUM_STEPS={total} or be its multiple")
-    shared = max(total, world_size)
-    if tokens % shared or tokens // shared < cfg.train_seq_len:
-        least = f"each at least TRAIN_SEQ_LEN={cfg.train_seq_len} tokens (GRAD_ACCUM_STEPS={total})"
-        raise ConfigError(f"TRAIN_BATCH_TOKENS={tokens}: must be {shared} equal micro-batches, {least}")
-
-
-_DEMO = {  # every component, small enough for two CPU cores
-    "cpu_threads": 1,
-    "data_path": "data/demo",
-    "vocab_size": 1024,
-    "train_seq_len": 256,
-    "train_batch_tokens": 4096,
-    "grad_accum_steps": 2,
-    "num_layers": 6,
-    "model_dim": 128,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "mlp_mult": 3.0,
-    "num_loops": 1,
-    "loop_start": 2,
-    "loop_end": 3,
-    "parallel_start_layer": 4,
-    "xsa_last_n": 6,
-    "iterations": 150,
-    "max_wallclock_seconds": 0.0,
-    "warmup_steps": 1,
-    "muon_momentum_warmup_steps": 50,
-    "train_log_every": 20,
-    "val_loss_every": 150,
-    "ema_decay": 0.95,
-    "float16_max_elements": 4096,
-    "gptq_calibration_batches": 4,
-    "val_batch_tokens": 32_768,
-    "eval_seq_len": 256,
-    "ttt_eval_seq_len": 256,
-    "ttt_batch_size": 16,
-    "ttt_lora_rank": 8,
-    "ttt_lora_alpha": 16.0,
-    "ttt_lora_lr": 1e-3,
-    "ttt_warm_start_a": False,  # the same score on any number of ranks
-    "phased_ttt_prefix_docs": 24,
-    "phased_ttt_num_phases": 2,
-    "global_ttt_chunk_tokens": 2048,
-    "global_ttt_batch_seqs": 8,
-    "audit": True,
-}
-
-
-def check_optional_settings(cfg: Config) -> None:
-    """Settings that a packed record lacks or leaves alone. Raises ConfigError; the whole script asks."""
-    if cfg.ttt_cache_window and not cfg.ttt_chunk_size <= cfg.ttt_cache_window <= cfg.ttt_eval_seq_len:
-        limits = f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size} to TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}"
-        raise ConfigError(f"TTT_CACHE_WINDOW={cfg.ttt_cache_window}: must be 0 or {limits}")
-    if cfg.sliding_window_enabled + cfg.ttt_sgd and cfg.eval_stride > cfg.eval_seq_len:
-        limit = f"EVAL_SEQ_LEN={cfg.eval_seq_len}"
-        raise ConfigError(f"EVAL_STRIDE={cfg.eval_stride}: must be at most {limit}")
-    if cfg.ttt_sgd and cfg.ttt_chunk_tokens < cfg.eval_seq_len:
-        limit = f"EVAL_SEQ_LEN={cfg.eval_seq_len} (a chunk is whole windows)"
-        raise ConfigError(f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens}: must be at least {limit}")
-    if cfg.val_doc_fraction < 1 and not (cfg.ttt_enabled and not cfg.ttt_sgd):
-        reason = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"
-        raise ConfigError(f"VAL_DOC_FRACTION={cfg.val_doc_fraction:g}: {reason}")
-    chunk_size(cfg, 0)  # TTT_CHUNK_BY_LENGTH is read as if a document were to be scored
-    kernel_names(cfg.triton_kernels)
-
-
 def _base_type(annotation: object) -> type:
     if get_origin(annotation) is Literal:
         return str
@@ -581,10 +477,43 @@ def _check_value(name: str, value: object, annotation: object) -> None:
         raise ConfigError(f"{name}={value!r}: must be {allowed(annotation)}")
 
 
-def _check_divides(cfg: Config, whole: str, part: str) -> None:
-    if getattr(cfg, whole) % getattr(cfg, part):
-        value, divisor = getattr(cfg, whole), getattr(cfg, part)
-        raise ConfigError(f"{whole.upper()}={value}: must be a multiple of {part.upper()}={divisor}")
+def parse_settings(text: str) -> dict[str, object]:
+    """Settings as on a command line, NAME=value with white space between -> values by field."""
+    pairs = (pair.split("=") for pair in text.split())
+    return {name.lower(): _parse(name, value, Config.__annotations__[name.lower()]) for name, value in pairs}
+
+
+_NAMES = [field.name for field in dataclasses.fields(Config)]
+MODEL_SETTINGS = (
+    "vocab_size",
+    "train_seq_len",
+    *_NAMES[_NAMES.index("num_layers") : _NAMES.index("gated_attn_enabled") + 1],
+    "fit_bytes",  # what made it counts, whatever a re-evaluation sets
+)
+
+# A preset is a row of differences from the defaults; explicit variables win over it. The authority for a
+# published run is its log (SPEC section 8); harness/settings.py has the other systems.
+_DEMO = """
+CPU_THREADS=1 DATA_PATH=data/demo VOCAB_SIZE=1024 TRAIN_SEQ_LEN=256 TRAIN_BATCH_TOKENS=4096 GRAD_ACCUM_STEPS=2
+NUM_LAYERS=6 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=3 NUM_LOOPS=1 LOOP_START=2 LOOP_END=3
+PARALLEL_START_LAYER=4 XSA_LAST_N=6 ITERATIONS=150 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=1 TRAIN_LOG_EVERY=20
+MUON_MOMENTUM_WARMUP_STEPS=50 VAL_LOSS_EVERY=150 EMA_DECAY=0.95 FLOAT16_MAX_ELEMENTS=4096 VAL_BATCH_TOKENS=32768
+GPTQ_CALIBRATION_BATCHES=4 EVAL_SEQ_LEN=256 TTT_EVAL_SEQ_LEN=256 TTT_BATCH_SIZE=16 TTT_LORA_RANK=8
+TTT_LORA_ALPHA=16 TTT_LORA_LR=1e-3 TTT_WARM_START_A=0 PHASED_TTT_PREFIX_DOCS=24 PHASED_TTT_NUM_PHASES=2
+GLOBAL_TTT_CHUNK_TOKENS=2048 GLOBAL_TTT_BATCH_SEQS=8 AUDIT=1
+"""  # every component, small enough for two CPU cores; new adapters for each batch: the same score on all ranks
+PRESETS: dict[str, dict[str, object]] = {"pr1851": {}, "demo": parse_settings(_DEMO)}
+
+
+def check_micro_batches(cfg: Config, world_size: int) -> None:
+    """Raise ConfigError unless a step of all ranks is equal micro-batches that hold a whole document."""
+    total, tokens = cfg.grad_accum_steps, cfg.train_batch_tokens
+    if total % world_size and world_size % total:
+        raise ConfigError(f"WORLD_SIZE={world_size}: must divide GRAD_ACCUM_STEPS={total} or be its multiple")
+    shared = max(total, world_size)
+    if tokens % shared or tokens // shared < cfg.train_seq_len:
+        least = f"each at least TRAIN_SEQ_LEN={cfg.train_seq_len} tokens (GRAD_ACCUM_STEPS={total})"
+        raise ConfigError(f"TRAIN_BATCH_TOKENS={tokens}: must be {shared} equal micro-batches, {least}")
 
 
 def show_settings(cfg: Config) -> str:
@@ -634,6 +563,7 @@ class Backends:
 
 COLLECTIVE_SECONDS = 600  # a rank that does not answer a collective for so long has failed
 BARRIER_SECONDS = 3600  # and one that has not finished a stage so long after another
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 class Ranks:
@@ -642,51 +572,48 @@ class Ranks:
     Launched by torchrun; NCCL on GPUs, gloo on CPUs. The only place that knows device and precision.
     """
 
-    def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1, local_rank: int = 0):
-        self.device, self.rank, self.world_size, self.local_rank = device, rank, world_size, local_rank
+    def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1):
+        self.device, self.rank, self.world_size = device, rank, world_size
         self._store, self._barriers = None, 0
         self.stop_signal, self.stage_handles_stop = 0, False  # the harness sets both
 
     @classmethod
     def from_env(cls, cfg: Config, environ: Mapping[str, str]) -> "Ranks":
         """Pick the device; join the process group if torchrun started several processes."""
-        rank, local_rank, world_size = (
-            _rank_number(environ, name, default)
-            for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-        )
+        given = {name: environ.get(name, default) for name, default in TORCHRUN.items()}
+        for name, text in given.items():
+            if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) == 0):
+                raise ConfigError(f"{name}={text!r}: must be a whole number, as torchrun sets it")
+        rank, local_rank, world_size = map(int, given.values())
         if not local_rank <= rank < world_size:
             raise ConfigError(f"RANK={rank}: must be below WORLD_SIZE={world_size}, LOCAL_RANK at most RANK")
         check_micro_batches(cfg, world_size)
-        cuda = torch.cuda.is_available() and cfg.device != "cpu"
+        cuda, devices = torch.cuda.is_available() and cfg.device != "cpu", torch.cuda.device_count()
         if cfg.device == "cuda" and not cuda:
             raise ConfigError("DEVICE=cuda: torch sees no CUDA device; must be auto or cpu here")
-        if cuda and local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"LOCAL_RANK={local_rank}: this machine has {torch.cuda.device_count()} CUDA devices"
-            )
+        if cuda and local_rank >= devices:
+            raise ConfigError(f"LOCAL_RANK={local_rank}: this machine has {devices} CUDA devices")
         if cfg.cpu_threads:
             torch.set_num_threads(cfg.cpu_threads)
-        ranks = cls(
-            torch.device("cuda", local_rank) if cuda else torch.device("cpu"), rank, world_size, local_rank
-        )
-        if cuda:
-            torch.cuda.set_device(ranks.device)
+        device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        ranks = cls(device, rank, world_size)
+        if ranks.on_gpu:
+            torch.cuda.set_device(device)
             torch.backends.cuda.enable_cudnn_sdp(False)  # plans every shape anew; adaptation has thousands
         if world_size > 1:
-            ranks._join("nccl" if cuda else "gloo")
+            ranks._join("nccl" if ranks.on_gpu else "gloo")
         return ranks
 
     def _join(self, backend: str) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # renamed since
-        options = {"rank": self.rank, "world_size": self.world_size}
-        timeout = timedelta(seconds=COLLECTIVE_SECONDS)
+        options = {"timeout": timedelta(seconds=COLLECTIVE_SECONDS)}
         try:
-            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
-            dist.init_process_group(backend, store=store, timeout=timeout, **options)
+            store, *_ = next(dist.rendezvous("env://", **options))
+            options |= {"rank": self.rank, "world_size": self.world_size}
+            dist.init_process_group(backend, store=store, **options)
         except (ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"WORLD_SIZE={self.world_size}: ranks cannot meet ({error}); use torchrun"
-            ) from None
+            text = f"ranks cannot meet ({error}); use torchrun"
+            raise ConfigError(f"WORLD_SIZE={self.world_size}: {text}") from None
         self._store = dist.PrefixStore("barrier", store)
 
     @property
@@ -764,8 +691,7 @@ class Ranks:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """bfloat16 matrix products on CUDA, plain float32 on a CPU."""
-        enabled = self.on_gpu
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu)
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read afterwards is true."""
@@ -812,13 +738,6 @@ class Pending(NamedTuple):
 
 
 CPU = Ranks(torch.device("cpu"))  # one process without a GPU
-
-
-def _rank_number(environ: Mapping[str, str], name: str, default: int) -> int:
-    text = environ.get(name, str(default))
-    if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) == 0):
-        raise ConfigError(f"{name}={text!r}: must be a whole number, as torchrun sets it")
-    return int(text)
 
 
 def assign_to_ranks(costs: Sequence[float], world_size: int) -> list[int]:
@@ -4080,25 +3999,21 @@ class Run:
 
     def _log_head(self) -> None:
         """What a reader needs to trust the log: settings, sources, versions and device."""
-        backends, source = self.backends, self.sources["train_gpt.py"]
-        self.result["environment"] = {
+        if COUNTED:
+            return
+        source, text = self.sources["train_gpt.py"], show_settings(self.cfg)
+        self.log.text(f"{text}\n{'=' * 80}\n{source.decode(errors='backslashreplace')}\n{'=' * 80}")
+        self.result["environment"] = environment = {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if self.ranks.on_gpu else platform.machine(),
             "threads": torch.get_num_threads(),
             "ranks": self.ranks.world_size,
-            "attention": backends.attention,
-            "compiler": backends.compiler or "off",
-            "kernels": backends.kernels,
+            **dataclasses.asdict(self.backends),
             "source_sha256": hashlib.sha256(source).hexdigest(),
         }
-        if not COUNTED:
-            self.log.text(show_settings(self.cfg))
-            self.log.text(f"{'=' * 80}\n{source.decode(errors='backslashreplace')}\n{'=' * 80}")
-            self.watch.see("head", run=self)
-        self.log.event(
-            "start", run=self.log.run_id, folder=str(self.log.folder), **self.result["environment"]
-        )
+        self.watch.see("head", run=self)
+        self.log.event("start", run=self.log.run_id, folder=str(self.log.folder), **environment)
 
     # -- stages
 
@@ -4362,31 +4277,21 @@ class Run:
         return self.finish()
 
 
-WATCHED_SETTINGS = (  # what harness/ does
-    *("SCALE", "CHECKPOINT_SECONDS", "WANDB_PROJECT", "TENSORBOARD_DIR", "AUDIT", "PREFLIGHT_ONLY"),
-    *("QUANTIZE_ONLY", "ALLOW_UNVERIFIED_DATA"),
-)
-
-
 def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
-    needs = {  # setting -> is its part needed, and which
-        "COMPRESSOR": (cfg.compressor == "ans", "ans"),
-        "FIT_BYTES": (cfg.fit_bytes, "fit_bytes"),
-        "CASEOPS_ENABLED": (not cfg.caseops_enabled, "plain_text"),
-        "PLAIN_WINDOWS": (cfg.plain_windows, "stream"),
-        "SLIDING_WINDOW_ENABLED": (cfg.sliding_window_enabled, "stream"),
-        "TTT_SGD": (cfg.ttt_sgd, "stream"),
-        "TTT_CACHE_WINDOW": (cfg.ttt_cache_window, "cache"),
-        "ATTENTION_BACKEND": (cfg.attention_backend in ("fa4", "torch_varlen"), cfg.attention_backend),
+    needed = {  # setting -> the part that it needs, if it needs one
+        "COMPRESSOR": "ans" * (cfg.compressor == "ans"),
+        "FIT_BYTES": "fit_bytes" * (cfg.fit_bytes > 0),
+        "CASEOPS_ENABLED": "plain_text" * (not cfg.caseops_enabled),
+        "PLAIN_WINDOWS": "stream" * cfg.plain_windows,
+        "SLIDING_WINDOW_ENABLED": "stream" * cfg.sliding_window_enabled,
+        "TTT_SGD": "stream" * cfg.ttt_sgd,
+        "TTT_CACHE_WINDOW": "cache" * (cfg.ttt_cache_window > 0),
+        "ATTENTION_BACKEND": {"fa4": "fa4", "torch_varlen": "varlen"}.get(cfg.attention_backend, ""),
     }
-    for name, (needed, part) in needs.items():
-        file = {"torch_varlen": "varlen"}.get(part, part)
-        if needed and not (Path(__file__).resolve().parent / "systems" / f"{file}.py").is_file():
-            value = cfg.as_env()[name]
-            raise ConfigError(
-                f"{name}={value}: needs systems/{file}.py beside train_gpt.py, which is not there"
-            )
+    for name, part in needed.items():
+        if part and not (Path(__file__).resolve().parent / "systems" / f"{part}.py").is_file():
+            raise ConfigError(f"{cfg.pair(name)}: needs systems/{part}.py beside train_gpt.py")
 
 
 def find_file(cfg: Config, field: str, needed: bool = True) -> Path | None:
@@ -4452,11 +4357,11 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def check_alone(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     """Refuse what a script without harness/ beside it cannot do. Raises ConfigError."""
-    for name in WATCHED_SETTINGS:
-        if environ.get(name, "").lower() not in ("", "0", "0.0", "false"):
-            raise ConfigError(f"{name}={environ[name]}: needs harness/ beside train_gpt.py")
-    if arguments:
-        raise ConfigError(f"{' '.join(arguments)}: needs harness/ beside train_gpt.py")
+    watched = "CHECKPOINT_SECONDS WANDB_PROJECT TENSORBOARD_DIR AUDIT PREFLIGHT_ONLY QUANTIZE_ONLY SCALE"
+    asked = [name for name in watched.split() if environ.get(name, "0") not in ("", "0", "false")]
+    if arguments or asked:
+        text = " ".join([*arguments, *(f"{name}={environ[name]}" for name in asked)])
+        raise ConfigError(f"{text}: needs harness/ beside train_gpt.py")
 
 
 def say_mistake(error: UserError, environ: Mapping[str, str]) -> int:
