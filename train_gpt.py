@@ -776,71 +776,9 @@ def write_whole(path: Path, data: bytes) -> None:
 OUTPUTS = ("metrics.jsonl", "result.json", "train_gpt.packed.py")
 
 
-def numbered(wanted: Path) -> Iterable[Path]:
-    """The folder asked for, then name+2, name+3, ..."""
-    wanted = wanted if wanted.name else wanted.resolve()
-    return itertools.chain([wanted], (wanted.with_name(f"{wanted.name}+{i}") for i in itertools.count(2)))
-
-
-def new_folder(wanted: Path, outputs: Sequence[str]) -> Path:
-    """The folder asked for or, where outputs of an earlier run lie in it, the first free of name+2, ..."""
-    for folder in numbered(wanted):
-        try:
-            (folder / "logs").mkdir(parents=True, exist_ok=True)
-            if not any((folder / name).exists() for name in outputs):
-                (folder / "metrics.jsonl").touch(exist_ok=False)  # whoever makes it owns the folder
-                return folder
-        except OSError as error:
-            if not isinstance(error, FileExistsError):
-                raise ConfigError(f"ARTIFACT_DIR={folder}: cannot write there ({error.strerror})") from None
-
-
 def run_name(cfg: Config) -> str:
     """RUN_ID or, without one, a name of preset, seed and time."""
     return cfg.run_id or f"{cfg.preset}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-class RunLog:
-    """The run's folder and its log: events on the console, in logs/<RUN_ID>.txt and in metrics.jsonl.
-
-    Rank 0 writes; the other ranks' logs go nowhere. Files that are there already grow.
-    """
-
-    def __init__(
-        self, cfg: Config, ranks: Ranks = CPU, watch: "Watch | None" = None, folder: Path | None = None
-    ):
-        self.is_main, self._watch, self.run_id = ranks.is_main, watch or Watch(), run_name(cfg)
-        self.folder, text, metrics = (Path(os.devnull),) * 3
-        if self.is_main:
-            outputs = [Path(cfg.model_path).name, Path(cfg.quantized_model_path).name, *OUTPUTS]
-            wanted = Path(cfg.artifact_dir or Path("runs") / self.run_id)
-            self.folder = folder or new_folder(wanted, outputs)
-            text, metrics = self.folder / "logs" / f"{self.run_id}.txt", self.folder / "metrics.jsonl"
-        self._text = open(text, "a", encoding="utf-8")  # noqa: SIM115
-        self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115
-
-    def text(self, text: str, console: bool = False) -> None:
-        """Free text into the log file, and to the console if asked."""
-        self._write(self._text, text)
-        if console and self.is_main:
-            print(text, flush=True)
-
-    def event(self, stage: str, **values: object) -> None:
-        """One line `stage key:value ...` on console and log, the same as JSON in metrics.jsonl."""
-        shown = " ".join(f"{k}:{f'{v:.6g}' if isinstance(v, float) else v}" for k, v in values.items())
-        self.text(f"{stage} {shown}", console=True)
-        self._write(self._metrics, json.dumps({"stage": stage, **values}))
-        self._watch.see("line", stage=stage, values=values, log=self)
-
-    @staticmethod
-    def _write(file: io.TextIOBase, line: str) -> None:
-        with writing(file.name):
-            print(line, file=file, flush=True)
-
-    def close(self) -> None:
-        """Close the files."""
-        self._text.close()
-        self._metrics.close()
 
 
 class Watch:
@@ -873,6 +811,34 @@ class Worker:
 
     def load_state(self, state: Mapping) -> None:
         """Go on from a state."""
+
+
+class RunLog:
+    """What a run tells, a line at a time: to rank 0's console, and to the watch, which may keep it in files.
+
+    `folder` is that of the run's outputs; another than was asked for where the watch says so.
+    """
+
+    def __init__(self, cfg: Config, ranks: Ranks = CPU, watch: Watch | None = None):
+        self.is_main, self._watch, self.run_id = ranks.is_main, watch or Watch(), run_name(cfg)
+        self.folder = Path(cfg.artifact_dir or Path("runs") / self.run_id)
+        self._watch.see("folder", log=self, cfg=cfg)
+        if self.is_main:
+            if (self.folder / "result.json").exists():
+                raise ConfigError(f"ARTIFACT_DIR={self.folder}: holds an earlier run, must be another folder")
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def text(self, text: str, console: bool = False) -> None:
+        """Free text for the files, and for the console if asked."""
+        self._watch.see("text", text=text)
+        if console and self.is_main:
+            print(text, flush=True)
+
+    def event(self, stage: str, **values: object) -> None:
+        """One line `stage key:value ...`."""
+        shown = " ".join(f"{k}:{f'{v:.6g}' if isinstance(v, float) else v}" for k, v in values.items())
+        self.text(f"{stage} {shown}", console=True)
+        self._watch.see("line", stage=stage, values=values, log=self)
 
 
 class Stopwatch:
@@ -2169,13 +2135,13 @@ class LoRAOptimizer:
     """AdamW on the adapters of a batch. Dropped rows rest: neither they nor their moments change any more."""
 
     def __init__(self, cfg: Config, lora: BatchedLoRA):
-        self.cfg, self._lora, self.factors = cfg, lora, lora.use_last(lora.batch)
+        self.cfg, self.lora, self.factors = cfg, lora, lora.use_last(lora.batch)
         self._moments = [[torch.zeros_like(factor) for factor in self.factors] for _ in range(2)]
         self._steps = [torch.zeros((), dtype=torch.float32, device=factor.device) for factor in self.factors]
 
     def drop_finished_rows(self, rows: int) -> None:
         """Leave all but the last rows to rest."""
-        self.factors = self._lora.use_last(rows)
+        self.factors = self.lora.use_last(rows)
         self._moments = [[moment[-rows:] for moment in moments] for moments in self._moments]
 
     def step(self, loss: Tensor) -> None:
@@ -3360,9 +3326,18 @@ class BpbMeter:
 class Evaluation(Worker):
     """A worker that scores. Its meter has the sums of this rank and, behind the last unit, those of all."""
 
-    def __init__(self, val: ValidationSet, ranks: Ranks, watch: Watch | None):
-        self.val, self.ranks, self.watch, self.meter = val, ranks, watch or Watch(), BpbMeter()
-        self.total = val.num_targets
+    def __init__(
+        self,
+        model: GPT,
+        val: ValidationSet,
+        cfg: Config,
+        *,
+        looping: bool,
+        ranks: Ranks = CPU,
+        watch: Watch | None = None,
+    ):
+        self.model, self.val, self.cfg, self.looping, self.ranks = model, val, cfg, looping, ranks
+        self.watch, self.meter, self.total = watch or Watch(), BpbMeter(), val.num_targets
 
     def run(self) -> BpbMeter:
         """Do all units, unwatched."""
@@ -3398,26 +3373,16 @@ class StandardEvaluation(Evaluation):
     Documents attend to themselves, at most EVAL_SEQ_LEN tokens back. Ranks take rows in turn.
     """
 
-    def __init__(
-        self,
-        model: GPT,
-        val: ValidationSet,
-        cfg: Config,
-        *,
-        looping: bool,
-        ranks: Ranks = CPU,
-        watch: Watch | None = None,
-    ):
-        super().__init__(val, ranks, watch)
-        self.cfg, self.score = cfg, model_score(model, looping=looping, ranks=ranks)
+    def __init__(self, model: GPT, *arguments: object, **options: object):
+        super().__init__(model, *arguments, **options)
+        self.score = model_score(model, looping=self.looping, ranks=self.ranks)
 
     def units(self) -> Iterable[None]:
         """Score row after row."""
         cfg, val, targets = self.cfg, self.val, self.cfg.val_batch_tokens // CONTEST_MICRO_BATCHES
         for start in range(self.ranks.rank * targets, val.num_targets, self.ranks.world_size * targets):
             end = min(start + targets, val.num_targets)
-            row = packed_row(val.tokens[start : end + 1], cfg.eval_seq_len, cfg.plain_windows)
-            losses = self.score(*row)
+            losses = self.score(*packed_row(val.tokens[start : end + 1], cfg.eval_seq_len, cfg.plain_windows))
             self.meter.add(losses, val.target_bytes[start:end])
             self.watch.see("row", start=start, end=end, losses=losses)
             self.done = end
@@ -3589,22 +3554,12 @@ class ScoreFirstTTT(Evaluation):
 
     kept_by = "each rank"
 
-    def __init__(
-        self,
-        model: GPT,
-        val: ValidationSet,
-        cfg: Config,
-        *,
-        looping: bool,
-        ranks: Ranks = CPU,
-        generator: torch.Generator | None = None,
-        watch: Watch | None = None,
-    ):
-        super().__init__(val, ranks, watch)
-        self.model, self.cfg, self.looping = model, cfg, looping
+    def __init__(self, *arguments: object, generator: torch.Generator | None = None, **options: object):
+        super().__init__(*arguments, **options)
+        val, cfg = self.val, self.cfg
         self._generator = generator or torch.Generator().manual_seed(cfg.seed)
         documents = select_documents(val.documents, cfg.val_doc_fraction, cfg.seed)
-        self.total = len(documents) / ranks.world_size
+        self.total = len(documents) / self.ranks.world_size
         self.batches = ttt_batches(list(enumerate(documents)), cfg)
         self.boundaries = phase_boundaries(
             cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, len(documents)
@@ -3690,16 +3645,15 @@ class ScoreFirstTTT(Evaluation):
 
     def _score_batch(self, batch: TTTBatch, lora: BatchedLoRA, size: int) -> None:
         """Score and adapt the documents of a batch by chunks of `size` targets."""
-        self.model.requires_grad_(False)  # a compiled backward pass would compute all that may be wanted
-        cfg, see, optimizer = self.cfg, self.watch.see, LoRAOptimizer(self.cfg, lora)
-        rows, sums = lora.batch, []
-        chunk_loss_sum = torch.zeros(rows, device=self.ranks.device)  # mean losses of a document's chunks
-        lora.active = torch.ones_like(chunk_loss_sum, dtype=torch.bool)
-        cache, first = None, 0
+        self.model.requires_grad_(False)  # A compiled backward pass would compute all that may be wanted.
+        cfg, optimizer, cache, first = self.cfg, LoRAOptimizer(self.cfg, lora), None, 0
         if cfg.ttt_cache_window:
             from systems.cache import KeyValueCache
 
             cache = KeyValueCache()
+        rows, sums = lora.batch, []
+        chunk_loss_sum = torch.zeros(rows, device=self.ranks.device)  # of the mean losses of chunks so far
+        lora.active = torch.ones_like(chunk_loss_sum, dtype=torch.bool)
         for chunk in range(-(-batch.targets // size)):
             if cfg.ttt_cache_window:
                 first = cache.advance((chunk + 1) * size, cfg)
@@ -3707,14 +3661,17 @@ class ScoreFirstTTT(Evaluation):
             if len(part.documents) <= rows * 7 // 8:
                 rows = len(part.documents)
                 optimizer.drop_finished_rows(rows)
-            learns = bool(part.trains.any())
+            learns, event = (
+                bool(part.trains.any()),
+                {"batch_number": batch.index, "chunk": chunk, "part": part},
+            )
             with torch.set_grad_enabled(learns):
                 losses = self._losses(part, lora, cache)
             sums.append(self._sums(part, losses, chunk_loss_sum, chunk, lora))
-            see("scored", batch_number=batch.index, chunk=chunk, part=part, losses=losses)
+            self.watch.see("scored", losses=losses, **event)
             if learns:
-                see("trained", batch_number=batch.index, chunk=chunk, part=part)
-                self._adapt(part, lora, optimizer, losses, cache)
+                self.watch.see("trained", **event)
+                self._adapt(part, optimizer, losses, cache)
         lora.use_last(lora.batch)
         chunks = [[float(loss_sum), byte_sum, tokens] for loss_sum, byte_sum, tokens in sums]
         for chunk in chunks:
@@ -3722,8 +3679,8 @@ class ScoreFirstTTT(Evaluation):
         diverged = int((~lora.active).sum())
         self.diverged += diverged
         totals = dict(zip(("loss_sum", "byte_sum", "token_count"), self.meter.sums, strict=True))
-        facts = {"chunks": chunks, "lora": lora, "batch": batch, "diverged": diverged}
-        see("batch_done", batch_number=batch.index, **facts, **totals)
+        facts = totals | {"chunks": chunks, "lora": lora, "batch": batch, "diverged": diverged}
+        self.watch.see("batch_done", batch_number=batch.index, **facts)
 
     def _sums(
         self, part: ChunkBatch, losses: Tensor, chunk_loss_sum: Tensor, chunk: int, lora: BatchedLoRA
@@ -3751,17 +3708,12 @@ class ScoreFirstTTT(Evaluation):
             return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache)
 
     def _adapt(
-        self,
-        part: ChunkBatch,
-        lora: BatchedLoRA,
-        optimizer: LoRAOptimizer,
-        losses: Tensor,
-        cache: "KeyValueCache | None",
+        self, part: ChunkBatch, optimizer: LoRAOptimizer, losses: Tensor, cache: "KeyValueCache | None"
     ) -> None:
         """Optimiser steps on a scored chunk; the first takes the gradient of the scoring pass itself."""
         trains = self.ranks.put(part.trains)
         for step in range(self.cfg.ttt_grad_steps):
-            losses = self._losses(part, lora, cache) if step else losses
+            losses = self._losses(part, optimizer.lora, cache) if step else losses
             optimizer.step(torch.where(trains, losses.mean(1), 0.0).sum())
 
     def _global_phase(self, done: Sequence[TTTBatch]) -> None:
@@ -3803,85 +3755,81 @@ def global_sgd(
 ) -> tuple[list[float], list[float]]:
     """One phase of SGD on all base weights over scored tokens [n+1]; as published, all chunks but the last.
 
-    Each rank takes some of a step's documents; the gradients travel in one buffer.
-
     Returns the gradient norm before clipping and the learning rate of every step.
     """
     model.requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), cfg.global_ttt_lr, cfg.global_ttt_momentum)
-    size = cfg.global_ttt_chunk_tokens
+    training = BaseTraining(model, cfg, cfg.global_ttt_respect_doc_boundaries, looping, ranks)
+    size, norms, rates = cfg.global_ttt_chunk_tokens, [], []
     num_chunks = -(-(len(tokens) - 1) // size)
-    how = cfg.global_ttt_epochs, cfg.global_ttt_respect_doc_boundaries
-    norms, rates = [], []
     for chunk in range(num_chunks - 1):
-        optimizer.param_groups[0]["lr"] = rate = global_sgd_lr(chunk, num_chunks, cfg)
-        row = tokens[chunk * size : (chunk + 1) * size + 1]
-        steps = global_sgd_chunk(model, row, cfg, optimizer, *how, looping=looping, ranks=ranks)
+        rate, row = global_sgd_lr(chunk, num_chunks, cfg), tokens[chunk * size : (chunk + 1) * size + 1]
+        steps = training.train(row, optimizer, rate, cfg.global_ttt_epochs)
         norms += steps
         rates += [rate] * len(steps)
     return [float(norm) for norm in norms], rates
 
 
-def global_sgd_chunk(
-    model: GPT,
-    tokens: Tensor,
-    cfg: Config,
-    optimizer: torch.optim.Optimizer,
-    epochs: int,
-    by_document: bool,
-    *,
-    looping: bool,
-    ranks: Ranks,
-) -> list[Tensor]:
-    """All passes over the whole windows of scored tokens [n+1]; returns each step's norm before clipping.
+class BaseTraining:
+    """Trains all base weights on scored tokens, in windows of EVAL_SEQ_LEN.
 
-    Attention stays inside documents (`by_document`) or inside windows of EVAL_SEQ_LEN.
+    Attention stays inside documents (`by_document`) or inside windows. Each rank takes some of a step's
+    documents or windows; the gradients travel in one buffer.
     """
-    window, norms = cfg.eval_seq_len, []
-    windows = (len(tokens) - 1) // window
-    for start in list(range(0, windows, cfg.global_ttt_batch_seqs)) * epochs:
-        count = window * min(cfg.global_ttt_batch_seqs, windows - start)
-        row = tokens[start * window : start * window + count + 1]
-        part = _part_of_row(row, window, by_document, ranks)
-        if len(part) > 1:
-            (_row_losses(model, part, window, by_document, looping, ranks).sum() / count).backward()
-        ranks.sum_packed_([_gradient(parameter) for parameter in model.parameters()])
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), cfg.global_ttt_grad_clip or math.inf))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return norms
 
+    def __init__(self, model: GPT, cfg: Config, by_document: bool, looping: bool, ranks: Ranks):
+        self.model, self.cfg, self.by_document, self.looping, self.ranks = (
+            model,
+            cfg,
+            by_document,
+            looping,
+            ranks,
+        )
 
-def _part_of_row(row: Tensor, window: int, by_document: bool, ranks: Ranks) -> Tensor:
-    """This rank's part of a row, cut only where no context is lost: between segments, or between windows."""
-    starts = range(0, len(row), window)
-    if by_document:
-        starts = packed_row(row, window)[2].cu_seqlens.tolist()
-    even = ((len(row) - 1) * (ranks.rank + i) // ranks.world_size for i in (0, 1))
-    low, high = (starts[bisect.bisect_left(starts, cut)] for cut in even)
-    return row[low : high + 1]
+    def train(
+        self, tokens: Tensor, optimizer: torch.optim.Optimizer, rate: float, epochs: int
+    ) -> list[Tensor]:
+        """Go over the whole windows of tokens [n+1] some times; returns each step's norm before clipping."""
+        optimizer.param_groups[0]["lr"] = rate
+        cfg, parameters, norms = self.cfg, list(self.model.parameters()), []
+        window = cfg.eval_seq_len
+        windows = (len(tokens) - 1) // window
+        for start in list(range(0, windows, cfg.global_ttt_batch_seqs)) * epochs:
+            count = window * min(cfg.global_ttt_batch_seqs, windows - start)
+            part = self._part(tokens[start * window : start * window + count + 1])
+            if len(part) > 1:
+                (self.losses(part).sum() / count).backward()
+            for parameter in parameters:  # a rank without windows still takes part in the sum
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            self.ranks.sum_packed_([parameter.grad for parameter in parameters])
+            norms.append(nn.utils.clip_grad_norm_(parameters, cfg.global_ttt_grad_clip or math.inf))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norms
 
+    def _part(self, row: Tensor) -> Tensor:
+        """This rank's part of a row, cut where no context is lost: between segments, or between windows."""
+        starts, ranks = range(0, len(row), self.cfg.eval_seq_len), self.ranks
+        if self.by_document:
+            starts = packed_row(row, self.cfg.eval_seq_len)[2].cu_seqlens.tolist()
+        even = ((len(row) - 1) * (ranks.rank + i) // ranks.world_size for i in (0, 1))
+        low, high = (starts[bisect.bisect_left(starts, cut)] for cut in even)
+        return row[low : high + 1]
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    """A parameter's gradient, zero where it has none: a rank without windows still takes part in the sum."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
-
-
-def _row_losses(
-    model: GPT, tokens: Tensor, window: int, by_document: bool, looping: bool, ranks: Ranks
-) -> Tensor:
-    """Losses of consecutive windows: as one row with document segments, or as plain rows."""
-    x, y, segments = packed_row(tokens, window)
-    with ranks.autocast():
-        if not by_document:
-            x, y = (ranks.put(part.view(-1, window)) for part in (x, y))
-            return model.losses(x, y, looping=looping)
-        batch = ranks.send(x, y, segments, model.backends.compiler)
-        if model.backends.compiler:
-            return compiled_row(model, batch, looping)
-        return model.losses(*batch, looping=looping)
+    def losses(self, tokens: Tensor) -> Tensor:
+        """Losses of consecutive windows [n+1]: as one row with document segments, or as plain rows."""
+        model, ranks, window = self.model, self.ranks, self.cfg.eval_seq_len
+        x, y, segments = packed_row(tokens, window)
+        with ranks.autocast():
+            if not self.by_document:
+                x, y = (ranks.put(part.view(-1, window)) for part in (x, y))
+                return model.losses(x, y, looping=self.looping)
+            batch = ranks.send(x, y, segments, model.backends.compiler)
+            if not model.backends.compiler:
+                return model.losses(*batch, looping=self.looping)
+            for tensor in batch[:2]:
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+            return model(*batch, looping=self.looping)
 
 
 # -- test-time training compiled: one graph for any number of rows and tokens
@@ -3902,13 +3850,6 @@ def compiled_losses(
     losses = model(x, y, looping=looping, lora=lora, scored=scored)
     lora.active = active
     return losses[rows - used :]
-
-
-def compiled_row(model: GPT, batch: Batch, looping: bool) -> Tensor:
-    """`model.losses` of a row of documents."""
-    for tensor in batch[:2]:
-        torch._dynamo.maybe_mark_dynamic(tensor, 1)
-    return model(*batch, looping=looping)
 
 
 def warm_up_ttt(model: GPT, cfg: Config, sizes: Iterable[int], looping: bool, ranks: Ranks) -> int:
@@ -3939,8 +3880,8 @@ def warm_up_ttt(model: GPT, cfg: Config, sizes: Iterable[int], looping: bool, ra
                 if cfg.phased_ttt_prefix_docs:
                     count = min(len(chunks), cfg.global_ttt_batch_seqs) * cfg.eval_seq_len + 1
                     row = torch.randint(BOS, cfg.vocab_size, (count,), generator=generator)
-                    how = cfg.eval_seq_len, cfg.global_ttt_respect_doc_boundaries
-                    _row_losses(model, row, *how, looping, ranks).sum().backward()
+                    by_document = cfg.global_ttt_respect_doc_boundaries
+                    BaseTraining(model, cfg, by_document, looping, ranks).losses(row).sum().backward()
     finally:
         model.requires_grad_(True).zero_grad(set_to_none=True)
         model.load_state_dict(before)
@@ -3966,7 +3907,6 @@ class Run:
         backends: Backends,
         sources: Mapping[str, bytes],
         watch: Watch | None = None,
-        folder: Path | None = None,
     ):
         self.cfg, self.ranks, self.backends, self.sources = cfg, ranks, backends, sources
         self.watch, self.clock = watch or Watch(), Stopwatch(ranks)
@@ -3987,7 +3927,7 @@ class Run:
         self.watch.see("sizes", run=self)
         self.model = self._first_model(artifact, checkpoint)
         self.watch.see("model", run=self)
-        self.log = RunLog(self.cfg, ranks, self.watch, folder)
+        self.log = RunLog(self.cfg, ranks, self.watch)
         self._log_head()
         self.watch.see("opened", run=self)
 
@@ -4337,9 +4277,8 @@ def execute(run: Run) -> int:
     """All stages of a run; what ends it early is said with rank and stage. Exit code as `main`."""
     ranks = run.ranks
     try:
-        with contextlib.closing(run.log):
-            code = run.execute()
-            run.watch.see("ended", code=code)
+        code = run.execute()
+        run.watch.see("ended", code=code)
         ranks.wait_for_all("end")  # torchrun ends all ranks when one has left with another code than 0
         ranks.close()
         return code
