@@ -140,7 +140,7 @@ class Guard(Watch):
                 raise
             run.log.event("notice", text=f"the model is not compiled, which is slow: {one_line(error)}")
             run.backends = dataclasses.replace(run.backends, compiler="")
-            run.result["environment"]["compiler"] = "off"
+            run.result["environment"]["compiler"] = ""
             run.model = run.new_model(run.cfg)
             fitted = fit_memory(run.cfg, run.model, run.ranks)
         if fitted != run.backends:

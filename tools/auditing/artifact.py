@@ -69,6 +69,7 @@ import atexit, json, os, runpy, sys, sysconfig
 script, report, here, *denied = sys.argv[1:]
 read, refused, outside, on = set(), set(), set(), [True]
 libraries = {*sysconfig.get_paths().values(), *filter(None, sys.path), "/proc", "/sys", "/dev", "/etc"}
+libraries = {os.path.realpath(folder) for folder in libraries}
 def within(name, folder):
     return name == folder or name.startswith(folder.rstrip("/") + "/")
 def notice(event, arguments):
