@@ -1337,7 +1337,10 @@ def _head_loss_backward(ctx: object, grads: Tensor, _: Tensor) -> tuple[Tensor |
 
 _head_loss = _operator(
     "head_loss(Tensor h, Tensor weight, Tensor targets, float cap) -> (Tensor, Tensor)",
-    lambda h, weight, *_: (h.new_empty(len(h), dtype=torch.float32), h.new_empty(len(h), len(weight))),
+    lambda h, weight, *_: (  # size(0), unlike len, may be any number to a graph
+        h.new_empty(h.size(0), dtype=torch.float32),
+        h.new_empty(h.size(0), len(weight)),
+    ),
     lambda losses, dz, h, weight, targets, cap: launch_cross_entropy(
         torch.mm(h, weight.T, out=dz), targets, losses, cap
     ),
@@ -1626,8 +1629,8 @@ _mlp = _operator(
     "mlp(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor, Tensor)",
     lambda x, up, down: (
         torch.empty_like(x),
-        x.new_empty(len(x), len(up)),
-        x.new_empty(len(x), -(-len(up) // 32), dtype=torch.int32),
+        x.new_empty(x.size(0), len(up)),
+        x.new_empty(x.size(0), -(-len(up) // 32), dtype=torch.int32),
     ),
     _mlp_forward,
     lambda ctx, inputs, results: ctx.save_for_backward(*inputs, *results[1:]),
@@ -4148,11 +4151,11 @@ class Run:
         """Phased score-first LoRA test-time training: the contest score."""
         cfg = self.model.cfg
         documents = select_documents(self.val.documents, cfg.val_doc_fraction, cfg.seed)
+        self.watch.see("adapting", run=self)  # a watch that changes `forward` does so before it is compiled
         if self.model.backends.compiler:
             self.compile_adaptation(documents)
         options = {"looping": self.looping, "ranks": self.ranks, "watch": self.watch}
         worker = ScoreFirstTTT(self.model, self.val, cfg, **options)
-        self.watch.see("adapting", run=self)
         self.stage("ttt", worker)
         self.watch.see("adapted", run=self)
         self.record("ttt", worker.meter, documents)
