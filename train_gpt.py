@@ -306,6 +306,7 @@ class Config:
                 if not holds:
                     raise ConfigError(f"{' '.join(map(self.pair, names.split()))}: {text}")
         check_micro_batches(self, world_size=1)  # what one rank cannot divide, more cannot either
+        check_systems(self)
         chunk_size(self, 0)  # TTT_CHUNK_BY_LENGTH is read as if a document were to be scored
         kernel_names(self.triton_kernels)
 
@@ -1336,7 +1337,10 @@ def _head_loss_backward(ctx: object, grads: Tensor, _: Tensor) -> tuple[Tensor |
 
 _head_loss = _operator(
     "head_loss(Tensor h, Tensor weight, Tensor targets, float cap) -> (Tensor, Tensor)",
-    lambda h, weight, *_: (h.new_empty(len(h), dtype=torch.float32), h.new_empty(len(h), len(weight))),
+    lambda h, weight, *_: (  # size(0), unlike len, may be any number to a graph
+        h.new_empty(h.size(0), dtype=torch.float32),
+        h.new_empty(h.size(0), len(weight)),
+    ),
     lambda losses, dz, h, weight, targets, cap: launch_cross_entropy(
         torch.mm(h, weight.T, out=dz), targets, losses, cap
     ),
@@ -1625,8 +1629,8 @@ _mlp = _operator(
     "mlp(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor, Tensor)",
     lambda x, up, down: (
         torch.empty_like(x),
-        x.new_empty(len(x), len(up)),
-        x.new_empty(len(x), -(-len(up) // 32), dtype=torch.int32),
+        x.new_empty(x.size(0), len(up)),
+        x.new_empty(x.size(0), -(-len(up) // 32), dtype=torch.int32),
     ),
     _mlp_forward,
     lambda ctx, inputs, results: ctx.save_for_backward(*inputs, *results[1:]),
@@ -3911,7 +3915,6 @@ class Run:
         self.watch, self.clock = watch or Watch(), Stopwatch(ranks)
         self.looping = cfg.num_loops > 0  # a trained model is evaluated with its loops
         if not COUNTED:
-            check_systems(cfg)
             check_codec(cfg.compressor)  # missing: said before training, not after it
         self.stages: dict[str, dict[str, float]] = {}
         self.result: dict[str, object] = {}
@@ -3939,6 +3942,8 @@ class Run:
             self.cfg = model.cfg  # what made the artifact is what the counted code needs
             return model
         if checkpoint and not COUNTED:
+            if "harness/readers.py" not in self.sources:
+                raise ConfigError(f"MODEL_PATH={checkpoint}: needs harness/ beside train_gpt.py to be read")
             from harness.readers import model_of_checkpoint
 
             return model_of_checkpoint(self, checkpoint)
@@ -4146,11 +4151,11 @@ class Run:
         """Phased score-first LoRA test-time training: the contest score."""
         cfg = self.model.cfg
         documents = select_documents(self.val.documents, cfg.val_doc_fraction, cfg.seed)
+        self.watch.see("adapting", run=self)  # a watch that changes `forward` does so before it is compiled
         if self.model.backends.compiler:
             self.compile_adaptation(documents)
         options = {"looping": self.looping, "ranks": self.ranks, "watch": self.watch}
         worker = ScoreFirstTTT(self.model, self.val, cfg, **options)
-        self.watch.see("adapting", run=self)
         self.stage("ttt", worker)
         self.watch.see("adapted", run=self)
         self.record("ttt", worker.meter, documents)
@@ -4252,6 +4257,7 @@ def check_systems(cfg: Config) -> None:
         "SLIDING_WINDOW_ENABLED": "stream" * cfg.sliding_window_enabled,
         "TTT_SGD": "stream" * cfg.ttt_sgd,
         "TTT_CACHE_WINDOW": "cache" * (cfg.ttt_cache_window > 0),
+        "TTT_CHUNK_BY_LENGTH": "chunks" * (cfg.ttt_chunk_by_length > ""),
         "ATTENTION_BACKEND": {"fa4": "fa4", "torch_varlen": "varlen"}.get(cfg.attention_backend, ""),
     }
     for name, part in needed.items():
