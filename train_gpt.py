@@ -306,6 +306,7 @@ class Config:
                 if not holds:
                     raise ConfigError(f"{' '.join(map(self.pair, names.split()))}: {text}")
         check_micro_batches(self, world_size=1)  # what one rank cannot divide, more cannot either
+        check_systems(self)
         chunk_size(self, 0)  # TTT_CHUNK_BY_LENGTH is read as if a document were to be scored
         kernel_names(self.triton_kernels)
 
@@ -3914,7 +3915,6 @@ class Run:
         self.watch, self.clock = watch or Watch(), Stopwatch(ranks)
         self.looping = cfg.num_loops > 0  # a trained model is evaluated with its loops
         if not COUNTED:
-            check_systems(cfg)
             check_codec(cfg.compressor)  # missing: said before training, not after it
         self.stages: dict[str, dict[str, float]] = {}
         self.result: dict[str, object] = {}
@@ -3942,6 +3942,8 @@ class Run:
             self.cfg = model.cfg  # what made the artifact is what the counted code needs
             return model
         if checkpoint and not COUNTED:
+            if "harness/readers.py" not in self.sources:
+                raise ConfigError(f"MODEL_PATH={checkpoint}: needs harness/ beside train_gpt.py to be read")
             from harness.readers import model_of_checkpoint
 
             return model_of_checkpoint(self, checkpoint)
@@ -4255,6 +4257,7 @@ def check_systems(cfg: Config) -> None:
         "SLIDING_WINDOW_ENABLED": "stream" * cfg.sliding_window_enabled,
         "TTT_SGD": "stream" * cfg.ttt_sgd,
         "TTT_CACHE_WINDOW": "cache" * (cfg.ttt_cache_window > 0),
+        "TTT_CHUNK_BY_LENGTH": "chunks" * (cfg.ttt_chunk_by_length > ""),
         "ATTENTION_BACKEND": {"fa4": "fa4", "torch_varlen": "varlen"}.get(cfg.attention_backend, ""),
     }
     for name, part in needed.items():
