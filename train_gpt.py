@@ -775,71 +775,9 @@ def write_whole(path: Path, data: bytes) -> None:
 OUTPUTS = ("metrics.jsonl", "result.json", "train_gpt.packed.py")
 
 
-def numbered(wanted: Path) -> Iterable[Path]:
-    """The folder asked for, then name+2, name+3, ..."""
-    wanted = wanted if wanted.name else wanted.resolve()
-    return itertools.chain([wanted], (wanted.with_name(f"{wanted.name}+{i}") for i in itertools.count(2)))
-
-
-def new_folder(wanted: Path, outputs: Sequence[str]) -> Path:
-    """The folder asked for or, where outputs of an earlier run lie in it, the first free of name+2, ..."""
-    for folder in numbered(wanted):
-        try:
-            (folder / "logs").mkdir(parents=True, exist_ok=True)
-            if not any((folder / name).exists() for name in outputs):
-                (folder / "metrics.jsonl").touch(exist_ok=False)  # whoever makes it owns the folder
-                return folder
-        except OSError as error:
-            if not isinstance(error, FileExistsError):
-                raise ConfigError(f"ARTIFACT_DIR={folder}: cannot write there ({error.strerror})") from None
-
-
 def run_name(cfg: Config) -> str:
     """RUN_ID or, without one, a name of preset, seed and time."""
     return cfg.run_id or f"{cfg.preset}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-class RunLog:
-    """The run's folder and its log: events on the console, in logs/<RUN_ID>.txt and in metrics.jsonl.
-
-    Rank 0 writes; the other ranks' logs go nowhere. Files that are there already grow.
-    """
-
-    def __init__(
-        self, cfg: Config, ranks: Ranks = CPU, watch: "Watch | None" = None, folder: Path | None = None
-    ):
-        self.is_main, self._watch, self.run_id = ranks.is_main, watch or Watch(), run_name(cfg)
-        self.folder, text, metrics = (Path(os.devnull),) * 3
-        if self.is_main:
-            outputs = [Path(cfg.model_path).name, Path(cfg.quantized_model_path).name, *OUTPUTS]
-            wanted = Path(cfg.artifact_dir or Path("runs") / self.run_id)
-            self.folder = folder or new_folder(wanted, outputs)
-            text, metrics = self.folder / "logs" / f"{self.run_id}.txt", self.folder / "metrics.jsonl"
-        self._text = open(text, "a", encoding="utf-8")  # noqa: SIM115
-        self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115
-
-    def text(self, text: str, console: bool = False) -> None:
-        """Free text into the log file, and to the console if asked."""
-        self._write(self._text, text)
-        if console and self.is_main:
-            print(text, flush=True)
-
-    def event(self, stage: str, **values: object) -> None:
-        """One line `stage key:value ...` on console and log, the same as JSON in metrics.jsonl."""
-        shown = " ".join(f"{k}:{f'{v:.6g}' if isinstance(v, float) else v}" for k, v in values.items())
-        self.text(f"{stage} {shown}", console=True)
-        self._write(self._metrics, json.dumps({"stage": stage, **values}))
-        self._watch.see("line", stage=stage, values=values, log=self)
-
-    @staticmethod
-    def _write(file: io.TextIOBase, line: str) -> None:
-        with writing(file.name):
-            print(line, file=file, flush=True)
-
-    def close(self) -> None:
-        """Close the files."""
-        self._text.close()
-        self._metrics.close()
 
 
 class Watch:
@@ -872,6 +810,34 @@ class Worker:
 
     def load_state(self, state: Mapping) -> None:
         """Go on from a state."""
+
+
+class RunLog:
+    """What a run tells, a line at a time: to rank 0's console, and to the watch, which may keep it in files.
+
+    `folder` is that of the run's outputs; another than was asked for where the watch says so.
+    """
+
+    def __init__(self, cfg: Config, ranks: Ranks = CPU, watch: Watch | None = None):
+        self.is_main, self._watch, self.run_id = ranks.is_main, watch or Watch(), run_name(cfg)
+        self.folder = Path(cfg.artifact_dir or Path("runs") / self.run_id)
+        self._watch.see("folder", log=self, cfg=cfg)
+        if self.is_main:
+            if (self.folder / "result.json").exists():
+                raise ConfigError(f"ARTIFACT_DIR={self.folder}: holds an earlier run, must be another folder")
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def text(self, text: str, console: bool = False) -> None:
+        """Free text for the files, and for the console if asked."""
+        self._watch.see("text", text=text)
+        if console and self.is_main:
+            print(text, flush=True)
+
+    def event(self, stage: str, **values: object) -> None:
+        """One line `stage key:value ...`."""
+        shown = " ".join(f"{k}:{f'{v:.6g}' if isinstance(v, float) else v}" for k, v in values.items())
+        self.text(f"{stage} {shown}", console=True)
+        self._watch.see("line", stage=stage, values=values, log=self)
 
 
 class Stopwatch:
@@ -3965,7 +3931,6 @@ class Run:
         backends: Backends,
         sources: Mapping[str, bytes],
         watch: Watch | None = None,
-        folder: Path | None = None,
     ):
         self.cfg, self.ranks, self.backends, self.sources = cfg, ranks, backends, sources
         self.watch, self.clock = watch or Watch(), Stopwatch(ranks)
@@ -3987,7 +3952,7 @@ class Run:
         self.watch.see("sizes", run=self)
         self.model = self._first_model(artifact, checkpoint)
         self.watch.see("model", run=self)
-        self.log = RunLog(self.cfg, ranks, self.watch, folder)
+        self.log = RunLog(self.cfg, ranks, self.watch)
         self._log_head()
         self.watch.see("opened", run=self)
 
@@ -4334,9 +4299,8 @@ def execute(run: Run) -> int:
     """All stages of a run; what ends it early is said with rank and stage. Exit code as `main`."""
     ranks = run.ranks
     try:
-        with contextlib.closing(run.log):
-            code = run.execute()
-            run.watch.see("ended", code=code)
+        code = run.execute()
+        run.watch.see("ended", code=code)
         ranks.wait_for_all("end")  # torchrun ends all ranks when one has left with another code than 0
         ranks.close()
         return code
