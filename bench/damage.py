@@ -4,7 +4,7 @@
 
 Flipped bits, cut and longer files, zeroed and overwritten blocks, swapped, empty and missing files; shards,
 sidecar, tokenizer, manifest, artifact (each codec) and full-precision weights in turn. Each case goes through
-what a run does before it trains (`GuardedRun`), then everything that was loaded is compared. `refused`: a
+what a run does before it trains (`Inspected`), then everything that was loaded is compared. `refused`: a
 UserError whose text names a damaged file. `harmless`: the same tokens, bytes, pieces and weights. All else is
 `wrong`: exit code 1.
 """
@@ -26,8 +26,10 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_gpt as tg
+import train_gpt as tg  # noqa: I001 - the house's other parts import it by its name
 from bench.settings import TINY, make_data
+from harness.preflight import Preflight
+from systems.plain_text import load_tokenizer
 
 KINDS = ("bits", "cut", "longer", "zeros", "overwritten", "swapped", "empty", "missing")
 ENDS = ("damaged", "refused", "harmless", "wrong")
@@ -40,11 +42,21 @@ class Target(NamedTuple):
     load: Callable[[], str]  # reads it as a run does: digest of what was read, or raises UserError
 
 
-class Loaded(tg.GuardedRun):
-    """A run that has read its inputs, without folder and log."""
+class QuietPreflight(Preflight):
+    """The checks of a run's inputs, without a word."""
 
-    def _open_log(self, *_: object) -> None:
-        return None
+    def see(self, kind: str, **facts: object) -> None:
+        """As Preflight's, but for what goes to the log."""
+        if kind != "opened":
+            super().see(kind, **facts)
+
+
+class Inspected(tg.Run):
+    """A run that has read its inputs and written nothing."""
+
+    def __init__(self, cfg: tg.Config):
+        self.preflight = QuietPreflight(cfg, tg.CPU)
+        super().__init__(cfg, tg.CPU, self.preflight.backends(), {}, self.preflight)
 
     def _log_head(self) -> None:
         pass
@@ -57,7 +69,7 @@ class Loaded(tg.GuardedRun):
             for path in tg.shard_paths(self.cfg.data_folder, "train"):
                 digest.update(tg.read_shard(path).tobytes())
         digest.update(self.val.tokens.numpy().tobytes() + self.val.target_bytes.numpy().tobytes())
-        tokenizer = tg.load_tokenizer(self.cfg)
+        tokenizer = load_tokenizer(self.cfg)
         for i in range(tokenizer.get_piece_size()):
             digest.update(f"{tokenizer.id_to_piece(i)!r} {tokenizer.get_score(i)!r}".encode())
         for name, tensor in self.model.state_dict().items():
@@ -70,7 +82,7 @@ def _loader(folder: Path, **settings: str) -> Callable[[], str]:
     environ = TINY | {"DATA_PATH": str(folder / "data"), "ARTIFACT_DIR": str(folder / "out")} | settings
 
     def load() -> str:
-        return Loaded(tg.Config.from_env(environ), tg.CPU, b"").digest()
+        return Inspected(tg.Config.from_env(environ)).digest()
 
     return load
 

@@ -1,7 +1,7 @@
 """Checkpoints: a run that was cut off goes on between units of a stage, or between stages.
 
-The manager knows no stage. It keeps what the run and the other watches say of themselves, and with it the state
-of the worker under way: rank 0's for all ranks, or each rank's own.
+The manager knows no stage. It keeps what the run and the ledger say of themselves, and with it the state of
+the worker under way: rank 0's for all ranks, or each rank's own.
 """
 
 import contextlib
@@ -27,13 +27,12 @@ from train_gpt import (
     Config,
     ConfigError,
     Ranks,
-    Run,
+    RunLog,
     UserError,
     Watch,
     Worker,
     copy_tensors,
 )
-
 
 OUTPUTS_OF = {  # stage -> the file that it leaves: its name, or the setting that has it; the latest first
     "count_bytes": "train_gpt.packed.py",
@@ -45,15 +44,15 @@ OUTPUTS_OF = {  # stage -> the file that it leaves: its name, or the setting tha
 class Checkpoints(Watch):
     """Keeps where a run is, and takes it up again.
 
-    `<folder>/checkpoints` holds "run" (what it belongs to, results, clock and, within a stage that rank 0 keeps
-    for all, the worker's state), "<stage>-<rank>" (a rank's own state) and "weights" (changed within a stage).
+    `<folder>/checkpoints` holds "run" (what it belongs to, results, clock; within a stage that rank 0 keeps
+    for all also the worker's state), "<stage>-<rank>" (a rank's own state), "weights" (changed in a stage).
     `cfg`, `folder` and `ended` (exit code) are those of the run that goes on; `ledger` is kept with it.
     """
 
     def __init__(self, cfg: Config, ranks: Ranks, sources: Mapping[str, bytes], watches: Sequence[Watch]):
         self.cfg, self.ranks = cfg, ranks
         self.ledger = next((watch for watch in watches if isinstance(watch, Ledger)), None)
-        self._pool, self._writing, self._lock, self._run = ThreadPoolExecutor(1), None, None, None
+        self._pool, self._writing, self._lock = ThreadPoolExecutor(1), None, None
         self._outputs: dict[str, str] = {}  # stage -> SHA-256 of the file that it has left
         self._last_path, self._told, self._told_from = "", None, 0  # metrics.jsonl since a stage began
         self._began, self._kept_at = 0.0, 0.0  # when the stage began; its clock at the last checkpoint
@@ -90,11 +89,11 @@ class Checkpoints(Watch):
 
     def see(self, kind: str, **facts: object) -> None:
         """Take up what is kept, or keep what has come about."""
-        run = facts.get("run")
-        if kind == "inputs" and self._before:
-            run.trains = self._before["trains"]
-        elif kind == "head":
-            self._claim_folder(run)
+        if kind == "inputs":
+            self._run = facts["run"]
+            self._run.trains = self._before.get("trains", self._run.trains)
+        elif kind == "folder":
+            self._claim_folder(facts["log"])
         elif kind == "opened":
             self._open()
         elif kind == "finished":
@@ -106,18 +105,18 @@ class Checkpoints(Watch):
         elif kind == "failed":
             self._say_last_place()
 
-    def _claim_folder(self, run: Run) -> None:
-        """Own the run's folder: from here on the same command comes back to it, wherever the run is cut off."""
-        self._run = run
-        self._checkpoints = Path(self.ranks.gather(str(run.log.folder))[0]) / "checkpoints"
+    def _claim_folder(self, log: RunLog) -> None:
+        """Own the run's folder: the same command comes back to it wherever the run is cut off now."""
+        self._checkpoints = Path(self.ranks.gather(str(log.folder))[0]) / "checkpoints"
         self._checkpoints.mkdir(parents=True, exist_ok=True)
+        self._metrics = self._checkpoints.with_name("metrics.jsonl")
         if self.ranks.is_main:
             self._lock = lock_folder(self._checkpoints) if self._lock is None else self._lock
             # The file is opened here: an evaluation opens nothing that training wrote (check S4).
             self._told = open(self._metrics, "rb")  # noqa: SIM115 - `close` does
 
     def _open(self) -> None:
-        """Go on from the checkpoint in a log that has been opened again, or keep the beginning of a new run."""
+        """Go on from the checkpoint in a log that has been opened again, or keep a new run's beginning."""
         run, before, ranks = self._run, self._before, self.ranks
         self._set_aside(self._damaged)
         own = [path.name.partition("-")[0] for path in self._checkpoints.glob("*-*.ckpt")]
@@ -133,9 +132,9 @@ class Checkpoints(Watch):
         self._load_ledger(before["ledgers"][ranks.rank :: ranks.world_size])
         self._load_outputs()
         if ranks.is_main:
-            for path in [*run.log.folder.glob(".*.tmp"), *self._checkpoints.glob(".*.tmp")]:
+            for path in [*self._checkpoints.parent.glob(".*.tmp"), *self._checkpoints.glob(".*.tmp")]:
                 path.unlink()
-        run.log.text(f"resumed {run.log.folder} {self._place(before)}", console=True)
+        run.log.text(f"resumed {self._checkpoints.parent} {self._place(before)}", console=True)
 
     def _output(self, stage: str) -> tuple[Path, bytes]:
         """The file that a stage leaves, and what is in it (nothing where it is missing)."""
@@ -144,7 +143,7 @@ class Checkpoints(Watch):
         return path, path.read_bytes() if path.is_file() else b""
 
     def _load_outputs(self) -> None:
-        """Take the artifact or the weights of a finished stage. A stage whose file is not right is done again.
+        """Take the artifact or the weights of a finished stage. A stage whose file is wrong is done again.
 
         Raises ArtifactError where that stage is the training.
         """
@@ -220,7 +219,7 @@ class Checkpoints(Watch):
                     path.unlink(missing_ok=True)
 
     def _say_last_place(self) -> None:
-        """Name the newest whole checkpoint, which a resumed run may have too. The log is closed by now."""
+        """Name the newest whole checkpoint, which a resumed run may have too."""
         if self._writing:
             self._writing.exception()  # waits for it
         for path in CheckpointFolder(self._checkpoints, "run").paths()[::-1] if self.ranks.is_main else ():
@@ -259,7 +258,7 @@ class Checkpoints(Watch):
 
     def _position(self) -> dict[str, object]:
         """Clocks, and the length of metrics.jsonl."""
-        self._run.clock.elapsed("train")  # brings all seconds up to now
+        self._run.clock.elapsed("")  # brings all seconds up to now
         size = self._metrics.stat().st_size if self.ranks.is_main else 0
         return {"seconds": self._run.clock.seconds, "metrics": size}
 
@@ -347,10 +346,6 @@ class Checkpoints(Watch):
         """Events behind the checkpoint are told again."""
         if self.ranks.is_main:
             os.truncate(self._metrics, min(size, self._metrics.stat().st_size))
-
-    @property
-    def _metrics(self) -> Path:
-        return self._run.log.folder / "metrics.jsonl"
 
     def _ledger_state(self) -> dict[str, object]:
         return self.ledger.state() if self.ledger else {}
