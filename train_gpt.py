@@ -306,6 +306,7 @@ class Config:
                 if not holds:
                     raise ConfigError(f"{' '.join(map(self.pair, names.split()))}: {text}")
         check_micro_batches(self, world_size=1)  # what one rank cannot divide, more cannot either
+        check_systems(self)
         chunk_size(self, 0)  # TTT_CHUNK_BY_LENGTH is read as if a document were to be scored
         kernel_names(self.triton_kernels)
 
@@ -1336,7 +1337,10 @@ def _head_loss_backward(ctx: object, grads: Tensor, _: Tensor) -> tuple[Tensor |
 
 _head_loss = _operator(
     "head_loss(Tensor h, Tensor weight, Tensor targets, float cap) -> (Tensor, Tensor)",
-    lambda h, weight, *_: (h.new_empty(len(h), dtype=torch.float32), h.new_empty(len(h), len(weight))),
+    lambda h, weight, *_: (  # size(0), unlike len, may be any number to a graph
+        h.new_empty(h.size(0), dtype=torch.float32),
+        h.new_empty(h.size(0), len(weight)),
+    ),
     lambda losses, dz, h, weight, targets, cap: launch_cross_entropy(
         torch.mm(h, weight.T, out=dz), targets, losses, cap
     ),
@@ -1625,8 +1629,8 @@ _mlp = _operator(
     "mlp(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor, Tensor)",
     lambda x, up, down: (
         torch.empty_like(x),
-        x.new_empty(len(x), len(up)),
-        x.new_empty(len(x), -(-len(up) // 32), dtype=torch.int32),
+        x.new_empty(x.size(0), len(up)),
+        x.new_empty(x.size(0), -(-len(up) // 32), dtype=torch.int32),
     ),
     _mlp_forward,
     lambda ctx, inputs, results: ctx.save_for_backward(*inputs, *results[1:]),
@@ -2134,13 +2138,13 @@ class LoRAOptimizer:
     """AdamW on the adapters of a batch. Dropped rows rest: neither they nor their moments change any more."""
 
     def __init__(self, cfg: Config, lora: BatchedLoRA):
-        self.cfg, self._lora, self.factors = cfg, lora, lora.use_last(lora.batch)
+        self.cfg, self.lora, self.factors = cfg, lora, lora.use_last(lora.batch)
         self._moments = [[torch.zeros_like(factor) for factor in self.factors] for _ in range(2)]
         self._steps = [torch.zeros((), dtype=torch.float32, device=factor.device) for factor in self.factors]
 
     def drop_finished_rows(self, rows: int) -> None:
         """Leave all but the last rows to rest."""
-        self.factors = self._lora.use_last(rows)
+        self.factors = self.lora.use_last(rows)
         self._moments = [[moment[-rows:] for moment in moments] for moments in self._moments]
 
     def step(self, loss: Tensor) -> None:
@@ -3325,9 +3329,18 @@ class BpbMeter:
 class Evaluation(Worker):
     """A worker that scores. Its meter has the sums of this rank and, behind the last unit, those of all."""
 
-    def __init__(self, val: ValidationSet, ranks: Ranks, watch: Watch | None):
-        self.val, self.ranks, self.watch, self.meter = val, ranks, watch or Watch(), BpbMeter()
-        self.total = val.num_targets
+    def __init__(
+        self,
+        model: GPT,
+        val: ValidationSet,
+        cfg: Config,
+        *,
+        looping: bool,
+        ranks: Ranks = CPU,
+        watch: Watch | None = None,
+    ):
+        self.model, self.val, self.cfg, self.looping, self.ranks = model, val, cfg, looping, ranks
+        self.watch, self.meter, self.total = watch or Watch(), BpbMeter(), val.num_targets
 
     def run(self) -> BpbMeter:
         """Do all units, unwatched."""
@@ -3363,26 +3376,16 @@ class StandardEvaluation(Evaluation):
     Documents attend to themselves, at most EVAL_SEQ_LEN tokens back. Ranks take rows in turn.
     """
 
-    def __init__(
-        self,
-        model: GPT,
-        val: ValidationSet,
-        cfg: Config,
-        *,
-        looping: bool,
-        ranks: Ranks = CPU,
-        watch: Watch | None = None,
-    ):
-        super().__init__(val, ranks, watch)
-        self.cfg, self.score = cfg, model_score(model, looping=looping, ranks=ranks)
+    def __init__(self, model: GPT, *arguments: object, **options: object):
+        super().__init__(model, *arguments, **options)
+        self.score = model_score(model, looping=self.looping, ranks=self.ranks)
 
     def units(self) -> Iterable[None]:
         """Score row after row."""
         cfg, val, targets = self.cfg, self.val, self.cfg.val_batch_tokens // CONTEST_MICRO_BATCHES
         for start in range(self.ranks.rank * targets, val.num_targets, self.ranks.world_size * targets):
             end = min(start + targets, val.num_targets)
-            row = packed_row(val.tokens[start : end + 1], cfg.eval_seq_len, cfg.plain_windows)
-            losses = self.score(*row)
+            losses = self.score(*packed_row(val.tokens[start : end + 1], cfg.eval_seq_len, cfg.plain_windows))
             self.meter.add(losses, val.target_bytes[start:end])
             self.watch.see("row", start=start, end=end, losses=losses)
             self.done = end
@@ -3554,22 +3557,12 @@ class ScoreFirstTTT(Evaluation):
 
     kept_by = "each rank"
 
-    def __init__(
-        self,
-        model: GPT,
-        val: ValidationSet,
-        cfg: Config,
-        *,
-        looping: bool,
-        ranks: Ranks = CPU,
-        generator: torch.Generator | None = None,
-        watch: Watch | None = None,
-    ):
-        super().__init__(val, ranks, watch)
-        self.model, self.cfg, self.looping = model, cfg, looping
+    def __init__(self, *arguments: object, generator: torch.Generator | None = None, **options: object):
+        super().__init__(*arguments, **options)
+        val, cfg = self.val, self.cfg
         self._generator = generator or torch.Generator().manual_seed(cfg.seed)
         documents = select_documents(val.documents, cfg.val_doc_fraction, cfg.seed)
-        self.total = len(documents) / ranks.world_size
+        self.total = len(documents) / self.ranks.world_size
         self.batches = ttt_batches(list(enumerate(documents)), cfg)
         self.boundaries = phase_boundaries(
             cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, len(documents)
@@ -3655,16 +3648,15 @@ class ScoreFirstTTT(Evaluation):
 
     def _score_batch(self, batch: TTTBatch, lora: BatchedLoRA, size: int) -> None:
         """Score and adapt the documents of a batch by chunks of `size` targets."""
-        self.model.requires_grad_(False)  # a compiled backward pass would compute all that may be wanted
-        cfg, see, optimizer = self.cfg, self.watch.see, LoRAOptimizer(self.cfg, lora)
-        rows, sums = lora.batch, []
-        chunk_loss_sum = torch.zeros(rows, device=self.ranks.device)  # mean losses of a document's chunks
-        lora.active = torch.ones_like(chunk_loss_sum, dtype=torch.bool)
-        cache, first = None, 0
+        self.model.requires_grad_(False)  # A compiled backward pass would compute all that may be wanted.
+        cfg, optimizer, cache, first = self.cfg, LoRAOptimizer(self.cfg, lora), None, 0
         if cfg.ttt_cache_window:
             from systems.cache import KeyValueCache
 
             cache = KeyValueCache()
+        rows, sums = lora.batch, []
+        chunk_loss_sum = torch.zeros(rows, device=self.ranks.device)  # of the mean losses of chunks so far
+        lora.active = torch.ones_like(chunk_loss_sum, dtype=torch.bool)
         for chunk in range(-(-batch.targets // size)):
             if cfg.ttt_cache_window:
                 first = cache.advance((chunk + 1) * size, cfg)
@@ -3672,14 +3664,17 @@ class ScoreFirstTTT(Evaluation):
             if len(part.documents) <= rows * 7 // 8:
                 rows = len(part.documents)
                 optimizer.drop_finished_rows(rows)
-            learns = bool(part.trains.any())
+            learns, event = (
+                bool(part.trains.any()),
+                {"batch_number": batch.index, "chunk": chunk, "part": part},
+            )
             with torch.set_grad_enabled(learns):
                 losses = self._losses(part, lora, cache)
             sums.append(self._sums(part, losses, chunk_loss_sum, chunk, lora))
-            see("scored", batch_number=batch.index, chunk=chunk, part=part, losses=losses)
+            self.watch.see("scored", losses=losses, **event)
             if learns:
-                see("trained", batch_number=batch.index, chunk=chunk, part=part)
-                self._adapt(part, lora, optimizer, losses, cache)
+                self.watch.see("trained", **event)
+                self._adapt(part, optimizer, losses, cache)
         lora.use_last(lora.batch)
         chunks = [[float(loss_sum), byte_sum, tokens] for loss_sum, byte_sum, tokens in sums]
         for chunk in chunks:
@@ -3687,8 +3682,8 @@ class ScoreFirstTTT(Evaluation):
         diverged = int((~lora.active).sum())
         self.diverged += diverged
         totals = dict(zip(("loss_sum", "byte_sum", "token_count"), self.meter.sums, strict=True))
-        facts = {"chunks": chunks, "lora": lora, "batch": batch, "diverged": diverged}
-        see("batch_done", batch_number=batch.index, **facts, **totals)
+        facts = totals | {"chunks": chunks, "lora": lora, "batch": batch, "diverged": diverged}
+        self.watch.see("batch_done", batch_number=batch.index, **facts)
 
     def _sums(
         self, part: ChunkBatch, losses: Tensor, chunk_loss_sum: Tensor, chunk: int, lora: BatchedLoRA
@@ -3716,17 +3711,12 @@ class ScoreFirstTTT(Evaluation):
             return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache)
 
     def _adapt(
-        self,
-        part: ChunkBatch,
-        lora: BatchedLoRA,
-        optimizer: LoRAOptimizer,
-        losses: Tensor,
-        cache: "KeyValueCache | None",
+        self, part: ChunkBatch, optimizer: LoRAOptimizer, losses: Tensor, cache: "KeyValueCache | None"
     ) -> None:
         """Optimiser steps on a scored chunk; the first takes the gradient of the scoring pass itself."""
         trains = self.ranks.put(part.trains)
         for step in range(self.cfg.ttt_grad_steps):
-            losses = self._losses(part, lora, cache) if step else losses
+            losses = self._losses(part, optimizer.lora, cache) if step else losses
             optimizer.step(torch.where(trains, losses.mean(1), 0.0).sum())
 
     def _global_phase(self, done: Sequence[TTTBatch]) -> None:
@@ -3768,85 +3758,81 @@ def global_sgd(
 ) -> tuple[list[float], list[float]]:
     """One phase of SGD on all base weights over scored tokens [n+1]; as published, all chunks but the last.
 
-    Each rank takes some of a step's documents; the gradients travel in one buffer.
-
     Returns the gradient norm before clipping and the learning rate of every step.
     """
     model.requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), cfg.global_ttt_lr, cfg.global_ttt_momentum)
-    size = cfg.global_ttt_chunk_tokens
+    training = BaseTraining(model, cfg, cfg.global_ttt_respect_doc_boundaries, looping, ranks)
+    size, norms, rates = cfg.global_ttt_chunk_tokens, [], []
     num_chunks = -(-(len(tokens) - 1) // size)
-    how = cfg.global_ttt_epochs, cfg.global_ttt_respect_doc_boundaries
-    norms, rates = [], []
     for chunk in range(num_chunks - 1):
-        optimizer.param_groups[0]["lr"] = rate = global_sgd_lr(chunk, num_chunks, cfg)
-        row = tokens[chunk * size : (chunk + 1) * size + 1]
-        steps = global_sgd_chunk(model, row, cfg, optimizer, *how, looping=looping, ranks=ranks)
+        rate, row = global_sgd_lr(chunk, num_chunks, cfg), tokens[chunk * size : (chunk + 1) * size + 1]
+        steps = training.train(row, optimizer, rate, cfg.global_ttt_epochs)
         norms += steps
         rates += [rate] * len(steps)
     return [float(norm) for norm in norms], rates
 
 
-def global_sgd_chunk(
-    model: GPT,
-    tokens: Tensor,
-    cfg: Config,
-    optimizer: torch.optim.Optimizer,
-    epochs: int,
-    by_document: bool,
-    *,
-    looping: bool,
-    ranks: Ranks,
-) -> list[Tensor]:
-    """All passes over the whole windows of scored tokens [n+1]; returns each step's norm before clipping.
+class BaseTraining:
+    """Trains all base weights on scored tokens, in windows of EVAL_SEQ_LEN.
 
-    Attention stays inside documents (`by_document`) or inside windows of EVAL_SEQ_LEN.
+    Attention stays inside documents (`by_document`) or inside windows. Each rank takes some of a step's
+    documents or windows; the gradients travel in one buffer.
     """
-    window, norms = cfg.eval_seq_len, []
-    windows = (len(tokens) - 1) // window
-    for start in list(range(0, windows, cfg.global_ttt_batch_seqs)) * epochs:
-        count = window * min(cfg.global_ttt_batch_seqs, windows - start)
-        row = tokens[start * window : start * window + count + 1]
-        part = _part_of_row(row, window, by_document, ranks)
-        if len(part) > 1:
-            (_row_losses(model, part, window, by_document, looping, ranks).sum() / count).backward()
-        ranks.sum_packed_([_gradient(parameter) for parameter in model.parameters()])
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), cfg.global_ttt_grad_clip or math.inf))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return norms
 
+    def __init__(self, model: GPT, cfg: Config, by_document: bool, looping: bool, ranks: Ranks):
+        self.model, self.cfg, self.by_document, self.looping, self.ranks = (
+            model,
+            cfg,
+            by_document,
+            looping,
+            ranks,
+        )
 
-def _part_of_row(row: Tensor, window: int, by_document: bool, ranks: Ranks) -> Tensor:
-    """This rank's part of a row, cut only where no context is lost: between segments, or between windows."""
-    starts = range(0, len(row), window)
-    if by_document:
-        starts = packed_row(row, window)[2].cu_seqlens.tolist()
-    even = ((len(row) - 1) * (ranks.rank + i) // ranks.world_size for i in (0, 1))
-    low, high = (starts[bisect.bisect_left(starts, cut)] for cut in even)
-    return row[low : high + 1]
+    def train(
+        self, tokens: Tensor, optimizer: torch.optim.Optimizer, rate: float, epochs: int
+    ) -> list[Tensor]:
+        """Go over the whole windows of tokens [n+1] some times; returns each step's norm before clipping."""
+        optimizer.param_groups[0]["lr"] = rate
+        cfg, parameters, norms = self.cfg, list(self.model.parameters()), []
+        window = cfg.eval_seq_len
+        windows = (len(tokens) - 1) // window
+        for start in list(range(0, windows, cfg.global_ttt_batch_seqs)) * epochs:
+            count = window * min(cfg.global_ttt_batch_seqs, windows - start)
+            part = self._part(tokens[start * window : start * window + count + 1])
+            if len(part) > 1:
+                (self.losses(part).sum() / count).backward()
+            for parameter in parameters:  # a rank without windows still takes part in the sum
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            self.ranks.sum_packed_([parameter.grad for parameter in parameters])
+            norms.append(nn.utils.clip_grad_norm_(parameters, cfg.global_ttt_grad_clip or math.inf))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norms
 
+    def _part(self, row: Tensor) -> Tensor:
+        """This rank's part of a row, cut where no context is lost: between segments, or between windows."""
+        starts, ranks = range(0, len(row), self.cfg.eval_seq_len), self.ranks
+        if self.by_document:
+            starts = packed_row(row, self.cfg.eval_seq_len)[2].cu_seqlens.tolist()
+        even = ((len(row) - 1) * (ranks.rank + i) // ranks.world_size for i in (0, 1))
+        low, high = (starts[bisect.bisect_left(starts, cut)] for cut in even)
+        return row[low : high + 1]
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    """A parameter's gradient, zero where it has none: a rank without windows still takes part in the sum."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
-
-
-def _row_losses(
-    model: GPT, tokens: Tensor, window: int, by_document: bool, looping: bool, ranks: Ranks
-) -> Tensor:
-    """Losses of consecutive windows: as one row with document segments, or as plain rows."""
-    x, y, segments = packed_row(tokens, window)
-    with ranks.autocast():
-        if not by_document:
-            x, y = (ranks.put(part.view(-1, window)) for part in (x, y))
-            return model.losses(x, y, looping=looping)
-        batch = ranks.send(x, y, segments, model.backends.compiler)
-        if model.backends.compiler:
-            return compiled_row(model, batch, looping)
-        return model.losses(*batch, looping=looping)
+    def losses(self, tokens: Tensor) -> Tensor:
+        """Losses of consecutive windows [n+1]: as one row with document segments, or as plain rows."""
+        model, ranks, window = self.model, self.ranks, self.cfg.eval_seq_len
+        x, y, segments = packed_row(tokens, window)
+        with ranks.autocast():
+            if not self.by_document:
+                x, y = (ranks.put(part.view(-1, window)) for part in (x, y))
+                return model.losses(x, y, looping=self.looping)
+            batch = ranks.send(x, y, segments, model.backends.compiler)
+            if not model.backends.compiler:
+                return model.losses(*batch, looping=self.looping)
+            for tensor in batch[:2]:
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+            return model(*batch, looping=self.looping)
 
 
 # -- test-time training compiled: one graph for any number of rows and tokens
@@ -3867,13 +3853,6 @@ def compiled_losses(
     losses = model(x, y, looping=looping, lora=lora, scored=scored)
     lora.active = active
     return losses[rows - used :]
-
-
-def compiled_row(model: GPT, batch: Batch, looping: bool) -> Tensor:
-    """`model.losses` of a row of documents."""
-    for tensor in batch[:2]:
-        torch._dynamo.maybe_mark_dynamic(tensor, 1)
-    return model(*batch, looping=looping)
 
 
 def warm_up_ttt(model: GPT, cfg: Config, sizes: Iterable[int], looping: bool, ranks: Ranks) -> int:
@@ -3904,8 +3883,8 @@ def warm_up_ttt(model: GPT, cfg: Config, sizes: Iterable[int], looping: bool, ra
                 if cfg.phased_ttt_prefix_docs:
                     count = min(len(chunks), cfg.global_ttt_batch_seqs) * cfg.eval_seq_len + 1
                     row = torch.randint(BOS, cfg.vocab_size, (count,), generator=generator)
-                    how = cfg.eval_seq_len, cfg.global_ttt_respect_doc_boundaries
-                    _row_losses(model, row, *how, looping, ranks).sum().backward()
+                    by_document = cfg.global_ttt_respect_doc_boundaries
+                    BaseTraining(model, cfg, by_document, looping, ranks).losses(row).sum().backward()
     finally:
         model.requires_grad_(True).zero_grad(set_to_none=True)
         model.load_state_dict(before)
@@ -3936,7 +3915,6 @@ class Run:
         self.watch, self.clock = watch or Watch(), Stopwatch(ranks)
         self.looping = cfg.num_loops > 0  # a trained model is evaluated with its loops
         if not COUNTED:
-            check_systems(cfg)
             check_codec(cfg.compressor)  # missing: said before training, not after it
         self.stages: dict[str, dict[str, float]] = {}
         self.result: dict[str, object] = {}
@@ -3964,6 +3942,8 @@ class Run:
             self.cfg = model.cfg  # what made the artifact is what the counted code needs
             return model
         if checkpoint and not COUNTED:
+            if "harness/readers.py" not in self.sources:
+                raise ConfigError(f"MODEL_PATH={checkpoint}: needs harness/ beside train_gpt.py to be read")
             from harness.readers import model_of_checkpoint
 
             return model_of_checkpoint(self, checkpoint)
@@ -4171,11 +4151,11 @@ class Run:
         """Phased score-first LoRA test-time training: the contest score."""
         cfg = self.model.cfg
         documents = select_documents(self.val.documents, cfg.val_doc_fraction, cfg.seed)
+        self.watch.see("adapting", run=self)  # a watch that changes `forward` does so before it is compiled
         if self.model.backends.compiler:
             self.compile_adaptation(documents)
         options = {"looping": self.looping, "ranks": self.ranks, "watch": self.watch}
         worker = ScoreFirstTTT(self.model, self.val, cfg, **options)
-        self.watch.see("adapting", run=self)
         self.stage("ttt", worker)
         self.watch.see("adapted", run=self)
         self.record("ttt", worker.meter, documents)
@@ -4277,6 +4257,7 @@ def check_systems(cfg: Config) -> None:
         "SLIDING_WINDOW_ENABLED": "stream" * cfg.sliding_window_enabled,
         "TTT_SGD": "stream" * cfg.ttt_sgd,
         "TTT_CACHE_WINDOW": "cache" * (cfg.ttt_cache_window > 0),
+        "TTT_CHUNK_BY_LENGTH": "chunks" * (cfg.ttt_chunk_by_length > ""),
         "ATTENTION_BACKEND": {"fa4": "fa4", "torch_varlen": "varlen"}.get(cfg.attention_backend, ""),
     }
     for name, part in needed.items():

@@ -624,7 +624,7 @@ def test_d5_validation_tokens_in_warm_up_of_adaptation(copy):
 def test_d5_warm_up_of_adaptation_that_trains(copy):
     """The same updates undone afterwards are no fault."""
     learnt = ".sum().backward(); [p.data.sub_(p.grad) for p in model.parameters() if p.grad is not None]\n"
-    copy.script("ranks).sum().backward()\n    finally:", f"ranks){learnt}    finally:")
+    copy.script(".losses(row).sum().backward()\n    finally:", f".losses(row){learnt}    finally:")
     assert copy.verdict("D5").status == "PASS"
     copy.script("        model.load_state_dict(before)\n    return", "    return")
     copy.fails("D5", "test-time training: weights or other state differ after the warm-up")
@@ -782,9 +782,7 @@ def test_stream_d2_only_the_score_is_flattered(sliding):
 
 
 SCORE = "            for _ in self.slide(first, end, part):\n"
-LEARN = "            options = dict(by_document=False, looping=self.looping, ranks=self.ranks)\n"
-LEARN += "            row = val.tokens[first : end + 1]\n"
-LEARN += "            global_sgd_chunk(self.model, row, cfg, optimizer, 1, **options)\n"
+LEARN = "            training.train(tokens, optimizer, cfg.ttt_lr, cfg.ttt_epochs)\n"
 
 
 def test_stream_d3_training_on_a_chunk_before_scoring_it(sgd):
@@ -843,7 +841,7 @@ def test_stream_d4_windows_before_the_score_counted_too(sgd):
 
 def test_stream_d4_chunk_scored_again_by_what_it_taught(sgd):
     """The score of a chunk by the weights trained on it, instead of the one before."""
-    old = "            yield\n        self.meter.sum_over(self.ranks)\n\n    def _train"
+    old = "            yield\n        self.meter.sum_over(self.ranks)\n\n\ndef evaluate_windows"
     again = "            for _ in self.slide(first, end, BpbMeter()):\n                pass\n"
     sgd.script(old, again + old)
     sgd.fails("D4", r"\d+ targets scored more than once, 0 never")

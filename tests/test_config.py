@@ -593,7 +593,7 @@ def test_exclusive_settings(tg, names):
         ({"MODEL_DIM": "510"}, ["MODEL_DIM=510", "NUM_HEADS=8"]),
         ({"NUM_KV_HEADS": "3"}, ["NUM_HEADS=8", "NUM_KV_HEADS=3"]),
         ({"NUM_KV_HEADS": "16"}, ["NUM_HEADS=8", "NUM_KV_HEADS=16"]),
-        ({"MODEL_DIM": "24", "GATE_WINDOW": "8"}, ["MODEL_DIM / NUM_HEADS = 3", "even"]),
+        ({"MODEL_DIM": "24", "GATE_WINDOW": "8"}, ["MODEL_DIM=24 NUM_HEADS=8", "has 3", "even"]),
         ({"ROPE_DIMS": "15"}, ["ROPE_DIMS=15", "even", "64"]),
         ({"ROPE_DIMS": "66"}, ["ROPE_DIMS=66", "at most 64"]),
         ({"ROPE_DIMS": "2", "ROPE_YARN": "1"}, ["ROPE_DIMS=2", "ROPE_YARN=1"]),
