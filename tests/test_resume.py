@@ -82,7 +82,7 @@ def cut_off(tg, monkeypatch, run):
     def start(name: str, target: str, count: int, after: bool = False, **settings: object) -> None:
         with monkeypatch.context() as patch:
             owner, _, method = target.rpartition(".")
-            owner = getattr(tg, owner) if owner in dir(tg) else tg
+            owner = getattr(tg, owner) if owner[0].isupper() else tg
             wanted, method = ("", method) if owner is not tg else (target, "write_whole")
             original, left = getattr(owner, method), [count]
 
