@@ -27,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as tg
+from harness.readers import read_artifact
 
 TINY = {
     "vocab_size": 64,
@@ -130,7 +131,7 @@ def _forged_published(blob: bytes, rng: random.Random) -> bytes:
 
 def contents(blob: bytes) -> str:
     """Digest of all that is read from an artifact."""
-    settings, records = tg.read_artifact(blob, tg.Config())
+    settings, records = read_artifact(blob, tg.Config())
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, record in records.items():
         digest.update(f"{name} {record.kind} {record.bits} {record.shape}".encode())
@@ -141,7 +142,7 @@ def contents(blob: bytes) -> str:
 
 def build(blob: bytes) -> None:
     """Go on from a forged artifact that was read, as a run does: its model is built, or refused."""
-    settings, records = tg.read_artifact(blob, tg.Config())
+    settings, records = read_artifact(blob, tg.Config())
     try:
         model = tg.GPT(tg.Config(**settings or TINY))
         model.load_state_dict(tg.dequantize_state(records, model.cfg.num_layers))
