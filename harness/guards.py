@@ -147,6 +147,7 @@ class Guard(Watch):
             text = f"GRAD_ACCUM_STEPS={fitted.micro_batches}: {run.backends.micro_batches} do not fit"
             run.log.event("notice", text=text)
             run.backends = run.model.backends = fitted
+            run.result["environment"]["micro_batches"] = fitted.micro_batches
             run.loader = run.new_loader()
 
     def _artifact(self, run: Run, flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> None:
