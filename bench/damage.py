@@ -4,9 +4,9 @@
 
 Flipped bits, cut and longer files, zeroed and overwritten blocks, swapped, empty and missing files; shards,
 sidecar, tokenizer, manifest, artifact (each codec) and full-precision weights in turn. Each case goes through
-what a run does before it trains (`Inspected`), then everything that was loaded is compared. `refused`: a
-UserError whose text names a damaged file. `harmless`: the same tokens, bytes, pieces and weights. All else is
-`wrong`: exit code 1.
+what a run does before it trains, then everything that was loaded is compared. `refused`: a UserError whose
+text names a damaged file. `harmless`: the same tokens, bytes, pieces and weights. All else is `wrong`: exit
+code 1.
 """
 
 import argparse
@@ -26,9 +26,11 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_gpt as tg  # noqa: I001 - the house's other parts import it by its name
+import train_gpt as tg
 from bench.settings import TINY, make_data
+from harness import Watches
 from harness.preflight import Preflight
+from harness.settings import read_settings
 from systems.plain_text import load_tokenizer
 
 KINDS = ("bits", "cut", "longer", "zeros", "overwritten", "swapped", "empty", "missing")
@@ -42,49 +44,52 @@ class Target(NamedTuple):
     load: Callable[[], str]  # reads it as a run does: digest of what was read, or raises UserError
 
 
-class QuietPreflight(Preflight):
-    """The checks of a run's inputs, without a word."""
+class Halted(Exception):
+    """A run has read its inputs, and has made no folder yet."""
+
+
+class Halt(tg.Watch):
+    """Ends a run as soon as it has its first model."""
 
     def see(self, kind: str, **facts: object) -> None:
-        """As Preflight's, but for what goes to the log."""
-        if kind != "opened":
-            super().see(kind, **facts)
+        """Keep the run in what is raised."""
+        if kind == "model":
+            raise Halted(facts["run"])
 
 
-class Inspected(tg.Run):
-    """A run that has read its inputs and written nothing."""
+def read_inputs(environ: Mapping[str, str]) -> tuple[tg.Run, Preflight]:
+    """What a run does before it trains, with the harness's checks. Raises UserError as it does."""
+    cfg = read_settings(environ)
+    preflight = Preflight(cfg, tg.CPU)
+    try:
+        tg.Run(cfg, tg.CPU, preflight.backends(), tg.read_sources(), Watches([preflight, Halt()]))
+    except Halted as halted:
+        run = halted.args[0]
+    if run.trains:
+        preflight.wait_for_hashes()
+    return run, preflight
 
-    def __init__(self, cfg: tg.Config):
-        self.preflight = QuietPreflight(cfg, tg.CPU)
-        super().__init__(cfg, tg.CPU, self.preflight.backends(), {}, self.preflight)
 
-    def _log_head(self) -> None:
-        pass
-
-    def digest(self) -> str:
-        """Of all tokens, bytes and weights, and of the pieces of the tokenizer."""
-        digest = hashlib.sha256()
-        if self.trains:
-            self.preflight.wait_for_hashes()
-            for path in tg.shard_paths(self.cfg.data_folder, "train"):
-                digest.update(tg.read_shard(path).tobytes())
-        digest.update(self.val.tokens.numpy().tobytes() + self.val.target_bytes.numpy().tobytes())
-        tokenizer = load_tokenizer(self.cfg)
-        for i in range(tokenizer.get_piece_size()):
-            digest.update(f"{tokenizer.id_to_piece(i)!r} {tokenizer.get_score(i)!r}".encode())
-        for name, tensor in self.model.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes())
-        return digest.hexdigest()
+def digest_of(run: tg.Run) -> str:
+    """Of all tokens, bytes and weights, and of the pieces of the tokenizer."""
+    digest = hashlib.sha256()
+    if run.trains:
+        for path in tg.shard_paths(run.cfg.data_folder, "train"):
+            digest.update(tg.read_shard(path).tobytes())
+    digest.update(run.val.tokens.numpy().tobytes() + run.val.target_bytes.numpy().tobytes())
+    tokenizer = load_tokenizer(run.cfg)
+    for i in range(tokenizer.get_piece_size()):
+        digest.update(f"{tokenizer.id_to_piece(i)!r} {tokenizer.get_score(i)!r}".encode())
+    for name, tensor in run.model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _loader(folder: Path, **settings: str) -> Callable[[], str]:
     """A function that reads the inputs of a run with these settings."""
     environ = TINY | {"DATA_PATH": str(folder / "data"), "ARTIFACT_DIR": str(folder / "out")} | settings
 
-    def load() -> str:
-        return Inspected(tg.Config.from_env(environ)).digest()
-
-    return load
+    return lambda: digest_of(read_inputs(environ)[0])
 
 
 def targets(folder: Path) -> dict[str, Target]:
