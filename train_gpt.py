@@ -3408,10 +3408,10 @@ class Run:
 
     def stage(self, name: str, worker: Worker) -> None:
         """Let a worker do a stage on the clock, from where a saved state left it."""
+        state = self.watch.saved(name)
+        if state is not None:
+            worker.load_state(state)
         with self.clock.stage(name):
-            state = self.watch.saved(name)
-            if state is not None:
-                worker.load_state(state)
             for _ in worker.units():
                 self.watch.unit(name, worker)
 
