@@ -70,4 +70,4 @@ bench: $(RUN)  ## speed of a training step on this machine (a small model on a C
 	$(BIN)/python bench/train_step.py
 
 clean:  ## remove environment, demo data and caches; runs/ stays
-	rm -rf .venv data/demo data/demo_plain .pytest_cache .ruff_cache .hypothesis tests/__pycache__ dataprep/__pycache__ __pycache__
+	rm -rf .venv data/demo data/demo_plain .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__ */*/__pycache__

@@ -41,8 +41,7 @@ import tempfile
 import time
 import traceback
 import warnings
-import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -155,7 +154,9 @@ class Config:
 
     # Speed
     attention_backend: Backend = "auto"  # auto: the first of the others that works on the device
-    triton_kernels: str = "loss,mlp,heads,exclude"  # fused kernels, on CUDA with Triton; 1: all; 0: none
+    triton_kernels: str = (
+        "loss,mlp,qkv_norm_rope,xsa_gate"  # fused kernels, on CUDA with Triton; 1: all; 0: none
+    )
     compile_backend: Literal["auto", "off", "aot_eager", "inductor"] = "auto"  # inductor on CUDA
 
     # Data
@@ -541,9 +542,7 @@ def check_optional_settings(cfg: Config) -> None:
         reason = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"
         raise ConfigError(f"VAL_DOC_FRACTION={cfg.val_doc_fraction:g}: {reason}")
     chunk_size(cfg, 0)  # TTT_CHUNK_BY_LENGTH is read as if a document were to be scored
-    kernels, known = cfg.triton_kernels, Config.triton_kernels
-    if kernels not in ("", "0", "1") and not {*kernels.split(",")} <= {*known.split(",")}:
-        raise ConfigError(f"TRITON_KERNELS={kernels!r}: must be 0, 1, or some of {known} with commas between")
+    kernel_names(cfg.triton_kernels)
 
 
 def _base_type(annotation: object) -> type:
@@ -1247,29 +1246,41 @@ def load_validation(cfg: Config) -> ValidationSet:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, backend: str = "plain") -> Tensor:
+def plain_backends(cfg: Config, ranks: Ranks) -> Backends:
+    """What the settings ask for, or what packages and device should allow; nothing is tried."""
+    attention, compiler, kernels = cfg.attention_backend, cfg.compile_backend, []
+    if attention == "auto":
+        hopper = ranks.on_gpu and torch.cuda.get_device_capability(ranks.device)[0] == 9
+        flash = hopper and importlib.util.find_spec("flash_attn_interface")
+        attention = "fa3" if flash else "flex" if ranks.on_gpu else "plain"
+    if compiler in ("auto", "off"):
+        compiler = "inductor" if ranks.on_gpu and compiler == "auto" else ""
+    if ranks.on_gpu and importlib.util.find_spec("triton"):
+        kernels = kernel_names(cfg.triton_kernels)
+    return Backends(attention, ",".join(kernels), compiler, max(cfg.grad_accum_steps, ranks.world_size))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, backends: Backends) -> Tensor:
     """Causal softmax attention, scale 1/sqrt(d), query head h reading key/value head h // (H/G).
 
     q [B, T, H, d], k and v [B, T, G, d] -> [B, T, H, d]. With segments B is 1 and a token sees its own
-    segment only. The backends agree; `plain` is right on every device, one segment after the other.
+    segment only. All backends compute the same; `plain` does so on every device, segment after segment.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)
-    if backend == "fa3":
-        return _flash_attend(q, k, v, segments)
-    if backend == "fa4":
+    if backends.attention == "fa3":
+        return _fa3_attend(q, k, v, segments)
+    if backends.attention == "fa4":
         from systems.fa4 import fa4_attend
 
         return fa4_attend(q, k, v, segments)
-    if segments is not None and backend == "torch_varlen":
+    if backends.attention == "torch_varlen" and segments is not None:
         from systems.varlen import varlen_attend
 
         return varlen_attend(q, k, v, segments)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if segments is not None and (backend == "flex" or torch.compiler.is_compiling()):
-        return _masked_attend(q, k, v, segments, backend).transpose(1, 2)
-    lengths = [q.size(2)]
-    if segments is not None:
-        lengths = [n for n in segments.cu_seqlens.diff().tolist() if n]
+    if segments is not None and (backends.attention == "flex" or torch.compiler.is_compiling()):
+        return _masked_attend(q, k, v, segments, backends).transpose(1, 2)
+    lengths = [q.size(2)] if segments is None else [n for n in segments.cu_seqlens.diff().tolist() if n]
     spans = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
     parts = [F.scaled_dot_product_attention(*span, is_causal=True, enable_gqa=True) for span in spans]
     return torch.cat(parts, 2).transpose(1, 2)
@@ -1282,54 +1293,26 @@ def attend_from(q: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
 
 
-def _limits(cu_seqlens: Tensor | None, limit: int) -> dict[str, object]:
-    """Segments as FlashAttention is told of them."""
-    if cu_seqlens is None:
-        return {}
-    ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens.view(-1)}  # one given twice is not traced
-    return ends | {"max_seqlen_q": limit, "max_seqlen_k": limit}
+def flash_segment_arguments(cu_seqlens: Tensor, max_seqlen: int) -> dict[str, object]:
+    """Segments in the words of FlashAttention. A tensor that occurred twice could not be traced: a view."""
+    ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens.view(-1)}
+    return ends | {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
 
 
-def _flash_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
-    """FlashAttention 3."""
+def _fa3_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
     import flash_attn_interface as flash
 
     if segments is None:
         y = flash.flash_attn_func(q, k, v, causal=True)
-        return y[0] if isinstance(y, tuple) else y
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # x[0] would copy the gradient
-    y = flash.flash_attn_varlen_func(
-        q, k, v, causal=True, **_limits(segments.cu_seqlens, segments.max_seqlen)
-    )
-    return (y[0] if isinstance(y, tuple) else y)[None]
+    else:
+        limits = flash_segment_arguments(segments.cu_seqlens, segments.max_seqlen)
+        packed = (x.flatten(0, 1) for x in (q, k, v))  # x[0] would copy the gradient
+        y = flash.flash_attn_varlen_func(*packed, causal=True, **limits)
+    return (y[0] if isinstance(y, tuple) else y).view(q.shape)  # some releases return more than y
 
 
-def _operator(schema: str, allocate: Callable, fill: Callable) -> Callable:
-    """An operator that torch.compile keeps whole: makes its results, then writes them (`fill`)."""
-
-    def run(*inputs: object) -> Tensor | tuple[Tensor, ...]:
-        results = allocate(*inputs)
-        fill(*(results if isinstance(results, tuple) else (results,)), *inputs)
-        return results
-
-    name, bracket, rest = schema.partition("(")
-    # A name of its own where the script is loaded twice: else the second takes the operator from the first.
-    spaces = (f"pg{n}" for n in itertools.count())
-    space = next(space for space in spaces if not hasattr(getattr(torch.ops, space), name))
-    operator = torch.library.custom_op(f"{space}::{name}", run, mutates_args=(), schema=bracket + rest)
-    operator.register_fake(allocate)
-    return operator
-
-
-def _keep(ctx: object, *tensors: Tensor) -> None:
-    ctx.save_for_backward(*tensors)
-
-
-def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: str) -> Tensor:
-    """A mask of the segments: in blocks (flex), or whole and for short rows only, where `plain` is compiled.
-
-    q, k, v [1, heads, T, d].
-    """
+def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backends: Backends) -> Tensor:
+    """q, k, v [1, heads, T, d]. `flex` masks in blocks; compiled `plain` has a whole mask, for short rows."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     positions = torch.arange(q.size(2), dtype=torch.int32, device=q.device)
@@ -1338,7 +1321,7 @@ def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend:
     def sees(batch: object, head: object, i: Tensor, j: Tensor) -> Tensor:
         return (i >= j) & (number[i] == number[j])
 
-    if backend == "flex":
+    if backends.attention == "flex":
         mask = create_block_mask(sees, None, None, len(positions), len(positions), device=q.device)
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
     mask = sees(0, 0, positions[:, None], positions)
@@ -1346,8 +1329,22 @@ def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 6. Kernels: the eager forms, right on every device, and what replaces them on CUDA
+# 6. Kernels: the eager forms, right on every device, and the fused ones that replace them on CUDA
+#
+# A fused form is an operator that torch.compile leaves whole. Its Triton kernels are built, and Triton is
+# imported, when they are first launched.
 # ---------------------------------------------------------------------------------------------------------
+
+KERNELS = ("loss", "mlp", "qkv_norm_rope", "xsa_gate")
+
+
+def kernel_names(text: str) -> list[str]:
+    """TRITON_KERNELS as a list: 1 means all fused kernels, 0 or nothing none. Raises ConfigError."""
+    chosen = {"": [], "0": [], "1": list(KERNELS)}.get(text, text.split(","))
+    if not {*chosen} <= {*KERNELS}:
+        some = f"0, 1, or some of {','.join(KERNELS)} with commas between"
+        raise ConfigError(f"TRITON_KERNELS={text!r}: must be {some}")
+    return chosen
 
 
 def softcap(z: Tensor, cap: float) -> Tensor:
@@ -1366,249 +1363,162 @@ def leaky_relu_squared(h: Tensor) -> Tensor:
     return F.leaky_relu(h, 0.5).square()
 
 
-KERNELS = """
-import triton
-import triton.language as tl
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: y [B, T, H, d] of each head without its projection on the token's own value v [B, T, G, d]."""
+    direction = F.normalize(v, dim=-1, eps=1e-12)[..., None, :]
+    grouped = y.unflatten(-2, (v.size(-2), -1))
+    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(-3, -2)
 
-@triton.jit
-def capped(z, column, inside, cap):
-    u = tl.load(z + column, inside, float("-inf")).to(tl.float32) / cap
-    e = tl.exp(-2 * tl.abs(u))
-    return tl.where(u < 0, -cap, cap) * (1 - e) / (1 + e), 4 * e / ((1 + e) * (1 + e))
 
-@triton.jit
-def cross_entropy(z, targets, losses, cap, V: tl.constexpr, BLOCK: tl.constexpr, TRAIN: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + row)
-    z += row * V
-    high = tl.full([BLOCK], -cap, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    own = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < V
-        c, _ = capped(z, column, inside, cap)
-        own += tl.where(column == target, c, 0.0)
-        new = tl.maximum(high, c)
-        total = total * tl.exp(high - new) + tl.where(inside, tl.exp(c - new), 0.0)
-        high = new
-    top = tl.max(high)
-    norm = top + tl.log(tl.sum(total * tl.exp(high - top)))
-    tl.store(losses + row, norm - tl.sum(own))
-    if TRAIN:
+def _operator(schema: str, allocate: Callable, fill: Callable, *gradient: Callable) -> Callable:
+    """An operator that torch.compile leaves whole: `allocate` makes its results, `fill` writes them.
+
+    `gradient`: `keep(ctx, inputs, results)` saves what `backward(ctx, *grads)` needs.
+    """
+
+    def run(*inputs: object) -> Tensor | tuple[Tensor, ...]:
+        results = allocate(*inputs)
+        fill(*(results if isinstance(results, tuple) else (results,)), *inputs)
+        return results
+
+    name, bracket, rest = schema.partition("(")
+    # A script that is loaded twice registers names of its own: a second operator of one name frees the first.
+    spaces = (f"pg{n}" for n in itertools.count())
+    space = next(space for space in spaces if not hasattr(getattr(torch.ops, space), name))
+    operator = torch.library.custom_op(f"{space}::{name}", run, mutates_args=(), schema=bracket + rest)
+    operator.register_fake(allocate)
+    if gradient:
+        keep, backward = gradient
+        operator.register_autograd(
+            backward, setup_context=lambda ctx, inputs, output: keep(ctx, inputs, output)
+        )
+    return operator
+
+
+@functools.cache
+def cross_entropy_kernel() -> Callable:
+    """Losses [N] of logits z [N, V], whose gradients take their place. A program a row."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def cross_entropy(z, targets, losses, cap, V: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets + row)
+        z += row * V
+        high = tl.full([BLOCK], -cap, tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        own = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, V, BLOCK):  # each lane keeps a maximum and a sum of its own
+            column = start + tl.arange(0, BLOCK)
+            inside = column < V
+            u = tl.load(z + column, inside, float("-inf")).to(tl.float32) / cap
+            e = tl.exp(-2 * tl.abs(u))
+            c = tl.where(u < 0, -cap, cap) * (1 - e) / (1 + e)
+            own += tl.where(column == target, c, 0.0)
+            new = tl.maximum(high, c)
+            total = total * tl.exp(high - new) + tl.where(inside, tl.exp(c - new), 0.0)
+            high = new
+        top = tl.max(high)
+        norm = top + tl.log(tl.sum(total * tl.exp(high - top)))
+        tl.store(losses + row, norm - tl.sum(own))
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < V
-            c, slope = capped(z, column, inside, cap)
-            tl.store(z + column, (tl.exp(c - norm) - tl.where(column == target, 1.0, 0.0)) * slope, inside)
+            u = tl.load(z + column, inside, float("-inf")).to(tl.float32) / cap
+            e = tl.exp(-2 * tl.abs(u))
+            c = tl.where(u < 0, -cap, cap) * (1 - e) / (1 + e)
+            wrong = tl.exp(c - norm) - tl.where(column == target, 1.0, 0.0)
+            tl.store(z + column, wrong * (4 * e / ((1 + e) * (1 + e))), inside)
 
-@triton.jit
-def tile(x, row, k, ROWS, K, DESC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
-    if DESC:
-        part = x.load([row, k])
-    else:
-        r = row + tl.arange(0, BM)[:, None]
-        c = k + tl.arange(0, BK)[None]
-        part = tl.load(x + r.to(tl.int64) * K + c, (r < ROWS) & (c < K), 0.0)
-    return part
-
-@triton.jit(do_not_specialize=["M", "turns"])
-def matmul(a, b, out, hidden, signs, M, turns, N, K: tl.constexpr, MODE: tl.constexpr, DESC: tl.constexpr,
-           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    across = tl.cdiv(N, BN)
-    for turn in tl.range(0, turns, flatten=DESC):
-        t = turn * tl.num_programs(0) + tl.program_id(0)
-        row = t // across * BM
-        column = t % across * BN
-        acc = tl.zeros([BM, BN], tl.float32)
-        for k in range(0, K, BK):
-            acc = tl.dot(tile(a, row, k, M, K, DESC, BM, BK), tile(b, column, k, N, K, DESC, BN, BK).T, acc)
-        r = row + tl.arange(0, BM)[:, None]
-        c = column + tl.arange(0, BN)[None]
-        place = r.to(tl.int64) * N + c
-        inside = (r < M) & (c < N)
-        words = tl.cdiv(N, 32)
-        if MODE == 2:
-            root = tl.sqrt(tl.load(hidden + place, inside, 0.0).to(tl.float32))
-            w = column // 32 + tl.arange(0, BN // 32)[None]
-            word = tl.load(signs + r * words + w, (r < M) & (w < words), 0)
-            bits = (word[:, :, None] >> tl.arange(0, 32)[None, None]) & 1
-            acc *= root * tl.where(tl.reshape(bits, [BM, BN]) == 1, -1.0, 2.0)
-        else:
-            if MODE == 1:
-                bits = tl.reshape((acc < 0).to(tl.int32), [BM, BN // 32, 32]) << tl.arange(0, 32)[None, None]
-                c = column // 32 + tl.arange(0, BN // 32)[None]
-                tl.store(signs + r * words + c, tl.sum(bits, 2), (r < M) & (c < words))
-            acc *= acc * tl.where(acc < 0, 0.25, 1.0)
-        tl.store(out + place, acc, inside)
-
-@triton.jit(do_not_specialize=["M", "T"])
-def heads(x, gain, cos, sin, q, k, v, dx, dgain, M, T, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-          HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr):
-    head = tl.program_id(1)
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    row = place.to(tl.int64)
-    column = tl.arange(0, WIDTH)[None]
-    inside = (row < M) & (column < D)
-    whole = row * (H + 2 * G) * D + head * D
-    if head < H:
-        side = q + (row * H + head) * D
-    elif head < H + G:
-        side = k + (row * G + head - H) * D
-    else:
-        side = v + (row * G + head - H - G) * D
-    if head >= H + G:
-        if BACKWARD:
-            tl.store(dx + whole + column, tl.load(side + column, inside), inside)
-        else:
-            tl.store(side + column, tl.load(x + whole + column, inside), inside)
-    else:
-        turned = inside & (column < 2 * HALF)
-        table = place % T * HALF + column % HALF
-        c = tl.load(cos + table, turned, 1.0).to(tl.float32)
-        s = tl.load(sin + table, turned, 0.0).to(tl.float32) * tl.where(column < HALF, 1.0, -1.0)
-        partner = tl.where(column < HALF, column + HALF, column - HALF)
-        factor = tl.load(gain + head, head < H, 1.0).to(tl.float32)
-        value = tl.load(x + whole + column, inside, 0.0).to(tl.float32)
-        scale = 1 / tl.sqrt(tl.sum(value * value, 1, True) / D + 1.1920928955078125e-07)
-        if BACKWARD:
-            u = tl.load(side + column, inside, 0.0).to(tl.float32) * c
-            u -= tl.load(side + partner, turned, 0.0).to(tl.float32) * s
-            value *= scale
-            dot = tl.sum(u * value, 1, True)
-            tl.store(dx + whole + column, factor * scale * (u - value * dot / D), inside)
-            if head < H:
-                tl.store(dgain + row * H + head, dot, row < M)
-        else:
-            other = tl.load(x + whole + partner, turned, 0.0).to(tl.float32)
-            tl.store(side + column, (value * c + other * s) * scale * factor, inside)
-
-@triton.jit(do_not_specialize=["M"])
-def exclude(y, v, gate, dz, out, dv, dgate, M, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-            ROWS: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr):
-    group = tl.program_id(1)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
-    column = tl.arange(0, WIDTH)[None]
-    inside = (row < M) & (column < D)
-    at = (row * G + group) * D + column
-    away = tl.load(v + at, inside, 0.0).to(tl.float32)
-    length = tl.maximum(tl.sqrt(tl.sum(away * away, 1, True)), 1e-12)
-    away /= length
-    turn = tl.zeros([ROWS, WIDTH], tl.float32)
-    for i in range(H // G):
-        head = row * H + group * (H // G) + i
-        place = head * D + column
-        own = tl.load(y + place, inside, 0.0).to(tl.float32)
-        dot = tl.sum(own * away, 1, True)
-        factor = tl.load(gate + head, row < M, 0.0).to(tl.float32)
-        rest = own - dot * away
-        if BACKWARD:
-            grad = tl.load(dz + place, inside, 0.0).to(tl.float32)
-            tl.store(dgate + head, tl.sum(grad * rest, 1, True), row < M)
-            grad *= factor
-            along = tl.sum(grad * away, 1, True)
-            tl.store(out + place, grad - along * away, inside)
-            turn -= dot * grad + along * own
-        else:
-            tl.store(out + place, rest * factor, inside)
-    if BACKWARD:
-        tl.store(dv + at, (turn - tl.sum(turn * away, 1, True) * away) / length, inside)
-"""  # a module of its own: Triton reads a kernel's source from a file, which a packed script does not have
+    return cross_entropy
 
 
-@functools.cache
-def kernels() -> object:
-    """The module of the Triton kernels."""
-    folder = tempfile.TemporaryDirectory()
-    path = Path(folder.name) / "kernels.py"
-    path.write_text(KERNELS)
-    spec = importlib.util.spec_from_file_location("kernels", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.folder = folder  # stays as long as the module
-    return module
-
-
-def launch_cross_entropy(z: Tensor, targets: Tensor, losses: Tensor, cap: float, train: bool) -> None:
-    """Losses [N] of logits z [N, V]; `train` puts their gradients in the logits' place. A program a row."""
+def launch_cross_entropy(z: Tensor, targets: Tensor, losses: Tensor, cap: float) -> None:
+    """Write the losses [N] of logits z [N, V], and their gradients in the logits' place."""
     rows, vocabulary = z.shape
+    block = min(4096, 1 << (vocabulary - 1).bit_length())
     if rows:
-        block = min(4096, 1 << (vocabulary - 1).bit_length())
-        arguments = (z, targets, losses, cap, vocabulary, block, train)
-        kernels().cross_entropy[(rows,)](*arguments, num_warps=8)
+        cross_entropy_kernel()[(rows,)](z, targets, losses, cap, vocabulary, block, num_warps=8)
 
 
-TILES = {  # of the persistent product: tensor descriptors (Hopper) or pointers; M, N, K; warps; stages
-    True: ((1, 128, 128, 64, 8, 4), (1, 128, 256, 64, 8, 3), (1, 64, 256, 64, 8, 4), (1, 128, 128, 64, 4, 3)),
-    False: ((0, 128, 128, 32, 8, 3), (0, 128, 128, 64, 8, 3), (0, 128, 64, 32, 4, 4), (0, 64, 128, 32, 4, 4)),
-}
+def _head_loss_backward(ctx: object, grads: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    """A factor of a row of dz may as well come after the product, or go to the other factor."""
+    h, weight, dz = ctx.saved_tensors
+    grads = grads[:, None]
+    return (dz @ weight * grads).to(h.dtype), dz.T @ (h * grads).to(h.dtype), None, None
 
 
-TILE_ROWS = 1 << 15  # of the products that are timed: longer than it takes to launch them
+_head_loss = _operator(
+    "head_loss(Tensor h, Tensor weight, Tensor targets, float cap) -> (Tensor, Tensor)",
+    lambda h, weight, *_: (h.new_empty(len(h), dtype=torch.float32), h.new_empty(len(h), len(weight))),
+    lambda losses, dz, h, weight, targets, cap: launch_cross_entropy(
+        torch.mm(h, weight.T, out=dz), targets, losses, cap
+    ),
+    lambda ctx, inputs, results: ctx.save_for_backward(*inputs[:2], results[1]),
+    _head_loss_backward,
+)
+
+
+def fused_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """`softcapped_cross_entropy` of h W^T, h [..., D]; the logits are read once, gradient and all."""
+    losses, _ = _head_loss(h.flatten(0, -2).contiguous(), weight.to(h.dtype), targets.flatten(), cap)
+    return losses.view(targets.shape)
 
 
 @functools.cache
-def fastest_tiles(
-    device: torch.device, dtype: torch.dtype, inner: int, columns: int, mode: int
-) -> tuple[int, ...]:
-    """The tiles that this GPU is fastest with, the best of three rounds; on a CPU simply the first."""
-    if device.type != "cuda":
-        return TILES[False][0]
-    hopper = torch.cuda.get_device_capability(device)[0] in (9, 10)
-    described = hopper and dtype.itemsize == 2 and inner % 8 == 0
-    generator = torch.Generator(device).manual_seed(0)
-    shapes = (TILE_ROWS, inner), (columns, inner), (TILE_ROWS, columns), (TILE_ROWS, columns)
-    a, b, out, hidden = (torch.rand(s, generator=generator, dtype=dtype, device=device) for s in shapes)
-    signs = torch.zeros(TILE_ROWS, -(-columns // 32), dtype=torch.int32, device=device)
+def qkv_norm_rope_kernel() -> Callable:
+    """A program a head and ROWS tokens: queries and keys normed and turned, queries scaled, values copied."""
+    import triton
+    import triton.language as tl
 
-    def milliseconds(tiles: tuple[int, ...]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        try:
-            for turn in range(4):
-                if turn == 1:  # the first may build the kernel
-                    start.record()
-                launch_matmul(a, b, out, signs, mode, hidden, tiles)
-        except Exception:  # more registers or shared memory than there are; if all fail, the first says so
-            return math.inf
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+    @triton.jit(do_not_specialize=["M", "T"])
+    def qkv_norm_rope(x, gain, cos, sin, q, k, v, dx, dgain, M, T, H: tl.constexpr, G: tl.constexpr,
+                      D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+                      BACKWARD: tl.constexpr):  # fmt: skip
+        head = tl.program_id(1)
+        token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+        row = token.to(tl.int64)
+        column = tl.arange(0, WIDTH)[None]
+        inside = (row < M) & (column < D)
+        x += row * (H + 2 * G) * D + head * D
+        dx += row * (H + 2 * G) * D + head * D
+        if head < H:
+            side = q + (row * H + head) * D
+        elif head < H + G:
+            side = k + (row * G + head - H) * D
+        else:
+            side = v + (row * G + head - H - G) * D
+        if head >= H + G:
+            if BACKWARD:
+                tl.store(dx + column, tl.load(side + column, inside), inside)
+            else:
+                tl.store(side + column, tl.load(x + column, inside), inside)
+        else:
+            turned = inside & (column < 2 * HALF)
+            table = token % T * HALF + column % HALF
+            c = tl.load(cos + table, turned, 1.0).to(tl.float32)
+            s = tl.load(sin + table, turned, 0.0).to(tl.float32) * tl.where(column < HALF, 1.0, -1.0)
+            partner = tl.where(column < HALF, column + HALF, column - HALF)
+            factor = tl.load(gain + head, head < H, 1.0).to(tl.float32)
+            value = tl.load(x + column, inside, 0.0).to(tl.float32)
+            scale = 1 / tl.sqrt(tl.sum(value * value, 1, True) / D + 1.1920928955078125e-07)
+            if BACKWARD:
+                u = tl.load(side + column, inside, 0.0).to(tl.float32) * c
+                u -= tl.load(side + partner, turned, 0.0).to(tl.float32) * s
+                value *= scale
+                dot = tl.sum(u * value, 1, True)
+                tl.store(dx + column, factor * scale * (u - value * dot / D), inside)
+                if head < H:
+                    tl.store(dgain + row * H + head, dot, row < M)
+            else:
+                other = tl.load(x + partner, turned, 0.0).to(tl.float32)
+                tl.store(side + column, (value * c + other * s) * scale * factor, inside)
 
-    return min((milliseconds(tiles), tiles) for _ in range(3) for tiles in TILES[described])[1]
-
-
-def launch_matmul(
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    signs: Tensor,
-    mode: int,
-    hidden: Tensor | None = None,
-    tiles: Sequence[int] = (),
-) -> None:
-    """h = a [M, K] b [N, K]^T and an epilogue: leaky_relu^2 (mode 0), and the signs of h (1), 32 in a word.
-
-    Mode 2 multiplies by the slope of what mode 1 made, `hidden`: 2 h = 2 sqrt(hidden), negative h / 2 =
-    -sqrt(hidden). So a bit a number is all that is kept for the backward pass besides what it needs anyway.
-    `tiles`: of TILES, else the fastest. Persistent: each multiprocessor takes one after the other.
-    """
-    (rows, inner), columns = a.shape, len(b)
-    tiles = tiles or fastest_tiles(a.device, a.dtype, inner, columns, mode)
-    described, bm, bn, bk, warps, stages = tiles
-    programs = count = -(-rows // bm) * -(-columns // bn)
-    if a.is_cuda:
-        programs = min(count, torch.cuda.get_device_properties(a.device).multi_processor_count)
-    if described:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        a, b = TensorDescriptor.from_tensor(a, [bm, bk]), TensorDescriptor.from_tensor(b, [bn, bk])
-    if programs:
-        sizes = (rows, -(-count // programs), columns, inner, mode, bool(described), bm, bn, bk)
-        tensors = a, b, out, out if hidden is None else hidden, signs
-        kernels().matmul[(programs,)](*tensors, *sizes, num_warps=warps, num_stages=stages)
+    return qkv_norm_rope
 
 
-def launch_heads(
+def launch_qkv_norm_rope(
     x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor, *grads: Tensor
 ) -> None:
     """Products x [N, (H + 2G) D] <-> heads q [N, H, D], k and v [N, G, D]; cos and sin [T, r/2], gain [H].
@@ -1619,158 +1529,243 @@ def launch_heads(
     sizes = rows, len(cos), len(gain), groups, size, cos.size(1), 32, 1 << (size - 1).bit_length()
     if rows:
         grid = (-(-rows // 32), len(gain) + 2 * groups)
-        kernels().heads[grid](x, gain, cos, sin, q, k, v, *(grads or (x, gain)), *sizes, bool(grads))
+        qkv_norm_rope_kernel()[grid](x, gain, cos, sin, q, k, v, *(grads or (x, gain)), *sizes, bool(grads))
 
 
-def launch_exclude(y: Tensor, v: Tensor, gate: Tensor, out: Tensor, *grads: Tensor) -> None:
+def _qkv_norm_rope_backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dgain = _qkv_norm_rope_grad(*ctx.saved_tensors, *(grad.contiguous() for grad in grads))
+    return dx, dgain.sum(0).to(ctx.saved_tensors[1].dtype), None, None, None
+
+
+_qkv_norm_rope = _operator(
+    "qkv_norm_rope(Tensor x, Tensor gain, Tensor cos, Tensor sin, int groups) -> (Tensor, Tensor, Tensor)",
+    lambda x, gain, cos, sin, groups: tuple(
+        x.new_empty(x.size(0), n, x.size(1) // (len(gain) + 2 * groups)) for n in (len(gain), groups, groups)
+    ),
+    lambda q, k, v, x, gain, cos, sin, groups: launch_qkv_norm_rope(x, gain, cos, sin, q, k, v),
+    lambda ctx, inputs, results: ctx.save_for_backward(*inputs[:4]),
+    _qkv_norm_rope_backward,
+)
+_qkv_norm_rope_grad = _operator(
+    "qkv_norm_rope_grad(Tensor x, Tensor gain, Tensor cos, Tensor sin, Tensor dq, Tensor dk, Tensor dv)"
+    " -> (Tensor, Tensor)",
+    lambda x, gain, *_: (torch.empty_like(x), x.new_empty(x.size(0), len(gain), dtype=torch.float32)),
+    lambda dx, dgain, *inputs: launch_qkv_norm_rope(*inputs, dx, dgain),
+)
+
+
+def fused_qkv_norm_rope(
+    x: Tensor, gain: Tensor, rope: tuple[Tensor, Tensor], groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One product of all roles [B, T, (H + 2G) D] -> normed, rotated queries times gain, keys, and values."""
+    tables = (table.to(x.dtype).flatten(1) for table in rope)
+    parts = _qkv_norm_rope(x.flatten(0, -2).contiguous(), gain.to(x.dtype), *tables, groups)
+    return tuple(part.unflatten(0, x.shape[:-1]) for part in parts)
+
+
+@functools.cache
+def xsa_gate_kernel() -> Callable:
+    """A program a key/value head and ROWS tokens: all query heads of the group lose what lies along v."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit(do_not_specialize=["M"])
+    def xsa_gate(y, v, gate, dz, out, dv, dgate, M, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+                 ROWS: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+        group = tl.program_id(1)
+        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        column = tl.arange(0, WIDTH)[None]
+        inside = (row < M) & (column < D)
+        at = (row * G + group) * D + column
+        away = tl.load(v + at, inside, 0.0).to(tl.float32)
+        length = tl.maximum(tl.sqrt(tl.sum(away * away, 1, True)), 1e-12)
+        away /= length
+        turn = tl.zeros([ROWS, WIDTH], tl.float32)
+        for i in range(H // G):
+            head = row * H + group * (H // G) + i
+            place = head * D + column
+            own = tl.load(y + place, inside, 0.0).to(tl.float32)
+            dot = tl.sum(own * away, 1, True)
+            factor = tl.load(gate + head, row < M, 0.0).to(tl.float32)
+            rest = own - dot * away
+            if BACKWARD:
+                grad = tl.load(dz + place, inside, 0.0).to(tl.float32)
+                tl.store(dgate + head, tl.sum(grad * rest, 1, True), row < M)
+                grad *= factor
+                along = tl.sum(grad * away, 1, True)
+                tl.store(out + place, grad - along * away, inside)
+                turn -= dot * grad + along * own
+            else:
+                tl.store(out + place, rest * factor, inside)
+        if BACKWARD:
+            tl.store(dv + at, (turn - tl.sum(turn * away, 1, True) * away) / length, inside)
+
+    return xsa_gate
+
+
+def launch_xsa_gate(y: Tensor, v: Tensor, gate: Tensor, out: Tensor, *grads: Tensor) -> None:
     """y [N, H, D], v [N, G, D], gate [N, H] -> out; given dz, and room for those of v and gate: dy."""
     rows, groups, size = v.shape
     sizes = rows, y.size(1), groups, size, 32, 1 << (size - 1).bit_length()
     dz, dv, dgate = grads or (y, v, gate)
     if rows:
         grid = (-(-rows // 32), groups)
-        kernels().exclude[grid](y, v, gate, dz, out, dv, dgate, *sizes, bool(grads))
+        xsa_gate_kernel()[grid](y, v, gate, dz, out, dv, dgate, *sizes, bool(grads))
 
 
-def _head_loss_forward(
-    losses: Tensor, dz: Tensor, h: Tensor, weight: Tensor, targets: Tensor, cap: float, train: bool
-) -> None:
-    z = torch.mm(h, weight.T, out=dz) if train else h @ weight.T
-    launch_cross_entropy(z, targets, losses, cap, train)
-
-
-def _head_loss_backward(ctx: object, grads: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    """A factor of a row of dz may as well come after the product, or go to the other factor."""
-    h, weight, dz = ctx.saved_tensors
-    grads = grads[:, None]
-    return (dz @ weight * grads).to(h.dtype), dz.T @ (h * grads).to(h.dtype), None, None, None
-
-
-_head_loss = _operator(
-    "head_loss(Tensor h, Tensor weight, Tensor targets, float cap, bool train) -> (Tensor, Tensor)",
-    lambda h, weight, targets, cap, train: (
-        h.new_empty(h.size(0), dtype=torch.float32),
-        h.new_empty(h.size(0) if train else 0, len(weight)),
-    ),
-    _head_loss_forward,
-)
-_head_loss.register_autograd(
-    _head_loss_backward, setup_context=lambda ctx, inputs, output: _keep(ctx, *inputs[:2], output[1])
-)
-
-
-def fused_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """`softcapped_cross_entropy` of h W^T, h [..., D]; the logits are read once, gradient and all."""
-    h, weight = h.flatten(0, -2).contiguous(), weight.to(h.dtype)
-    losses, _ = _head_loss(h, weight, targets.flatten(), cap, torch.is_grad_enabled())
-    return losses.view(targets.shape)
-
-
-_heads = _operator(
-    "heads(Tensor x, Tensor gain, Tensor cos, Tensor sin, int groups) -> (Tensor, Tensor, Tensor)",
-    lambda x, gain, cos, sin, groups: tuple(
-        x.new_empty(x.size(0), n, x.size(1) // (len(gain) + 2 * groups)) for n in (len(gain), groups, groups)
-    ),
-    lambda q, k, v, x, gain, cos, sin, groups: launch_heads(x, gain, cos, sin, q, k, v),
-)
-_heads_grad = _operator(
-    "heads_grad(Tensor x, Tensor gain, Tensor cos, Tensor sin, Tensor dq, Tensor dk, Tensor dv)"
-    " -> (Tensor, Tensor)",
-    lambda x, gain, *_: (torch.empty_like(x), x.new_empty(x.size(0), len(gain), dtype=torch.float32)),
-    lambda dx, dgain, *inputs: launch_heads(*inputs, dx, dgain),
-)
-
-
-def _heads_backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dgain = _heads_grad(*ctx.saved_tensors, *(grad.contiguous() for grad in grads))
-    return dx, dgain.sum(0).to(ctx.saved_tensors[1].dtype), None, None, None
-
-
-_heads.register_autograd(_heads_backward, setup_context=lambda ctx, inputs, output: _keep(ctx, *inputs[:4]))
-
-
-def fused_heads(
-    x: Tensor, gain: Tensor, rope: tuple[Tensor, Tensor], groups: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One product of all roles [B, T, (H + 2G) D] -> normed, rotated queries times gain, keys, and values."""
-    tables = (table.to(x.dtype).flatten(1) for table in rope)
-    parts = _heads(x.flatten(0, -2).contiguous(), gain.to(x.dtype), *tables, groups)
-    return tuple(part.unflatten(0, x.shape[:-1]) for part in parts)
-
-
-_exclude = _operator(
-    "exclude(Tensor y, Tensor v, Tensor gate) -> Tensor",
+_xsa_gate = _operator(
+    "xsa_gate(Tensor y, Tensor v, Tensor gate) -> Tensor",
     lambda y, v, gate: torch.empty_like(y),
-    lambda out, y, v, gate: launch_exclude(y, v, gate, out),
+    lambda out, y, v, gate: launch_xsa_gate(y, v, gate, out),
+    lambda ctx, inputs, results: ctx.save_for_backward(*inputs),
+    lambda ctx, dz: _xsa_gate_grad(*ctx.saved_tensors, dz.contiguous()),
 )
-_exclude_grad = _operator(
-    "exclude_grad(Tensor y, Tensor v, Tensor gate, Tensor dz) -> (Tensor, Tensor, Tensor)",
+_xsa_gate_grad = _operator(
+    "xsa_gate_grad(Tensor y, Tensor v, Tensor gate, Tensor dz) -> (Tensor, Tensor, Tensor)",
     lambda y, v, gate, dz: (torch.empty_like(y), torch.empty_like(v), torch.empty_like(gate)),
-    lambda dy, dv, dgate, y, v, gate, dz: launch_exclude(y, v, gate, dy, dz, dv, dgate),
-)
-_exclude.register_autograd(
-    lambda ctx, dz: _exclude_grad(*ctx.saved_tensors, dz.contiguous()),
-    setup_context=lambda ctx, inputs, output: _keep(ctx, *inputs),
+    lambda dy, dv, dgate, y, v, gate, dz: launch_xsa_gate(y, v, gate, dy, dz, dv, dgate),
 )
 
 
-def fused_exclude(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+def fused_xsa_gate(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     """XSA and gate: y [B, T, H, D] without its part along v [B, T, G, D], times gate [B, T, H]."""
     parts = (part.flatten(0, 1).contiguous() for part in (y, v, gate.to(y.dtype)))
-    return _exclude(*parts).view(y.shape)
+    return _xsa_gate(*parts).view(y.shape)
 
 
-def _mlp_forward(y: Tensor, hidden: Tensor, signs: Tensor, x: Tensor, up: Tensor, down: Tensor, train: bool):
-    launch_matmul(x, up, hidden, signs, int(train))
+TILES = {  # M, N, K; warps; stages: of tensor descriptors (Hopper) or of pointers
+    True: ((128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (64, 256, 64, 8, 4), (128, 128, 64, 4, 3)),
+    False: ((128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 64, 32, 4, 4), (64, 128, 32, 4, 4)),
+}
+
+
+@functools.cache
+def matmul_kernel(described: bool) -> Callable:
+    """The product of `launch_matmul` with the tiles that are fastest for its N, K and pass.
+
+    Triton times the tiles at the first launch, in the warm-up: the number of rows M is no part of the choice.
+    Tiles that need too much shared memory drop out. The choice, which ranks make for themselves, says what a
+    program computes; each number is the same sum over k, in the same order.
+    """
+    import triton
+    import triton.language as tl
+
+    def set_blocks(given: dict) -> None:
+        for operand, rows in (("a", "BM"), ("b", "BN")) if described else ():
+            given[operand].block_shape = [given[rows], given["BK"]]
+
+    timed = TILES[described][: 1 if os.environ.get("TRITON_INTERPRET") == "1" else None]
+    blocks = [dict(zip(("BM", "BN", "BK"), tiles, strict=False)) for tiles in timed]
+    configs = [triton.Config(b, *t[3:], pre_hook=set_blocks) for b, t in zip(blocks, timed, strict=True)]
+
+    @triton.autotune(configs, key=["N", "K", "BACKWARD"])
+    @triton.jit(do_not_specialize=["M"])
+    def matmul(a, b, out, hidden, signs, M, N, K: tl.constexpr, BACKWARD: tl.constexpr, DESC: tl.constexpr,
+               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+        across = tl.cdiv(N, BN)
+        for turn in tl.range(0, tl.cdiv(tl.cdiv(M, BM) * across, tl.num_programs(0)), flatten=DESC):
+            tile = turn * tl.num_programs(0) + tl.program_id(0)
+            row = tile // across * BM
+            column = tile % across * BN
+            acc = tl.zeros([BM, BN], tl.float32)
+            for k in range(0, K, BK):
+                if DESC:
+                    x = a.load([row, k])
+                    w = b.load([column, k])
+                else:
+                    c = k + tl.arange(0, BK)[None]
+                    r = row + tl.arange(0, BM)[:, None]
+                    x = tl.load(a + r.to(tl.int64) * K + c, (r < M) & (c < K), 0.0)
+                    r = column + tl.arange(0, BN)[:, None]
+                    w = tl.load(b + r.to(tl.int64) * K + c, (r < N) & (c < K), 0.0)
+                acc = tl.dot(x, w.T, acc)
+            i = row + tl.arange(0, BM)[:, None]
+            j = column + tl.arange(0, BN)[None]
+            place = i.to(tl.int64) * N + j
+            inside = (i < M) & (j < N)
+            words = tl.cdiv(N, 32)  # the signs of 32 numbers lie in a word
+            word = column // 32 + tl.arange(0, BN // 32)[None]
+            kept = (i < M) & (word < words)
+            shift = tl.arange(0, 32)[None, None]
+            if BACKWARD:
+                root = tl.sqrt(tl.load(hidden + place, inside, 0.0).to(tl.float32))
+                bits = (tl.load(signs + i * words + word, kept, 0)[:, :, None] >> shift) & 1
+                acc *= root * tl.where(tl.reshape(bits, [BM, BN]) == 1, -1.0, 2.0)
+            else:
+                bits = tl.reshape((acc < 0).to(tl.int32), [BM, BN // 32, 32]) << shift
+                tl.store(signs + i * words + word, tl.sum(bits, 2), kept)
+                acc *= acc * tl.where(acc < 0, 0.25, 1.0)
+            tl.store(out + place, acc, inside)
+
+    return matmul
+
+
+def has_descriptors(a: Tensor) -> bool:
+    """Whether tiles of a [M, K] may be loaded by tensor descriptors."""
+    hopper = a.is_cuda and torch.cuda.get_device_capability(a.device)[0] in (9, 10)
+    return hopper and a.element_size() == 2 and a.size(1) % 8 == 0
+
+
+def launch_matmul(a: Tensor, b: Tensor, out: Tensor, hidden: Tensor, signs: Tensor, backward: bool) -> None:
+    """h = a [M, K] b [N, K]^T; written are leaky_relu^2 of h and the signs of h, 32 in a word.
+
+    Backward the product is multiplied by the slope of what forward made of h, `hidden`: 2 h = 2 sqrt(hidden),
+    negative h / 2 = -sqrt(hidden). So a bit a number is all that is kept besides what is needed anyway.
+    Persistent: each multiprocessor takes one tile after the other.
+    """
+    (rows, inner), columns, described = a.shape, len(b), has_descriptors(a)
+    programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 1
+    if described:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        a, b = (TensorDescriptor.from_tensor(x, [1, 1]) for x in (a, b))  # `set_blocks` knows how large
+    if rows:
+        grid = lambda m: (min(programs, -(-rows // m["BM"]) * -(-columns // m["BN"])),)  # noqa: E731
+        matmul_kernel(described)[grid](a, b, out, hidden, signs, rows, columns, inner, backward, described)
+
+
+def _mlp_forward(y: Tensor, hidden: Tensor, signs: Tensor, x: Tensor, up: Tensor, down: Tensor) -> None:
+    launch_matmul(x, up, hidden, hidden, signs, False)
     torch.mm(hidden, down.T, out=y)
 
 
 def _mlp_backward(ctx: object, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient before the activation is (dy down) * slope, without storing the product."""
     x, up, down, hidden, signs = ctx.saved_tensors
-    dh, (_, trains_up, trains_down, _) = _mlp_grad(dy.contiguous(), down, hidden, signs), ctx.needs_input_grad
-    return dh @ up, dh.T @ x if trains_up else None, dy.T @ hidden if trains_down else None, None
+    dh, (_, trains_up, trains_down) = _mlp_grad(dy.contiguous(), down, hidden, signs), ctx.needs_input_grad
+    return dh @ up, dh.T @ x if trains_up else None, dy.T @ hidden if trains_down else None
 
 
 _mlp = _operator(
-    "mlp(Tensor x, Tensor up, Tensor down, bool train) -> (Tensor, Tensor, Tensor)",
-    lambda x, up, down, train: (
+    "mlp(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor, Tensor)",
+    lambda x, up, down: (
         torch.empty_like(x),
-        x.new_empty(x.size(0), len(up)),
-        x.new_empty(x.size(0) if train else 0, -(-len(up) // 32), dtype=torch.int32),
+        x.new_empty(len(x), len(up)),
+        x.new_empty(len(x), -(-len(up) // 32), dtype=torch.int32),
     ),
     _mlp_forward,
+    lambda ctx, inputs, results: ctx.save_for_backward(*inputs, *results[1:]),
+    _mlp_backward,
 )
 _mlp_grad = _operator(
     "mlp_grad(Tensor dy, Tensor down, Tensor hidden, Tensor signs) -> Tensor",
     lambda dy, down, hidden, signs: torch.empty_like(hidden),
-    lambda out, dy, down, hidden, signs: launch_matmul(dy, down.T.contiguous(), out, signs, 2, hidden),
-)
-_mlp.register_autograd(
-    _mlp_backward, setup_context=lambda ctx, inputs, output: _keep(ctx, *inputs[:3], *output[1:])
+    lambda out, dy, down, hidden, signs: launch_matmul(dy, down.T.contiguous(), out, hidden, signs, True),
 )
 
 
 def fused_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """leaky_relu_squared(x up^T) down^T in the type of x [..., D]; the epilogue is part of the product."""
-    up, down = up.to(x.dtype), down.to(x.dtype)
-    y, *_ = _mlp(x.flatten(0, -2).contiguous(), up, down, torch.is_grad_enabled())
+    y, *_ = _mlp(x.flatten(0, -2).contiguous(), up.to(x.dtype), down.to(x.dtype))
     return y.view(x.shape)
-
-
-def fuses(backends: Backends, x: Tensor, kernel: str) -> bool:
-    """Whether a fused kernel is to be used on a tensor."""
-    return kernel in backends.kernels and x.is_cuda
 
 
 # ---------------------------------------------------------------------------------------------------------
 # 7. Model (SPEC section 3): one block, one traversal, for training, evaluation, calibration and adaptation
 # ---------------------------------------------------------------------------------------------------------
 
-Adapt = Callable[
-    [str, Tensor], Tensor | float
-]  # role and input of a projection -> what is added to its output
-Tap = Callable[[str, Tensor], None]  # flat weight name and the projection's input
+Adapt = Callable[[str, Tensor], Tensor | float]  # (role of a projection, its input) -> addend to its output
+OnInput = Callable[[str, Tensor], None]  # is told the flat name of each matrix and the input of its product
 
 
 class LayerWeights(NamedTuple):
@@ -1784,28 +1779,26 @@ class LayerWeights(NamedTuple):
     down: Tensor
 
 
-class Pass(NamedTuple):
-    """What a block needs besides its input: rotary tables, segments, the slot's adapters, the tap.
+class BlockContext(NamedTuple):
+    """What a block needs besides its input.
 
-    `wanted` [B, n] are the positions whose result is used (None: all); `past` puts the keys and values of
-    earlier tokens before those of the input.
+    `x0` is the first block's input. At `wanted` [B, n] the result is used (None: everywhere). `past`
+    puts the keys and values of earlier tokens before those of the input.
     """
 
+    x0: Tensor
+    weights: LayerWeights
     rope: tuple[Tensor, Tensor]
     segments: Segments | None
     adapt: Adapt | None
-    tap: Tap | None
-    wanted: Tensor | None = None
-    past: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-
-    def pick(self, x: Tensor) -> Tensor:
-        """The rows of x [B, T, D] that are wanted."""
-        return x if self.wanted is None else pick(x, self.wanted)
+    on_input: OnInput | None
+    wanted: Tensor | None
+    past: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
 
 
-def pick(x: Tensor, positions: Tensor) -> Tensor:
-    """x [B, T, D] at positions [B, n] -> [B, n, D]."""
-    return x.gather(1, positions[..., None].expand(-1, -1, x.size(-1)))
+def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
+    """x [B, T, D] at positions [B, n] -> [B, n, D]; x itself where positions is None."""
+    return x if positions is None else x.gather(1, positions[..., None].expand(-1, -1, x.size(-1)))
 
 
 def layer_order(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
@@ -1833,15 +1826,13 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def rope_tables(cfg: Config, length: int, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [T, 1, r/2]; positions count from the start of the row, which is `first`."""
-    dims = cfg.rope_dims or cfg.head_dim
-    base = cfg.rope_base
+    """cos and sin, float32 [T, 1, r/2], of positions first, first + 1, ... in their row."""
+    dims, base = cfg.rope_dims or cfg.head_dim, cfg.rope_base
     if cfg.rope_yarn and length > cfg.train_seq_len:
         base *= (length / cfg.train_seq_len) ** (dims / (dims - 2))
     frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims)
-    angles = (
-        torch.arange(first, first + length, dtype=torch.float32, device=device)[:, None, None] * frequencies
-    )
+    positions = torch.arange(first, first + length, dtype=torch.float32, device=device)
+    angles = positions[:, None, None] * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -1853,103 +1844,91 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
 
 
-def project(
-    x: Tensor, weight: Tensor, role: str, adapt: Adapt | None, adapter_input: Tensor | None = None
-) -> Tensor:
-    """x W^T, plus what the adapter of this role makes of its input (x unless given)."""
+def project(x: Tensor, weight: Tensor, role: str, adapt: Adapt | None) -> Tensor:
+    """x W^T, plus what the adapter of this role makes of x."""
     y = F.linear(x, weight)
-    return y if adapt is None else y + adapt(role, x if adapter_input is None else adapter_input)
+    return y if adapt is None else y + adapt(role, x)
 
 
 def project_together(x: Tensor, weights: Mapping[str, Tensor], adapt: Adapt | None) -> list[Tensor]:
     """`project` for several roles of one input; on CUDA one product, which reads x once."""
     if not x.is_cuda:
         return [project(x, weight, role, adapt) for role, weight in weights.items()]
-    whole = F.linear(x, torch.cat(list(weights.values())))
-    parts = whole.split([len(weight) for weight in weights.values()], -1)
+    products = F.linear(x, torch.cat(list(weights.values())))
+    parts = products.split([len(weight) for weight in weights.values()], -1)
     return [y if adapt is None else y + adapt(role, x) for role, y in zip(weights, parts, strict=True)]
 
 
 class Attention(nn.Module):
     """Attention of one layer: normed queries and keys, partial rotary, query gain, XSA, one optional gate."""
 
-    def __init__(self, cfg: Config, layer: int, backends: Backends = Backends()):
+    def __init__(self, cfg: Config, layer: int, backends: Backends):
         super().__init__()
         self.cfg, self.layer, self.backends = cfg, layer, backends
         self.excludes_self = layer >= cfg.num_layers - cfg.xsa_last_n
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         if cfg.sparse_attn_gate_enabled:
-            self.attn_gate_w = nn.Parameter(
-                _normal(cfg.sparse_attn_gate_init_std, cfg.num_heads, cfg.gate_window)
-            )
+            gate = _normal(cfg.sparse_attn_gate_init_std, cfg.num_heads, cfg.gate_window)
+            self.attn_gate_w = nn.Parameter(gate)
         elif cfg.gated_attn_enabled:
             self.attn_gate_w = nn.Parameter(_normal(cfg.gated_attn_init_std, cfg.num_heads, cfg.model_dim))
         elif cfg.attn_out_gate_enabled:
             self.attn_gate_proj = _zero_linear(cfg.gate_window, cfg.num_heads)
 
-    def forward(self, n: Tensor, w: LayerWeights, run: Pass) -> Tensor:
-        """n [B, T, D], the normed and scaled block input -> [B, T, D], or [B, n, D] of the rows wanted."""
-        cfg = self.cfg
-        if run.tap is not None:
-            run.tap(f"blocks.{self.layer}.attn.c_q.weight", n)
-        whole = run.wanted is None and run.past is None
-        fused = whole and fuses(self.backends, n, "heads")
-        q_flat, q, k, v = (self._fused_heads if fused else self._heads)(n, w, run)
-        own, n = run.pick(v.flatten(-2)).unflatten(-1, v.shape[-2:]), run.pick(n)
-        if whole:
-            y = attend(q, k, v, run.segments, self.backends.attention)
+    def forward(self, n: Tensor, context: BlockContext) -> Tensor:
+        """n [B, T, D], the normed and scaled block input -> [B, T, D], or [B, n, D] at wanted positions."""
+        wanted, past = context.wanted, context.past
+        if context.on_input is not None:
+            context.on_input(f"blocks.{self.layer}.attn.c_q.weight", n)
+        plain = wanted is None and past is None
+        if plain and "qkv_norm_rope" in self.backends.kernels:
+            q_flat, q, k, v = self._fused_heads(n, context)
         else:
-            keys, values = (k, v) if run.past is None else run.past(k, v)
-            wanted = torch.arange(k.size(1), device=k.device)[None] if run.wanted is None else run.wanted
-            y = attend_from(q, wanted + keys.size(1) - k.size(1), keys, values)
-        gate = self._gate(n, q_flat)
-        if self.excludes_self and gate is not None and fuses(self.backends, n, "exclude"):
-            y = fused_exclude(y, own, gate)
+            q_flat, q, k, v = self._heads(n, context)
+        own_value = at_positions(v.flatten(-2), wanted).unflatten(-1, v.shape[-2:])
+        n = at_positions(n, wanted)
+        if plain:
+            y = attend(q, k, v, context.segments, self.backends)
         else:
-            y = self._exclude_self(y, own) if self.excludes_self else y
-            y = y if gate is None else y * gate.to(y.dtype)[..., None]
-        y = y.flatten(-2)
-        if run.tap is not None:
-            run.tap(f"blocks.{self.layer}.attn.proj.weight", y)
-        return project(y, w.o, "o", run.adapt, adapter_input=n)
+            keys, values = (k, v) if past is None else past(k, v)
+            positions = torch.arange(k.size(1), device=k.device)[None] if wanted is None else wanted
+            y = attend_from(q, positions + keys.size(1) - k.size(1), keys, values)
+        y = self._exclude_and_gate(y, own_value, self._gate(n, q_flat)).flatten(-2)
+        if context.on_input is not None:
+            context.on_input(f"blocks.{self.layer}.attn.proj.weight", y)
+        y = F.linear(y, context.weights.o)
+        return y if context.adapt is None else y + context.adapt("o", n)
 
-    def _heads(self, n: Tensor, w: LayerWeights, run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _heads(self, n: Tensor, context: BlockContext) -> tuple[Tensor, ...]:
         """Queries before the norm [B, n, H d]; then queries, keys and values [B, n or T, heads, d]."""
-        cfg = self.cfg
-        roles = {"q": w.q, "k": w.k, "v": w.v}
-        if run.wanted is not None:
-            roles.pop("q")  # queries of the wanted positions only
-        *q_flat, k, v = project_together(n, roles, run.adapt)
-        k, v = (x.unflatten(-1, (cfg.num_kv_heads, cfg.head_dim)) for x in (k, v))
-        q_flat = q_flat[0] if q_flat else project(run.pick(n), w.q, "q", run.adapt)
+        cfg, w, rope, wanted = self.cfg, context.weights, context.rope, context.wanted
+        if wanted is None:
+            q_flat, k, v = project_together(n, {"q": w.q, "k": w.k, "v": w.v}, context.adapt)
+        else:  # queries of the wanted positions only
+            k, v = project_together(n, {"k": w.k, "v": w.v}, context.adapt)
+            q_flat = project(at_positions(n, wanted), w.q, "q", context.adapt)
+            rope = tuple(table[wanted] for table in rope)
         q = q_flat.unflatten(-1, (cfg.num_heads, cfg.head_dim))
-        rope = run.rope if run.wanted is None else tuple(table[run.wanted] for table in run.rope)
+        k, v = (x.unflatten(-1, (cfg.num_kv_heads, cfg.head_dim)) for x in (k, v))
         q = apply_rope(rms_norm(q), rope) * self.q_gain.to(q.dtype)[:, None]
-        return q_flat, q, apply_rope(rms_norm(k), run.rope), v
+        return q_flat, q, apply_rope(rms_norm(k), context.rope), v
 
-    def _fused_heads(self, n: Tensor, w: LayerWeights, run: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same by one product and one kernel."""
-        if run.adapt is None:
-            whole = F.linear(n, torch.cat([w.q, w.k, w.v]))
+    def _fused_heads(self, n: Tensor, context: BlockContext) -> tuple[Tensor, ...]:
+        """As `_heads` of all positions, by one product and one kernel."""
+        w = context.weights
+        if context.adapt is None:
+            products = F.linear(n, torch.cat([w.q, w.k, w.v]))
         else:
-            whole = torch.cat(project_together(n, {"q": w.q, "k": w.k, "v": w.v}, run.adapt), -1)
-        heads = fused_heads(whole, self.q_gain, run.rope, self.cfg.num_kv_heads)
-        return whole[..., : len(w.q)], *heads
-
-    @staticmethod
-    def _exclude_self(y: Tensor, v: Tensor) -> Tensor:
-        """XSA: remove from each head's output its projection on the token's own value vector."""
-        direction = F.normalize(v, dim=-1, eps=1e-12)[..., None, :]
-        grouped = y.unflatten(-2, (v.size(-2), -1))
-        return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(-3, -2)
+            products = torch.cat(project_together(n, {"q": w.q, "k": w.k, "v": w.v}, context.adapt), -1)
+        heads = fused_qkv_norm_rope(products, self.q_gain, context.rope, self.cfg.num_kv_heads)
+        return products[..., : len(w.q)], *heads
 
     def _gate(self, n: Tensor, q_flat: Tensor) -> Tensor | None:
         """The factor of each head and position [B, T, H], None without a gate."""
         cfg = self.cfg
         if cfg.sparse_attn_gate_enabled:
-            return torch.sigmoid(
-                cfg.sparse_attn_gate_scale * F.linear(n[..., : cfg.gate_window], self.attn_gate_w)
-            )
+            z = F.linear(n[..., : cfg.gate_window], self.attn_gate_w)
+            return torch.sigmoid(cfg.sparse_attn_gate_scale * z)
         if cfg.gated_attn_enabled:
             return torch.sigmoid(F.linear(n, self.attn_gate_w))
         if cfg.attn_out_gate_enabled:
@@ -1957,58 +1936,65 @@ class Attention(nn.Module):
             return 2 * torch.sigmoid(self.attn_gate_proj(source[..., : cfg.gate_window]))
         return None
 
+    def _exclude_and_gate(self, y: Tensor, own_value: Tensor, gate: Tensor | None) -> Tensor:
+        """XSA, where the layer has it, and the gate; y [B, n, H, d]."""
+        if self.excludes_self and gate is not None and "xsa_gate" in self.backends.kernels:
+            return fused_xsa_gate(y, own_value, gate)
+        if self.excludes_self:
+            y = exclude_self(y, own_value)
+        return y if gate is None else y * gate.to(y.dtype)[..., None]
+
 
 class Block(nn.Module):
     """One layer: an attention and an MLP branch, and three ways of adding them to the residual stream."""
 
-    def __init__(self, cfg: Config, layer: int, backends: Backends = Backends()):
+    def __init__(self, cfg: Config, layer: int, backends: Backends):
         super().__init__()
-        self.layer = layer
+        self.layer, self.backends = layer, backends
         self.norm_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)]))
         self.attn = Attention(cfg, layer, backends)
 
-    def _mix(self, x: Tensor, x0: Tensor) -> Tensor:
+    def _mix(self, x: Tensor, context: BlockContext) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
-        return mix[0] * x + mix[1] * x0
+        return mix[0] * x + mix[1] * context.x0
 
-    def _attention(self, u: Tensor, w: LayerWeights, run: Pass) -> Tensor:
-        return self.attn_scale.to(u.dtype) * self.attn(rms_norm(u) * self.norm_scale, w, run)
+    def _attention(self, u: Tensor, context: BlockContext) -> Tensor:
+        return self.attn_scale.to(u.dtype) * self.attn(rms_norm(u) * self.norm_scale, context)
 
-    def _mlp(self, u: Tensor, w: LayerWeights, run: Pass) -> Tensor:
-        n = rms_norm(u) * self.norm_scale
-        if run.tap is None and fuses(self.attn.backends, n, "mlp"):
+    def _mlp(self, u: Tensor, context: BlockContext) -> Tensor:
+        n, w = rms_norm(u) * self.norm_scale, context.weights
+        if context.on_input is None and "mlp" in self.backends.kernels:
             y = fused_mlp(n, w.up, w.down)
         else:
             hidden = leaky_relu_squared(F.linear(n, w.up))
             y = F.linear(hidden, w.down)
-            if run.tap is not None:
-                run.tap(f"blocks.{self.layer}.mlp.fc.weight", n)
-                run.tap(f"blocks.{self.layer}.mlp.proj.weight", hidden)
-        return self.mlp_scale.to(u.dtype) * (y if run.adapt is None else y + run.adapt("mlp", n))
+            if context.on_input is not None:
+                context.on_input(f"blocks.{self.layer}.mlp.fc.weight", n)
+                context.on_input(f"blocks.{self.layer}.mlp.proj.weight", hidden)
+        return self.mlp_scale.to(u.dtype) * (y if context.adapt is None else y + context.adapt("mlp", n))
 
-    def serial(self, x: Tensor, x0: Tensor, w: LayerWeights, run: Pass) -> Tensor:
+    def serial(self, x: Tensor, context: BlockContext) -> Tensor:
         """Attention, then the MLP on its result."""
-        u = self._mix(x, x0)
-        u = run.pick(u) + self._attention(u, w, run)
-        return u + self._mlp(u, w, run)
+        u = self._mix(x, context)
+        u = at_positions(u, context.wanted) + self._attention(u, context)
+        return u + self._mlp(u, context)
 
-    def single(self, x: Tensor, x0: Tensor, w: LayerWeights, run: Pass) -> Tensor:
+    def single(self, x: Tensor, context: BlockContext) -> Tensor:
         """Attention and MLP side by side on one stream (PR #1493)."""
-        u = self._mix(x, x0)
-        a, u = self._attention(u, w, run), run.pick(u)
-        return u + a + self._mlp(u, w, run)
+        u = self._mix(x, context)
+        a, u = self._attention(u, context), at_positions(u, context.wanted)
+        return u + a + self._mlp(u, context)
 
-    def lanes(
-        self, lanes: tuple[Tensor, Tensor], x0: Tensor, w: LayerWeights, run: Pass, keep: Tensor, add: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Two lanes: attention reads lane 0, the MLP lane 1; `keep` [2] per lane, `add` [source, lane]."""
-        a, lanes = self._attention(self._mix(lanes[0], x0), w, run), [run.pick(lane) for lane in lanes]
-        m = self._mlp(lanes[1], w, run)
+    def lanes(self, x: Tensor, y: Tensor, context: BlockContext, keep: Tensor, add: Tensor) -> tuple:
+        """Two lanes: attention reads x, the MLP y; `keep` [2] per lane, `add` [source, lane]."""
+        a = self._attention(self._mix(x, context), context)
+        x, y = (at_positions(lane, context.wanted) for lane in (x, y))
+        m = self._mlp(y, context)
         keep, add = keep.to(a.dtype), add.to(a.dtype)
-        return tuple(keep[i] * lanes[i] + add[0, i] * a + add[1, i] * m for i in (0, 1))
+        return tuple(keep[i] * lane + add[0, i] * a + add[1, i] * m for i, lane in enumerate((x, y)))
 
 
 class GPT(nn.Module):
@@ -2053,9 +2039,8 @@ class GPT(nn.Module):
     def weights(self) -> list[LayerWeights]:
         """The matrices of each physical layer. Banks are taken apart once: a gradient is then one stack."""
         layers = self.cfg.num_layers
-        qo, kv, up, down = (
-            bank.unbind() for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank)
-        )
+        banks = (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank)
+        qo, kv, up, down = (bank.unbind() for bank in banks)
         parts = (qo[:layers], kv[:layers], kv[layers:], qo[layers:], up, down)
         return [LayerWeights(*matrices) for matrices in zip(*parts, strict=True)]
 
@@ -2066,7 +2051,7 @@ class GPT(nn.Module):
         *,
         looping: bool,
         lora: "BatchedLoRA | None" = None,
-        tap: Tap | None = None,
+        on_input: OnInput | None = None,
         wanted: Tensor | None = None,
         cache: "KeyValueCache | None" = None,
     ) -> Tensor:
@@ -2084,53 +2069,44 @@ class GPT(nn.Module):
         encoder, decoder = layer_order(cfg, looping)
         weights, skips, lanes = self.weights(), [], None
         for slot, layer in enumerate(encoder + decoder):
+            block, step = self.blocks[layer], slot - len(encoder)
             adapt = None if lora is None else lora.at(slot)
-            last = slot == len(encoder + decoder) - 1
-            run = Pass(rope, segments, adapt, tap, wanted if last else None, cache and cache.at(slot))
-            w, block = weights[layer], self.blocks[layer]
-            if slot < len(encoder):
-                x = block.serial(x, x0, w, run)
-                skips.append(x)
-                continue
+            used = wanted if step == len(decoder) - 1 else None
+            past = cache and cache.at(slot)
+            context = BlockContext(x0, weights[layer], rope, segments, adapt, on_input, used, past)
             parallel = 0 < cfg.parallel_start_layer <= layer
-            two_lanes = parallel and cfg.parallel_style == "lanes"
-            if two_lanes and lanes is None:
-                lanes = (x, x)
-            step = slot - len(encoder)
-            if skips and step < len(self.skip_weights):
-                skip = skips.pop()
-                if two_lanes:
-                    lanes = (self._add_skip(lanes[0], skip, step), lanes[1])
-                else:
-                    x = self._add_skip(x, skip, step)
-            if two_lanes:
-                keep, add = self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer]
-                lanes = block.lanes(lanes, x0, w, run, keep, add)
+            if step < 0:
+                x = block.serial(x, context)
+                skips.append(x)
+            elif parallel and cfg.parallel_style == "lanes":
+                a, m = lanes or (x, x)
+                lambdas = self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer]
+                lanes = block.lanes(self._add_skip(a, skips, step), m, context, *lambdas)
+            elif parallel and cfg.parallel_style == "single":
+                x = block.single(self._add_skip(x, skips, step), context)
             else:
-                x = (block.single if parallel else block.serial)(x, x0, w, run)
+                x = block.serial(self._add_skip(x, skips, step), context)
         if lanes is not None:
-            x = {"mean": (lanes[0] + lanes[1]) / 2, "attn": lanes[0], "mlp": lanes[1]}[
-                cfg.parallel_final_lane
-            ]
+            mean = cfg.parallel_final_lane == "mean"
+            x = (lanes[0] + lanes[1]) / 2 if mean else lanes[cfg.parallel_final_lane == "mlp"]
         h = rms_norm(x)
-        if tap is not None:
-            tap(f"{self._head_name}.weight", h)
+        if on_input is not None:
+            on_input("tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight", h)
         return h
 
-    def _add_skip(self, x: Tensor, skip: Tensor, step: int) -> Tensor:
-        skip = self.skip_weights[step].to(x.dtype) * skip
+    def _add_skip(self, x: Tensor, skips: list[Tensor], step: int) -> Tensor:
+        """x with what the skip connection of the decoder's layer `step` brings, where there is one."""
+        if not skips or step >= len(self.skip_weights):
+            return x
+        skip = self.skip_weights[step].to(x.dtype) * skips.pop()
         if not self.cfg.skip_gates_enabled:
             return x + skip
         gate = torch.sigmoid(self.skip_gates[step]).to(x.dtype)
         return gate * x + (1 - gate) * skip
 
     @property
-    def _head_name(self) -> str:
-        return "tok_emb" if self.cfg.tie_embeddings else "lm_head"
-
-    @property
     def _head_weight(self) -> Tensor:
-        return getattr(self, self._head_name).weight
+        return self.tok_emb.weight if self.cfg.tie_embeddings else self.lm_head.weight
 
     def _head(self, h: Tensor, lora: "BatchedLoRA | None") -> Tensor:
         """Hidden states -> logits before the softcap."""
@@ -2155,13 +2131,12 @@ class GPT(nn.Module):
         h = self.hidden(input_ids, segments, looping=looping, lora=lora, wanted=scored, cache=cache)
         if scored is not None:
             target_ids = target_ids.gather(1, scored)
-        cap = self.cfg.logit_softcap
-        if lora is None and fuses(self.backends, h, "loss"):
-            return fused_cross_entropy(h, self._head_weight, target_ids, cap)
-        return softcapped_cross_entropy(self._head(h, lora), target_ids, cap)
+        if lora is None and "loss" in self.backends.kernels:
+            return fused_cross_entropy(h, self._head_weight, target_ids, self.cfg.logit_softcap)
+        return softcapped_cross_entropy(self._head(h, lora), target_ids, self.cfg.logit_softcap)
 
     def forward(self, *batch: object, **options: object) -> Tensor:
-        """`losses`, compiled where `Ranks.place` compiles."""
+        """`losses`, compiled where `Backends.move_and_compile` compiles."""
         return self.losses(*batch, **options)
 
 
@@ -2285,7 +2260,8 @@ class LoRAOptimizer:
 
     def step(self, loss: Tensor) -> None:
         """One step on the rows in use, down the gradient of a loss."""
-        cfg, gradients = self.cfg, list(torch.autograd.grad(loss, self.factors))
+        cfg, gradients = self.cfg, torch.autograd.grad(loss, self.factors)
+        gradients = [gradient.contiguous() for gradient in gradients]  # the fused kernel knows no strides
         settings = {"beta1": cfg.ttt_beta1, "beta2": cfg.ttt_beta2, "eps": 1e-10, "lr": cfg.ttt_lora_lr}
         settings |= {"weight_decay": cfg.ttt_weight_decay, "fused": True, "amsgrad": False, "maximize": False}
         with torch.no_grad():
@@ -2853,12 +2829,12 @@ def restore_banks(flat: Mapping[str, Tensor], num_layers: int) -> dict[str, Tens
 
 
 class HessianCollector:
-    """Sums x^T x of every projection's inputs over tokens, batches and passes of looped layers (float32)."""
+    """Sums x^T x of every projection's inputs over tokens, batches and visits of looped layers (float32)."""
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
 
-    def tap(self, name: str, x: Tensor) -> None:
+    def on_input(self, name: str, x: Tensor) -> None:
         """Add the inputs x [..., n] of a projection."""
         rows = x.detach().flatten(0, -2).float()
         if name not in self._sums:
@@ -2866,7 +2842,7 @@ class HessianCollector:
         self._sums[name].addmm_(rows.mT, rows)
 
     def hessians(self, num_batches: int, ranks: Ranks = CPU) -> dict[str, Tensor]:
-        """The sums over all ranks divided by the number of batches; K and V share Q's, as their input."""
+        """The sums over all ranks, divided by the number of batches. K and V share the Hessian of Q."""
         hessians = {name: ranks.sum_(total) / num_batches for name, total in self._sums.items()}
         for name in list(hessians):
             if name.endswith("c_q.weight"):
@@ -2886,7 +2862,7 @@ def calibrate(
     collector = HessianCollector()
     on_rank, tokens = micro_batches(cfg, model.backends, ranks.world_size)
     rows = tokens // cfg.train_seq_len
-    if ranks.on_gpu:  # TF32, eight times as fast: the inputs are bfloat16's, exact in it
+    if ranks.on_gpu:  # TF32 is eight times as fast, and the bfloat16 inputs are exact in it
         torch.set_float32_matmul_precision("high")
     for micro in range(cfg.gptq_calibration_batches * on_rank * ranks.world_size):
         if micro % ranks.world_size != ranks.rank:
@@ -2894,28 +2870,83 @@ def calibrate(
             continue
         x, _ = loader.next(rows)
         with ranks.autocast():
-            model.hidden(x.to(ranks.device), looping=looping, tap=collector.tap)
+            model.hidden(x.to(ranks.device), looping=looping, on_input=collector.on_input)
     torch.set_float32_matmul_precision("highest")
     ranks.wait_for_all("calibrate")
     return collector.hessians(cfg.gptq_calibration_batches, ranks)
 
 
-class Scheme(NamedTuple):
-    """How a tensor is stored: kind, and for GPTQ the bits and the clip width in row standard deviations.
+# These two tables say how tensors are stored; quantiser, artifact and readers go by them. A stored tensor has
+# one of the first three forms, and a GPTQ matrix may have one of the others on top of it: its correction.
+FORMS = {  # form -> its name in published artifacts, the keys of its arrays
+    "fp16": ("passthrough (float16)", ("",)),
+    "int8_rows": ("gate_int8_row", ("gq", "gs")),
+    "gptq": ("gptq (int{})", ("q", "scale")),
+    "columns": ("+columns", ("columns",)),
+    "asym": ("+lqer_asym", ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")),
+    "sym": ("+lqer", ("lqA", "lqAs", "lqB", "lqBs")),
+}
+ARRAYS = {  # key -> type; a letter per dimension (rows, columns, k the rank, groups); largest level, 0: by bits
+    "": ("<f2", "", 0),  # a tensor of any shape
+    "gq": ("|i1", "rc", 127),
+    "gs": ("<f2", "r", 0),
+    "q": ("|i1", "rc", 0),
+    "scale": ("<f2", "r", 0),
+    "columns": ("<f2", "c", 0),
+    "lqA_a": ("|i1", "rk", 1),
+    "lqAs_a": ("<f2", "", 0),
+    "lqB_a": ("|i1", "kc", 7),
+    "lqBs_a": ("<f2", "g", 0),
+    "lqA": ("|i1", "rk", 127),
+    "lqAs": ("<f2", "r", 0),
+    "lqB": ("|i1", "kc", 127),
+    "lqBs": ("<f2", "k", 0),
+}
 
-    With less than float16's ten bits of mantissa, its float16 values are shortened, and no level is clipped.
-    """
+
+@dataclass
+class QuantizedTensor:
+    """A stored tensor: its form, its arrays by key, and what the log says of its quantisation."""
+
+    kind: str  # "fp16", "int8_rows" or "gptq"
+    bits: int
+    shape: tuple[int, ...]
+    arrays: dict[str, Tensor]
+    correction: tuple[str, int, int] | tuple[()] = ()  # form, rank and size of a group
+    report: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The form of the tensor and that of its correction."""
+        return self.kind, *self.correction[:1]
+
+    @property
+    def category(self) -> str:
+        """The name of the form in published artifacts."""
+        return "".join(FORMS[form][0] for form in self.forms).format(self.bits)
+
+    def dequantize(self) -> Tensor:
+        """The float32 tensor that the model gets."""
+        base, *correction = ([self.arrays[key] for key in FORMS[form][1]] for form in self.forms)
+        if self.kind == "fp16":
+            return base[0].float()
+        weight = apply_scales(*base)
+        if "columns" in self.forms:
+            return weight * correction[0][0].float()
+        return weight + low_rank(*correction[0]) if correction else weight
+
+
+class Scheme(NamedTuple):
+    """How a tensor is to be stored: form, and for GPTQ the bits and the clip width in row deviations."""
 
     kind: Literal["gptq", "int8_rows", "fp16"]
     bits: int = 16
     clip_sigmas: float = 0.0
-    mantissa: int = 10
 
 
-def scheme(name: str, tensor: Tensor, cfg: Config) -> Scheme:
+def scheme_of(name: str, tensor: Tensor, cfg: Config) -> Scheme:
     """The scheme of a tensor by its flat name and size."""
-    gate = name.endswith(".attn_gate_w") and tensor.ndim == 2 and 32 <= tensor.numel() <= 8192
-    if gate and cfg.gated_attn_quant_gate:
+    if cfg.gated_attn_quant_gate and name.endswith(".attn_gate_w") and 32 <= tensor.numel() <= 8192:
         return Scheme("int8_rows", 8)
     projection = tensor.ndim == 2 and name.endswith(".weight") and "gate" not in name
     if tensor.numel() <= cfg.float16_max_elements or not projection:
@@ -2927,9 +2958,7 @@ def scheme(name: str, tensor: Tensor, cfg: Config) -> Scheme:
     return Scheme("gptq", cfg.matrix_bits, sigmas)
 
 
-SMALLEST_HALF = 2.0**-24  # a scale below this would be 0 in float16 and divide by zero
-
-
+SMALLEST_HALF = 2.0**-24  # a scale below this would be 0 in float16, and a division by it infinite
 DAMPING = 0.01
 
 
@@ -2939,13 +2968,13 @@ class HessianFactor(NamedTuple):
     order: Tensor
     dead: Tensor  # columns whose inputs were always zero
     upper: Tensor
-    damping: float = DAMPING  # what was added to the diagonal, in means of it
+    damping: float = DAMPING  # what was added to the diagonal, in means of the diagonal
 
 
 def factorise(hessian: Tensor) -> HessianFactor:
     """Damp, sort and factorise a Hessian [columns, columns]: one Cholesky, one triangular inverse.
 
-    One that is not positive definite is damped ten times more, until it is. Raises RunError at 10^7 times.
+    While it is not positive definite, it is damped ten times more. Raises RunError beyond 10^7 times.
     """
     h = hessian.float().clone()
     dead = h.diagonal() == 0
@@ -2967,38 +2996,30 @@ def factorise(hessian: Tensor) -> HessianFactor:
     return HessianFactor(order, dead, torch.linalg.solve_triangular(root, identity, upper=True), damping)
 
 
+def factorise_all(hessians: Mapping[str, Tensor | HessianFactor]) -> dict[str, HessianFactor]:
+    """The factor of each matrix; a Hessian that several matrices share is factorised once."""
+    distinct = {id(hessian): hessian for hessian in hessians.values()}
+    factors = {key: factorise(h) if isinstance(h, Tensor) else h for key, h in distinct.items()}
+    return {name: factors[id(hessian)] for name, hessian in hessians.items()}
+
+
 def gptq(
-    weight: Tensor, hessian: Tensor | HessianFactor, bits: int, clip_sigmas: float, block: int = 32
-) -> tuple[Tensor, Tensor]:
-    """GPTQ (arXiv 2210.17323) with SDClip row scales (PR #1394).
-
-    weight [rows, columns], hessian [columns, columns] of its inputs -> levels int8 [rows, columns], scale
-    float16 [rows]. Columns go by falling diagonal; each one's rounding error is spread over the later ones.
-    """
-    scale = clip_sigmas * weight.float().std(dim=1) / (2 ** (bits - 1) - 1)
-    return gptq_sweep(weight, hessian, bits, scale, block)[:2]
-
-
-def gptq_sweep(
-    weight: Tensor,
-    hessian: Tensor | HessianFactor,
-    bits: int,
-    scale: Tensor,
-    block: int = 32,
-    column_scale: Tensor | None = None,
+    weight: Tensor, factor: HessianFactor, bits: int, scale: Tensor, block: int = 32
 ) -> tuple[Tensor, Tensor, float]:
-    """GPTQ at given scales: levels, row scales in float16, and the error tr(E H E^T), H damped.
+    """GPTQ (arXiv 2210.17323) of a weight [rows, columns] at given row scales [rows].
 
-    Columns lie as rows, so that each step reads whole ones. The errors of a block reach its own columns as
-    each is read, and those behind it as one matrix product.
+    Columns go by falling diagonal of the Hessian; the rounding error of each is spread over the later ones.
+    Here columns lie as rows, so that each step reads whole ones. The errors of a block reach the columns of
+    the block as each is read, and those behind the block as one matrix product.
+
+    Returns:
+        levels int8 [rows, columns], scales float16 [rows], and the error tr(E H E^T) with H damped.
     """
-    order, dead, upper, _ = hessian if isinstance(hessian, HessianFactor) else factorise(hessian)
+    order, dead, upper, _ = factor
     q_max = 2 ** (bits - 1) - 1
     scale = scale.clamp_min(SMALLEST_HALF).half()
     step = scale.float()
     w = weight.float().t()[order]
-    if column_scale is not None:  # the same problem in other units
-        w, upper = w / column_scale[order, None], upper / column_scale[order]
     w[dead[order]] = 0
     levels, errors, pivots = torch.empty_like(w), torch.empty_like(w), upper.diagonal().tolist()
     for start in range(0, len(w), block):
@@ -3013,15 +3034,19 @@ def gptq_sweep(
     return restored.t().contiguous(), scale, float(errors.double().square().sum())
 
 
-def quantize_rows_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows to int8 by their largest magnitude: levels int8 [rows, columns], scale float16 [rows]."""
-    return _round_to_scale(weight.float(), weight.float().abs().amax(1) / 127, -127, 127)
+def round_to_scales(x: Tensor, runs: int, low: int, high: int, top: float) -> tuple[Tensor, Tensor]:
+    """Levels low..high of x, int8, and a float16 scale for each of `runs` equal runs of its values.
+
+    The largest magnitude of a run would lie at the level `top`.
+    """
+    values = x.float().reshape(runs, -1)
+    scale = (values.abs().amax(1) / top).clamp_min(SMALLEST_HALF).half()
+    return (values / scale.float()[:, None]).round().clamp(low, high).to(torch.int8).view(x.shape), scale
 
 
-def _round_to_scale(values: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Levels of values [n, m] at one scale per row, and the scales in float16, never 0."""
-    scale = scale.clamp_min(SMALLEST_HALF).half()
-    return (values / scale.float()[:, None]).round().clamp(low, high).to(torch.int8), scale
+def apply_scales(levels: Tensor, scale: Tensor) -> Tensor:
+    """The inverse of `round_to_scales`, float32."""
+    return (levels.float().view(scale.numel(), -1) * scale.float().view(-1, 1)).view(levels.shape)
 
 
 def low_rank_factors(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -3030,163 +3055,95 @@ def low_rank_factors(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u[:, :rank] * s[:rank], vh[:rank]
 
 
-def pack_low_rank_asym(a: Tensor, b: Tensor, group: int) -> dict[str, Tensor]:
-    """LQER, asymmetric (PR #1797): A in int2 with one scale, B in int4 with a scale per `group` elements."""
-    q_a, s_a = _round_to_scale(a.reshape(1, -1), a.abs().amax().reshape(1) / 1.5, -2, 1)
-    groups = b.reshape(-1, group)
-    q_b, s_b = _round_to_scale(groups, groups.abs().amax(1) / 7.5, -8, 7)
-    return {"lqA_a": q_a.view(a.shape), "lqAs_a": s_a[0], "lqB_a": q_b.view(b.shape), "lqBs_a": s_b}
+def pack_low_rank(
+    a: Tensor, b: Tensor, group: int, bits: int
+) -> tuple[tuple[str, int, int], dict[str, Tensor]]:
+    """The correction A B as a record keeps it: form, rank and group, and its arrays.
+
+    Where `group` divides B, A is in int2 with one scale, B in int4 with a scale per `group` values (PR #1797).
+    Otherwise, or if it is 0, both factors are in integers of `bits`, with one scale per row.
+    """
+    if group and b.numel() % group == 0:
+        form, (levels, scale) = "asym", round_to_scales(a, 1, -2, 1, 1.5)
+        arrays = levels, scale[0], *round_to_scales(b, b.numel() // group, -8, 7, 7.5)
+    else:
+        form, group, top = "sym", 0, 2 ** (bits - 1) - 1
+        arrays = *round_to_scales(a, len(a), -top, top, top), *round_to_scales(b, len(b), -top, top, top)
+    return (form, len(b), group), dict(zip(FORMS[form][1], arrays, strict=True))
 
 
-def pack_low_rank_sym(a: Tensor, b: Tensor, bits: int) -> dict[str, Tensor]:
-    """LQER, symmetric: both factors in integers of `bits`, one scale per row."""
-    top = 2 ** (bits - 1) - 1
-    q_a, s_a = _round_to_scale(a, a.abs().amax(1) / top, -top, top)
-    q_b, s_b = _round_to_scale(b, b.abs().amax(1) / top, -top, top)
-    return {"lqA": q_a, "lqAs": s_a, "lqB": q_b, "lqBs": s_b}
-
-
-def unpack_low_rank(packed: Mapping[str, Tensor]) -> Tensor:
+def low_rank(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
     """The correction A B, float32 [rows, columns], of packed factors."""
-    if "lqA" in packed:
-        a = packed["lqA"].float() * packed["lqAs"].float()[:, None]
-        return a @ (packed["lqB"].float() * packed["lqBs"].float()[:, None])
-    groups = packed["lqBs_a"].numel()
-    b = packed["lqB_a"].float().view(groups, -1) * packed["lqBs_a"].float()[:, None]
-    return packed["lqA_a"].float() * packed["lqAs_a"].float() @ b.view(packed["lqB_a"].shape)
-
-
-@dataclass
-class QuantizedTensor:
-    """A stored tensor: its scheme and its arrays, keyed by the suffixes of the published format."""
-
-    kind: str
-    bits: int
-    shape: tuple[int, ...]
-    arrays: dict[str, Tensor]
-    report: dict[str, float] = dataclasses.field(default_factory=dict)  # of GPTQ, for the log
-
-    @property
-    def correction(self) -> str:
-        """ "asym", "sym" (low-rank), "columns" (scales of their own) or ""."""
-        styles = {"columns": "columns", "lqA_a": "asym", "lqA": "sym"}
-        return next((style for key, style in styles.items() if key in self.arrays), "")
-
-    @property
-    def category(self) -> str:
-        """The published name of the scheme."""
-        if self.kind == "fp16":
-            return "passthrough (float16)"
-        if self.kind == "int8_rows":
-            return "gate_int8_row"
-        suffix = {"": "", "columns": "+columns", "asym": "+lqer_asym", "sym": "+lqer"}[self.correction]
-        return f"gptq (int{self.bits}){suffix}"
-
-    def dequantize(self) -> Tensor:
-        """The float32 tensor that the model gets."""
-        if self.kind == "fp16":
-            return self.arrays[""].float()
-        levels, scale = ("gq", "gs") if self.kind == "int8_rows" else ("q", "scale")
-        weight = self.arrays[levels].float() * self.arrays[scale].float()[:, None]
-        if "columns" in self.arrays:
-            return weight * self.arrays["columns"].float()
-        return weight + unpack_low_rank(self.arrays) if self.correction else weight
-
-
-def short_half(x: Tensor, mantissa: int) -> Tensor:
-    """x in float16, rounded to so many bits of mantissa: the others are zeros, which compress to nothing."""
-    drop = 10 - mantissa
-    bits = x.half().view(torch.int16)
-    return ((bits + (1 << drop >> 1)) >> drop << drop).view(torch.float16) if drop else x.half()
+    return apply_scales(a, a_scale) @ apply_scales(b, b_scale)
 
 
 def quantize_tensor(
-    name: str, tensor: Tensor, hessian: Tensor | HessianFactor | None, how: Scheme
+    tensor: Tensor, scheme: Scheme, factor: HessianFactor | None, cfg: Config
 ) -> QuantizedTensor:
-    """Store one tensor by its scheme. An untied embedding has no Hessian: all its columns weigh the same."""
-    started, report = time.perf_counter(), {}
-    if how.kind == "fp16":
-        arrays = {"": short_half(tensor, how.mantissa)}
-    elif how.kind == "int8_rows":
-        arrays = dict(zip(("gq", "gs"), quantize_rows_int8(tensor), strict=True))
-    else:
-        if hessian is None and name != "tok_emb.weight":
-            raise RunError(f"{name}: calibration collected no Hessian for it")
-        hessian = torch.eye(tensor.size(1), device=tensor.device) if hessian is None else hessian
-        weight, q_max, columns = tensor.float(), 2 ** (how.bits - 1) - 1, None
-        if how.mantissa < 10:
-            from systems.fit_bytes import column_scales
+    """Store one tensor by its scheme; GPTQ needs the factor of its Hessian, and clips rows (PR #1394)."""
+    started, report, arrays = time.perf_counter(), {}, [tensor.half()]
+    if scheme.kind == "gptq":
+        scale = scheme.clip_sigmas * tensor.float().std(dim=1) / (2 ** (scheme.bits - 1) - 1)
+        *arrays, error = gptq(tensor, factor, scheme.bits, scale)
+        report = gptq_report(scheme, factor, error, started)
+    elif cfg.gated_attn_quant_gate and scheme.kind == "int8_rows":
+        arrays = round_to_scales(tensor, len(tensor), -127, 127, 127)
+    keyed = dict(zip(FORMS[scheme.kind][1], arrays, strict=True))
+    return QuantizedTensor(scheme.kind, scheme.bits, tuple(tensor.shape), keyed, report=report)
 
-            columns = column_scales(hessian, how.mantissa)
-            weight = weight / columns
-        scale = how.clip_sigmas * weight.std(dim=1) / q_max
-        if how.mantissa < 10:
-            scale = short_half(
-                scale.maximum(weight.abs().amax(1) / q_max).clamp(2.0**-14, 2.0**15), how.mantissa
-            )
-        levels, scale, error = gptq_sweep(tensor, hessian, how.bits, scale, column_scale=columns)
-        arrays = {"q": levels, "scale": scale} | ({} if columns is None else {"columns": columns.half()})
-        report = {"bits": how.bits, "clip_sigmas": how.clip_sigmas, "weighted_error": error}
-        if isinstance(hessian, HessianFactor) and hessian.damping > DAMPING:
-            report["damping"] = hessian.damping
-        report["seconds"] = time.perf_counter() - started
-    return QuantizedTensor(how.kind, how.bits, tuple(tensor.shape), arrays, report)
+
+def gptq_report(scheme: Scheme, factor: HessianFactor, error: float, started: float) -> dict[str, float]:
+    """What the log says of a matrix."""
+    report = {"bits": scheme.bits, "clip_sigmas": scheme.clip_sigmas, "weighted_error": error}
+    report |= {"damping": factor.damping} if factor.damping > DAMPING else {}
+    return report | {"seconds": time.perf_counter() - started}
+
+
+def tensors_of_rank(flat: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
+    """The tensors that this rank quantises: all are shared out by the cost of GPTQ."""
+    owners = assign_to_ranks([tensor.numel() * tensor.size(-1) for tensor in flat.values()], ranks.world_size)
+    return [name for name, owner in zip(flat, owners, strict=True) if owner == ranks.rank]
+
+
+def gather_by_name(part: Mapping[str, object], order: Iterable[str], ranks: Ranks) -> dict[str, object]:
+    """What all ranks have for their tensors, as one dictionary in a given order of names, on every rank."""
+    ranks.wait_for_all("quantise")
+    union = {name: value for part in ranks.gather(part) for name, value in part.items()}
+    return {name: union[name] for name in order if name in union}
 
 
 def quantize_state(
     flat: Mapping[str, Tensor],
     hessians: Mapping[str, Tensor | HessianFactor],
     cfg: Config,
-    on_tensor: Callable[[int], None] | None = None,
     ranks: Ranks = CPU,
-    schemes: Mapping[str, Scheme] | None = None,
 ) -> dict[str, QuantizedTensor]:
     """Store every tensor of a flat state dict, then correct the matrices with the largest errors (LQER).
 
-    The tensors are shared out over the ranks by the cost of GPTQ; every rank gets all results, on the CPU.
-    `schemes` instead of the settings' are without correction.
+    The ranks share the tensors, and every rank gets all results, on the CPU.
     """
-    owners = assign_to_ranks([tensor.numel() * tensor.size(-1) for tensor in flat.values()], ranks.world_size)
-    mine = [name for name, owner in zip(flat, owners, strict=True) if owner == ranks.rank]
-    records: dict[str, QuantizedTensor] = {}
-    errors: dict[str, Tensor] = {}
-    shared: dict[int, HessianFactor] = {}  # Q, K and V have one Hessian
+    mine = tensors_of_rank(flat, ranks)
+    schemes = {name: scheme_of(name, flat[name], cfg) for name in mine}
+    if not cfg.tie_embeddings:  # the inputs of an untied embedding are one-hot: all columns weigh the same
+        width, device = flat["tok_emb.weight"].size(1), flat["tok_emb.weight"].device
+        hessians = {"tok_emb.weight": torch.eye(width, device=device), **hessians}
+    factors = factorise_all({name: hessians[name] for name in mine if schemes[name].kind == "gptq"})
+    records, errors = {}, {}
     for name in mine:
-        how = schemes[name] if schemes else scheme(name, flat[name], cfg)
-        hessian = hessians.get(name)
-        if how.kind == "gptq" and isinstance(hessian, Tensor):
-            if id(hessian) not in shared:
-                shared = {id(hessian): factorise(hessian)}
-            hessian = shared[id(hessian)]
-        records[name] = quantize_tensor(name, flat[name], hessian, how)
-        if how.kind == "gptq" and cfg.lqer_enabled and not schemes:
+        records[name] = quantize_tensor(flat[name], schemes[name], factors.get(name), cfg)
+        if cfg.lqer_enabled and name in factors:
             errors[name] = flat[name].float() - records[name].dequantize()
-        if on_tensor:
-            on_tensor(len(records) * len(flat) / len(mine))
-    if cfg.lqer_enabled and not schemes:
-        ranks.wait_for_all("quantise")
-        norms = _merge(ranks.gather({name: float(error.norm()) for name, error in errors.items()}), flat)
-        worst = sorted(norms, key=lambda name: -norms[name])[: cfg.lqer_top_k]
-        for name in set(worst) & errors.keys():
-            records[name].arrays |= low_rank_correction(errors[name], cfg)
+    if cfg.lqer_enabled:
+        norms = gather_by_name({name: float(error.norm()) for name, error in errors.items()}, flat, ranks)
+        for name in sorted(norms, key=lambda name: -norms[name])[: cfg.lqer_top_k]:
+            if name in errors:
+                group = cfg.lqer_asym_group * cfg.lqer_asym_enabled
+                a, b = low_rank_factors(errors[name], cfg.lqer_rank)
+                records[name].correction, arrays = pack_low_rank(a, b, group, cfg.lqer_factor_bits)
+                records[name].arrays |= arrays
     for record in records.values():
         record.arrays = {key: array.cpu() for key, array in record.arrays.items()}
-    ranks.wait_for_all("quantise")
-    return _merge(ranks.gather(records), flat)
-
-
-def low_rank_correction(error: Tensor, cfg: Config) -> dict[str, Tensor]:
-    """Packed factors for an error matrix; symmetric ones where the groups do not divide the right factor."""
-    a, b = low_rank_factors(error, cfg.lqer_rank)
-    if cfg.lqer_asym_enabled and b.numel() % cfg.lqer_asym_group == 0:
-        return pack_low_rank_asym(a, b, cfg.lqer_asym_group)
-    return pack_low_rank_sym(a, b, cfg.lqer_factor_bits)
-
-
-def _merge(parts: Sequence[Mapping[str, object]], order: Iterable[str]) -> dict[str, object]:
-    """The parts of all ranks as one dictionary in a given order of names."""
-    union = {name: value for part in parts for name, value in part.items()}
-    return {name: union[name] for name in order if name in union}
+    return gather_by_name(records, flat, ranks)
 
 
 def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) -> dict[str, Tensor]:
@@ -3195,12 +3152,12 @@ def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) ->
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 12. Artifact: a container without anything executable, and the counted code
+# 12. Artifact: a container without anything executable
 #
 # magic, version, codec (1 byte each after the magic) | header length u32 | sha256 of what follows | header:
 # compressed JSON (model settings; name, kind, bits, shape, correction of each tensor; key and packed length
 # of each stream) | streams: all arrays of one key, concatenated in the tensors' order and compressed. With
-# the codec "ans" all integer arrays are one stream, LEVELS, and the rest is brotli's.
+# the codec "ans" all arrays of levels are one stream, LEVELS, and the rest is compressed by brotli.
 # ---------------------------------------------------------------------------------------------------------
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
@@ -3233,75 +3190,47 @@ def byte_unshuffle(data: bytes) -> bytes:
     return bytes(out)
 
 
-def codec_module(codec: str) -> object:
-    """The Python module of a codec. Raises ConfigError where its package is not installed."""
-    package = {"ans": "constriction"}.get(codec, codec)
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise ConfigError(f"COMPRESSOR={codec}: the Python package {package} is not installed") from None
+def check_codec(codec: str) -> None:
+    """Raise ConfigError where a package that a codec needs is not installed."""
+    for package in ("constriction", "brotli") if codec == "ans" else (codec,):
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise ConfigError(f"COMPRESSOR={codec}: the Python package {package} is not installed") from None
 
 
-def compress(data: bytes, codec: str) -> bytes:
-    """Compress bytes at the best setting of a codec; bytes that are no levels are brotli's with "ans" too."""
-    if codec == "lzma":
+def compress(data: bytes, cfg: Config) -> bytes:
+    """Compress bytes at the best setting of the codec. With "ans" what are no levels is left to brotli."""
+    if cfg.compressor == "lzma":
         options = {"preset": 9 | lzma.PRESET_EXTREME, "dict_size": max(4096, len(data))}
         return lzma.compress(data, filters=[{"id": lzma.FILTER_LZMA2, **options}])
-    return codec_module("brotli").compress(data, quality=11, lgwin=24)
+    import brotli
+
+    return brotli.compress(data, quality=11, lgwin=24)
 
 
-def decompress(data: bytes, codec: str, limit: int = 1 << 30) -> bytes:
-    """The inverse of `compress`. Raises ArtifactError on damaged data and beyond `limit` bytes of output."""
-    try:
-        if codec == "lzma":
-            decoder = lzma.LZMADecompressor(memlimit=2 * limit + (1 << 24))
-            out = decoder.decompress(data, limit + 1)
-            whole = decoder.eof and not decoder.unused_data
-        else:
-            decoder = codec_module("brotli").Decompressor()
-            out = decoder.process(data, output_buffer_limit=limit + 1)
-            whole = decoder.is_finished()
-    except ConfigError:
-        raise
-    except Exception as error:  # each codec raises types of its own
-        raise ArtifactError(f"damaged {codec} stream ({error})") from None
-    if not whole or len(out) > limit:
-        raise ArtifactError(f"damaged {codec} stream (cut off, or above {limit} bytes)")
+def decompress(data: bytes, cfg: Config, limit: int = 1 << 30) -> bytes:
+    """The inverse of `compress`. Raises ArtifactError, or an error of the codec, on damaged data.
+
+    Reading stops where `limit` bytes of output are exceeded, which is an error too.
+    """
+    if cfg.compressor == "lzma":
+        decoder = lzma.LZMADecompressor(memlimit=2 * limit + (1 << 24))
+        out = decoder.decompress(data, limit + 1)
+        complete = decoder.eof and not decoder.unused_data
+    else:
+        import brotli
+
+        decoder = brotli.Decompressor()
+        out = decoder.process(data, output_buffer_limit=limit + 1)
+        complete = decoder.is_finished()
+    if not COUNTED and (not complete or len(out) > limit):
+        raise ArtifactError(f"damaged {cfg.compressor} stream (cut off, or above {limit} bytes)")
     return out
 
 
-def array_layout(
-    kind: str, shape: Sequence[int], correction: Sequence
-) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Keys of a stored tensor's arrays with type and shape; correction is [] or [style, rank, group]."""
-    if kind == "fp16":
-        return {"": ("<f2", tuple(shape))}
-    rows, columns = shape
-    levels, scale = ("gq", "gs") if kind == "int8_rows" else ("q", "scale")
-    layout = {levels: ("|i1", (rows, columns)), scale: ("<f2", (rows,))}
-    if correction and correction[0] == "columns":
-        layout["columns"] = "<f2", (columns,)
-    elif correction:
-        style, rank, group = correction
-        suffix = "_a" if style == "asym" else ""
-        scales = ((), (rank * columns // group,)) if style == "asym" else ((rows,), (rank,))
-        layout |= {f"lqA{suffix}": ("|i1", (rows, rank)), f"lqAs{suffix}": ("<f2", scales[0])}
-        layout |= {f"lqB{suffix}": ("|i1", (rank, columns)), f"lqBs{suffix}": ("<f2", scales[1])}
-    return layout
-
-
-def _correction_entry(record: QuantizedTensor) -> list:
-    if not record.correction:
-        return []
-    if record.correction == "columns":
-        return ["columns", 0, 0]
-    b = record.arrays["lqB_a" if record.correction == "asym" else "lqB"]
-    group = b.numel() // record.arrays["lqBs_a"].numel() if record.correction == "asym" else 0
-    return [record.correction, b.size(0), group]
-
-
-class StreamPart(NamedTuple):
-    """One array's place in the streams."""
+class StoredArray(NamedTuple):
+    """One array of a stored tensor, and its place in the artifact."""
 
     name: str  # of its tensor
     key: str
@@ -3309,171 +3238,160 @@ class StreamPart(NamedTuple):
     dims: tuple[int, ...]
     top: int  # largest level
 
+    @property
+    def size(self) -> int:
+        """Bytes before compression."""
+        return math.prod(self.dims) * int(self.dtype[2])
 
-def stream_parts(tensors: Sequence[Sequence], codec: str) -> dict[str, list[StreamPart]]:
+
+def stored_arrays(
+    name: str, kind: str, bits: int, shape: Sequence[int], correction: Sequence
+) -> Iterator[StoredArray]:
+    """The arrays of a stored tensor by its entry in the header."""
+    rank, group = correction[1:] or (0, 0)
+    counts = (*shape, rank, rank * shape[-1] // (group or 1)) if kind != "fp16" else ()
+    sizes = dict(zip("rckg", counts, strict=False))
+    for key in itertools.chain.from_iterable(FORMS[form][1] for form in (kind, *correction[:1])):
+        dtype, dims, top = ARRAYS[key]
+        dims = tuple(sizes[letter] for letter in dims) if key else tuple(shape)
+        yield StoredArray(name, key, dtype, dims, top or 2 ** (bits - 1) - 1)
+
+
+def artifact_streams(tensors: Iterable[Sequence], cfg: Config) -> dict[str, list[StoredArray]]:
     """Streams of an artifact, each with the arrays that it holds, by the header's list of tensors."""
-    streams: dict[str, list[StreamPart]] = {}
-    for name, kind, bits, shape, correction in tensors:
-        tops = {"q": 2 ** (bits - 1) - 1, "lqA_a": 1, "lqB_a": 7}
-        for key, (dtype, dims) in array_layout(kind, shape, correction).items():
-            stream = LEVELS if codec == "ans" and dtype == "|i1" else key
-            streams.setdefault(stream, []).append(StreamPart(name, key, dtype, dims, tops.get(key, 127)))
+    streams: dict[str, list[StoredArray]] = {}
+    for array in itertools.chain.from_iterable(stored_arrays(*entry) for entry in tensors):
+        levels = cfg.compressor == "ans" and array.dtype == "|i1"
+        streams.setdefault(LEVELS if levels else array.key, []).append(array)
     return streams
 
 
 def pack_artifact(records: Mapping[str, QuantizedTensor], cfg: Config) -> bytes:
     """Stored tensors and the settings that rebuild the model -> the artifact. Same weights, same bytes."""
-    codec = cfg.compressor
-    tensors = [[n, r.kind, r.bits, list(r.shape), _correction_entry(r)] for n, r in records.items()]
+    tensors = [[name, r.kind, r.bits, [*r.shape], [*r.correction]] for name, r in records.items()]
     packed = {}
-    for stream, parts in stream_parts(tensors, codec).items():
+    for stream, parts in artifact_streams(tensors, cfg).items():
         arrays = [records[p.name].arrays[p.key].cpu().numpy().astype(p.dtype) for p in parts]
-        if stream == LEVELS:
+        if cfg.compressor == "ans" and stream == LEVELS:
             from systems.ans import encode_levels
 
             packed[stream] = encode_levels([(a, p.top) for a, p in zip(arrays, parts, strict=True)])
         else:
             data = b"".join(array.tobytes() for array in arrays)
-            packed[stream] = compress(byte_shuffle(data, arrays[0].itemsize), codec)
+            packed[stream] = compress(byte_shuffle(data, arrays[0].itemsize), cfg)
     index = [[stream, len(data)] for stream, data in packed.items()]
     header = {"model": cfg.model_settings(), "tensors": tensors, "streams": index}
-    head = compress(json.dumps(header, separators=(",", ":")).encode(), codec)
+    head = compress(json.dumps(header, separators=(",", ":")).encode(), cfg)
     body = head + b"".join(packed.values())
-    digest = hashlib.sha256(body).digest()
-    return PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS.index(codec), len(head), digest) + body
+    codec, digest = CODECS.index(cfg.compressor), hashlib.sha256(body).digest()
+    return PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, codec, len(head), digest) + body
 
 
-def unpack_artifact(blob: bytes) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
-    """The artifact -> model settings and stored tensors. Raises ArtifactError unless all is as written.
-
-    Nothing is decoded before the sizes that the header declares are known to be in proportion to the file.
-    """
-    if len(blob) < PREFIX.size or not blob.startswith(ARTIFACT_MAGIC):
-        raise ArtifactError("not an artifact of this script")
-    _, version, codec, head_len, digest = PREFIX.unpack_from(blob)
-    if version != ARTIFACT_VERSION or codec >= len(CODECS):
-        raise ArtifactError(f"artifact version {version}, codec {codec}: not known to this script")
-    body, codec = memoryview(blob)[PREFIX.size :], CODECS[codec]
-    if hashlib.sha256(body).digest() != digest:
-        raise ArtifactError("artifact is truncated or corrupted (checksum differs)")
-    try:
-        header = json.loads(decompress(bytes(body[:head_len]), codec, HEADER_LIMIT))
-        settings, tensors, index = dict(header["model"]), header["tensors"], dict(header["streams"])
-        streams = stream_parts(list(map(_checked_entry, tensors)), codec)
-        sizes = {k: sum(math.prod(p.dims) * int(p.dtype[2]) for p in v) for k, v in streams.items()}
-        if sum(sizes.values()) > SIZE_FACTOR * len(blob) + HEADER_LIMIT:
-            raise ArtifactError(f"artifact declares {sum(sizes.values())} bytes: more than such a file holds")
-        if list(index) != list(streams) or head_len + sum(index.values()) != len(body):
-            raise ArtifactError("artifact streams do not fit its tensors")
-        records = {t[0]: QuantizedTensor(t[1], t[2], tuple(t[3]), {}) for t in tensors}
-        start = head_len
-        for stream, parts in streams.items():
-            data = bytes(body[start : start + index[stream]])
-            for part, array in zip(
-                parts, _unpack_stream(data, codec, stream, parts, sizes[stream]), strict=True
-            ):
-                records[part.name].arrays[part.key] = torch.from_numpy(array)
-            start += len(data)
-        _check_model(settings, records)
-        return settings, records
-    except (KeyError, TypeError, IndexError, OverflowError, RecursionError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise ArtifactError(f"artifact header does not fit its contents ({error})") from None
-
-
-def _check_model(settings: Mapping, records: Mapping[str, QuantizedTensor]) -> None:
-    """Refuse settings that no model has, and a model larger than the tensors, before it is built."""
-    if not settings.keys() <= {*MODEL_SETTINGS}:
-        raise ArtifactError("artifact has settings that no model has")
-    layers, dim, loops = settings["num_layers"], settings["model_dim"], settings["num_loops"]
-    if layers > len(records) or loops > HEADER_LIMIT >> 8:
-        raise ArtifactError("artifact declares a model of more layers than it holds")
-    wanted = {"tok_emb.weight": (settings["vocab_size"], dim)}
-    for layer in range(layers):
-        wanted[f"blocks.{layer}.attn.c_q.weight"] = dim, dim
-        wanted[f"blocks.{layer}.mlp.fc.weight"] = int(settings["mlp_mult"] * dim), dim
-    for name, shape in wanted.items():
-        if records[name].shape != shape:
-            raise ArtifactError(f"{name} has shape {records[name].shape}, not {shape}")
-
-
-def _checked_entry(entry: Sequence) -> Sequence:
-    """A tensor's entry of the header, if it is one that `pack_artifact` may have written."""
-    name, kind, bits, shape, correction = entry
-    numbers = [bits, *shape, *correction[1:]]
-    good = type(name) is str and all(type(number) is int and number >= 0 for number in numbers)
-    good = good and kind in get_args(Scheme.__annotations__["kind"]) and bits <= 16
-    good = good and len(shape) == 2 if kind != "fp16" else good and len(shape) <= 4 and not correction
-    if good and correction:
-        style, rank, group = correction
-        good = style in ("sym", "columns") or (style == "asym" and group > 0 and rank * shape[1] % group == 0)
-    if not good:
-        raise ArtifactError(f"artifact declares an impossible tensor: {str(entry)[:80]}")
-    return entry
+def unpack_artifact(artifact: bytes, cfg: Config) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
+    """The artifact -> model settings and stored tensors; `cfg` names the codec."""
+    start = PREFIX.size + PREFIX.unpack_from(artifact)[3]
+    header = json.loads(decompress(artifact[PREFIX.size : start], cfg, HEADER_LIMIT))
+    tensors, lengths = header["tensors"], dict(header["streams"])
+    if not COUNTED:
+        check_header(header, len(artifact), len(artifact) - start, cfg)
+    records = {t[0]: QuantizedTensor(t[1], t[2], tuple(t[3]), {}, tuple(t[4])) for t in tensors}
+    for stream, parts in artifact_streams(tensors, cfg).items():
+        data, start = artifact[start : start + lengths[stream]], start + lengths[stream]
+        for part, array in zip(parts, _unpack_stream(data, stream, parts, cfg), strict=True):
+            records[part.name].arrays[part.key] = torch.from_numpy(array)
+    return header["model"], records
 
 
 def _unpack_stream(
-    data: bytes, codec: str, stream: str, parts: Sequence[StreamPart], size: int
-) -> Iterable[np.ndarray]:
+    data: bytes, stream: str, parts: Sequence[StoredArray], cfg: Config
+) -> Iterator[np.ndarray]:
     """The arrays of a stream, each in memory of its own."""
-    if stream == LEVELS:
+    if cfg.compressor == "ans" and stream == LEVELS:
         from systems.ans import decode_levels
 
-        return decode_levels(data, [(part.dims, part.top) for part in parts])
+        yield from decode_levels(data, [(part.dims, part.top) for part in parts])
+        return
+    size = sum(part.size for part in parts)
     shuffled = parts[0].dtype != "|i1" and size > 1
-    data = decompress(data, codec, size + 5 * shuffled)
+    data = decompress(data, cfg, size + 5 * shuffled)
     data = byte_unshuffle(data) if shuffled else data
-    if len(data) != size:
+    if not COUNTED and len(data) != size:
         raise ArtifactError("artifact streams do not fit its tensors")
-    flat = np.frombuffer(data, parts[0].dtype)
-    ends = list(itertools.accumulate(math.prod(part.dims) for part in parts))
-    return (
-        array.reshape(part.dims).copy() for part, array in zip(parts, np.split(flat, ends[:-1]), strict=True)
-    )
+    start = 0
+    for part in parts:
+        yield np.frombuffer(data, part.dtype, math.prod(part.dims), start).reshape(part.dims).copy()
+        start += part.size
 
 
-def read_artifact(blob: bytes) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
-    """Our artifact or a published one -> model settings (none in a published one) and stored tensors."""
-    if COUNTED or blob.startswith(ARTIFACT_MAGIC[:3]):
-        return unpack_artifact(blob)
-    from harness.published import read_published
+def read_artifact(artifact: bytes, cfg: Config) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
+    """Our artifact or a published one -> model settings (none in a published one) and stored tensors.
 
-    return {}, read_published(blob)
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """A full-precision checkpoint: a state dict, read without unpickling anything but tensors.
-
-    Checksums of the archive, which torch does not look at, are compared first.
+    The settings include the codec. Raises ArtifactError unless all is as written; nothing is decoded before
+    the sizes that the header declares are known to be in proportion to the file.
     """
+    if COUNTED:
+        return unpack_artifact(artifact, cfg)
+    if not artifact.startswith(ARTIFACT_MAGIC[:3]):
+        from harness.readers import read_published
+
+        return {}, read_published(artifact)
+    cfg = dataclasses.replace(cfg, compressor=check_prefix(artifact))
+    check_codec(cfg.compressor)
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise ValueError("checksum differs")
-        with warnings.catch_warnings(action="ignore"):  # about pickle protocols: the error below says enough
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises half a dozen types for a damaged or foreign file
-        raise ArtifactError(
-            f"MODEL_PATH={path}: not a checkpoint that holds tensors and nothing else"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ArtifactError(f"MODEL_PATH={path}: not a state dict of tensors")
-    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-    if broken:
-        raise ArtifactError(f"MODEL_PATH={path}: {broken[0]} holds values that are not finite")
-    return state
+        settings, records = unpack_artifact(artifact, cfg)
+    except UserError:
+        raise
+    except Exception as error:  # a header that was made by hand ends in any error, and so does each codec
+        raise ArtifactError(f"damaged artifact ({one_line(error)})") from None
+    return settings | {"compressor": cfg.compressor}, records
 
 
-def model_of_checkpoint(run: "Run", path: Path) -> GPT:
-    """The full-precision model of an earlier run."""
-    model = run.new_model(run.cfg)
-    try:
-        model.load_state_dict(load_weights(path))
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(f"MODEL_PATH={path}: does not fit the model settings ({reason})") from None
-    return model
+def check_prefix(artifact: bytes) -> str:
+    """The codec of an artifact. Raises ArtifactError unless the file is whole and of a known version."""
+    if len(artifact) < PREFIX.size or not artifact.startswith(ARTIFACT_MAGIC):
+        raise ArtifactError("not an artifact of this script")
+    _, version, codec, _, digest = PREFIX.unpack_from(artifact)
+    if version != ARTIFACT_VERSION or codec >= len(CODECS):
+        raise ArtifactError(f"artifact version {version}, codec {codec}: not known to this script")
+    if hashlib.sha256(memoryview(artifact)[PREFIX.size :]).digest() != digest:
+        raise ArtifactError("artifact is truncated or corrupted (checksum differs)")
+    return CODECS[codec]
+
+
+def check_entry(name: str, kind: str, bits: int, shape: Sequence[int], correction: Sequence) -> None:
+    """Refuse a tensor's entry in the header that `pack_artifact` cannot have written."""
+    form, rank, group = correction or ("", 0, 0)
+    good = type(name) is str and all(type(n) is int and n >= 0 for n in (bits, *shape, rank, group))
+    good = good and kind in ("fp16", "int8_rows", "gptq") and bits <= 16
+    good = good and (len(shape) <= 4 if kind == "fp16" else len(shape) == 2)
+    good = good and form in (("", "columns", "sym", "asym") if kind == "gptq" else ("",))
+    if not good or (form == "asym" and (not group or rank * shape[1] % group)):
+        raise ArtifactError(f"artifact declares an impossible tensor: {f'{name} {kind} {bits} {shape}'[:80]}")
+
+
+def check_header(header: Mapping, file_bytes: int, stream_bytes: int, cfg: Config) -> None:
+    """Refuse a header that does not fit its file or has no model, before anything is made of its sizes."""
+    settings, tensors, index = header["model"], header["tensors"], dict(header["streams"])
+    for entry in tensors:
+        check_entry(*entry)
+    streams = artifact_streams(tensors, cfg)
+    declared = sum(part.size for parts in streams.values() for part in parts)
+    if declared > SIZE_FACTOR * file_bytes + HEADER_LIMIT:
+        raise ArtifactError(f"artifact declares {declared} bytes: more than such a file holds")
+    if list(index) != list(streams) or min(index.values()) < 0 or sum(index.values()) != stream_bytes:
+        raise ArtifactError("artifact streams do not fit its tensors")
+    if not settings.keys() <= {*MODEL_SETTINGS}:
+        raise ArtifactError("artifact has settings that no model has")
+    layers, dim, shapes = settings["num_layers"], settings["model_dim"], {t[0]: t[3] for t in tensors}
+    if layers > len(shapes) or settings["num_loops"] > HEADER_LIMIT >> 8:
+        raise ArtifactError("artifact declares a model of more layers than it holds")
+    wanted = {"tok_emb.weight": [settings["vocab_size"], dim]}
+    for layer in range(layers):
+        wanted[f"blocks.{layer}.attn.c_q.weight"] = [dim, dim]
+        wanted[f"blocks.{layer}.mlp.fc.weight"] = [int(settings["mlp_mult"] * dim), dim]
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise ArtifactError(f"{name} has shape {shapes[name]}, not {shape}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4135,7 +4053,7 @@ class Run:
         self.looping = cfg.num_loops > 0  # a trained model is evaluated with its loops
         if not COUNTED:
             check_systems(cfg)
-            codec_module(cfg.compressor)  # missing: said before training, not after it
+            check_codec(cfg.compressor)  # missing: said before training, not after it
         self.stages: dict[str, dict[str, float]] = {}
         self.result: dict[str, object] = {}
         self.finished: list[str] = []  # stages that are over, and were perhaps before this run was resumed
@@ -4159,9 +4077,7 @@ class Run:
         if artifact:
             self.artifact = artifact.read_bytes()
             model = self.model_of_artifact(artifact)
-            if not COUNTED and self.artifact.startswith(ARTIFACT_MAGIC):
-                codec = CODECS[PREFIX.unpack_from(self.artifact)[2]]
-                self.cfg = dataclasses.replace(model.cfg, compressor=codec)  # what the counted code needs
+            self.cfg = model.cfg  # what made the artifact is what the counted code needs
             return model
         if checkpoint and not COUNTED:
             from harness.readers import model_of_checkpoint
@@ -4296,18 +4212,23 @@ class Run:
             loader = ShuffledLoader(paths, 1, 0, cfg.train_seq_len, cfg.vocab_size)
             hessians = calibrate(self.model, cfg, loader, looping=self.looping, ranks=ranks)
             if cfg.fit_bytes:
-                from systems.fit_bytes import calibrate_gradients, fit_state
+                from systems.fit_bytes import calibrate_gradients
 
                 options = {"looping": self.looping, "ranks": ranks}
                 gradients = calibrate_gradients(self.model, cfg, loader, **options)
         with self.clock.stage("quantise"):
             flat = flatten_banks(self.model.state_dict(), cfg.num_layers)
             if cfg.fit_bytes:
+                from systems.fit_bytes import FitSearch
+
                 code = len(self.packed_code[0]) if ranks.is_main else 0
                 budget = cfg.fit_bytes - ranks.gather(code)[0]
-                records = fit_state(flat, hessians, gradients, cfg, budget, self.log, ranks)
+                search = FitSearch(flat, hessians, gradients, cfg, budget, ranks)
+                for trial, (log2_step, spare_bytes) in enumerate(search.trials()):
+                    self.log.event("fit", trial=trial, clip_factor=2.0**log2_step, bytes_left=spare_bytes)
+                records = search.best_records()
             else:
-                records = quantize_state(flat, hessians, cfg, None, ranks)
+                records = quantize_state(flat, hessians, cfg, ranks)
         for name, record in records.items():
             if record.report:
                 self.log.event("matrix", name=name, **record.report)
@@ -4327,7 +4248,7 @@ class Run:
     def model_of_artifact(self, path: Path) -> GPT:
         """A clean model that knows nothing but the bytes of the artifact."""
         try:
-            settings, records = read_artifact(self.artifact)
+            settings, records = read_artifact(self.artifact, self.cfg)
             model = self.new_model(self.cfg if COUNTED else dataclasses.replace(self.cfg, **settings))
             model.load_state_dict(dequantize_state(records, model.cfg.num_layers))
         except (UserError, TypeError, RuntimeError, KeyError) as error:

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import io
 import json
+import lzma
 import random
 import resource
 import sys
@@ -21,6 +22,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import brotli
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -65,7 +67,7 @@ def published_artifact(records: dict[str, tg.QuantizedTensor], codec: str = "bro
     }
     buffer = io.BytesIO()
     torch.save({"w": weights, "m": {name: record.category for name, record in records.items()}}, buffer)
-    return tg.compress(tg.byte_shuffle(buffer.getvalue()), codec)
+    return tg.compress(tg.byte_shuffle(buffer.getvalue()), tg.Config(compressor=codec))
 
 
 def damaged(blob: bytes, rng: random.Random) -> bytes:
@@ -98,21 +100,21 @@ def forged(blob: bytes, rng: random.Random) -> bytes:
     if not blob.startswith(tg.ARTIFACT_MAGIC):
         return _forged_published(blob, rng)
     _, version, codec, head_len, _ = tg.PREFIX.unpack_from(blob)
-    head = tg.decompress(blob[size : size + head_len], tg.CODECS[codec])
+    head = tg.decompress(blob[size : size + head_len], tg.Config(compressor=tg.CODECS[codec]))
     streams = blob[size + head_len :]
     if rng.random() < 0.5:
         head = damaged(head, rng)
     else:
         streams = damaged(streams, rng)
-    fast = {"quality": 1} if tg.CODECS[codec] != "lzma" else {"preset": 0}
-    head = tg.codec_module("lzma" if "preset" in fast else "brotli").compress(head, **fast)
+    fast = tg.CODECS[codec] == "lzma"
+    head = lzma.compress(head, preset=0) if fast else brotli.compress(head, quality=1)
     digest = hashlib.sha256(head + streams).digest()
     return tg.PREFIX.pack(tg.ARTIFACT_MAGIC, version, codec, len(head), digest) + head + streams
 
 
 def _forged_published(blob: bytes, rng: random.Random) -> bytes:
     """Damage under the compression, or under the archive's checksums too."""
-    data = tg.byte_unshuffle(tg.decompress(blob, "brotli"))
+    data = tg.byte_unshuffle(tg.decompress(blob, tg.Config()))
     if rng.random() < 0.3:
         data = damaged(data, rng)
     else:
@@ -123,12 +125,12 @@ def _forged_published(blob: bytes, rng: random.Random) -> bytes:
                 hit = entry.endswith(target)
                 new.writestr(zipfile.ZipInfo(entry), damaged(content, rng) if hit else content)
         data = out.getvalue()
-    return tg.codec_module("brotli").compress(data, quality=0)
+    return brotli.compress(data, quality=0)
 
 
 def contents(blob: bytes) -> str:
     """Digest of all that is read from an artifact."""
-    settings, records = tg.read_artifact(blob)
+    settings, records = tg.read_artifact(blob, tg.Config())
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, record in records.items():
         digest.update(f"{name} {record.kind} {record.bits} {record.shape}".encode())
@@ -139,7 +141,7 @@ def contents(blob: bytes) -> str:
 
 def build(blob: bytes) -> None:
     """Go on from a forged artifact that was read, as a run does: its model is built, or refused."""
-    settings, records = tg.read_artifact(blob)
+    settings, records = tg.read_artifact(blob, tg.Config())
     try:
         model = tg.GPT(tg.Config(**settings or TINY))
         model.load_state_dict(tg.dequantize_state(records, model.cfg.num_layers))

@@ -27,6 +27,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
+from harness.readers import load_weights  # noqa: E402
+from systems.ans import decode_levels, encode_levels  # noqa: E402
 
 SPREADS = {"mlp.proj": 0.45, "c_k": 0.15, "c_v": 0.12, "mlp.fc": 0.2}  # of log column deviations, as trained
 
@@ -38,7 +40,7 @@ def full_size_weights(cfg: tg.Config) -> dict[str, torch.Tensor]:
         state = tg.flatten_banks(tg.GPT(cfg).state_dict(), cfg.num_layers)
     weights = {}
     for name, tensor in state.items():
-        if tg.scheme(name, tensor, cfg).kind != "gptq":
+        if tg.scheme_of(name, tensor, cfg).kind != "gptq":
             continue
         spread = next((value for role, value in SPREADS.items() if role in name), 0.0)
         columns = torch.exp(spread * torch.randn(tensor.size(1), generator=generator))
@@ -93,9 +95,9 @@ def bench_codecs(weights: dict[str, torch.Tensor], cfg: tg.Config, quick: bool) 
     records = tg.quantize_state(weights, hessians, cfg)
     matrices = [(r.arrays["q"].numpy(), 2 ** (r.bits - 1) - 1) for r in records.values()]
     count, entropy = sum(m.size for m, _ in matrices), sum(entropy_bytes(m) for m, _ in matrices)
-    encode_seconds, data = timed(tg.encode_levels, matrices)
+    encode_seconds, data = timed(encode_levels, matrices)
     layout = [(levels.shape, top) for levels, top in matrices]
-    decode_seconds, decoded = timed(tg.decode_levels, data, layout)
+    decode_seconds, decoded = timed(decode_levels, data, layout)
     assert all(np.array_equal(a, b) for a, (b, _) in zip(decoded, matrices, strict=True))
     result = {
         "weights": count,
@@ -108,7 +110,7 @@ def bench_codecs(weights: dict[str, torch.Tensor], cfg: tg.Config, quick: bool) 
     if not quick:
         raw = b"".join(levels.tobytes() for levels, _ in matrices)
         for codec in ("brotli", "lzma"):
-            seconds, packed = timed(tg.compress, raw, codec)
+            seconds, packed = timed(tg.compress, raw, tg.Config(compressor=codec))
             result |= {f"{codec}_bits": 8 * len(packed) / count, f"{codec}_encode_seconds": seconds}
             result[f"{codec}_over_entropy"] = len(packed) / entropy
         result["ans_over_brotli"] = result["ans_bits"] / result["brotli_bits"]
@@ -123,17 +125,17 @@ def bench_gptq(weights: dict[str, torch.Tensor], cfg: tg.Config) -> dict[str, fl
     for name, weight in weights.items():
         if not name.startswith(("blocks.4.", "tok_emb")):
             continue
-        how, columns = tg.scheme(name, weight, cfg), weight.size(1)
+        scheme, columns = tg.scheme_of(name, weight, cfg), weight.size(1)
         role = "qkv" if "attn.c_" in name else name
         h = hessian(columns, columns)
-        seconds, expected = timed(plain_gptq, weight, h, how.bits, how.clip_sigmas)
+        seconds, expected = timed(plain_gptq, weight, h, scheme.bits, scheme.clip_sigmas)
         plain += seconds
         if role not in shared:
             seconds, shared[role] = timed(tg.factorise, h)
             ours += seconds
-        seconds, (levels, _) = timed(tg.gptq, weight, shared[role], how.bits, how.clip_sigmas)
+        seconds, record = timed(tg.quantize_tensor, weight, scheme, shared[role], cfg)
         ours += seconds
-        equal.append((levels == expected).double().mean().item())
+        equal.append((record.arrays["q"] == expected).double().mean().item())
     return {"gptq_seconds": ours, "gptq_plain_seconds": plain, "gptq_speedup": plain / ours} | {
         "gptq_equal_levels": min(equal)
     }
@@ -187,7 +189,7 @@ def main() -> int:
     cfg = tg.Config()
     weights = full_size_weights(cfg)
     if arguments.weights:
-        flat = tg.flatten_banks(tg.load_weights(arguments.weights), cfg.num_layers)
+        flat = tg.flatten_banks(load_weights(arguments.weights), cfg.num_layers)
         weights = {name: flat[name].float() for name in weights}
     result = bench_codecs(weights, cfg, arguments.quick) | bench_gptq(weights, cfg)
     if not arguments.quick:

@@ -46,7 +46,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -132,6 +131,8 @@ class Vocabulary:
 class Recorder:
     """A model for the script's evaluators that keeps what it says about each target, in their order."""
 
+    backends = tg.Backends()
+
     def __init__(self, model: tg.GPT, sample: np.ndarray):
         self._model, self._sample, self._done = model, sample, 0
         self._losses: list[np.ndarray] = []
@@ -150,6 +151,8 @@ class Recorder:
         self._best.append(distribution.max(-1).values.double().cpu().numpy())
         self._done += len(losses)
         return losses.view(y.shape)
+
+    __call__ = losses
 
     def result(self) -> "Network":
         """What was said about all targets."""
@@ -173,18 +176,10 @@ def ask_network(
     """Score the whole stream with the script's evaluator."""
     places = np.unique(np.linspace(0, val.num_targets, max(sample, 1), endpoint=False).astype(int))
     recorder, looping = Recorder(model, places), model.cfg.num_loops > 0
+    evaluate = tg.evaluate_standard
     if cfg.sliding_window_enabled:
-        meter = tg.evaluate_sliding(recorder, val, cfg, 0, val.num_targets, looping=looping, ranks=ranks)
-    else:
-
-        @torch.no_grad()
-        def score(x, y, segments):
-            with ranks.autocast():
-                return recorder.losses(*ranks.send(x, y, segments), looping=looping).cpu()
-
-        row = cfg.val_batch_tokens // tg.CONTEST_MICRO_BATCHES
-        limits = row, cfg.eval_seq_len
-        meter = tg.evaluate_standard(score, val, *limits, None, ranks, cfg.plain_windows)
+        from systems.stream import evaluate_windows as evaluate
+    meter = evaluate(recorder, val, cfg, looping=looping, ranks=ranks)
     network = recorder.result()
     if not math.isclose(network.losses.sum(), meter.loss_sum, rel_tol=1e-5):
         raise tg.RunError(f"recorded {network.losses.sum()} nats, the evaluator {meter.loss_sum}")
@@ -317,7 +312,7 @@ def read_run(folder: Path, data: str) -> tuple[dict, tg.Config, tg.GPT, tg.Ranks
     path = folder / Path(cfg.quantized_model_path).name
     if not path.is_file():
         raise tg.UserError(f"{path}: no such file, must be the artifact of the run")
-    settings, records = tg.read_artifact(path.read_bytes())
+    settings, records = tg.read_artifact(path.read_bytes(), tg.Config())
     model = tg.GPT(dataclasses.replace(cfg, **settings))
     model.load_state_dict(tg.dequantize_state(records, model.cfg.num_layers))
     return result, cfg, ranks.place(model), ranks

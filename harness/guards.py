@@ -27,7 +27,7 @@ from train_gpt import (
     RunLog,
     UserError,
     Watch,
-    factorise,
+    factorise_all,
     one_line,
     pack_artifact,
     quantize_state,
@@ -199,15 +199,14 @@ def fall_back(
     The given one, which is too large, comes back where nothing fits. Returns with it what to say of it.
     """
     log.event("fallback", bytes_left=budget - len(artifact))
-    factors = {id(hessian): factorise(hessian) for hessian in hessians.values()}
-    shared = {name: factors[id(hessian)] for name, hessian in hessians.items()}
+    factors = factorise_all(hessians)
     clip_names = [name for name in dataclasses.asdict(cfg) if name.endswith("_clip_sigmas")]
     for factor, lqer in FALLBACK:
         if lqer > cfg.lqer_enabled:
             continue
         clips = {name: factor * getattr(cfg, name) for name in clip_names}
         attempt = dataclasses.replace(cfg, lqer_enabled=lqer, **clips)
-        records = quantize_state(flat, shared, attempt, None, ranks)
+        records = quantize_state(flat, factors, attempt, ranks)
         ranks.wait_for_all("fall back")
         smaller = ranks.gather(pack_artifact(records, attempt) if ranks.is_main else b"")[0]
         said = {"clip_factor": factor, "lqer": int(lqer)}

@@ -16,8 +16,6 @@ import torch
 
 from harness.backends import (
     choose_attention,
-    choose_compiler,
-    choose_kernels,
     try_compiler,
     try_kernels,
     unused_attention,
@@ -33,9 +31,11 @@ from train_gpt import (
     RunLog,
     ValidationSet,
     Watch,
+    kernel_names,
     lora_slots,
     micro_batches,
     one_line,
+    plain_backends,
     shard_paths,
 )
 
@@ -131,8 +131,6 @@ class Preflight(Watch):
             pass
         except OSError as error:
             raise ConfigError(f"DATA_PATH={cfg.data_folder}: cannot be read ({error.strerror})") from None
-        if cfg.compressor == "ans" and importlib.util.find_spec("brotli") is None:
-            raise ConfigError("COMPRESSOR=ans: needs the Python package brotli too, for all but the matrices")
         most = 4 * (os.cpu_count() or 1)  # far more than CPUs, and they wait for each other for minutes
         if cfg.cpu_threads > most:
             raise ConfigError(f"CPU_THREADS={cfg.cpu_threads}: must be at most {most} on this machine")
@@ -159,8 +157,9 @@ class Preflight(Watch):
 
         Raises ConfigError where just one that fails was asked for.
         """
-        cfg, ranks, chosen = self.cfg, self.ranks, choose_kernels(self.cfg, self.ranks)
-        compiler = choose_compiler(cfg, ranks)
+        cfg, ranks = self.cfg, self.ranks
+        wished = plain_backends(cfg, ranks)
+        chosen, compiler = kernel_names(wished.kernels), wished.compiler
         wrong = {"compiler": try_compiler(compiler, ranks)} if compiler else {}
         try:
             wrong |= try_kernels(cfg, ranks) if chosen else {}
@@ -179,7 +178,7 @@ class Preflight(Watch):
             self.notices.append(f"fused kernel {kernel} is not used: {wrong[kernel]}")
         kernels = ",".join(name for name in chosen if name not in wrong)
         attention = choose_attention(cfg, ranks, compiler)
-        return Backends(attention, kernels, compiler, max(cfg.grad_accum_steps, ranks.world_size))
+        return Backends(attention, kernels, compiler, wished.micro_batches)
 
     def see(self, kind: str, **facts: object) -> None:
         """Look at each thing as soon as it is known; say what was found once there is a log."""

@@ -1,7 +1,13 @@
-"""Quantisation to a given size (FIT_BYTES)."""
+"""Quantisation to a given size (FIT_BYTES).
+
+Rate and distortion: a step of s (in row standard deviations) costs a matrix s^2 of loss, and -log2 s bits per
+weight. The least loss at given bytes is where each weight costs the same loss. That leaves one factor on all
+steps to be found, by coding the model. The same holds for the columns of a matrix.
+"""
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -15,23 +21,22 @@ from train_gpt import (
     HessianFactor,
     QuantizedTensor,
     Ranks,
-    RunLog,
     Scheme,
     ShuffledLoader,
-    factorise,
+    factorise_all,
     flatten_banks,
+    gather_by_name,
+    gptq,
+    gptq_report,
     pack_artifact,
-    quantize_state,
-    scheme,
-    short_half,
+    quantize_tensor,
+    scheme_of,
+    tensors_of_rank,
 )
 
-# Rate and distortion: a step of s (in row standard deviations) costs a matrix s^2 of loss, and -log2 s bits
-# per weight. The least loss at given bytes is where each weight costs the same loss, so one factor on all
-# steps is left, and it is found by coding the model. The same holds for the columns of a matrix.
-
 FIT_SAMPLES, FIT_ROWS = 32, 8  # gradients; training windows behind each
-FIT_SLACK, FIT_TRIALS = 2000, 16  # bytes that may be left
+FIT_SLACK, FIT_TRIALS = 2000, 16  # bytes that may be left; trials at most
+FIT_BITS = 8
 FIT_SCALES, FIT_CONTROLS = 4, 8  # bits of mantissa: GPTQ makes good a rounded scale, nothing a rounded gate
 
 
@@ -42,8 +47,8 @@ def calibrate_gradients(
 
     Targets are drawn from the model's own predictions: then gradients of different tokens do not correlate,
     and the expectation is the sum over tokens of g^2 |x|^2, g the derivative by the row's output. That is the
-    curvature of the loss (Fisher); with the data's targets the slope that is left in the loss would be in it.
-    `loader` is that of a single rank, as in `calibrate`; a sample's draws are the same on every rank.
+    curvature of the loss (Fisher); with the targets of the data, the slope that is left in the loss would be
+    in it. `loader` is that of a single rank, as in `calibrate`; a sample's draws are the same on every rank.
     """
     generator = torch.Generator(ranks.device)
     state = flatten_banks(dict(model.named_parameters()), cfg.num_layers)
@@ -67,7 +72,14 @@ def calibrate_gradients(
     return {name: ranks.sum_(total) / FIT_SAMPLES for name, total in sums.items()}
 
 
-def column_scales(factor: HessianFactor, mantissa: int) -> Tensor:
+def short_half(x: Tensor, mantissa: int) -> Tensor:
+    """x in float16, rounded to so many bits of mantissa: the others are zeros, which compress to nothing."""
+    drop = 10 - mantissa
+    bits = x.half().view(torch.int16)
+    return ((bits + (1 << drop >> 1)) >> drop << drop).view(torch.float16) if drop else x.half()
+
+
+def column_scales(factor: HessianFactor) -> Tensor:
     """Steps of the columns relative to each other, float32 [columns]: finer where an error costs more.
 
     A step s costs s^2 / 12 U_jj^2 in column j, so that equal costs would need s ~ U_jj. Measured, its root
@@ -76,7 +88,7 @@ def column_scales(factor: HessianFactor, mantissa: int) -> Tensor:
     pivots = factor.upper.diagonal().log()
     scales = torch.empty_like(pivots)
     scales[factor.order] = ((pivots - pivots.mean()) / 2).exp()
-    return short_half(scales.clamp(2.0**-8, 2.0**8), mantissa).float()
+    return short_half(scales.clamp(2.0**-8, 2.0**8), FIT_SCALES).float()
 
 
 def fit_clips(
@@ -87,65 +99,112 @@ def fit_clips(
 ) -> dict[str, float]:
     """Clip width of each matrix at which a weight costs one unit of loss (units are left to the caller).
 
-    A uniform error of step s in column j of row i costs g_i^2 s^2 / 12 U_jj^2 (GPTQ's own identity).
+    A uniform error of step s in column j of row i costs g_i^2 s^2 / 12 U_jj^2 (an identity of GPTQ).
     """
     losses = {}
-    for name, (order, _, upper, _) in factors.items():
-        columns = column_scales(factors[name], FIT_SCALES)
+    for name, factor in factors.items():
+        columns = column_scales(factor)
         inputs = hessians[name].diagonal().sum().clamp_min(1e-30)
         rows = (gradients[name] / inputs * (flat[name].float() / columns).var(1)).mean()
-        losses[name] = float(rows * (columns[order] / upper.diagonal()).square().mean())
+        losses[name] = float(rows * (columns[factor.order] / factor.upper.diagonal()).square().mean())
     floor = max(losses.values()) * 1e-9 or 1.0
     return {name: max(loss, floor) ** -0.5 for name, loss in losses.items()}
 
 
-def fit_state(
-    flat: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    cfg: Config,
-    budget: int,
-    log: "RunLog",
-    ranks: Ranks = CPU,
-) -> dict[str, QuantizedTensor]:
-    """Store every tensor so that the artifact has at most `budget` bytes, if it can be at most 2,000 less.
+def fit_matrix(weight: Tensor, factor: HessianFactor, clip_sigmas: float) -> QuantizedTensor:
+    """Store a matrix with column scales, at steps so coarse as the clip width says; no level is clipped."""
+    started, columns, top = time.perf_counter(), column_scales(factor), 2 ** (FIT_BITS - 1) - 1
+    scaled = weight.float() / columns  # the same problem in other units
+    factor = factor._replace(upper=factor.upper / columns[factor.order])
+    scale = (clip_sigmas * scaled.std(dim=1) / top).maximum(scaled.abs().amax(1) / top)
+    scale = short_half(scale.clamp(2.0**-14, 2.0**15), FIT_SCALES)
+    levels, scale, error = gptq(scaled, factor, FIT_BITS, scale)
+    arrays = {"q": levels.cpu(), "scale": scale.cpu(), "columns": columns.half().cpu()}
+    report = gptq_report(Scheme("gptq", FIT_BITS, clip_sigmas), factor, error, started)
+    return QuantizedTensor("gptq", FIT_BITS, tuple(weight.shape), arrays, ("columns", 0, 0), report)
 
-    Raises ConfigError when no step is coarse enough.
+
+def search_step(
+    measure: Callable[[float], int], log2_step: float, bytes_per_octave: float
+) -> Iterator[tuple[float, int]]:
+    """Look for the step at which 0 to FIT_SLACK bytes are spare; yields each trial (log2_step, spare_bytes).
+
+    `measure` says how many bytes are spare at a step: the coarser the step, the more. A trial aims at half
+    the slack by the slope between the last two, or lies midway between the bounds where that leads beyond.
     """
-    schemes = {
-        name: scheme(name, tensor, cfg)._replace(mantissa=FIT_CONTROLS) for name, tensor in flat.items()
-    }
-    matrices = {name: flat[name] for name, how in schemes.items() if how.kind == "gptq"}
-    eye = {
-        name: torch.eye(w.size(1), device=w.device) for name, w in matrices.items() if name not in hessians
-    }
-    hessians = {name: (hessians | eye)[name] for name in matrices}
-    unique = {id(hessian): hessian for hessian in hessians.values()}
-    unique = {key: factorise(hessian) for key, hessian in unique.items()}
-    factors = {name: unique[id(hessian)] for name, hessian in hessians.items()}
-    clips, weights = fit_clips(flat, hessians, factors, gradients), sum(w.numel() for w in matrices.values())
-    bits = sum(w.numel() * math.log2(525 / clips[name]) for name, w in matrices.items()) / weights
-    power, bounds = bits - 8 * budget / weights, [-math.inf, math.inf]  # 525 = 127 sqrt(2 pi e)
-    slope, last, best = weights / 8, None, None
-    for trial in range(FIT_TRIALS):
-        for name in matrices:
-            schemes[name] = Scheme("gptq", 8, 2.0**power * clips[name], FIT_SCALES)
-        records = quantize_state(flat, factors, cfg, None, ranks, schemes)
-        size = len(pack_artifact(records, cfg)) if ranks.is_main else 0
-        ranks.wait_for_all("fit")
-        left = budget - ranks.gather(size)[0]
-        log.event("fit", trial=trial, clip_factor=2.0**power, bytes_left=left)
-        if left >= 0 and (best is None or left < best[0]):
-            best = left, records
-        if 0 <= left <= FIT_SLACK:
-            break
-        bounds[left > 0] = power
-        if last and abs(left - last[1]) > abs(power - last[0]) * weights / 80:  # as steep as it was found
-            slope = (left - last[1]) / (power - last[0])
-        last = power, left
-        power -= (left - FIT_SLACK / 2) / slope
-        if not bounds[0] < power < bounds[1]:
-            power = sum(bounds) / 2
-    if best is None:
-        raise ConfigError(f"FIT_BYTES={cfg.fit_bytes}: leaves {budget} bytes for the model, too few")
-    return best[1]
+    too_fine, fits, slope, last = -math.inf, math.inf, bytes_per_octave, None
+    for _ in range(FIT_TRIALS):
+        spare_bytes = measure(log2_step)
+        yield log2_step, spare_bytes
+        if 0 <= spare_bytes <= FIT_SLACK:
+            return
+        if spare_bytes > 0:
+            fits = log2_step
+        else:
+            too_fine = log2_step
+        if last:
+            run, rise = log2_step - last[0], spare_bytes - last[1]
+            slope = rise / run if abs(rise) > abs(run) * bytes_per_octave / 10 else slope
+        last = log2_step, spare_bytes
+        log2_step -= (spare_bytes - FIT_SLACK / 2) / slope
+        if not too_fine < log2_step < fits:
+            log2_step = (too_fine + fits) / 2
+
+
+class FitSearch:
+    """Stores a state dict so that its artifact has at most `budget` bytes, and if it can FIT_SLACK less."""
+
+    def __init__(
+        self,
+        flat: Mapping[str, Tensor],
+        hessians: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        cfg: Config,
+        budget: int,
+        ranks: Ranks = CPU,
+    ):
+        self.flat, self.cfg, self.budget, self.ranks = flat, cfg, budget, ranks
+        self.schemes = {name: scheme_of(name, tensor, cfg) for name, tensor in flat.items()}
+        self.matrices = {name: w for name, w in flat.items() if self.schemes[name].kind == "gptq"}
+        if not cfg.tie_embeddings:  # as in `quantize_state`
+            width, device = flat["tok_emb.weight"].size(1), flat["tok_emb.weight"].device
+            hessians = {"tok_emb.weight": torch.eye(width, device=device), **hessians}
+        hessians = {name: hessians[name] for name in self.matrices}
+        self.factors = factorise_all(hessians)
+        self.clips = fit_clips(flat, hessians, self.factors, gradients)
+        self.best: tuple[int, dict[str, QuantizedTensor]] | None = None
+
+    def trials(self) -> Iterator[tuple[float, int]]:
+        """Search for the step; yields log2 of the factor on all clip widths, and the bytes that it spares."""
+        weights = sum(w.numel() for w in self.matrices.values())
+        bits = sum(w.numel() * math.log2(525 / self.clips[name]) for name, w in self.matrices.items())
+        start = bits / weights - 8 * self.budget / weights  # 525 = 127 sqrt(2 pi e), by a Gaussian's entropy
+        return search_step(self._measure, start, weights / 8)
+
+    def best_records(self) -> dict[str, QuantizedTensor]:
+        """The stored tensors of the trial that spared the fewest bytes. Raises ConfigError if none fitted."""
+        if self.best is None:
+            left = f"leaves {self.budget} bytes for the model, too few"
+            raise ConfigError(f"FIT_BYTES={self.cfg.fit_bytes}: {left}")
+        return self.best[1]
+
+    def _measure(self, log2_step: float) -> int:
+        """Spare bytes at a step."""
+        mine = tensors_of_rank(self.flat, self.ranks)
+        records = {name: self._store(name, 2.0**log2_step) for name in mine}
+        records = gather_by_name(records, self.flat, self.ranks)
+        size = len(pack_artifact(records, self.cfg)) if self.ranks.is_main else 0
+        self.ranks.wait_for_all("fit")
+        spare_bytes = self.budget - self.ranks.gather(size)[0]
+        if spare_bytes >= 0 and (self.best is None or spare_bytes < self.best[0]):
+            self.best = spare_bytes, records
+        return spare_bytes
+
+    def _store(self, name: str, clip_factor: float) -> QuantizedTensor:
+        if name in self.factors:
+            return fit_matrix(self.flat[name], self.factors[name], clip_factor * self.clips[name])
+        record = quantize_tensor(self.flat[name], self.schemes[name], None, self.cfg)
+        if record.kind == "fp16":
+            record.arrays = {"": short_half(self.flat[name], FIT_CONTROLS)}
+        record.arrays = {key: array.cpu() for key, array in record.arrays.items()}
+        return record

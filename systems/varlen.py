@@ -6,7 +6,7 @@ from train_gpt import Segments
 
 
 def varlen_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """Torch's own kernels for packed rows; those of 2.11 take fewer key heads unasked."""
+    """`attend` by torch's own kernels; those of torch 2.11 take fewer key heads unasked."""
     from torch.nn.attention.varlen import varlen_attn
 
     cu, limit = segments.cu_seqlens, segments.max_seqlen

@@ -100,15 +100,14 @@ def test_codec_without_its_package(tg, monkeypatch):
 
     monkeypatch.setattr(tg.importlib, "import_module", missing)
     with pytest.raises(tg.ConfigError, match="COMPRESSOR=ans: the Python package constriction is not"):
-        tg.codec_module("ans")
+        tg.check_codec("ans")
 
 
 def test_ans_asks_for_brotli_before_training(tg, monkeypatch):
-    cfg = tg.Config(compressor="ans")
-    assert tg.Preflight(cfg, tg.CPU).facts == {}
+    tg.check_codec("ans")
     monkeypatch.setitem(sys.modules, "brotli", None)  # as where it is not installed
-    with pytest.raises(tg.ConfigError, match="COMPRESSOR=ans: needs the Python package brotli too"):
-        tg.Preflight(cfg, tg.CPU)
+    with pytest.raises(tg.ConfigError, match="COMPRESSOR=ans: the Python package brotli is not installed"):
+        tg.check_codec("ans")
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -125,7 +124,7 @@ def sample(request, tg):
 
 def test_artifact_of_every_format_is_read(tg, sample):
     kind, records, blob = sample
-    settings, read = tg.read_artifact(blob)
+    settings, read = tg.read_artifact(blob, tg.Config())
     assert bool(settings) == (kind != "published")
     assert list(read) == list(records)
     for name, record in records.items():
@@ -150,7 +149,7 @@ def test_artifact_memory_is_bounded(tg, sample):
     declared = sum(a.numel() * a.element_size() for r in records.values() for a in r.arrays.values())
     contents(blob)
     tracemalloc.start()
-    tg.read_artifact(blob)
+    tg.read_artifact(blob, tg.Config())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * declared + (1 << 20)
@@ -161,7 +160,7 @@ def test_published_artifact_of_either_codec(tg, codec):
     config = tg.Config(**TINY, lqer_asym_enabled=False)
     records = small_records(config)
     read = tg.read_published(published_artifact(records, codec))
-    assert any(record.correction == "sym" for record in read.values())
+    assert any(record.correction[:1] == ("sym",) for record in read.values())
     assert all(torch.equal(read[name].dequantize(), r.dequantize()) for name, r in records.items())
 
 
@@ -169,9 +168,10 @@ def forge(tg, blob: bytes, change) -> bytes:
     """The artifact with a changed header and a checksum that fits."""
     size = tg.PREFIX.size
     _, version, codec, head_len, _ = tg.PREFIX.unpack_from(blob)
-    header = json.loads(tg.decompress(blob[size : size + head_len], tg.CODECS[codec]))
+    cfg = tg.Config(compressor=tg.CODECS[codec])
+    header = json.loads(tg.decompress(blob[size : size + head_len], cfg))
     change(header)
-    head = tg.compress(json.dumps(header).encode(), tg.CODECS[codec])
+    head = tg.compress(json.dumps(header).encode(), cfg)
     body = head + blob[size + head_len :]
     return tg.PREFIX.pack(b"PGOLF", version, codec, len(head), hashlib.sha256(body).digest()) + body
 
@@ -214,7 +214,7 @@ def test_forged_artifact_is_refused(tg, forgery):
     blob = forge(tg, tg.pack_artifact(small_records(config), config), forgeries()[forgery])
     started = time.perf_counter()
     with pytest.raises(tg.ArtifactError):
-        tg.unpack_artifact(blob)
+        tg.read_artifact(blob, tg.Config())
     assert time.perf_counter() - started < 5
 
 
@@ -226,9 +226,9 @@ def test_artifact_bombs_are_not_unpacked(tg, size):
     assert len(bomb) < 10**5
     tracemalloc.start()
     with pytest.raises(tg.ArtifactError, match="above 5000 bytes"):
-        tg.decompress(bomb, "brotli", 5000)
+        tg.decompress(bomb, tg.Config(), 5000)
     with pytest.raises(tg.ArtifactError):
-        tg.read_artifact(bomb)
+        tg.read_artifact(bomb, tg.Config())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100 << 20
@@ -244,7 +244,7 @@ def test_published_tensor_larger_than_its_bytes(tg):
         {"w": {"a": torch.zeros(1).half().expand(10**10)}, "m": {"a": "passthrough (float16)"}}, buffer
     )
     with pytest.raises(tg.ArtifactError, match="larger than their bytes"):
-        tg.read_artifact(packed_archive(tg, buffer.getvalue()))
+        tg.read_artifact(packed_archive(tg, buffer.getvalue()), tg.Config())
 
 
 def test_published_archive_runs_no_code(tg, tmp_path):
@@ -260,7 +260,7 @@ def test_published_archive_runs_no_code(tg, tmp_path):
             new.writestr(name, payload if name.endswith("data.pkl") else old.read(name))
     for data in (hostile.getvalue(), pickle.dumps(Payload())):
         with pytest.raises(tg.ArtifactError):
-            tg.read_artifact(packed_archive(tg, data))
+            tg.read_artifact(packed_archive(tg, data), tg.Config())
     assert not (tmp_path / "run").exists()
 
 

@@ -82,6 +82,18 @@ def test_every_file_that_is_named_exists(page):
             assert (ROOT / name).is_file() or (ROOT / "experiments" / name).is_file(), line
 
 
+@pages
+def test_every_option_exists(page):
+    """What stands behind a script on a command line, up to a lone `--`, occurs in its source."""
+    for line in code(page):
+        found = re.search(r"(?:^|\s)([\w/]+\.py)\b(.*)", line.partition("  #")[0])
+        if found and (ROOT / found[1]).is_file():
+            sources = [ROOT / found[1], *(ROOT / "harness").glob("*.py")]
+            text = "".join(map(read, sources if found[1] == "train_gpt.py" else sources[:1]))
+            options = re.findall(r"(?<!\S)\[?(--[a-z][a-z-]*)", found[2].partition(" -- ")[0])
+            assert all(f'"{option}"' in text for option in options), line
+
+
 def test_everything_has_its_place_on_the_map():
     section = read(README).partition("## What is where")[2].partition("\n## ")[0]
     rows = [row.split(" | ")[0] for row in section.splitlines() if row.startswith("| `")]

@@ -25,7 +25,7 @@ def collect(tg, config, weights: dict, batches: torch.Tensor, looping: bool) -> 
     collector = tg.HessianCollector()
     with torch.no_grad():
         for input_ids in batches:
-            model.hidden(input_ids, looping=looping, tap=collector.tap)
+            model.hidden(input_ids, looping=looping, on_input=collector.on_input)
     return collector.hessians(len(batches))
 
 
@@ -56,8 +56,8 @@ def test_calibration(tg, golden, loop, micro_batches):
     meta, triangles, batches, weights = golden
     count, rows, length = batches.shape
     sizes = {"train_seq_len": length, "train_batch_tokens": rows * length, "gptq_calibration_batches": count}
-    config = model_config(tg, meta["config"], **sizes, grad_accum_steps=micro_batches)
-    model, windows = tg.GPT(config), Windows(batches)
+    config = model_config(tg, meta["config"], **sizes)
+    model, windows = tg.GPT(config, tg.Backends(micro_batches=micro_batches)), Windows(batches)
     model.load_state_dict(weights)
     hessians = tg.calibrate(model, config, windows, looping=loop == "loop_on")
     assert len(windows.rows) == 0
@@ -121,7 +121,7 @@ def test_looped_layers_accumulate_over_their_visits(tg, golden):
 
     with torch.no_grad():
         for input_ids in batches:
-            model.hidden(input_ids, looping=True, tap=count)
+            model.hidden(input_ids, looping=True, on_input=count)
     for layer in range(config.num_layers):
         visits = config.num_loops + 1 if config.loop_start <= layer <= config.loop_end else 1
         name = f"blocks.{layer}.attn.proj.weight"

@@ -66,11 +66,9 @@ class Setup:
     def stepped(self, steps: int):
         """Adapters after the given number of AdamW steps, gradients recomputed for each."""
         lora = self.adapters()
-        optimizer = self.tg.lora_optimizer(self.config, lora)
+        optimizer = self.tg.LoRAOptimizer(self.config, lora)
         for _ in range(steps):
-            optimizer.zero_grad()
-            self.objective(lora).backward()
-            optimizer.step()
+            optimizer.step(self.objective(lora))
         return lora
 
 
@@ -151,14 +149,16 @@ def test_gradients(setup):
 
 def test_optimizer_settings(setup):
     """Two steps hardly show beta2, so the settings themselves are compared too."""
-    lora = setup.adapters()
-    optimizer = setup.tg.lora_optimizer(setup.config, lora)
-    assert isinstance(optimizer, torch.optim.AdamW)
-    optimised = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    assert sorted(map(id, optimised)) == sorted(map(id, lora.parameters()))
-    for group in optimizer.param_groups:
-        actual = {key: group[key] for key in setup.meta["adamw"]}
-        assert {**actual, "betas": list(actual["betas"])} == setup.meta["adamw"]
+    lora, told = setup.adapters(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup.tg, "adamw", lambda *lists, **settings: told.append((lists, settings)))
+        optimizer = setup.tg.LoRAOptimizer(setup.config, lora)
+        optimizer.step(setup.objective(lora))
+    (((factors, *_), settings),) = told
+    assert [factor.data_ptr() for factor in factors] == [p.data_ptr() for p in lora.parameters()]
+    actual = settings | {"betas": [settings["beta1"], settings["beta2"]]}
+    assert {key: actual[key] for key in setup.meta["adamw"]} == setup.meta["adamw"]
+    assert settings["fused"] and not settings["amsgrad"] and not settings["maximize"]
 
 
 def test_first_adamw_step(setup):

@@ -70,7 +70,8 @@ def test_gptq(tg, golden_json, gptq_vectors, case):
     weight, hessian = gptq_vectors[f"{case}.W"], gptq_vectors[f"{case}.H"]
     bits = (facts["clip_range"] + 1).bit_length()
     assert 2 ** (bits - 1) - 1 == facts["clip_range"]
-    levels, scale = tg.gptq(weight.clone(), hessian.clone(), bits, facts["clip_sigmas"])
+    scale = facts["clip_sigmas"] * weight.std(dim=1) / facts["clip_range"]
+    levels, scale, _ = tg.gptq(weight.clone(), tg.factorise(hessian.clone()), bits, scale)
     assert_scale(scale, gptq_vectors[f"{case}.scale"])
     assert_levels(levels, gptq_vectors[f"{case}.Q"])
     error = weight.double() - levels.double() * scale.double()[:, None]
@@ -81,7 +82,7 @@ def test_gptq(tg, golden_json, gptq_vectors, case):
 
 def test_gptq_leaves_its_inputs_alone(tg, gptq_vectors):
     weight, hessian = gptq_vectors["int7.W"].clone(), gptq_vectors["int7.H"].clone()
-    tg.gptq(weight, hessian, 7, 15.0)
+    tg.gptq(weight, tg.factorise(hessian), 7, 15.0 * weight.std(dim=1) / 63)
     assert torch.equal(weight, gptq_vectors["int7.W"])
     assert torch.equal(hessian, gptq_vectors["int7.H"])
 
@@ -90,7 +91,7 @@ def test_gptq_leaves_its_inputs_alone(tg, gptq_vectors):
 def test_int8_rows(tg, golden_tensors, case):
     vectors = golden_tensors("07_gptq/gate_int8.safetensors")
     assert {key.split(".")[0] for key in vectors} == set(GATE_CASES)
-    levels, scale = tg.quantize_rows_int8(vectors[f"{case}.W"])
+    levels, scale = tg.round_to_scales(vectors[f"{case}.W"], len(vectors[f"{case}.W"]), -127, 127, 127)
     assert levels.dtype == torch.int8
     assert torch.equal(levels, vectors[f"{case}.q"])
     assert_scale(scale, vectors[f"{case}.scale"])
@@ -132,15 +133,16 @@ def assert_packed(packed: dict, vectors: dict, case: str, kind: str) -> None:
 def test_pack_low_rank(tg, golden_json, lqer_vectors, case):
     facts = golden_json("07_gptq/lqer.json")["cases"][case]
     A, B = lqer_vectors[f"{case}.A"], lqer_vectors[f"{case}.B"]
-    packings = {"sym": tg.pack_low_rank_sym(A, B, facts["bits"])}
+    packings = {"sym": tg.pack_low_rank(A, B, 0, facts["bits"])}
     if facts["asym_possible"]:
-        packings["asym"] = tg.pack_low_rank_asym(A, B, facts["group"])
-    for kind, packed in packings.items():
+        packings["asym"] = tg.pack_low_rank(A, B, facts["group"], facts["bits"])
+    for kind, (correction, packed) in packings.items():
+        assert correction == (kind, facts["rank"], facts["group"] if kind == "asym" else 0)
         assert_packed(packed, lqer_vectors, case, kind)
-        correction = tg.unpack_low_rank(packed)
-        assert correction.dtype == torch.float32
-        assert_close(correction, lqer_vectors[f"{case}.{kind}.correction"], 1e-6)
-        residual = (lqer_vectors[f"{case}.E"] - correction).norm().item()
+        product = tg.low_rank(*packed.values())
+        assert product.dtype == torch.float32
+        assert_close(product, lqer_vectors[f"{case}.{kind}.correction"], 1e-6)
+        residual = (lqer_vectors[f"{case}.E"] - product).norm().item()
         assert residual == pytest.approx(facts[f"residual_l2_{kind}"], rel=1e-5)
 
 
@@ -271,12 +273,13 @@ def test_decompress(tg, golden_json, codec):
     """Foreign streams decode; ours need not be the same bytes, only come back whole."""
     cases = golden_json("09_serialization/byte_shuffle.json")["compress"]
     case = next(case for case in cases if case["compressor"] == codec)
-    shuffled = tg.decompress(bytes.fromhex(case["compressed_hex"]), codec)
+    cfg = tg.Config(compressor=codec)
+    shuffled = tg.decompress(bytes.fromhex(case["compressed_hex"]), cfg)
     assert shuffled.hex() == case["decompresses_to_shuffled_hex"]
     payload = bytes.fromhex(case["payload_hex"])
     assert tg.byte_unshuffle(shuffled) == payload
-    again = tg.compress(tg.byte_shuffle(payload), codec)
-    assert tg.byte_unshuffle(tg.decompress(again, codec)) == payload
+    again = tg.compress(tg.byte_shuffle(payload), cfg)
+    assert tg.byte_unshuffle(tg.decompress(again, cfg)) == payload
 
 
 def test_bank_names(tg, golden_json, golden_tensors):

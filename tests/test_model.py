@@ -276,7 +276,7 @@ def test_a_forward_leaves_no_trace(tg, option):
         model.losses(long, long, looping=True)
         again = model.losses(short, short, looping=True)
         hidden = model.hidden(short, looping=True)
-        tapped = model.hidden(short, looping=True, tap=lambda name, x: None)
+        tapped = model.hidden(short, looping=True, on_input=lambda name, x: None)
     assert torch.equal(first, again)
     assert torch.equal(hidden, tapped)
 
@@ -309,7 +309,7 @@ def test_single_stream_parallel_layers(tg, silent):
         if silent:
             for bank in (model.get_parameter(silent), serial.get_parameter(silent)):
                 bank[-(TINY["num_layers"] - first) :].zero_()  # output and down matrices of layers 4 and 5
-        parallel = model.hidden(ids, looping=True, tap=inputs.__setitem__)
+        parallel = model.hidden(ids, looping=True, on_input=inputs.__setitem__)
         difference = (parallel - serial.hidden(ids, looping=True)).abs().max()
     assert difference <= EXACT if silent else difference > 0.01
     for layer in range(TINY["num_layers"]):

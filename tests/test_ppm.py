@@ -355,10 +355,9 @@ def test_ppm_network_is_asked_by_the_scripts_evaluator(tg, setting):
     val = tg.ValidationSet.from_sidecar(tokens, (tokens != tg.BOS).int() * 2)
     network = mixture.ask_network(model, val, cfg, tg.CPU, 10)
     if cfg.sliding_window_enabled:
-        meter = tg.evaluate_sliding(model, val, cfg, 0, 229, looping=True)
+        meter = tg.evaluate_windows(model, val, cfg, looping=True)
     else:
-        score = tg.model_score(model, looping=True)
-        meter = tg.evaluate_standard(score, val, 48, 16, plain=cfg.plain_windows)
+        meter = tg.evaluate_standard(model, val, cfg, looping=True)
     assert network.losses.sum() == pytest.approx(meter.loss_sum, rel=1e-6)
     assert len(network.losses) == 229 and network.rows.shape == (10, 40) and network.sample[0] == 0
     realised = network.rows[np.arange(10), tokens[1:].numpy()[network.sample]]

@@ -305,11 +305,8 @@ def test_preflight_guard_dampens_a_hessian_that_is_not_definite(tg):
     torch.testing.assert_close(factor.upper.T @ factor.upper, inverse, rtol=1e-3, atol=1e-4)
     scheme = tg.Scheme("gptq", 6, 12.0)
     weight = torch.randn(4, 8)
-    assert (
-        tg.quantize_tensor("blocks.0.mlp.fc.weight", weight, factor, scheme).report["damping"]
-        == factor.damping
-    )
-    good = tg.quantize_tensor("blocks.0.mlp.fc.weight", weight, singular, scheme)
+    assert tg.quantize_tensor(weight, scheme, factor, tg.Config()).report["damping"] == factor.damping
+    good = tg.quantize_tensor(weight, scheme, singular, tg.Config())
     assert "damping" not in good.report
     with pytest.raises(tg.RunError, match="Hessian"):
         tg.factorise(torch.full((4, 4), torch.nan))
@@ -350,7 +347,7 @@ def test_preflight_guard_makes_a_large_artifact_smaller(tg, run, work, unlimited
     assert result["legal"] and result["fallback"]["clip_factor"] > 1 and result["model_bytes"] == len(blob)
     assert int(event(said, "fallback")["bytes_left"]) >= 0
     tried = [line for line in said.splitlines() if line.startswith("fallback ")]
-    assert "bytes_left:-" in tried[0] and tg.unpack_artifact(blob)
+    assert "bytes_left:-" in tried[0] and tg.read_artifact(blob, tg.Config())
 
 
 def test_preflight_guard_keeps_an_artifact_that_no_rung_makes_fit(tg, run, work, unlimited, monkeypatch):
@@ -391,7 +388,7 @@ def test_preflight_control_tensors_stay_float16_at_any_size(tg, max_elements):
     """FLOAT16_MAX_ELEMENTS=0 once ended a run after its training: gates have no Hessian."""
     cfg = tg.Config.from_env(TINY | {"FLOAT16_MAX_ELEMENTS": str(max_elements)})
     flat = tg.flatten_banks(tg.GPT(cfg).state_dict(), cfg.num_layers)
-    kinds = {name: tg.scheme(name, tensor, cfg).kind for name, tensor in flat.items()}
+    kinds = {name: tg.scheme_of(name, tensor, cfg).kind for name, tensor in flat.items()}
     matrices = {name for name in flat if re.search(r"attn\.(c_\w|proj)\.|mlp\.|tok_emb", name)}
     assert {name for name, kind in kinds.items() if kind == "gptq"} == (set() if max_elements else matrices)
 

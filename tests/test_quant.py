@@ -28,6 +28,12 @@ def correlated_hessian(seed: int, columns: int, samples: int = 200) -> torch.Ten
     return x.T @ x
 
 
+def gptq(tg, weight, hessian, bits: int, clip_sigmas: float, block: int = 32) -> tuple:
+    """Levels and scales of a matrix whose rows are clipped at so many standard deviations."""
+    scale = clip_sigmas * weight.std(dim=1) / (2 ** (bits - 1) - 1)
+    return tg.gptq(weight, tg.factorise(hessian), bits, scale, block)[:2]
+
+
 def rounded(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """Round-to-nearest levels on given row scales."""
     limit = 2 ** (bits - 1) - 1
@@ -43,7 +49,7 @@ def weighted_error(weight: torch.Tensor, levels: torch.Tensor, scale: torch.Tens
 @pytest.mark.parametrize("columns", [16, 200])
 def test_identity_hessian_is_round_to_nearest(tg, bits, columns):
     weight = normal(1, 24, columns)
-    levels, scale = tg.gptq(weight, torch.eye(columns), bits, 4.0)
+    levels, scale = gptq(tg, weight, torch.eye(columns), bits, 4.0)
     assert torch.equal(levels.float(), rounded(weight, scale, bits))
     expected = 4.0 * weight.std(dim=1) / (2 ** (bits - 1) - 1)
     assert torch.equal(scale, expected.half())
@@ -53,16 +59,16 @@ def test_identity_hessian_is_round_to_nearest(tg, bits, columns):
 @pytest.mark.parametrize("seed", range(3))
 def test_gptq_beats_rounding_in_the_hessian_norm(tg, seed, columns):
     weight, hessian = normal(seed, 20, columns), correlated_hessian(seed + 10, columns)
-    levels, scale = tg.gptq(weight, hessian, 4, 3.0)
+    levels, scale = gptq(tg, weight, hessian, 4, 3.0)
     nearest = rounded(weight, scale, 4)
     assert weighted_error(weight, levels, scale, hessian) < weighted_error(weight, nearest, scale, hessian)
 
 
 def test_block_size_only_orders_the_work(tg):
     weight, hessian = normal(0, 16, 150), correlated_hessian(1, 150)
-    levels, scale = tg.gptq(weight, hessian, 6, 12.0, block=128)
+    levels, scale = gptq(tg, weight, hessian, 6, 12.0, block=128)
     for block in (1, 32, 150):
-        other, same_scale = tg.gptq(weight, hessian, 6, 12.0, block=block)
+        other, same_scale = gptq(tg, weight, hessian, 6, 12.0, block=block)
         assert torch.equal(scale, same_scale)
         assert (levels != other).double().mean().item() <= 0.005
 
@@ -72,7 +78,7 @@ def test_constant_rows(tg, value):
     """Rows whose spread is zero have no usable scale: no NaN, and zero rows come back as zero."""
     weight = normal(2, 8, 32)
     weight[3] = value
-    levels, scale = tg.gptq(weight, correlated_hessian(3, 32), 6, 12.85)
+    levels, scale = gptq(tg, weight, correlated_hessian(3, 32), 6, 12.85)
     restored = levels.float() * scale.float()[:, None]
     assert (scale > 0).all()
     assert torch.isfinite(restored).all()
@@ -84,7 +90,7 @@ def test_constant_rows(tg, value):
 
 
 def test_zero_matrix(tg):
-    levels, scale = tg.gptq(torch.zeros(4, 16), torch.zeros(16, 16), 6, 12.85)
+    levels, scale = gptq(tg, torch.zeros(4, 16), torch.zeros(16, 16), 6, 12.85)
     assert not levels.any()
     assert (scale > 0).all()
 
@@ -92,7 +98,7 @@ def test_zero_matrix(tg):
 def test_int8_rows_of_zero(tg):
     weight = normal(4, 3, 12)
     weight[1] = 0
-    levels, scale = tg.quantize_rows_int8(weight)
+    levels, scale = tg.round_to_scales(weight, len(weight), -127, 127, 127)
     restored = levels.float() * scale.float()[:, None]
     assert (scale > 0).all()
     assert torch.isfinite(restored).all()
@@ -103,7 +109,7 @@ def test_int8_rows_of_zero(tg):
 def test_dead_columns_become_zero(tg):
     hessian = correlated_hessian(5, 40)
     hessian[7], hessian[:, 7] = 0, 0
-    levels, _ = tg.gptq(normal(6, 10, 40), hessian, 6, 12.0)
+    levels, _ = gptq(tg, normal(6, 10, 40), hessian, 6, 12.0)
     assert not levels[:, 7].any()
     assert levels[:, 8].any()
 
@@ -127,15 +133,16 @@ def test_low_rank_factors_of_a_thin_matrix(tg):
 def test_packed_correction_lowers_the_error(tg, kind):
     error = normal(11, 40, 4) @ normal(12, 4, 64) + 0.5 * normal(13, 40, 64)
     A, B = tg.low_rank_factors(error, 4)
-    packed = tg.pack_low_rank_asym(A, B, 64) if kind == "asym" else tg.pack_low_rank_sym(A, B, 4)
-    assert (error - tg.unpack_low_rank(packed)).norm() < 0.8 * error.norm()
+    _, packed = tg.pack_low_rank(A, B, 64 if kind == "asym" else 0, 4)
+    assert (error - tg.low_rank(*packed.values())).norm() < 0.8 * error.norm()
 
 
 @pytest.mark.parametrize("kind", ["asym", "sym"])
 def test_packed_zero_correction_is_zero(tg, kind):
     A, B = torch.zeros(8, 4), torch.zeros(4, 64)
-    packed = tg.pack_low_rank_asym(A, B, 64) if kind == "asym" else tg.pack_low_rank_sym(A, B, 4)
-    assert not tg.unpack_low_rank(packed).any()
+    correction, packed = tg.pack_low_rank(A, B, 64 if kind == "asym" else 0, 4)
+    assert correction == (kind, 4, 64 if kind == "asym" else 0)
+    assert not tg.low_rank(*packed.values()).any()
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +166,7 @@ def quantised(tg):
 def test_every_tensor_has_a_scheme(tg, quantised):
     config, flat, records = quantised
     assert list(records) == list(flat)
-    kinds = {name: tg.scheme(name, tensor, config) for name, tensor in flat.items()}
+    kinds = {name: tg.scheme_of(name, tensor, config) for name, tensor in flat.items()}
     assert {scheme.kind for scheme in kinds.values()} == {"gptq", "int8_rows", "fp16"}
     assert kinds["tok_emb.weight"] == tg.Scheme("gptq", config.embed_bits, config.embed_clip_sigmas)
     assert kinds["blocks.0.mlp.fc.weight"] == tg.Scheme("gptq", config.matrix_bits, config.mlp_clip_sigmas)
@@ -181,8 +188,8 @@ def test_default_model_needs_no_other_scheme(tg):
         "another.weight": (6, 12.85),
     }
     for name, (bits, clip) in clips.items():
-        assert tg.scheme(name, torch.empty(large), config) == tg.Scheme("gptq", bits, clip)
-    assert tg.scheme("blocks.0.attn_scale", torch.empty(512), config).kind == "fp16"
+        assert tg.scheme_of(name, torch.empty(large), config) == tg.Scheme("gptq", bits, clip)
+    assert tg.scheme_of("blocks.0.attn_scale", torch.empty(512), config).kind == "fp16"
 
 
 def test_untied_embedding_needs_no_hessian(tg, quantised):
@@ -223,7 +230,7 @@ def test_artifact_keeps_every_array(tg, quantised, codec):
     """Quantise, pack, unpack, dequantise: the same numbers, whatever the codec."""
     config, flat, records = quantised
     config = tg.Config(**SMALL, gated_attn_quant_gate=True, compressor=codec)
-    settings, unpacked = tg.unpack_artifact(tg.pack_artifact(records, config))
+    settings, unpacked = tg.read_artifact(tg.pack_artifact(records, config), tg.Config())
     for key, value in SMALL.items():
         assert settings[key] == value, key
     assert list(unpacked) == list(flat)
@@ -238,7 +245,7 @@ def test_artifact_keeps_every_array(tg, quantised, codec):
 
 def test_artifact_rebuilds_the_model(tg, quantised):
     config, _, records = quantised
-    settings, unpacked = tg.unpack_artifact(tg.pack_artifact(records, config))
+    settings, unpacked = tg.read_artifact(tg.pack_artifact(records, config), tg.Config())
     model = tg.GPT(tg.Config(**settings))
     flat = {name: record.dequantize() for name, record in unpacked.items()}
     model.load_state_dict(tg.restore_banks(flat, settings["num_layers"]))
@@ -253,7 +260,7 @@ def test_hessian_collector_sums_inputs(tg):
     collector = tg.HessianCollector()
     inputs = [normal(seed, 2, 5, 8) for seed in range(3)]
     for x in inputs:
-        collector.tap("blocks.0.attn.c_q.weight", x)
+        collector.on_input("blocks.0.attn.c_q.weight", x)
     flat = torch.cat([x.reshape(-1, 8) for x in inputs])
     hessians = collector.hessians(3)
     assert torch.allclose(hessians["blocks.0.attn.c_q.weight"], flat.T @ flat / 3, rtol=1e-5, atol=1e-5)
@@ -267,6 +274,6 @@ def test_hessians_cover_every_quantised_tensor(tg, quantised):
     collector = tg.HessianCollector()
     ids = torch.randint(0, SMALL["vocab_size"], (1, 12), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        model.logits(model.hidden(ids, looping=False, tap=collector.tap))
-    needed = {name for name, tensor in flat.items() if tg.scheme(name, tensor, config).kind == "gptq"}
+        model.logits(model.hidden(ids, looping=False, on_input=collector.on_input))
+    needed = {name for name, tensor in flat.items() if tg.scheme_of(name, tensor, config).kind == "gptq"}
     assert needed <= set(collector.hessians(1)) | {"tok_emb.weight"}

@@ -1,7 +1,5 @@
 """FIT_BYTES and the parts it is made of: shared factors, shortened halves, sensitivities, the search."""
 
-import types
-
 import pytest
 import torch
 
@@ -53,7 +51,7 @@ def test_quant_error_is_the_weighted_error(tg, block):
     """The sum of squared column errors over their pivots is tr(E H E^T): checked against the definition."""
     weight, h = normal(1, 20, 90), hessian(2, 90)
     scale = 3.0 * weight.std(dim=1) / 7
-    levels, scale, error = tg.gptq_sweep(weight, h, 4, scale, block)
+    levels, scale, error = tg.gptq(weight, tg.factorise(h), 4, scale, block)
     damped = h.double() + 0.01 * h.diagonal().mean() * torch.eye(90)
     e = weight.double() - levels.double() * scale.double()[:, None]
     assert error == pytest.approx(((e @ damped) * e).sum().item(), rel=1e-4)
@@ -93,7 +91,7 @@ def problem(tg):
         for parameter in model.parameters():
             parameter.copy_(0.1 * torch.randn_like(parameter))
     flat = tg.flatten_banks({k: v.clone() for k, v in model.state_dict().items()}, cfg.num_layers)
-    matrices = [name for name, w in flat.items() if tg.scheme(name, w, cfg).kind == "gptq"]
+    matrices = [name for name, w in flat.items() if tg.scheme_of(name, w, cfg).kind == "gptq"]
     assert len(matrices) > 10
     hessians = {name: hessian(i, flat[name].size(1)) for i, name in enumerate(matrices)}
     gradients = {name: 10.0 ** (i % 4) * normal(i, len(flat[name])) ** 2 for i, name in enumerate(matrices)}
@@ -102,8 +100,9 @@ def problem(tg):
 
 def fit(tg, problem, budget: int, cfg=None):
     config, flat, hessians, gradients = problem
-    log = types.SimpleNamespace(event=lambda *_, **__: None)
-    return tg.fit_state(flat, hessians, gradients, cfg or config, budget, log)
+    search = tg.FitSearch(flat, hessians, gradients, cfg or config, budget)
+    assert 1 <= len(list(search.trials())) <= tg.FIT_TRIALS
+    return search.best_records()
 
 
 def loss(tg, problem, records) -> float:
@@ -123,7 +122,7 @@ def test_quant_fit_ends_just_below_the_cap(tg, problem, codec, budget):
     records = fit(tg, problem, budget, cfg)
     blob = tg.pack_artifact(records, cfg)
     assert budget - tg.FIT_SLACK <= len(blob) <= budget
-    _, read = tg.unpack_artifact(blob)
+    _, read = tg.read_artifact(blob, tg.Config())
     for name, record in records.items():
         assert torch.equal(read[name].dequantize(), record.dequantize()), name
     assert tg.pack_artifact(fit(tg, problem, budget, cfg), cfg) == blob
@@ -157,13 +156,13 @@ def test_quant_fit_clips_follow_the_loss(tg, problem):
 def test_quant_column_scales_even_out_the_cost(tg):
     """Each column's step is the root of its pivot, up to a common factor and four bits of mantissa."""
     factor = tg.factorise(hessian(3, 64))
-    scales = tg.column_scales(factor, 4)
+    scales = tg.column_scales(factor)
     pivots = torch.empty(64)
     pivots[factor.order] = factor.upper.diagonal()
     ratio = scales / pivots.sqrt()
     assert ratio.max() / ratio.min() < (1 + 2.0**-5) ** 2 + 1e-3
     assert scales.max() / scales.min() > 1.5
-    assert torch.equal(tg.column_scales(tg.factorise(torch.eye(8)), 4), torch.ones(8))
+    assert torch.equal(tg.column_scales(tg.factorise(torch.eye(8))), torch.ones(8))
 
 
 def test_quant_column_scales_are_only_units(tg):
@@ -171,7 +170,8 @@ def test_quant_column_scales_are_only_units(tg):
     weight, h, columns = normal(5, 12, 40), hessian(6, 40), 2.0 ** torch.randint(-2, 3, (40,))
     scale = 3.0 * (weight / columns).std(dim=1) / 31
     factor = tg.factorise(h)
-    levels, _, error = tg.gptq_sweep(weight, factor, 6, scale, column_scale=columns)
+    units = factor._replace(upper=factor.upper / columns[factor.order])
+    levels, _, error = tg.gptq(weight / columns, units, 6, scale)
     e = weight.double() - levels.double() * scale.half().double()[:, None] * columns.double()
     damped = h.double() + 0.01 * h.diagonal().mean() * torch.eye(40)
     assert error == pytest.approx(((e @ damped) * e).sum().item(), rel=1e-4)

@@ -157,10 +157,10 @@ def everything(tg, ranks, folder: Path) -> dict:
     result["gradients"] = tg.calibrate_gradients(model, cfg, windows, looping=True, ranks=ranks)
     if ranks.world_size == 1:
         torch.save(result["gradients"], folder / "gradients.pt")
-    log = types.SimpleNamespace(event=lambda *_, **__: None)
     gradients = torch.load(folder / "gradients.pt")
-    fitted = tg.fit_state(flat, hessians, gradients, cfg, FIT_BUDGET, log, ranks)
-    result["fitted"] = tg.pack_artifact(fitted, cfg)
+    search = tg.FitSearch(flat, hessians, gradients, cfg, FIT_BUDGET, ranks)
+    result["trials"] = list(search.trials())
+    result["fitted"] = tg.pack_artifact(search.best_records(), cfg)
     score = tg.model_score(model, looping=True, ranks=ranks)
     meter = score_standard(tg, score, validation(tg), 128, cfg.eval_seq_len, ranks=ranks)
     result["standard"] = {"val_bpb": meter.val_bpb, "tokens": meter.tokens, "bytes": meter.bytes}

@@ -95,7 +95,7 @@ def test_losses_of_documents_are_those_of_the_stages(finished, tg):
     cfg = tg.Config.from_env(settings | {"DATA_PATH": str(finished / "data"), "DEVICE": "cpu"})
     val = tg.load_validation(cfg)
     assert [tuple(document) for document in found["documents"]] == list(val.documents)
-    stored, records = tg.read_artifact((folder / "final_model.int6.ptz").read_bytes())
+    stored, records = tg.read_artifact((folder / "final_model.int6.ptz").read_bytes(), tg.Config())
     model = tg.GPT(cfg)
     model.load_state_dict(tg.dequantize_state(records, stored["num_layers"]))
     losses, score = [], tg.model_score(model, looping=True)

@@ -418,6 +418,7 @@ def test_a_submission_is_what_the_logs_say(site):
     text = (folder / "README.md").read_text()
     assert text.startswith("# Title") and text.endswith("\n\nrest\n")
     assert f"| 42 | {record.steps} |" in text and f"{record.val_bpb:.5f}" in text and "make demo" in text
+    assert DEMO.with_suffix(".txt").read_text().splitlines()[-1] in text.splitlines()
     assert submission.disagreements(folder) == []
     assert (folder / "logs" / "demo_seed42_cpu.txt").is_file()
 

@@ -1,6 +1,7 @@
 """Sliding windows and score-first SGD: each target once, with its context, before it is trained on."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,17 @@ SETTINGS |= {"ttt_lr": 0.05, "smear_gate_enabled": True}
 def setup(tg, **settings):
     config = tg.Config(**{**SETTINGS, **settings})
     return config, random_model(tg, config), validation(tg, documents_stream())
+
+
+def slide(tg, model, val, config, ranks=None):
+    """What a rank scores of the whole stream, by sliding windows."""
+    meter, worker = (
+        tg.BpbMeter(),
+        tg.SlidingEvaluation(model, val, config, looping=True, ranks=ranks or tg.CPU),
+    )
+    for _ in worker.slide(0, val.num_targets, meter):
+        pass
+    return meter
 
 
 @pytest.mark.parametrize(
@@ -33,7 +45,7 @@ def test_windows_score_each_target_once_with_full_context(tg, first, end, stride
 def test_sliding_losses_are_those_of_each_window_alone(tg):
     """Target by target against the model run on the 32 inputs before it, and the tail is scored."""
     config, model, val = setup(tg, eval_stride=1)
-    meter = tg.evaluate_sliding(model, val, config, 0, val.num_targets, looping=True)
+    meter = slide(tg, model, val, config)
     total = 0.0
     with torch.no_grad():
         for target in range(val.num_targets):
@@ -49,19 +61,15 @@ def test_sliding_losses_are_those_of_each_window_alone(tg):
 def test_batches_do_not_change_the_score(tg, stride):
     config, model, val = setup(tg, eval_stride=stride)
     alone = tg.Config(**{**SETTINGS, "eval_stride": stride, "val_batch_tokens": 8})
-    ends = (0, val.num_targets)
-    many = tg.evaluate_sliding(model, val, config, *ends, looping=True)
-    one = tg.evaluate_sliding(model, val, alone, *ends, looping=True)
+    many, one = (slide(tg, model, val, settings) for settings in (config, alone))
     assert many.loss_sum == pytest.approx(one.loss_sum, rel=1e-5)
 
 
 def test_ranks_share_the_windows(tg):
     config, model, val = setup(tg)
-    whole = tg.evaluate_sliding(model, val, config, 0, val.num_targets, looping=True)
+    whole = slide(tg, model, val, config)
     parts = [tg.Ranks(torch.device("cpu"), rank, 3) for rank in range(3)]
-    meters = [
-        tg.evaluate_sliding(model, val, config, 0, val.num_targets, looping=True, ranks=r) for r in parts
-    ]
+    meters = [slide(tg, model, val, config, rank) for rank in parts]
     assert sum(meter.tokens for meter in meters) == whole.tokens
     assert sum(meter.loss_sum for meter in meters) == pytest.approx(whole.loss_sum, rel=1e-6)
 
@@ -75,7 +83,7 @@ def test_sgd_scores_a_chunk_before_it_trains_on_it(tg):
         val,
         config,
         looping=True,
-        on_event=lambda kind, **data: events.append((kind, data)),
+        watch=SimpleNamespace(see=lambda kind, **data: events.append((kind, data))),
     )
     assert meter.tokens == val.num_targets and meter.bytes == float(val.target_bytes.sum())
     kinds = [(kind, data["chunk"]) for kind, data in events if kind.endswith("_span")]
@@ -91,20 +99,9 @@ def test_sgd_trains_on_scored_tokens_only(tg):
     config, model, val = setup(tg)
 
     def scores(tokens: torch.Tensor) -> list[float]:
-        sums, changed = [], validation(tg, tokens)
-        inner = tg.evaluate_sliding
-
-        def spy(*arguments, **options):
-            part = inner(*arguments, **options)
-            sums.append(part.loss_sum)
-            return part
-
-        tg.evaluate_sliding = spy
-        try:
-            tg.score_first_sgd(copy.deepcopy(model), changed, config, looping=True)
-        finally:
-            tg.evaluate_sliding = inner
-        return sums
+        worker = tg.ScoreFirstSGD(copy.deepcopy(model), validation(tg, tokens), config, looping=True)
+        totals = [0.0, *(worker.meter.loss_sum for _ in worker.units())]
+        return [after - before for before, after in zip(totals, totals[1:], strict=False)]
 
     tokens = documents_stream()
     place = next(i for i in range(140, 190) if tokens[i] != 1)
@@ -119,7 +116,7 @@ def test_sgd_learns(tg):
     """A stream that repeats itself costs less once its first chunks are trained on."""
     config, model, _ = setup(tg, ttt_lr=0.2)
     val = validation(tg, documents_stream()[:65].repeat(6))
-    still = tg.evaluate_sliding(model, val, config, 0, val.num_targets, looping=True)
+    still = slide(tg, model, val, config)
     meter = tg.score_first_sgd(model, val, config, looping=True)
     assert meter.val_bpb < still.val_bpb - 0.05
 

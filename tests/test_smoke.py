@@ -367,7 +367,7 @@ def test_an_evaluated_artifact_brings_its_settings(tg, finished, eval_data, in_p
 def test_published_artifact_gives_the_score(tg, finished, eval_data, in_process):
     """The look-alike of a published file, with the settings of its run in the environment."""
     _, (folder, _), _ = finished
-    _, records = tg.read_artifact((folder / "final_model.int6.ptz").read_bytes())
+    _, records = tg.read_artifact((folder / "final_model.int6.ptz").read_bytes(), tg.Config())
     (eval_data.parent / "published.ptz").write_bytes(published_artifact(records))
     in_process(
         eval_data.parent,

@@ -415,6 +415,85 @@ def test_global_sgd_skips_a_single_chunk(tg):
         assert torch.equal(value, before[name]), name
 
 
+# -- a rank that is cut off goes on
+
+
+def place_of(worker) -> tuple:
+    """Everything that the end of an evaluation leaves behind."""
+    weights = {name: value.clone() for name, value in worker.model.state_dict().items()}
+    return worker.meter.sums, worker.diverged, worker.done, weights
+
+
+@pytest.mark.parametrize("settings", [{"ttt_warm_start_a": True}, {"ttt_warm_start_a": False}, "ruinous"])
+def test_resuming_after_any_unit_gives_the_same_digits(tg, tmp_path, settings):
+    """The state goes through a file; a fresh worker on the artifact's weights does only what is left."""
+    settings = RUINOUS | {"phased_ttt_prefix_docs": 6} if settings == "ruinous" else settings
+    config, val = tg.Config(**TINY | settings), validation(tg, documents_stream())
+
+    def new_worker() -> tuple:
+        events, model = [], random_model(tg, config)
+        watch = SimpleNamespace(see=lambda kind, **data: events.append((kind, data.get("index"))))
+        return tg.ScoreFirstTTT(model, val, config, looping=True, watch=watch), events
+
+    whole, expected_events = new_worker()
+    units = sum(1 for _ in whole.units())
+    assert units == 3 + 2  # batches of four documents, and global phases
+    for cut in range(1, units + 1):
+        first, events = new_worker()
+        work = first.units()
+        for _ in range(cut):
+            next(work)
+        state = first.state() | ({"weights": first.model.state_dict()} if first.phases else {})
+        torch.save(state, tmp_path / "state")
+        work.close()
+        second, later_events = new_worker()
+        second.load_state(torch.load(tmp_path / "state", weights_only=True))
+        assert sum(1 for _ in second.units()) == units - cut
+        assert events + later_events == expected_events, "nothing is done twice, or left out"
+        *found, weights = place_of(second)
+        *expected, expected_weights = place_of(whole)
+        assert found == expected
+        assert all(torch.equal(weights[name], value) for name, value in expected_weights.items()), cut
+
+
+def test_gradients_of_any_layout_give_the_same_step(tg):
+    """The fused kernel reads memory in order: gradients that are views (sums, transposes) are laid out."""
+    config, results = tg.Config(**TINY), []
+    for transposed in (False, True):
+        lora = tg.BatchedLoRA(config, 3, 2, torch.Generator().manual_seed(0))
+        optimizer = tg.LoRAOptimizer(config, lora)
+        factors = [f.mT.contiguous().mT if transposed else f for f in optimizer.factors]
+        optimizer.step(sum((f * torch.arange(f.size(-1))).sum() + f.sum() for f in factors))
+        results.append([factor.detach().clone() for factor in optimizer.factors])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other) and torch.isfinite(one).all()
+
+
+def test_rows_that_were_dropped_rest(tg):
+    """Neither they nor their moments change; the others step as torch's AdamW on them alone would."""
+    config, drops = tg.Config(**TINY | {"ttt_beta1": 0.5}), (4, 4, 3, 1, 1)
+    lora = tg.BatchedLoRA(config, 4, 2, torch.Generator().manual_seed(0))
+    optimizer, rows = tg.LoRAOptimizer(config, lora), 4
+    alone = [
+        p.detach()[-1:].clone().requires_grad_() for low_rank in lora.maps() for p in low_rank.parameters()
+    ]
+    options = (config.ttt_beta1, config.ttt_beta2), 1e-10, config.ttt_weight_decay
+    reference = torch.optim.AdamW(alone, config.ttt_lora_lr, *options, fused=True)
+    for step, left in enumerate(drops):
+        before = [parameter.detach().clone() for parameter in lora.parameters()]
+        if left < rows:
+            optimizer.drop_finished_rows(rows := left)
+        optimizer.step(sum(((f + step + 1) ** 2).sum() for f in optimizer.factors))
+        reference.zero_grad()
+        sum(((f + step + 1) ** 2).sum() for f in alone).backward()
+        reference.step()
+        for old, parameter in zip(before, lora.parameters(), strict=True):
+            assert torch.equal(parameter[: 4 - rows], old[: 4 - rows])
+            assert (parameter[4 - rows :] != old[4 - rows :]).any()
+    ours = [p for low_rank in lora.maps() for p in low_rank.parameters()]
+    assert all(torch.equal(p[-1:], one) for p, one in zip(ours, alone, strict=True))
+
+
 # -- less work, the same losses
 
 

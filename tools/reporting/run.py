@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import runs  # noqa: E402
 import train_gpt as tg  # noqa: E402
+from harness.readers import load_weights  # noqa: E402
 
 LONGEST_LABEL = 24
 GROUPS = ("code", "embeddings", "attention", "MLP", "scales", "rest")
@@ -120,7 +121,7 @@ class Run:
     def tensors(self) -> dict[str, tg.QuantizedTensor]:
         """Stored tensors by name, read by the script's own reader."""
         try:
-            return tg.read_artifact(self.blob)[1]
+            return tg.read_artifact(self.blob, tg.Config())[1]
         except tg.UserError as error:
             raise Missing(str(error)) from None
 
@@ -134,8 +135,8 @@ class Run:
         records = self.tensors
         if self.blob.startswith(tg.ARTIFACT_MAGIC):
             header, head = _header(self.blob)
-            codec, index = tg.CODECS[tg.PREFIX.unpack_from(self.blob)[2]], dict(header["streams"])
-            layout = tg.stream_parts(header["tensors"], codec)
+            cfg, index = _codec(self.blob), dict(header["streams"])
+            layout = tg.artifact_streams(header["tensors"], cfg)
         else:  # a published file is one stream
             head, index = 0, {"": len(self.blob)}
             layout = {"": [_Part(name, key) for name, r in records.items() for key in r.arrays]}
@@ -154,7 +155,7 @@ class Run:
     def matrix_errors(self) -> list[MatrixError]:
         """Of each quantised matrix: norm of what was lost / norm of the matrix, in full precision."""
         try:
-            state = tg.load_weights(self._file("MODEL_PATH", "final_model.pt"))
+            state = load_weights(self._file("MODEL_PATH", "final_model.pt"))
             layers = self.record.settings.get("NUM_LAYERS") or 1 + max(map(_layer, self.tensors))
             flat = tg.flatten_banks(state, int(layers))
         except (tg.UserError, KeyError, ValueError, RuntimeError) as error:
@@ -204,10 +205,15 @@ class _Part(NamedTuple):
 
 def _header(blob: bytes) -> tuple[dict, int]:
     """Header of our container, and the bytes that it and the prefix take."""
-    codec, length = tg.PREFIX.unpack_from(blob)[2:4]
+    length = tg.PREFIX.unpack_from(blob)[3]
     packed = blob[tg.PREFIX.size : tg.PREFIX.size + length]
-    header = json.loads(tg.decompress(packed, tg.CODECS[codec], tg.HEADER_LIMIT))
+    header = json.loads(tg.decompress(packed, _codec(blob), tg.HEADER_LIMIT))
     return header, tg.PREFIX.size + length
+
+
+def _codec(blob: bytes) -> tg.Config:
+    """Settings with the codec of our container."""
+    return tg.Config(compressor=tg.CODECS[tg.PREFIX.unpack_from(blob)[2]])
 
 
 def _bits(array: np.ndarray) -> float:

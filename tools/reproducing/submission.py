@@ -146,7 +146,7 @@ def readme_block(records: Sequence[RunRecord], told: Mapping) -> str:
         for seed, one in told["seed_results"].items()
     )
     audits = [
-        f"seed {seed} {', '.join(f'{n} {status}' for status, n in one['audit'].items())}"
+        f"seed {seed}: {', '.join(f'{n} {status}' for status, n in one['audit'].items())}"
         if one["audit"]
         else f"seed {seed} not audited"
         for seed, one in told["seed_results"].items()
@@ -160,12 +160,17 @@ def readme_block(records: Sequence[RunRecord], told: Mapping) -> str:
         "",
         claim.table(records),
         "",
-        f"{claim.headline(records)}.",
-        f"Largest artifact {told['bytes_total']:,} bytes = {size}; limit 16,000,000.",
-        f"Audit: {'; '.join(audits)}. Checksums: {', '.join(checksums)}; commit {told['commit'][:12]}.",
-        *([claim.sentence(told["comparison"], BASES[told["base"]].title)] if told["comparison"] else []),
-        *(f"Note: {note}." for note in told["notes"]),
-        f"Files: {links}.",
+        f"* {claim.headline(records)}.",
+        f"* Largest artifact {told['bytes_total']:,} bytes = {size}; limit 16,000,000.",
+        f"* Audit: {'; '.join(audits)}.",
+        f"* Checksums: {', '.join(checksums)}; commit {told['commit'][:12]}.",
+        *(
+            ["* " + claim.sentence(told["comparison"], BASES[told["base"]].title)]
+            if told["comparison"]
+            else []
+        ),
+        *(f"* Note: {note}." for note in told["notes"]),
+        f"* Files: {links}.",
         "",
         f"The log of seed {records[0].seed} ends:",
         "",

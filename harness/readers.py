@@ -1,0 +1,125 @@
+"""Readers of files that other runs wrote: artifacts of the published scripts, and full-precision weights."""
+
+import io
+import itertools
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from train_gpt import (
+    ARRAYS,
+    FORMS,
+    GPT,
+    HEADER_LIMIT,
+    SIZE_FACTOR,
+    ArtifactError,
+    Config,
+    QuantizedTensor,
+    Run,
+    byte_unshuffle,
+    check_codec,
+    decompress,
+    one_line,
+    stored_arrays,
+)
+
+TORCH_TYPES = {"|i1": torch.int8, "<f2": torch.float16}
+
+
+def read_published(artifact: bytes) -> dict[str, QuantizedTensor]:
+    """An artifact of the published scripts -> stored tensors (its model settings are not in it).
+
+    Brotli or lzma over a byte-shuffled `torch.save` of {"w": arrays, "m": schemes by name}; read with
+    `weights_only=True`, after checksums and sizes have been looked at. Raises ArtifactError.
+    """
+    cfg = Config(compressor="lzma" if artifact.startswith(b"\xfd7zXZ") else "brotli")
+    check_codec(cfg.compressor)
+    try:
+        data = byte_unshuffle(decompress(artifact, cfg, SIZE_FACTOR * len(artifact) + HEADER_LIMIT))
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+            stored = sum(entry.file_size for entry in entries) <= len(data)
+            if not stored or any(entry.compress_type for entry in entries) or archive.testzip():
+                raise ValueError("damaged archive")
+        for device in ("meta", "cpu"):  # sizes first: a tensor may claim more than its bytes
+            with warnings.catch_warnings(action="ignore"):
+                content = dict(torch.load(io.BytesIO(data), map_location=device, weights_only=True))
+            weights = {name: array.detach() for name, array in content["w"].items()}
+            if sum(array.numel() * array.element_size() for array in weights.values()) > len(data):
+                raise ValueError("tensors are larger than their bytes")
+        records = {name: _published_tensor(name, form, weights) for name, form in content["m"].items()}
+        if sum(len(record.arrays) for record in records.values()) != len(weights):
+            raise ValueError("tensors without a scheme")
+    except Exception as error:  # zipfile and torch raise a dozen types for a damaged or foreign file
+        reason = " ".join(str(error).split())[:80]
+        raise ArtifactError(f"not an artifact of this script, nor a published one ({reason})") from None
+    return records
+
+
+def published_forms() -> dict[str, tuple[str, int, str]]:
+    """Name of a form in published artifacts -> kind, bits and form of the correction."""
+    forms = {FORMS["int8_rows"][0]: ("int8_rows", 8, "")}
+    for bits, correction in itertools.product(range(2, 9), ("", "sym", "asym")):
+        name = FORMS["gptq"][0].format(bits) + (FORMS[correction][0] if correction else "")
+        forms[name] = "gptq", bits, correction
+    return forms
+
+
+def _published_tensor(name: str, category: str, weights: Mapping[str, Tensor]) -> QuantizedTensor:
+    """A tensor of a published artifact by its category, every array in the type and shape of its form."""
+    passthrough = category.startswith("passthrough")
+    kind, bits, form = ("fp16", 16, "") if passthrough else published_forms()[category]
+
+    def array_of(key: str) -> Tensor:
+        return weights[f"{name}.{key}" if key else name]
+
+    shape, correction = tuple(array_of(FORMS[kind][1][0]).shape), ()
+    if form:
+        *_, b, b_scale = map(array_of, FORMS[form][1])
+        grouped = ARRAYS[FORMS[form][1][-1]][1] == "g"
+        correction = form, len(b), b.numel() // b_scale.numel() if grouped else 0
+    arrays = {}
+    for _, key, dtype, dims, _ in stored_arrays(name, kind, bits, shape, correction):
+        array = array_of(key).contiguous()
+        if array.dtype != TORCH_TYPES[dtype]:
+            raise ValueError(f"{name}: {array.dtype}")
+        arrays[key] = array.reshape(dims)
+    return QuantizedTensor(kind, bits, shape, arrays, correction)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """A full-precision checkpoint: a state dict, read without unpickling anything but tensors.
+
+    Checksums of the archive, which torch does not look at, are compared first.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("checksum differs")
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols: the error below says enough
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch raises half a dozen types for a damaged or foreign file
+        raise ArtifactError(
+            f"MODEL_PATH={path}: not a checkpoint that holds tensors and nothing else"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ArtifactError(f"MODEL_PATH={path}: not a state dict of tensors")
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ArtifactError(f"MODEL_PATH={path}: {broken[0]} holds values that are not finite")
+    return state
+
+
+def model_of_checkpoint(run: Run, path: Path) -> GPT:
+    """The full-precision model of an earlier run."""
+    model = run.new_model(run.cfg)
+    try:
+        model.load_state_dict(load_weights(path))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = one_line(error)
+        raise ArtifactError(f"MODEL_PATH={path}: does not fit the model settings ({reason})") from None
+    return model
