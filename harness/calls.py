@@ -1,12 +1,11 @@
 """Folding across functions: parameters that say nothing go, and small functions become what they return."""
 
 import ast
-import copy
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from harness.expressions import UNKNOWN, is_kernel, is_pure, literal
-from harness.scopes import COMPREHENSIONS, Analysis, Scope, walk
+from harness.scopes import COMPREHENSIONS, Analysis, Scope, become, clone, walk
 
 KEEPS_SIGNATURE = {  # decorators that hand all arguments on
     "staticmethod", "classmethod", "torch.no_grad()", "functools.cache", "contextlib.contextmanager", "property",
@@ -162,7 +161,7 @@ def drop_parameters(tree: ast.Module, impure: set[str], foreign: frozenset[str])
                     _drop(function, name)
             elif len(binding.stores) == 1 and (same := _same(values, analysis, scope)):
                 for use in binding.loads:
-                    _replace(use, same)
+                    become(use, same)
                 binding.loads = []
                 _drop(function, name)
 
@@ -201,7 +200,7 @@ def drop_keywords(tree: ast.Module) -> None:
             continue
         for binding in bindings:
             for use in binding.loads:
-                _replace(use, values[0])
+                become(use, values[0])
         for function in functions:
             index = [parameter.arg for parameter in function.args.kwonlyargs].index(name)
             del function.args.kwonlyargs[index], function.args.kw_defaults[index]
@@ -218,14 +217,6 @@ def _is_foreign(function: ast.expr, analysis: Analysis) -> bool:
     return isinstance(function, ast.Name) and (
         binding is None or any(isinstance(node, ast.alias) for node, _ in binding.stores)
     )
-
-
-def _replace(node: ast.Name, value: ast.expr) -> None:
-    """Make a name another expression, in place."""
-    new = copy.deepcopy(value)
-    node.__class__ = new.__class__
-    vars(node).clear()
-    vars(node).update(vars(new))
 
 
 def _same(values: list[ast.expr], analysis: Analysis, scope: Scope) -> ast.expr | None:
@@ -282,7 +273,7 @@ class _Substitute(ast.NodeTransformer):
         self.values = values
 
     def visit_Name(self, node: ast.Name) -> ast.AST:  # noqa: N802
-        return copy.deepcopy(self.values[node.id]) if node.id in self.values else node
+        return clone(self.values[node.id]) if node.id in self.values else node
 
 
 def _in_order(expression: ast.expr, names: list[str]) -> bool:
@@ -344,7 +335,4 @@ def _inline(
                 return
     elif not all(is_pure(value, impure) for value in values.values()):
         return
-    new = _Substitute(values).visit(copy.deepcopy(expression))
-    call.__class__ = new.__class__
-    vars(call).clear()
-    vars(call).update(vars(new))
+    become(call, _Substitute(values).visit(clone(expression)))

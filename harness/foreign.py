@@ -20,8 +20,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from harness.scopes import walk
-
 TYPES = (
     object, str, bytes, bytearray, memoryview, int, float, complex, bool, list, tuple, dict, set, frozenset,
     slice, range, type, property, BaseException, OSError, pathlib.Path, io.BytesIO, io.TextIOWrapper,
@@ -44,7 +42,7 @@ EXTRA = {  # of objects that no class here has
 def foreign_names(tree: ast.Module) -> frozenset[str]:
     """What may be an attribute of an object that is not ours: of common types, and of all that is imported."""
     modules = set()
-    for node in walk(tree):
+    for node in tree.body:
         if isinstance(node, ast.Import):
             modules.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -6,6 +6,7 @@ All other settings are constants of it, so a variable that names one of them cha
 """
 
 import ast
+import gc
 import re
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 from harness.expressions import Facts, as_node
 from harness.folding import fold
 from harness.renaming import rename
-from train_gpt import Backends, Config, RunError, compress
+from train_gpt import Backends, Config, compress
 
 WRAPPER = b'#coding:l1\nimport %s as c\nexec(c.decompress("""%s""".encode("l1")))\n'
 KERNEL_WRAPPER = (  # Triton reads a kernel's source from where linecache has it
@@ -38,7 +39,7 @@ def packed_script(
     if source.startswith(WRAPPER.partition(b"%s")[0]):
         return source, True
     text, minified = folded_source(cfg, backends, house, on_gpu)
-    return wrap(text.encode(), "lzma" if cfg.compressor == "lzma" else "brotli"), minified
+    return wrap(text.encode(), cfg), minified
 
 
 def folded_source(
@@ -47,20 +48,24 @@ def folded_source(
     """The text inside the wrapper, and whether it was minified."""
     parts = {name.removesuffix(".py").replace("/", "."): data for name, data in house.items()}
     facts = facts_of(cfg, backends, on_gpu)
-    tree = fold(parts.pop("train_gpt"), parts, facts, run_time_config(cfg, facts))
-    return minify(rename(tree))
+    gc.disable()  # a tree is all cycles and no garbage: a third of the time
+    try:
+        return minify(rename(fold(parts.pop("train_gpt"), parts, facts, run_time_config(cfg, facts))))
+    finally:
+        gc.enable()
 
 
-def wrap(source: bytes, codec: str) -> bytes:
+def wrap(source: bytes, cfg: Config) -> bytes:
     """A script that decompresses the source and runs it.
 
     The compressed bytes stand in a Latin-1 string literal (a fifth smaller than base85); only what a literal
     cannot hold is escaped.
     """
     wrapper = KERNEL_WRAPPER if b"triton.jit" in source else WRAPPER
-    data = compress(source, codec).replace(b"\\", rb"\\").replace(b"\r", rb"\r").replace(b'"""', rb'""\"')
+    data = compress(source, cfg).replace(b"\\", rb"\\").replace(b"\r", rb"\r").replace(b'"""', rb'""\"')
     data = re.sub(rb"\0(?=[0-7])", rb"\\x00", data).replace(b"\0", rb"\0")
-    return wrapper % (codec.encode(), data + b"\\\n" * data.endswith(b'"'))
+    codec = b"lzma" if cfg.compressor == "lzma" else b"brotli"
+    return wrapper % (codec, data + b"\\\n" * data.endswith(b'"'))
 
 
 def minify(tree: ast.Module) -> tuple[str, bool]:

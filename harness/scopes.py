@@ -1,24 +1,52 @@
 """Which name of a source is bound where: what folding and renaming know about names."""
 
 import ast
+import functools
 from collections.abc import Iterator
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
+NO_NODES = {"ctx", "op", "ops", "id", "attr", "arg", "name", "level", "module", "type_comment", "kind", "simple"}
+
+
+@functools.cache
+def _parts(kind: type[ast.AST]) -> tuple[str, ...]:
+    """The fields of a kind of node that may hold nodes (but for operators and contexts), the last one first."""
+    return tuple(field for field in reversed(kind._fields) if field not in NO_NODES)
+
+
 def walk(node: ast.AST) -> Iterator[ast.AST]:
-    """A node and all below it, as `ast.walk` but quicker and in the order of the text."""
+    """A node and all below it, as `ast.walk`, but quicker and in the order of the text."""
     stack = [node]
     while stack:
         node = stack.pop()
         yield node
-        for field in reversed(node._fields):
+        for field in _parts(node.__class__):
             value = getattr(node, field, None)
             if isinstance(value, list):
-                stack.extend(part for part in reversed(value) if isinstance(part, ast.AST))
+                stack.extend([part for part in reversed(value) if isinstance(part, ast.AST)])
             elif isinstance(value, ast.AST):
                 stack.append(value)
+
+
+def clone(node: object) -> object:
+    """A copy of a tree. (`copy.deepcopy` would also copy what a minifier has hung on the nodes.)"""
+    if isinstance(node, list):
+        return [clone(part) for part in node]
+    if not isinstance(node, ast.AST) or not node._fields:
+        return node
+    new = type(node)(**{field: clone(getattr(node, field, None)) for field in node._fields})
+    return ast.copy_location(new, node)
+
+
+def become(node: ast.AST, value: ast.AST) -> None:
+    """Make a node another one, in place."""
+    new = clone(value)
+    node.__class__ = new.__class__
+    vars(node).clear()
+    vars(node).update(vars(new))
 
 
 class Binding:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from harness.expressions import is_boolean, is_kernel, is_pure, literal
 from harness.members import pairs
-from harness.scopes import Analysis, Binding, walk
+from harness.scopes import Analysis, Binding, clone, walk
 
 
 class Locals(ast.NodeTransformer):
@@ -53,7 +53,7 @@ class Locals(ast.NodeTransformer):
     def visit_Name(self, node: ast.Name) -> ast.AST:  # noqa: N802, D102
         binding = self.analysis.binding.get(node)
         if isinstance(node.ctx, ast.Load) and binding in self.values:
-            return self.visit(_copy(self.values[binding]))
+            return self.visit(clone(self.values[binding]))
         return node
 
     def visit_NamedExpr(self, node: ast.NamedExpr) -> ast.AST:  # noqa: N802, D102
@@ -135,10 +135,6 @@ class Locals(ast.NodeTransformer):
         return node
 
     visit_If = visit_For = visit_While = visit_With = visit_Try = _body  # noqa: N815
-
-
-def _copy(node: ast.expr) -> ast.expr:
-    return ast.parse(ast.unparse(node), mode="eval").body
 
 
 def unused(value: ast.expr) -> ast.Expr:
