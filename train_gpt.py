@@ -37,7 +37,6 @@ import random
 import re
 import struct
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -154,9 +153,7 @@ class Config:
 
     # Speed
     attention_backend: Backend = "auto"  # auto: the first of the others that works on the device
-    triton_kernels: str = (
-        "loss,mlp,qkv_norm_rope,xsa_gate"  # fused kernels, on CUDA with Triton; 1: all; 0: none
-    )
+    triton_kernels: str = "loss,mlp,qkv_norm_rope,xsa_gate"  # fused, on CUDA with Triton; 1: all; 0: none
     compile_backend: Literal["auto", "off", "aot_eager", "inductor"] = "auto"  # inductor on CUDA
 
     # Data
@@ -304,69 +301,95 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_value(field.name.upper(), getattr(self, field.name), field.type)
-        if not re.fullmatch(r"(\w[\w.+-]{0,99})?", self.run_id):
-            raise ConfigError(f"RUN_ID={self.run_id!r}: must be a name of letters, digits and . _ + -")
-        outputs = [Path(path).name for path in (self.model_path, self.quantized_model_path)]
-        for name, file in zip(("MODEL_PATH", "QUANTIZED_MODEL_PATH"), outputs, strict=True):
-            if file in ("", "..", "logs") or len(file) > 99 or [*outputs, *OUTPUTS].count(file) > 1:
-                raise ConfigError(f"{name}={getattr(self, name.lower())!r}: must name a file of its own")
-        if 0 < self.max_wallclock_seconds < self.gptq_reserve_seconds + 0.001:
-            limit = f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:.12g}"
-            raise ConfigError(f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:.12g}: must be below {limit}")
-        if 0 < self.fit_bytes < 1 << 15:
-            raise ConfigError(
-                f"FIT_BYTES={self.fit_bytes}: must be 0 or at least {1 << 15} (code alone is more)"
-            )
+        for rules in (self._shape_rules, self._layer_rules, self._other_rules):
+            for holds, names, text in rules():
+                if not holds:
+                    raise ConfigError(f"{' '.join(map(self.pair, names.split()))}: {text}")
         check_micro_batches(self, world_size=1)  # what one rank cannot divide, more cannot either
-        self._check_shapes()
-        self._check_layers()
-        check_optional_settings(self)
-        self._check_exclusive("SPARSE_ATTN_GATE_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED")
-        self._check_exclusive("PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY")
+        check_systems(self)
+        chunk_size(self, 0)  # TTT_CHUNK_BY_LENGTH is read as if a document were to be scored
+        kernel_names(self.triton_kernels)
 
-    def _check_exclusive(self, *names: str) -> None:
-        chosen = [name for name in names if getattr(self, name.lower())]
-        if len(chosen) > 1:
-            raise ConfigError(f"{' and '.join(f'{n}=1' for n in chosen)} exclude each other: set at most one")
+    def pair(self, name: str) -> str:
+        """A setting as a user would write it: NAME=value."""
+        value = getattr(self, name.lower())
+        shown = (
+            f"{value:.12g}"
+            if isinstance(value, float)
+            else repr(value)
+            if value.__class__ is str
+            else int(value)
+        )
+        return f"{name}={shown}"
 
-    def _check_shapes(self) -> None:
-        _check_divides(self, "model_dim", "num_heads")
-        _check_divides(self, "num_heads", "num_kv_heads")
-        if self.head_dim % 2:
-            raise ConfigError(f"MODEL_DIM / NUM_HEADS = {self.head_dim}: must be even (rotary pairs)")
-        if self.rope_dims > self.head_dim or self.rope_dims % 2:
-            limit = f"{self.head_dim} (MODEL_DIM / NUM_HEADS)"
-            raise ConfigError(f"ROPE_DIMS={self.rope_dims}: must be even and at most {limit}")
-        if self.rope_yarn and (self.rope_dims or self.head_dim) <= 2:
-            raise ConfigError(f"ROPE_DIMS={self.rope_dims}: ROPE_YARN=1 needs more than 2 rotated dimensions")
-        if self.gate_window > self.model_dim:
-            raise ConfigError(f"GATE_WINDOW={self.gate_window}: must be at most MODEL_DIM={self.model_dim}")
-        if self.mlp_dim < 1:
-            raise ConfigError(f"MLP_MULT={self.mlp_mult}: leaves an MLP without hidden units")
-        if self.ttt_chunk_size > self.ttt_eval_seq_len:
-            limit = f"TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"
-            raise ConfigError(f"TTT_CHUNK_SIZE={self.ttt_chunk_size}: must be at most {limit}")
-        if self.global_ttt_chunk_tokens < self.eval_seq_len:
-            limit = f"EVAL_SEQ_LEN={self.eval_seq_len} (a chunk is whole windows)"
-            raise ConfigError(
-                f"GLOBAL_TTT_CHUNK_TOKENS={self.global_ttt_chunk_tokens}: must be at least {limit}"
-            )
+    # Rules between settings: what must hold, the settings to name, what to say. Later ones rely on earlier ones.
 
-    def _check_layers(self) -> None:
-        if self.num_loops and not self.loop_start <= self.loop_end < self.num_layers:
-            raise ConfigError(
-                f"LOOP_START={self.loop_start} LOOP_END={self.loop_end}: need "
-                f"LOOP_START <= LOOP_END < NUM_LAYERS={self.num_layers}"
-            )
-        start = self.parallel_start_layer
+    def _shape_rules(self) -> Iterable[tuple[bool, str, str]]:
+        pair, heads = self.pair, f"{self.head_dim} (MODEL_DIM / NUM_HEADS)"
+        chunk = f"{pair('EVAL_SEQ_LEN')} (a chunk is whole windows)"
+        yield self.model_dim % self.num_heads == 0, "MODEL_DIM", f"must be a multiple of {pair('NUM_HEADS')}"
+        yield (
+            self.num_heads % self.num_kv_heads == 0,
+            "NUM_HEADS",
+            f"must be a multiple of {pair('NUM_KV_HEADS')}",
+        )
+        yield (
+            self.head_dim % 2 == 0,
+            "MODEL_DIM NUM_HEADS",
+            f"a head has {heads} dimensions, must be even (rotary pairs)",
+        )
+        fits = self.rope_dims <= self.head_dim and self.rope_dims % 2 == 0
+        yield fits, "ROPE_DIMS", f"must be even and at most {heads}"
+        rotated = (self.rope_dims or self.head_dim) > 2
+        yield rotated or not self.rope_yarn, "ROPE_DIMS", "ROPE_YARN=1 needs more than 2 rotated dimensions"
+        yield self.gate_window <= self.model_dim, "GATE_WINDOW", f"must be at most {pair('MODEL_DIM')}"
+        yield self.mlp_dim >= 1, "MLP_MULT", "leaves an MLP without hidden units"
+        limit = self.ttt_eval_seq_len
+        yield self.ttt_chunk_size <= limit, "TTT_CHUNK_SIZE", f"must be at most {pair('TTT_EVAL_SEQ_LEN')}"
+        fits = self.global_ttt_chunk_tokens >= self.eval_seq_len
+        yield fits, "GLOBAL_TTT_CHUNK_TOKENS", f"must be at least {chunk}"
+        fits = not self.ttt_cache_window or self.ttt_chunk_size <= self.ttt_cache_window <= limit
+        limits = f"{pair('TTT_CHUNK_SIZE')} to {pair('TTT_EVAL_SEQ_LEN')}"
+        yield fits, "TTT_CACHE_WINDOW", f"must be 0 or {limits}"
+        slides = self.sliding_window_enabled or self.ttt_sgd
+        fits = not slides or self.eval_stride <= self.eval_seq_len
+        yield fits, "EVAL_STRIDE", f"must be at most {pair('EVAL_SEQ_LEN')}"
+        fits = not self.ttt_sgd or self.ttt_chunk_tokens >= self.eval_seq_len
+        yield fits, "TTT_CHUNK_TOKENS", f"must be at least {chunk}"
+
+    def _layer_rules(self) -> Iterable[tuple[bool, str, str]]:
+        fits = not self.num_loops or self.loop_start <= self.loop_end < self.num_layers
+        text = f"need LOOP_START <= LOOP_END < {self.pair('NUM_LAYERS')}"
+        yield fits, "LOOP_START LOOP_END", text
         for looping in (False, True):
             decoder = layer_order(self, looping)[1]
-            parallel = [layer >= start > 0 for layer in decoder]
-            if True in parallel and not all(parallel[parallel.index(True) :]):
-                raise ConfigError(
-                    f"PARALLEL_START_LAYER={start}: the decoder {decoder} comes back below it after "
-                    f"the lanes split; must be 0 or above LOOP_END={self.loop_end}"
-                )
+            parallel = [layer >= self.parallel_start_layer > 0 for layer in decoder]
+            comes_back = True in parallel and not all(parallel[parallel.index(True) :])
+            text = f"the decoder {decoder} comes back below it after the lanes split; must be 0 or above"
+            yield not comes_back, "PARALLEL_START_LAYER", f"{text} {self.pair('LOOP_END')}"
+
+    def _other_rules(self) -> Iterable[tuple[bool, str, str]]:
+        name = re.fullmatch(r"(\w[\w.+-]{0,99})?", self.run_id)
+        yield bool(name), "RUN_ID", "must be a name of letters, digits and . _ + -"
+        files = [Path(path).name for path in (self.model_path, self.quantized_model_path)]
+        for setting, file in zip(("MODEL_PATH", "QUANTIZED_MODEL_PATH"), files, strict=True):
+            shared = file in ("", "..", "logs") or len(file) > 99 or [*files, *OUTPUTS].count(file) > 1
+            yield not shared, setting, "must name a file of its own"
+        seconds, reserve = self.max_wallclock_seconds, self.gptq_reserve_seconds
+        fits = not 0 < seconds < reserve + 0.001
+        yield fits, "GPTQ_RESERVE_SECONDS", f"must be below {self.pair('MAX_WALLCLOCK_SECONDS')}"
+        fits, least = (
+            self.fit_bytes == 0 or self.fit_bytes >= 1 << 15,
+            f"at least {1 << 15} (code alone is more)",
+        )
+        yield fits, "FIT_BYTES", f"must be 0 or {least}"
+        text = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"
+        adapts = self.ttt_enabled and not self.ttt_sgd
+        yield self.val_doc_fraction == 1 or adapts, "VAL_DOC_FRACTION", text
+        gates = ("SPARSE_ATTN_GATE_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED")
+        for names in (gates, ("PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY")):
+            chosen = [name for name in names if getattr(self, name.lower())]
+            yield len(chosen) < 2, " ".join(chosen), "exclude each other: set at most one"
 
     # -- derived sizes
 
@@ -419,132 +442,6 @@ class Config:
         return cls(**values)
 
 
-_NAMES = [field.name for field in dataclasses.fields(Config)]
-MODEL_SETTINGS = (
-    "vocab_size",
-    "train_seq_len",
-    *_NAMES[_NAMES.index("num_layers") : _NAMES.index("gated_attn_enabled") + 1],
-    "fit_bytes",  # what made it counts, whatever a re-evaluation sets
-)
-
-# A preset is a row of differences from the defaults; explicit variables win over it. The authority for a
-# published run is its log (SPEC section 8). A packed script has one row, all that its run differed in.
-PRESETS: dict[str, dict[str, object]] = {
-    "pr1851": {},
-    "demo": {  # every component, small enough for two CPU cores
-        "cpu_threads": 1,
-        "data_path": "data/demo",
-        "vocab_size": 1024,
-        "train_seq_len": 256,
-        "train_batch_tokens": 4096,
-        "grad_accum_steps": 2,
-        "num_layers": 6,
-        "model_dim": 128,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "mlp_mult": 3.0,
-        "num_loops": 1,
-        "loop_start": 2,
-        "loop_end": 3,
-        "parallel_start_layer": 4,
-        "xsa_last_n": 6,
-        "iterations": 150,
-        "max_wallclock_seconds": 0.0,
-        "warmup_steps": 1,
-        "muon_momentum_warmup_steps": 50,
-        "train_log_every": 20,
-        "val_loss_every": 150,
-        "ema_decay": 0.95,
-        "float16_max_elements": 4096,
-        "gptq_calibration_batches": 4,
-        "val_batch_tokens": 32_768,
-        "eval_seq_len": 256,
-        "ttt_eval_seq_len": 256,
-        "ttt_batch_size": 16,
-        "ttt_lora_rank": 8,
-        "ttt_lora_alpha": 16.0,
-        "ttt_lora_lr": 1e-3,
-        "ttt_warm_start_a": False,  # the same score on any number of ranks
-        "phased_ttt_prefix_docs": 24,
-        "phased_ttt_num_phases": 2,
-        "global_ttt_chunk_tokens": 2048,
-        "global_ttt_batch_seqs": 8,
-        "audit": True,
-    },
-}
-
-
-def check_micro_batches(cfg: Config, world_size: int) -> None:
-    """Raise ConfigError unless a step of all ranks is equal micro-batches that hold a whole document."""
-    total, tokens = cfg.grad_accum_steps, cfg.train_batch_tokens
-    if total % world_size and world_size % total:
-        raise ConfigError(f"WORLD_SIZE={world_size}: must divide GRAD_ACCUM_STEPS={total} or be its multiple")
-    shared = max(total, world_size)
-    if tokens % shared or tokens // shared < cfg.train_seq_len:
-        least = f"each at least TRAIN_SEQ_LEN={cfg.train_seq_len} tokens (GRAD_ACCUM_STEPS={total})"
-        raise ConfigError(f"TRAIN_BATCH_TOKENS={tokens}: must be {shared} equal micro-batches, {least}")
-
-
-_DEMO = {  # every component, small enough for two CPU cores
-    "cpu_threads": 1,
-    "data_path": "data/demo",
-    "vocab_size": 1024,
-    "train_seq_len": 256,
-    "train_batch_tokens": 4096,
-    "grad_accum_steps": 2,
-    "num_layers": 6,
-    "model_dim": 128,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "mlp_mult": 3.0,
-    "num_loops": 1,
-    "loop_start": 2,
-    "loop_end": 3,
-    "parallel_start_layer": 4,
-    "xsa_last_n": 6,
-    "iterations": 150,
-    "max_wallclock_seconds": 0.0,
-    "warmup_steps": 1,
-    "muon_momentum_warmup_steps": 50,
-    "train_log_every": 20,
-    "val_loss_every": 150,
-    "ema_decay": 0.95,
-    "float16_max_elements": 4096,
-    "gptq_calibration_batches": 4,
-    "val_batch_tokens": 32_768,
-    "eval_seq_len": 256,
-    "ttt_eval_seq_len": 256,
-    "ttt_batch_size": 16,
-    "ttt_lora_rank": 8,
-    "ttt_lora_alpha": 16.0,
-    "ttt_lora_lr": 1e-3,
-    "ttt_warm_start_a": False,  # the same score on any number of ranks
-    "phased_ttt_prefix_docs": 24,
-    "phased_ttt_num_phases": 2,
-    "global_ttt_chunk_tokens": 2048,
-    "global_ttt_batch_seqs": 8,
-    "audit": True,
-}
-
-
-def check_optional_settings(cfg: Config) -> None:
-    """Settings that a packed record lacks or leaves alone. Raises ConfigError; the whole script asks."""
-    if cfg.ttt_cache_window and not cfg.ttt_chunk_size <= cfg.ttt_cache_window <= cfg.ttt_eval_seq_len:
-        limits = f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size} to TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}"
-        raise ConfigError(f"TTT_CACHE_WINDOW={cfg.ttt_cache_window}: must be 0 or {limits}")
-    if cfg.sliding_window_enabled + cfg.ttt_sgd and cfg.eval_stride > cfg.eval_seq_len:
-        limit = f"EVAL_SEQ_LEN={cfg.eval_seq_len}"
-        raise ConfigError(f"EVAL_STRIDE={cfg.eval_stride}: must be at most {limit}")
-    if cfg.ttt_sgd and cfg.ttt_chunk_tokens < cfg.eval_seq_len:
-        limit = f"EVAL_SEQ_LEN={cfg.eval_seq_len} (a chunk is whole windows)"
-        raise ConfigError(f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens}: must be at least {limit}")
-    if cfg.val_doc_fraction < 1 and not (cfg.ttt_enabled and not cfg.ttt_sgd):
-        reason = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"
-        raise ConfigError(f"VAL_DOC_FRACTION={cfg.val_doc_fraction:g}: {reason}")
-    chunk_size(cfg, 0)  # TTT_CHUNK_BY_LENGTH is read as if a document were to be scored
-    kernel_names(cfg.triton_kernels)
-
-
 def _base_type(annotation: object) -> type:
     if get_origin(annotation) is Literal:
         return str
@@ -581,10 +478,43 @@ def _check_value(name: str, value: object, annotation: object) -> None:
         raise ConfigError(f"{name}={value!r}: must be {allowed(annotation)}")
 
 
-def _check_divides(cfg: Config, whole: str, part: str) -> None:
-    if getattr(cfg, whole) % getattr(cfg, part):
-        value, divisor = getattr(cfg, whole), getattr(cfg, part)
-        raise ConfigError(f"{whole.upper()}={value}: must be a multiple of {part.upper()}={divisor}")
+def parse_settings(text: str) -> dict[str, object]:
+    """Settings as on a command line, NAME=value with white space between -> values by field."""
+    pairs = (pair.split("=") for pair in text.split())
+    return {name.lower(): _parse(name, value, Config.__annotations__[name.lower()]) for name, value in pairs}
+
+
+_NAMES = [field.name for field in dataclasses.fields(Config)]
+MODEL_SETTINGS = (
+    "vocab_size",
+    "train_seq_len",
+    *_NAMES[_NAMES.index("num_layers") : _NAMES.index("gated_attn_enabled") + 1],
+    "fit_bytes",  # what made it counts, whatever a re-evaluation sets
+)
+
+# A preset is a row of differences from the defaults; explicit variables win over it. The authority for a
+# published run is its log (SPEC section 8); harness/settings.py has the other systems.
+_DEMO = """
+CPU_THREADS=1 DATA_PATH=data/demo VOCAB_SIZE=1024 TRAIN_SEQ_LEN=256 TRAIN_BATCH_TOKENS=4096 GRAD_ACCUM_STEPS=2
+NUM_LAYERS=6 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=3 NUM_LOOPS=1 LOOP_START=2 LOOP_END=3
+PARALLEL_START_LAYER=4 XSA_LAST_N=6 ITERATIONS=150 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=1 TRAIN_LOG_EVERY=20
+MUON_MOMENTUM_WARMUP_STEPS=50 VAL_LOSS_EVERY=150 EMA_DECAY=0.95 FLOAT16_MAX_ELEMENTS=4096 VAL_BATCH_TOKENS=32768
+GPTQ_CALIBRATION_BATCHES=4 EVAL_SEQ_LEN=256 TTT_EVAL_SEQ_LEN=256 TTT_BATCH_SIZE=16 TTT_LORA_RANK=8
+TTT_LORA_ALPHA=16 TTT_LORA_LR=1e-3 TTT_WARM_START_A=0 PHASED_TTT_PREFIX_DOCS=24 PHASED_TTT_NUM_PHASES=2
+GLOBAL_TTT_CHUNK_TOKENS=2048 GLOBAL_TTT_BATCH_SEQS=8 AUDIT=1
+"""  # every component, small enough for two CPU cores; new adapters for each batch: the same score on all ranks
+PRESETS: dict[str, dict[str, object]] = {"pr1851": {}, "demo": parse_settings(_DEMO)}
+
+
+def check_micro_batches(cfg: Config, world_size: int) -> None:
+    """Raise ConfigError unless a step of all ranks is equal micro-batches that hold a whole document."""
+    total, tokens = cfg.grad_accum_steps, cfg.train_batch_tokens
+    if total % world_size and world_size % total:
+        raise ConfigError(f"WORLD_SIZE={world_size}: must divide GRAD_ACCUM_STEPS={total} or be its multiple")
+    shared = max(total, world_size)
+    if tokens % shared or tokens // shared < cfg.train_seq_len:
+        least = f"each at least TRAIN_SEQ_LEN={cfg.train_seq_len} tokens (GRAD_ACCUM_STEPS={total})"
+        raise ConfigError(f"TRAIN_BATCH_TOKENS={tokens}: must be {shared} equal micro-batches, {least}")
 
 
 def show_settings(cfg: Config) -> str:
@@ -634,6 +564,7 @@ class Backends:
 
 COLLECTIVE_SECONDS = 600  # a rank that does not answer a collective for so long has failed
 BARRIER_SECONDS = 3600  # and one that has not finished a stage so long after another
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 class Ranks:
@@ -642,51 +573,48 @@ class Ranks:
     Launched by torchrun; NCCL on GPUs, gloo on CPUs. The only place that knows device and precision.
     """
 
-    def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1, local_rank: int = 0):
-        self.device, self.rank, self.world_size, self.local_rank = device, rank, world_size, local_rank
+    def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1):
+        self.device, self.rank, self.world_size = device, rank, world_size
         self._store, self._barriers = None, 0
         self.stop_signal, self.stage_handles_stop = 0, False  # the harness sets both
 
     @classmethod
     def from_env(cls, cfg: Config, environ: Mapping[str, str]) -> "Ranks":
         """Pick the device; join the process group if torchrun started several processes."""
-        rank, local_rank, world_size = (
-            _rank_number(environ, name, default)
-            for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-        )
+        given = {name: environ.get(name, default) for name, default in TORCHRUN.items()}
+        for name, text in given.items():
+            if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) == 0):
+                raise ConfigError(f"{name}={text!r}: must be a whole number, as torchrun sets it")
+        rank, local_rank, world_size = map(int, given.values())
         if not local_rank <= rank < world_size:
             raise ConfigError(f"RANK={rank}: must be below WORLD_SIZE={world_size}, LOCAL_RANK at most RANK")
         check_micro_batches(cfg, world_size)
-        cuda = cfg.device != "cpu" and torch.cuda.is_available()
+        cuda, devices = cfg.device != "cpu" and torch.cuda.is_available(), torch.cuda.device_count()
         if cfg.device == "cuda" and not cuda:
             raise ConfigError("DEVICE=cuda: torch sees no CUDA device; must be auto or cpu here")
-        if cuda and local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"LOCAL_RANK={local_rank}: this machine has {torch.cuda.device_count()} CUDA devices"
-            )
+        if cuda and local_rank >= devices:
+            raise ConfigError(f"LOCAL_RANK={local_rank}: this machine has {devices} CUDA devices")
         if cfg.cpu_threads:
             torch.set_num_threads(cfg.cpu_threads)
-        ranks = cls(
-            torch.device("cuda", local_rank) if cuda else torch.device("cpu"), rank, world_size, local_rank
-        )
-        if cuda:
-            torch.cuda.set_device(ranks.device)
+        device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        ranks = cls(device, rank, world_size)
+        if ranks.on_gpu:
+            torch.cuda.set_device(device)
             torch.backends.cuda.enable_cudnn_sdp(False)  # plans every shape anew; adaptation has thousands
         if world_size > 1:
-            ranks._join("nccl" if cuda else "gloo")
+            ranks._join("nccl" if ranks.on_gpu else "gloo")
         return ranks
 
     def _join(self, backend: str) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # renamed since
-        options = {"rank": self.rank, "world_size": self.world_size}
-        timeout = timedelta(seconds=COLLECTIVE_SECONDS)
+        options = {"timeout": timedelta(seconds=COLLECTIVE_SECONDS)}
         try:
-            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
-            dist.init_process_group(backend, store=store, timeout=timeout, **options)
+            store, *_ = next(dist.rendezvous("env://", **options))
+            options |= {"rank": self.rank, "world_size": self.world_size}
+            dist.init_process_group(backend, store=store, **options)
         except (ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"WORLD_SIZE={self.world_size}: ranks cannot meet ({error}); use torchrun"
-            ) from None
+            text = f"ranks cannot meet ({error}); use torchrun"
+            raise ConfigError(f"WORLD_SIZE={self.world_size}: {text}") from None
         self._store = dist.PrefixStore("barrier", store)
 
     @property
@@ -764,8 +692,7 @@ class Ranks:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """bfloat16 matrix products on CUDA, plain float32 on a CPU."""
-        enabled = self.on_gpu
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu)
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read afterwards is true."""
@@ -814,13 +741,6 @@ class Pending(NamedTuple):
 CPU = Ranks(torch.device("cpu"))  # one process without a GPU
 
 
-def _rank_number(environ: Mapping[str, str], name: str, default: int) -> int:
-    text = environ.get(name, str(default))
-    if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) == 0):
-        raise ConfigError(f"{name}={text!r}: must be a whole number, as torchrun sets it")
-    return int(text)
-
-
 def assign_to_ranks(costs: Sequence[float], world_size: int) -> list[int]:
     """The rank that does each piece of work: the costliest first, each to the rank with the least so far."""
     loads, owners = [0.0] * world_size, [0] * len(costs)
@@ -856,71 +776,9 @@ def write_whole(path: Path, data: bytes) -> None:
 OUTPUTS = ("metrics.jsonl", "result.json", "train_gpt.packed.py")
 
 
-def numbered(wanted: Path) -> Iterable[Path]:
-    """The folder asked for, then name+2, name+3, ..."""
-    wanted = wanted if wanted.name else wanted.resolve()
-    return itertools.chain([wanted], (wanted.with_name(f"{wanted.name}+{i}") for i in itertools.count(2)))
-
-
-def new_folder(wanted: Path, outputs: Sequence[str]) -> Path:
-    """The folder asked for or, where outputs of an earlier run lie in it, the first free of name+2, ..."""
-    for folder in numbered(wanted):
-        try:
-            (folder / "logs").mkdir(parents=True, exist_ok=True)
-            if not any((folder / name).exists() for name in outputs):
-                (folder / "metrics.jsonl").touch(exist_ok=False)  # whoever makes it owns the folder
-                return folder
-        except OSError as error:
-            if not isinstance(error, FileExistsError):
-                raise ConfigError(f"ARTIFACT_DIR={folder}: cannot write there ({error.strerror})") from None
-
-
 def run_name(cfg: Config) -> str:
     """RUN_ID or, without one, a name of preset, seed and time."""
     return cfg.run_id or f"{cfg.preset}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-class RunLog:
-    """The run's folder and its log: events on the console, in logs/<RUN_ID>.txt and in metrics.jsonl.
-
-    Rank 0 writes; the other ranks' logs go nowhere. Files that are there already grow.
-    """
-
-    def __init__(
-        self, cfg: Config, ranks: Ranks = CPU, watch: "Watch | None" = None, folder: Path | None = None
-    ):
-        self.is_main, self._watch, self.run_id = ranks.is_main, watch or Watch(), run_name(cfg)
-        self.folder, text, metrics = (Path(os.devnull),) * 3
-        if self.is_main:
-            outputs = [Path(cfg.model_path).name, Path(cfg.quantized_model_path).name, *OUTPUTS]
-            wanted = Path(cfg.artifact_dir or Path("runs") / self.run_id)
-            self.folder = folder or new_folder(wanted, outputs)
-            text, metrics = self.folder / "logs" / f"{self.run_id}.txt", self.folder / "metrics.jsonl"
-        self._text = open(text, "a", encoding="utf-8")  # noqa: SIM115
-        self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115
-
-    def text(self, text: str, console: bool = False) -> None:
-        """Free text into the log file, and to the console if asked."""
-        self._write(self._text, text)
-        if console and self.is_main:
-            print(text, flush=True)
-
-    def event(self, stage: str, **values: object) -> None:
-        """One line `stage key:value ...` on console and log, the same as JSON in metrics.jsonl."""
-        shown = " ".join(f"{k}:{f'{v:.6g}' if isinstance(v, float) else v}" for k, v in values.items())
-        self.text(f"{stage} {shown}", console=True)
-        self._write(self._metrics, json.dumps({"stage": stage, **values}))
-        self._watch.see("line", stage=stage, values=values, log=self)
-
-    @staticmethod
-    def _write(file: io.TextIOBase, line: str) -> None:
-        with writing(file.name):
-            print(line, file=file, flush=True)
-
-    def close(self) -> None:
-        """Close the files."""
-        self._text.close()
-        self._metrics.close()
 
 
 class Watch:
@@ -953,6 +811,34 @@ class Worker:
 
     def load_state(self, state: Mapping) -> None:
         """Go on from a state."""
+
+
+class RunLog:
+    """What a run tells, a line at a time: to rank 0's console, and to the watch, which may keep it in files.
+
+    `folder` is that of the run's outputs; another than was asked for where the watch says so.
+    """
+
+    def __init__(self, cfg: Config, ranks: Ranks = CPU, watch: Watch | None = None):
+        self.is_main, self._watch, self.run_id = ranks.is_main, watch or Watch(), run_name(cfg)
+        self.folder = Path(cfg.artifact_dir or Path("runs") / self.run_id)
+        self._watch.see("folder", log=self, cfg=cfg)
+        if self.is_main:
+            if (self.folder / "result.json").exists():
+                raise ConfigError(f"ARTIFACT_DIR={self.folder}: holds an earlier run, must be another folder")
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def text(self, text: str, console: bool = False) -> None:
+        """Free text for the files, and for the console if asked."""
+        self._watch.see("text", text=text)
+        if console and self.is_main:
+            print(text, flush=True)
+
+    def event(self, stage: str, **values: object) -> None:
+        """One line `stage key:value ...`."""
+        shown = " ".join(f"{k}:{f'{v:.6g}' if isinstance(v, float) else v}" for k, v in values.items())
+        self.text(f"{stage} {shown}", console=True)
+        self._watch.see("line", stage=stage, values=values, log=self)
 
 
 class Stopwatch:
@@ -1451,7 +1337,10 @@ def _head_loss_backward(ctx: object, grads: Tensor, _: Tensor) -> tuple[Tensor |
 
 _head_loss = _operator(
     "head_loss(Tensor h, Tensor weight, Tensor targets, float cap) -> (Tensor, Tensor)",
-    lambda h, weight, *_: (h.new_empty(len(h), dtype=torch.float32), h.new_empty(len(h), len(weight))),
+    lambda h, weight, *_: (  # size(0), unlike len, may be any number to a graph
+        h.new_empty(h.size(0), dtype=torch.float32),
+        h.new_empty(h.size(0), len(weight)),
+    ),
     lambda losses, dz, h, weight, targets, cap: launch_cross_entropy(
         torch.mm(h, weight.T, out=dz), targets, losses, cap
     ),
@@ -1740,8 +1629,8 @@ _mlp = _operator(
     "mlp(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor, Tensor)",
     lambda x, up, down: (
         torch.empty_like(x),
-        x.new_empty(len(x), len(up)),
-        x.new_empty(len(x), -(-len(up) // 32), dtype=torch.int32),
+        x.new_empty(x.size(0), len(up)),
+        x.new_empty(x.size(0), -(-len(up) // 32), dtype=torch.int32),
     ),
     _mlp_forward,
     lambda ctx, inputs, results: ctx.save_for_backward(*inputs, *results[1:]),
@@ -2249,13 +2138,13 @@ class LoRAOptimizer:
     """AdamW on the adapters of a batch. Dropped rows rest: neither they nor their moments change any more."""
 
     def __init__(self, cfg: Config, lora: BatchedLoRA):
-        self.cfg, self._lora, self.factors = cfg, lora, lora.use_last(lora.batch)
+        self.cfg, self.lora, self.factors = cfg, lora, lora.use_last(lora.batch)
         self._moments = [[torch.zeros_like(factor) for factor in self.factors] for _ in range(2)]
         self._steps = [torch.zeros((), dtype=torch.float32, device=factor.device) for factor in self.factors]
 
     def drop_finished_rows(self, rows: int) -> None:
         """Leave all but the last rows to rest."""
-        self.factors = self._lora.use_last(rows)
+        self.factors = self.lora.use_last(rows)
         self._moments = [[moment[-rows:] for moment in moments] for moments in self._moments]
 
     def step(self, loss: Tensor) -> None:
@@ -3440,9 +3329,18 @@ class BpbMeter:
 class Evaluation(Worker):
     """A worker that scores. Its meter has the sums of this rank and, behind the last unit, those of all."""
 
-    def __init__(self, val: ValidationSet, ranks: Ranks, watch: Watch | None):
-        self.val, self.ranks, self.watch, self.meter = val, ranks, watch or Watch(), BpbMeter()
-        self.total = val.num_targets
+    def __init__(
+        self,
+        model: GPT,
+        val: ValidationSet,
+        cfg: Config,
+        *,
+        looping: bool,
+        ranks: Ranks = CPU,
+        watch: Watch | None = None,
+    ):
+        self.model, self.val, self.cfg, self.looping, self.ranks = model, val, cfg, looping, ranks
+        self.watch, self.meter, self.total = watch or Watch(), BpbMeter(), val.num_targets
 
     def run(self) -> BpbMeter:
         """Do all units, unwatched."""
@@ -3478,26 +3376,16 @@ class StandardEvaluation(Evaluation):
     Documents attend to themselves, at most EVAL_SEQ_LEN tokens back. Ranks take rows in turn.
     """
 
-    def __init__(
-        self,
-        model: GPT,
-        val: ValidationSet,
-        cfg: Config,
-        *,
-        looping: bool,
-        ranks: Ranks = CPU,
-        watch: Watch | None = None,
-    ):
-        super().__init__(val, ranks, watch)
-        self.cfg, self.score = cfg, model_score(model, looping=looping, ranks=ranks)
+    def __init__(self, model: GPT, *arguments: object, **options: object):
+        super().__init__(model, *arguments, **options)
+        self.score = model_score(model, looping=self.looping, ranks=self.ranks)
 
     def units(self) -> Iterable[None]:
         """Score row after row."""
         cfg, val, targets = self.cfg, self.val, self.cfg.val_batch_tokens // CONTEST_MICRO_BATCHES
         for start in range(self.ranks.rank * targets, val.num_targets, self.ranks.world_size * targets):
             end = min(start + targets, val.num_targets)
-            row = packed_row(val.tokens[start : end + 1], cfg.eval_seq_len, cfg.plain_windows)
-            losses = self.score(*row)
+            losses = self.score(*packed_row(val.tokens[start : end + 1], cfg.eval_seq_len, cfg.plain_windows))
             self.meter.add(losses, val.target_bytes[start:end])
             self.watch.see("row", start=start, end=end, losses=losses)
             self.done = end
@@ -3669,22 +3557,12 @@ class ScoreFirstTTT(Evaluation):
 
     kept_by = "each rank"
 
-    def __init__(
-        self,
-        model: GPT,
-        val: ValidationSet,
-        cfg: Config,
-        *,
-        looping: bool,
-        ranks: Ranks = CPU,
-        generator: torch.Generator | None = None,
-        watch: Watch | None = None,
-    ):
-        super().__init__(val, ranks, watch)
-        self.model, self.cfg, self.looping = model, cfg, looping
+    def __init__(self, *arguments: object, generator: torch.Generator | None = None, **options: object):
+        super().__init__(*arguments, **options)
+        val, cfg = self.val, self.cfg
         self._generator = generator or torch.Generator().manual_seed(cfg.seed)
         documents = select_documents(val.documents, cfg.val_doc_fraction, cfg.seed)
-        self.total = len(documents) / ranks.world_size
+        self.total = len(documents) / self.ranks.world_size
         self.batches = ttt_batches(list(enumerate(documents)), cfg)
         self.boundaries = phase_boundaries(
             cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, len(documents)
@@ -3770,16 +3648,15 @@ class ScoreFirstTTT(Evaluation):
 
     def _score_batch(self, batch: TTTBatch, lora: BatchedLoRA, size: int) -> None:
         """Score and adapt the documents of a batch by chunks of `size` targets."""
-        self.model.requires_grad_(False)  # a compiled backward pass would compute all that may be wanted
-        cfg, see, optimizer = self.cfg, self.watch.see, LoRAOptimizer(self.cfg, lora)
-        rows, sums = lora.batch, []
-        chunk_loss_sum = torch.zeros(rows, device=self.ranks.device)  # mean losses of a document's chunks
-        lora.active = torch.ones_like(chunk_loss_sum, dtype=torch.bool)
-        cache, first = None, 0
+        self.model.requires_grad_(False)  # A compiled backward pass would compute all that may be wanted.
+        cfg, optimizer, cache, first = self.cfg, LoRAOptimizer(self.cfg, lora), None, 0
         if cfg.ttt_cache_window:
             from systems.cache import KeyValueCache
 
             cache = KeyValueCache()
+        rows, sums = lora.batch, []
+        chunk_loss_sum = torch.zeros(rows, device=self.ranks.device)  # of the mean losses of chunks so far
+        lora.active = torch.ones_like(chunk_loss_sum, dtype=torch.bool)
         for chunk in range(-(-batch.targets // size)):
             if cfg.ttt_cache_window:
                 first = cache.advance((chunk + 1) * size, cfg)
@@ -3787,14 +3664,17 @@ class ScoreFirstTTT(Evaluation):
             if len(part.documents) <= rows * 7 // 8:
                 rows = len(part.documents)
                 optimizer.drop_finished_rows(rows)
-            learns = bool(part.trains.any())
+            learns, event = (
+                bool(part.trains.any()),
+                {"batch_number": batch.index, "chunk": chunk, "part": part},
+            )
             with torch.set_grad_enabled(learns):
                 losses = self._losses(part, lora, cache)
             sums.append(self._sums(part, losses, chunk_loss_sum, chunk, lora))
-            see("scored", batch_number=batch.index, chunk=chunk, part=part, losses=losses)
+            self.watch.see("scored", losses=losses, **event)
             if learns:
-                see("trained", batch_number=batch.index, chunk=chunk, part=part)
-                self._adapt(part, lora, optimizer, losses, cache)
+                self.watch.see("trained", **event)
+                self._adapt(part, optimizer, losses, cache)
         lora.use_last(lora.batch)
         chunks = [[float(loss_sum), byte_sum, tokens] for loss_sum, byte_sum, tokens in sums]
         for chunk in chunks:
@@ -3802,8 +3682,8 @@ class ScoreFirstTTT(Evaluation):
         diverged = int((~lora.active).sum())
         self.diverged += diverged
         totals = dict(zip(("loss_sum", "byte_sum", "token_count"), self.meter.sums, strict=True))
-        facts = {"chunks": chunks, "lora": lora, "batch": batch, "diverged": diverged}
-        see("batch_done", batch_number=batch.index, **facts, **totals)
+        facts = totals | {"chunks": chunks, "lora": lora, "batch": batch, "diverged": diverged}
+        self.watch.see("batch_done", batch_number=batch.index, **facts)
 
     def _sums(
         self, part: ChunkBatch, losses: Tensor, chunk_loss_sum: Tensor, chunk: int, lora: BatchedLoRA
@@ -3831,17 +3711,12 @@ class ScoreFirstTTT(Evaluation):
             return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache)
 
     def _adapt(
-        self,
-        part: ChunkBatch,
-        lora: BatchedLoRA,
-        optimizer: LoRAOptimizer,
-        losses: Tensor,
-        cache: "KeyValueCache | None",
+        self, part: ChunkBatch, optimizer: LoRAOptimizer, losses: Tensor, cache: "KeyValueCache | None"
     ) -> None:
         """Optimiser steps on a scored chunk; the first takes the gradient of the scoring pass itself."""
         trains = self.ranks.put(part.trains)
         for step in range(self.cfg.ttt_grad_steps):
-            losses = self._losses(part, lora, cache) if step else losses
+            losses = self._losses(part, optimizer.lora, cache) if step else losses
             optimizer.step(torch.where(trains, losses.mean(1), 0.0).sum())
 
     def _global_phase(self, done: Sequence[TTTBatch]) -> None:
@@ -3883,85 +3758,81 @@ def global_sgd(
 ) -> tuple[list[float], list[float]]:
     """One phase of SGD on all base weights over scored tokens [n+1]; as published, all chunks but the last.
 
-    Each rank takes some of a step's documents; the gradients travel in one buffer.
-
     Returns the gradient norm before clipping and the learning rate of every step.
     """
     model.requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), cfg.global_ttt_lr, cfg.global_ttt_momentum)
-    size = cfg.global_ttt_chunk_tokens
+    training = BaseTraining(model, cfg, cfg.global_ttt_respect_doc_boundaries, looping, ranks)
+    size, norms, rates = cfg.global_ttt_chunk_tokens, [], []
     num_chunks = -(-(len(tokens) - 1) // size)
-    how = cfg.global_ttt_epochs, cfg.global_ttt_respect_doc_boundaries
-    norms, rates = [], []
     for chunk in range(num_chunks - 1):
-        optimizer.param_groups[0]["lr"] = rate = global_sgd_lr(chunk, num_chunks, cfg)
-        row = tokens[chunk * size : (chunk + 1) * size + 1]
-        steps = global_sgd_chunk(model, row, cfg, optimizer, *how, looping=looping, ranks=ranks)
+        rate, row = global_sgd_lr(chunk, num_chunks, cfg), tokens[chunk * size : (chunk + 1) * size + 1]
+        steps = training.train(row, optimizer, rate, cfg.global_ttt_epochs)
         norms += steps
         rates += [rate] * len(steps)
     return [float(norm) for norm in norms], rates
 
 
-def global_sgd_chunk(
-    model: GPT,
-    tokens: Tensor,
-    cfg: Config,
-    optimizer: torch.optim.Optimizer,
-    epochs: int,
-    by_document: bool,
-    *,
-    looping: bool,
-    ranks: Ranks,
-) -> list[Tensor]:
-    """All passes over the whole windows of scored tokens [n+1]; returns each step's norm before clipping.
+class BaseTraining:
+    """Trains all base weights on scored tokens, in windows of EVAL_SEQ_LEN.
 
-    Attention stays inside documents (`by_document`) or inside windows of EVAL_SEQ_LEN.
+    Attention stays inside documents (`by_document`) or inside windows. Each rank takes some of a step's
+    documents or windows; the gradients travel in one buffer.
     """
-    window, norms = cfg.eval_seq_len, []
-    windows = (len(tokens) - 1) // window
-    for start in list(range(0, windows, cfg.global_ttt_batch_seqs)) * epochs:
-        count = window * min(cfg.global_ttt_batch_seqs, windows - start)
-        row = tokens[start * window : start * window + count + 1]
-        part = _part_of_row(row, window, by_document, ranks)
-        if len(part) > 1:
-            (_row_losses(model, part, window, by_document, looping, ranks).sum() / count).backward()
-        ranks.sum_packed_([_gradient(parameter) for parameter in model.parameters()])
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), cfg.global_ttt_grad_clip or math.inf))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return norms
 
+    def __init__(self, model: GPT, cfg: Config, by_document: bool, looping: bool, ranks: Ranks):
+        self.model, self.cfg, self.by_document, self.looping, self.ranks = (
+            model,
+            cfg,
+            by_document,
+            looping,
+            ranks,
+        )
 
-def _part_of_row(row: Tensor, window: int, by_document: bool, ranks: Ranks) -> Tensor:
-    """This rank's part of a row, cut only where no context is lost: between segments, or between windows."""
-    starts = range(0, len(row), window)
-    if by_document:
-        starts = packed_row(row, window)[2].cu_seqlens.tolist()
-    even = ((len(row) - 1) * (ranks.rank + i) // ranks.world_size for i in (0, 1))
-    low, high = (starts[bisect.bisect_left(starts, cut)] for cut in even)
-    return row[low : high + 1]
+    def train(
+        self, tokens: Tensor, optimizer: torch.optim.Optimizer, rate: float, epochs: int
+    ) -> list[Tensor]:
+        """Go over the whole windows of tokens [n+1] some times; returns each step's norm before clipping."""
+        optimizer.param_groups[0]["lr"] = rate
+        cfg, parameters, norms = self.cfg, list(self.model.parameters()), []
+        window = cfg.eval_seq_len
+        windows = (len(tokens) - 1) // window
+        for start in list(range(0, windows, cfg.global_ttt_batch_seqs)) * epochs:
+            count = window * min(cfg.global_ttt_batch_seqs, windows - start)
+            part = self._part(tokens[start * window : start * window + count + 1])
+            if len(part) > 1:
+                (self.losses(part).sum() / count).backward()
+            for parameter in parameters:  # a rank without windows still takes part in the sum
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            self.ranks.sum_packed_([parameter.grad for parameter in parameters])
+            norms.append(nn.utils.clip_grad_norm_(parameters, cfg.global_ttt_grad_clip or math.inf))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norms
 
+    def _part(self, row: Tensor) -> Tensor:
+        """This rank's part of a row, cut where no context is lost: between segments, or between windows."""
+        starts, ranks = range(0, len(row), self.cfg.eval_seq_len), self.ranks
+        if self.by_document:
+            starts = packed_row(row, self.cfg.eval_seq_len)[2].cu_seqlens.tolist()
+        even = ((len(row) - 1) * (ranks.rank + i) // ranks.world_size for i in (0, 1))
+        low, high = (starts[bisect.bisect_left(starts, cut)] for cut in even)
+        return row[low : high + 1]
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    """A parameter's gradient, zero where it has none: a rank without windows still takes part in the sum."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
-
-
-def _row_losses(
-    model: GPT, tokens: Tensor, window: int, by_document: bool, looping: bool, ranks: Ranks
-) -> Tensor:
-    """Losses of consecutive windows: as one row with document segments, or as plain rows."""
-    x, y, segments = packed_row(tokens, window)
-    with ranks.autocast():
-        if not by_document:
-            x, y = (ranks.put(part.view(-1, window)) for part in (x, y))
-            return model.losses(x, y, looping=looping)
-        batch = ranks.send(x, y, segments, model.backends.compiler)
-        if model.backends.compiler:
-            return compiled_row(model, batch, looping)
-        return model.losses(*batch, looping=looping)
+    def losses(self, tokens: Tensor) -> Tensor:
+        """Losses of consecutive windows [n+1]: as one row with document segments, or as plain rows."""
+        model, ranks, window = self.model, self.ranks, self.cfg.eval_seq_len
+        x, y, segments = packed_row(tokens, window)
+        with ranks.autocast():
+            if not self.by_document:
+                x, y = (ranks.put(part.view(-1, window)) for part in (x, y))
+                return model.losses(x, y, looping=self.looping)
+            batch = ranks.send(x, y, segments, model.backends.compiler)
+            if not model.backends.compiler:
+                return model.losses(*batch, looping=self.looping)
+            for tensor in batch[:2]:
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+            return model(*batch, looping=self.looping)
 
 
 # -- test-time training compiled: one graph for any number of rows and tokens
@@ -3982,13 +3853,6 @@ def compiled_losses(
     losses = model(x, y, looping=looping, lora=lora, scored=scored)
     lora.active = active
     return losses[rows - used :]
-
-
-def compiled_row(model: GPT, batch: Batch, looping: bool) -> Tensor:
-    """`model.losses` of a row of documents."""
-    for tensor in batch[:2]:
-        torch._dynamo.maybe_mark_dynamic(tensor, 1)
-    return model(*batch, looping=looping)
 
 
 def warm_up_ttt(model: GPT, cfg: Config, sizes: Iterable[int], looping: bool, ranks: Ranks) -> int:
@@ -4019,8 +3883,8 @@ def warm_up_ttt(model: GPT, cfg: Config, sizes: Iterable[int], looping: bool, ra
                 if cfg.phased_ttt_prefix_docs:
                     count = min(len(chunks), cfg.global_ttt_batch_seqs) * cfg.eval_seq_len + 1
                     row = torch.randint(BOS, cfg.vocab_size, (count,), generator=generator)
-                    how = cfg.eval_seq_len, cfg.global_ttt_respect_doc_boundaries
-                    _row_losses(model, row, *how, looping, ranks).sum().backward()
+                    by_document = cfg.global_ttt_respect_doc_boundaries
+                    BaseTraining(model, cfg, by_document, looping, ranks).losses(row).sum().backward()
     finally:
         model.requires_grad_(True).zero_grad(set_to_none=True)
         model.load_state_dict(before)
@@ -4046,13 +3910,11 @@ class Run:
         backends: Backends,
         sources: Mapping[str, bytes],
         watch: Watch | None = None,
-        folder: Path | None = None,
     ):
         self.cfg, self.ranks, self.backends, self.sources = cfg, ranks, backends, sources
         self.watch, self.clock = watch or Watch(), Stopwatch(ranks)
         self.looping = cfg.num_loops > 0  # a trained model is evaluated with its loops
         if not COUNTED:
-            check_systems(cfg)
             check_codec(cfg.compressor)  # missing: said before training, not after it
         self.stages: dict[str, dict[str, float]] = {}
         self.result: dict[str, object] = {}
@@ -4068,7 +3930,7 @@ class Run:
         self.watch.see("sizes", run=self)
         self.model = self._first_model(artifact, checkpoint)
         self.watch.see("model", run=self)
-        self.log = RunLog(self.cfg, ranks, self.watch, folder)
+        self.log = RunLog(self.cfg, ranks, self.watch)
         self._log_head()
         self.watch.see("opened", run=self)
 
@@ -4080,6 +3942,8 @@ class Run:
             self.cfg = model.cfg  # what made the artifact is what the counted code needs
             return model
         if checkpoint and not COUNTED:
+            if "harness/readers.py" not in self.sources:
+                raise ConfigError(f"MODEL_PATH={checkpoint}: needs harness/ beside train_gpt.py to be read")
             from harness.readers import model_of_checkpoint
 
             return model_of_checkpoint(self, checkpoint)
@@ -4105,25 +3969,21 @@ class Run:
 
     def _log_head(self) -> None:
         """What a reader needs to trust the log: settings, sources, versions and device."""
-        backends, source = self.backends, self.sources["train_gpt.py"]
-        self.result["environment"] = {
+        if COUNTED:
+            return
+        source, text = self.sources["train_gpt.py"], show_settings(self.cfg)
+        self.log.text(f"{text}\n{'=' * 80}\n{source.decode(errors='backslashreplace')}\n{'=' * 80}")
+        self.result["environment"] = environment = {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if self.ranks.on_gpu else platform.machine(),
             "threads": torch.get_num_threads(),
             "ranks": self.ranks.world_size,
-            "attention": backends.attention,
-            "compiler": backends.compiler or "off",
-            "kernels": backends.kernels,
+            **dataclasses.asdict(self.backends),
             "source_sha256": hashlib.sha256(source).hexdigest(),
         }
-        if not COUNTED:
-            self.log.text(show_settings(self.cfg))
-            self.log.text(f"{'=' * 80}\n{source.decode(errors='backslashreplace')}\n{'=' * 80}")
-            self.watch.see("head", run=self)
-        self.log.event(
-            "start", run=self.log.run_id, folder=str(self.log.folder), **self.result["environment"]
-        )
+        self.watch.see("head", run=self)
+        self.log.event("start", run=self.log.run_id, folder=str(self.log.folder), **environment)
 
     # -- stages
 
@@ -4291,11 +4151,11 @@ class Run:
         """Phased score-first LoRA test-time training: the contest score."""
         cfg = self.model.cfg
         documents = select_documents(self.val.documents, cfg.val_doc_fraction, cfg.seed)
+        self.watch.see("adapting", run=self)  # a watch that changes `forward` does so before it is compiled
         if self.model.backends.compiler:
             self.compile_adaptation(documents)
         options = {"looping": self.looping, "ranks": self.ranks, "watch": self.watch}
         worker = ScoreFirstTTT(self.model, self.val, cfg, **options)
-        self.watch.see("adapting", run=self)
         self.stage("ttt", worker)
         self.watch.see("adapted", run=self)
         self.record("ttt", worker.meter, documents)
@@ -4387,31 +4247,22 @@ class Run:
         return self.finish()
 
 
-WATCHED_SETTINGS = (  # what harness/ does
-    *("SCALE", "CHECKPOINT_SECONDS", "WANDB_PROJECT", "TENSORBOARD_DIR", "AUDIT", "PREFLIGHT_ONLY"),
-    *("QUANTIZE_ONLY", "ALLOW_UNVERIFIED_DATA"),
-)
-
-
 def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
-    needs = {  # setting -> is its part needed, and which
-        "COMPRESSOR": (cfg.compressor == "ans", "ans"),
-        "FIT_BYTES": (cfg.fit_bytes, "fit_bytes"),
-        "CASEOPS_ENABLED": (not cfg.caseops_enabled, "plain_text"),
-        "PLAIN_WINDOWS": (cfg.plain_windows, "stream"),
-        "SLIDING_WINDOW_ENABLED": (cfg.sliding_window_enabled, "stream"),
-        "TTT_SGD": (cfg.ttt_sgd, "stream"),
-        "TTT_CACHE_WINDOW": (cfg.ttt_cache_window, "cache"),
-        "ATTENTION_BACKEND": (cfg.attention_backend in ("fa4", "torch_varlen"), cfg.attention_backend),
+    needed = {  # setting -> the part that it needs, if it needs one
+        "COMPRESSOR": "ans" * (cfg.compressor == "ans"),
+        "FIT_BYTES": "fit_bytes" * (cfg.fit_bytes > 0),
+        "CASEOPS_ENABLED": "plain_text" * (not cfg.caseops_enabled),
+        "PLAIN_WINDOWS": "stream" * cfg.plain_windows,
+        "SLIDING_WINDOW_ENABLED": "stream" * cfg.sliding_window_enabled,
+        "TTT_SGD": "stream" * cfg.ttt_sgd,
+        "TTT_CACHE_WINDOW": "cache" * (cfg.ttt_cache_window > 0),
+        "TTT_CHUNK_BY_LENGTH": "chunks" * (cfg.ttt_chunk_by_length > ""),
+        "ATTENTION_BACKEND": {"fa4": "fa4", "torch_varlen": "varlen"}.get(cfg.attention_backend, ""),
     }
-    for name, (needed, part) in needs.items():
-        file = {"torch_varlen": "varlen"}.get(part, part)
-        if needed and not (Path(__file__).resolve().parent / "systems" / f"{file}.py").is_file():
-            value = cfg.as_env()[name]
-            raise ConfigError(
-                f"{name}={value}: needs systems/{file}.py beside train_gpt.py, which is not there"
-            )
+    for name, part in needed.items():
+        if part and not (Path(__file__).resolve().parent / "systems" / f"{part}.py").is_file():
+            raise ConfigError(f"{cfg.pair(name)}: needs systems/{part}.py beside train_gpt.py")
 
 
 def find_file(cfg: Config, field: str, needed: bool = True) -> Path | None:
@@ -4429,9 +4280,8 @@ def execute(run: Run) -> int:
     """All stages of a run; what ends it early is said with rank and stage. Exit code as `main`."""
     ranks = run.ranks
     try:
-        with contextlib.closing(run.log):
-            code = run.execute()
-            run.watch.see("ended", code=code)
+        code = run.execute()
+        run.watch.see("ended", code=code)
         ranks.wait_for_all("end")  # torchrun ends all ranks when one has left with another code than 0
         ranks.close()
         return code
@@ -4478,11 +4328,11 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def check_alone(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     """Refuse what a script without harness/ beside it cannot do. Raises ConfigError."""
-    for name in WATCHED_SETTINGS:
-        if environ.get(name, "").lower() not in ("", "0", "0.0", "false"):
-            raise ConfigError(f"{name}={environ[name]}: needs harness/ beside train_gpt.py")
-    if arguments:
-        raise ConfigError(f"{' '.join(arguments)}: needs harness/ beside train_gpt.py")
+    watched = "CHECKPOINT_SECONDS WANDB_PROJECT TENSORBOARD_DIR AUDIT PREFLIGHT_ONLY QUANTIZE_ONLY SCALE"
+    asked = [name for name in watched.split() if environ.get(name, "0") not in ("", "0", "false")]
+    if arguments or asked:
+        text = " ".join([*arguments, *(f"{name}={environ[name]}" for name in asked)])
+        raise ConfigError(f"{text}: needs harness/ beside train_gpt.py")
 
 
 def say_mistake(error: UserError, environ: Mapping[str, str]) -> int:

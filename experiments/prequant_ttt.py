@@ -13,14 +13,14 @@ reason, which is what the submission tools go by; the ledger (AUDIT is always on
 `tools/audit.py` fails D3 and T1. Exit code 3, as for any broken limit; 2 for a mistake (one line), also
 without ALLOW_ILLEGAL=1.
 
-Windows and steps are those of the script's global SGD (`global_sgd_chunk`): GLOBAL_TTT_BATCH_SEQS rows of
+Windows and steps are those of the script's global SGD (`BaseTraining`): GLOBAL_TTT_BATCH_SEQS rows of
 EVAL_SEQ_LEN tokens a step, gradients averaged over ranks, clipped to GLOBAL_TTT_GRAD_CLIP. No weight decay.
 The published run's batches are not known here; SPEC section 6 gives epochs, rate, schedule, frozen blocks.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import functools
 import math
 import os
 import sys
@@ -35,6 +35,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_gpt as tg  # noqa: E402
+from harness import Watches  # noqa: E402
+from harness.guards import Guard  # noqa: E402
+from harness.ledger import Ledger  # noqa: E402
+from harness.logfiles import LogFiles  # noqa: E402
+from harness.preflight import Preflight  # noqa: E402
+from harness.settings import read_settings  # noqa: E402
+from harness.tracking import Progress  # noqa: E402
 
 NOTICE = (
     "NOT A LEGAL SCORE (C3): the weights are trained on the validation tokens before these are scored "
@@ -83,13 +90,13 @@ def train_on_validation(
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0.0)
     size = cfg.global_ttt_batch_seqs * cfg.eval_seq_len
     documents = cfg.global_ttt_respect_doc_boundaries and not cfg.plain_windows
-    cfg = dataclasses.replace(cfg, global_ttt_epochs=1, global_ttt_respect_doc_boundaries=documents)
+    training = tg.BaseTraining(model, cfg, documents, looping, ranks)
     last = len(tokens) - 1 - cfg.eval_seq_len  # a window that is not whole is not trained on
     starts = list(range(0, last + 1, size)) * options.epochs
     for step, start in enumerate(starts):
         rate = options.lr * 0.5 * (1 + math.cos(math.pi * step / len(starts)))
         row = tokens[start : start + size + 1]
-        tg.global_sgd_chunk(model, row, cfg, optimizer, rate, looping=looping, ranks=ranks)
+        training.train(row, optimizer, rate, epochs=1)
     for handle in handles:
         handle.remove()
     return len(starts)
@@ -98,9 +105,9 @@ def train_on_validation(
 class PrequantRun(tg.Run):
     """A run with the illegal stage before quantisation; it cannot be told to hide it."""
 
-    def __init__(self, cfg: tg.Config, ranks: tg.Ranks, source: bytes, options: argparse.Namespace):
-        super().__init__(dataclasses.replace(cfg, audit=True), ranks, source)
-        self._options = options
+    def __init__(self, *arguments: object, options: argparse.Namespace, ledger: Ledger):
+        super().__init__(*arguments)
+        self._options, self._ledger, cfg = options, ledger, self.cfg
         tokens = len(self.val.tokens)
         if cfg.eval_seq_len >= tokens:
             raise tg.ConfigError(
@@ -109,23 +116,23 @@ class PrequantRun(tg.Run):
         self.result["illegal"] = NOTICE
         self.log.event("notice", text=NOTICE)
 
-    def quantise(self) -> Path:
+    def quantise(self) -> None:
         """Train on the validation tokens, then quantise."""
         options, documents = self._options, self.val.documents
         spans = [(start, length - 1) for start, length in documents]
         trains = torch.ones(len(spans), dtype=bool)
         part = SimpleNamespace(documents=range(len(spans)), spans=spans, trains=trains)
-        with self.watch.stage("train_on_validation"):
+        with self.clock.stage("train_on_validation"):
             steps = train_on_validation(
                 self.model, self.val.tokens, self.cfg, options, looping=self.looping, ranks=self.ranks
             )
             for epoch in range(options.epochs):
-                self.ledger.record("trained", {"part": part, "batch_number": 0, "chunk": epoch})
+                self._ledger.see("trained", part=part, batch_number=0, chunk=epoch)
         facts = {"epochs": options.epochs, "lr": options.lr, "frozen_blocks": options.frozen, "steps": steps}
         self.result["prequant_ttt"] = facts
         self.log.event("trained_on_validation", **facts)
         self.evaluate("prequant_ttt")
-        return super().quantise()
+        super().quantise()
 
     def _broken_limits(self, summary: Mapping[str, float]) -> list[str]:
         return [NOTICE, *super()._broken_limits(summary)]
@@ -172,6 +179,15 @@ def check(cfg: tg.Config, options: argparse.Namespace) -> None:
             raise tg.ConfigError(f"{name.upper()}={value:g}: must be 0 here, {reason}")
 
 
+def run(cfg: tg.Config, ranks: tg.Ranks, options: argparse.Namespace) -> int:
+    """The run and what watches over it. Exit code as `main`."""
+    preflight, ledger = Preflight(cfg, ranks), Ledger(ranks)
+    with contextlib.closing(LogFiles(ranks)) as files:
+        watch = Watches([files, preflight, Guard(preflight), Progress(ranks), ledger])
+        inputs = cfg, ranks, preflight.backends(), tg.read_sources(), watch
+        return tg.execute(PrequantRun(*inputs, options=options, ledger=ledger))
+
+
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     """A run between two notices. Exit code 3 (not legal), 1 (the run failed) or 2 (a mistake, one line)."""
     is_main = environ.get("RANK", "0") == "0"
@@ -179,10 +195,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         options = parse_arguments(arguments, environ)
         if is_main:
             print(NOTICE, flush=True)
-        cfg = tg.Config.from_env({name: v for name, v in environ.items() if name != "ALLOW_ILLEGAL"})
+        cfg = read_settings({name: v for name, v in environ.items() if name != "ALLOW_ILLEGAL"})
         check(cfg, options)
-        ranks, source = tg.Ranks.from_env(cfg, environ), Path(tg.__file__).read_bytes()
-        return tg._run(cfg, ranks, source, functools.partial(PrequantRun, options=options))
+        return run(dataclasses.replace(cfg, audit=True), tg.Ranks.from_env(cfg, environ), options)
     except tg.UserError as error:
         if environ.get("LOCAL_RANK", "0") == "0":
             print(f"prequant_ttt.py: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -10,6 +10,7 @@ from pathlib import Path
 from harness.checkpoints import Checkpoints
 from harness.guards import Guard, Stopped, signals
 from harness.ledger import Ledger
+from harness.logfiles import LogFiles
 from harness.preflight import Preflight
 from harness.settings import help_text, read_settings
 from harness.tracking import Progress, Trackers
@@ -72,7 +73,7 @@ def watched_run(
     """Make a run with all that watches over it, and execute it. Exit code as `main`."""
     preflight = Preflight(cfg, ranks)
     backends, folder, checkpoints = preflight.backends(), None, None
-    watches = [preflight, Guard(preflight), Progress(ranks)]
+    watches: list[Watch] = [preflight, Guard(preflight), Progress(ranks)]
     if cfg.preflight_only:  # a rehearsal leaves nothing
         folder = Path(closing.enter_context(tempfile.TemporaryDirectory()))
         (folder / "logs").mkdir()
@@ -87,7 +88,8 @@ def watched_run(
         if cfg.wandb_project or cfg.tensorboard_dir:
             cfg = dataclasses.replace(cfg, run_id=run_name(cfg))
             watches.append(closing.enter_context(contextlib.closing(Trackers(cfg, ranks))))
-    run = Run(cfg, ranks, backends, sources, Watches(watches), folder)
+    watches.insert(0, closing.enter_context(contextlib.closing(LogFiles(ranks, folder))))
+    run = Run(cfg, ranks, backends, sources, Watches(watches))
     try:
         return rehearse(run) if cfg.preflight_only else execute(run)
     except Stopped as stopped:
@@ -97,7 +99,7 @@ def watched_run(
 
 def rehearse(run: Run) -> int:
     """PREFLIGHT_ONLY: the warm-up and its measured speed, then the end."""
-    with contextlib.closing(run.log), run.clock.stage("rehearsal"):
+    with run.clock.stage("rehearsal"):
         if run.trains:
             run.watch.see("memory", run=run)
             run.new_trainer().warm_up(run.cfg.warmup_steps, run.watch)

@@ -76,7 +76,12 @@ def _known(node, scope, analysis, calls, attributes, texts, methods, foreign) ->
     if isinstance(node, ast.FunctionDef) and not is_kernel(node) and _keeps_signature(node):
         if not scope.is_class:
             binding = scope.names.get(node.name)
-            if binding and len(binding.stores) == 1 and binding.loads and all(u in calls for u in binding.loads):
+            if (
+                binding
+                and len(binding.stores) == 1
+                and binding.loads
+                and all(u in calls for u in binding.loads)
+            ):
                 yield Function(node, [calls[use] for use in binding.loads], 0)
         elif methods[node.name] == 1 and node.name not in foreign and node.name not in texts:
             uses = attributes.get(node.name, [])
@@ -194,7 +199,11 @@ def drop_keywords(tree: ast.Module) -> None:
         values = [v for v in given[name] if analysis.binding.get(v) not in bindings]
         known = [literal(value) for value in values]
         fixed = name not in texts and all(len(binding.stores) == 1 for binding in bindings)
-        if not fixed or not values or any(not isinstance(v, (bool, int, float, str, type(None))) for v in known):
+        if (
+            not fixed
+            or not values
+            or any(not isinstance(v, (bool, int, float, str, type(None))) for v in known)
+        ):
             continue
         if len({ast.dump(value) for value in values}) > 1:
             continue

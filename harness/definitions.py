@@ -23,7 +23,9 @@ def impure_properties(tree: ast.Module) -> set[str]:
     """Properties of the script's classes that do more than read something."""
     found = set()
     for node in walk(tree):
-        if isinstance(node, ast.FunctionDef) and any("property" in ast.unparse(d) for d in node.decorator_list):
+        if isinstance(node, ast.FunctionDef) and any(
+            "property" in ast.unparse(d) for d in node.decorator_list
+        ):
             last = node.body[-1]
             if not (isinstance(last, ast.Return) and len(node.body) == 1 and is_pure(last.value)):
                 found.add(node.name)
@@ -189,13 +191,20 @@ class Attributes(ast.NodeTransformer):
         mine = self.owner and isinstance(target.value, ast.Name) and target.value.id == "self"
         if mine:
             return not is_read(target.attr, self.owner, self.reads, self.family)
-        return target.attr not in self.reads and not any(target.attr == part[1] for part in self.reads if len(part) == 2)
+        return target.attr not in self.reads and not any(
+            target.attr == part[1] for part in self.reads if len(part) == 2
+        )
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:  # noqa: N802, D102
         before, self.owner = self.owner, node.name
         self.generic_visit(node)
         self.owner = before
-        loads = {n.id for p in node.body for n in walk(p) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        loads = {
+            n.id
+            for p in node.body
+            for n in walk(p)
+            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
+        }
         kept = []
         for part in node.body:
             if isinstance(part, ast.Assign) and is_pure(part.value, self.impure):

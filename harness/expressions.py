@@ -153,7 +153,11 @@ class Expressions(ast.NodeTransformer):
             if value is not UNKNOWN and bool(value) == stops:
                 break
         *before, last = values
-        if before and isinstance(literal(last), bool) and all(is_boolean(part, self.booleans) for part in before):
+        if (
+            before
+            and isinstance(literal(last), bool)
+            and all(is_boolean(part, self.booleans) for part in before)
+        ):
             if literal(last) != stops:
                 values = before
             elif all(is_pure(part, self.impure) for part in before):
@@ -208,7 +212,12 @@ class Expressions(ast.NodeTransformer):
     def _shorter(self, node: ast.expr) -> ast.expr:
         """The value instead of the expression, where it is known and takes no more room."""
         value = literal(node)
-        if value is UNKNOWN or isinstance(value, (set, complex)) or value != value or value in (1e999, -1e999):
+        if (
+            value is UNKNOWN
+            or isinstance(value, (set, complex))
+            or value != value
+            or value in (1e999, -1e999)
+        ):
             return node
         return as_node(value) if len(repr(value)) <= len(ast.unparse(node)) else node
 
@@ -250,7 +259,9 @@ class Expressions(ast.NodeTransformer):
             keys = [literal(part) for part in value.keys]
             if key in keys and UNKNOWN not in map(_identity, keys) and keys.count(key) == 1:
                 return value.values[keys.index(key)]
-        if isinstance(value, (ast.Tuple, ast.List)) and not any(isinstance(e, ast.Starred) for e in value.elts):
+        if isinstance(value, (ast.Tuple, ast.List)) and not any(
+            isinstance(e, ast.Starred) for e in value.elts
+        ):
             if isinstance(key, int) and -len(value.elts) <= key < len(value.elts):
                 return value.elts[key]
             if isinstance(node.slice, ast.Slice):

@@ -20,7 +20,9 @@ ENDS = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 ROUNDS = 40
 
 
-def fold(core: bytes, parts: Mapping[str, bytes], facts: Facts, config: "ast.ClassDef | None" = None) -> ast.Module:
+def fold(
+    core: bytes, parts: Mapping[str, bytes], facts: Facts, config: "ast.ClassDef | None" = None
+) -> ast.Module:
     """The tree of a script folded for a run. Raises RunError where what is left would not be whole.
 
     `parts` are the files of systems/ by module name. `config` stands in for the class of that name.
@@ -302,7 +304,9 @@ class Statements(ast.NodeTransformer):
         if isinstance(node.body[0], ast.Pass) and is_pure(node.iter, self.impure):
             return self.block(node.orelse)
         once = ast.unparse(node.iter) == "range(1)" and not node.orelse
-        if once and not any(isinstance(part, (ast.Break, ast.Continue)) for s in node.body for part in walk(s)):
+        if once and not any(
+            isinstance(part, (ast.Break, ast.Continue)) for s in node.body for part in walk(s)
+        ):
             return [ast.Assign([node.target], ast.Constant(0), lineno=node.lineno), *node.body]
         return node
 

@@ -140,13 +140,14 @@ class Guard(Watch):
                 raise
             run.log.event("notice", text=f"the model is not compiled, which is slow: {one_line(error)}")
             run.backends = dataclasses.replace(run.backends, compiler="")
-            run.result["environment"]["compiler"] = "off"
+            run.result["environment"]["compiler"] = ""
             run.model = run.new_model(run.cfg)
             fitted = fit_memory(run.cfg, run.model, run.ranks)
         if fitted != run.backends:
             text = f"GRAD_ACCUM_STEPS={fitted.micro_batches}: {run.backends.micro_batches} do not fit"
             run.log.event("notice", text=text)
             run.backends = run.model.backends = fitted
+            run.result["environment"]["micro_batches"] = fitted.micro_batches
             run.loader = run.new_loader()
 
     def _artifact(self, run: Run, flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,9 @@ def named_in_texts(tree: ast.AST) -> set[str]:
     """Words of the texts that are given to getattr and its like, and the settings of Config."""
     found: set[str] = set()
     for node in walk(tree):
-        named = isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in BY_NAME
+        named = (
+            isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in BY_NAME
+        )
         if named or isinstance(node, ast.ClassDef) and node.name == "Config":
             for part in walk(node):
                 if isinstance(part, ast.Constant) and isinstance(part.value, str):
@@ -49,7 +51,9 @@ def families(tree: ast.Module) -> dict[str, set[str]]:
         while left:
             base = left.pop()
             found.add(base)
-            left += [b.id for b in own[base].bases if isinstance(b, ast.Name) and b.id in own and b.id not in found]
+            left += [
+                b.id for b in own[base].bases if isinstance(b, ast.Name) and b.id in own and b.id not in found
+            ]
         above[name] = found
     return {name: above[name] | {other for other in own if name in above[other]} for name in own}
 
@@ -93,7 +97,9 @@ class Members(ast.NodeTransformer):
         for word, nodes in methods.items():
             if word not in closed and word not in stored and not word.startswith("__"):
                 results = [self._result(node) for node in nodes]
-                if UNKNOWN not in results and all(type(r) is type(results[0]) and r == results[0] for r in results):
+                if UNKNOWN not in results and all(
+                    type(r) is type(results[0]) and r == results[0] for r in results
+                ):
                     kinds = {tuple(map(ast.unparse, node.decorator_list)) for node in nodes}
                     if kinds == {("property",)}:
                         self.values[word] = results[0]

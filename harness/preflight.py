@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib.util
 import math
 import os
 import re

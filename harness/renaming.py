@@ -103,7 +103,10 @@ class Words:
         for node in walk(self.tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
                 yield node.value
-            elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in BY_NAME:
+            elif (
+                isinstance(node, ast.Call)
+                and getattr(node.func, "id", getattr(node.func, "attr", "")) in BY_NAME
+            ):
                 for part in walk(node):
                     if isinstance(part, ast.Constant) and isinstance(part.value, str):
                         yield from words(part.value)
@@ -113,7 +116,9 @@ class Words:
         for node in self.classes.values():
             if any("Module" in ast.unparse(base) for base in node.bases):
                 for part in walk(node):
-                    if isinstance(part, ast.Assign) and any(isinstance(n, ast.Call) for n in walk(part.value)):
+                    if isinstance(part, ast.Assign) and any(
+                        isinstance(n, ast.Call) for n in walk(part.value)
+                    ):
                         for target in part.targets:
                             yield from (n.attr for n in walk(target) if isinstance(n, ast.Attribute))
 
@@ -177,7 +182,9 @@ class Words:
         return opened
 
     def _name(self) -> dict[str, str]:
-        free = {word for word in self.own | self.keywords if word not in self.kept and not DUNDER.fullmatch(word)}
+        free = {
+            word for word in self.own | self.keywords if word not in self.kept and not DUNDER.fullmatch(word)
+        }
         uses = collections.Counter()
         for node in walk(self.tree):
             if isinstance(node, ast.Attribute):
@@ -229,5 +236,3 @@ class Words:
                 node.attr = self.new.get(node.attr, node.attr)
             elif isinstance(node, ast.keyword) and node.arg:
                 node.arg = self.new.get(node.arg, node.arg)
-
-

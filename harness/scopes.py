@@ -8,7 +8,20 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
-NO_NODES = {"ctx", "op", "ops", "id", "attr", "arg", "name", "level", "module", "type_comment", "kind", "simple"}
+NO_NODES = {
+    "ctx",
+    "op",
+    "ops",
+    "id",
+    "attr",
+    "arg",
+    "name",
+    "level",
+    "module",
+    "type_comment",
+    "kind",
+    "simple",
+}
 
 
 @functools.cache

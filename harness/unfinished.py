@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from harness.logfiles import numbered
 from systems.plain_text import tokenizer_file
 from train_gpt import (
     OUTPUTS,
@@ -18,7 +19,6 @@ from train_gpt import (
     Config,
     ConfigError,
     find_file,
-    numbered,
     shard_paths,
     write_whole,
 )

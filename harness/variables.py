@@ -45,7 +45,9 @@ class Locals(ast.NodeTransformer):
             return is_pure(value, self.impure)
         known = literal(value)
         if isinstance(known, (bool, int, float, type(None))):
-            return len(ast.unparse(value)) < 9 or len(binding.loads) < 2 or isinstance(known, (bool, type(None)))
+            return (
+                len(ast.unparse(value)) < 9 or len(binding.loads) < 2 or isinstance(known, (bool, type(None)))
+            )
         if isinstance(known, (str, bytes)):
             return len(known) < 9 or len(binding.loads) < 2
         return False
@@ -77,7 +79,10 @@ class Locals(ast.NodeTransformer):
         if len(left) < 2:
             return [ast.Assign([target], value, lineno=node.lineno) for target, value in left] or None
         targets, values = zip(*left, strict=True)
-        node.targets, node.value = [ast.Tuple(list(targets), ast.Store())], ast.Tuple(list(values), ast.Load())
+        node.targets, node.value = (
+            [ast.Tuple(list(targets), ast.Store())],
+            ast.Tuple(list(values), ast.Load()),
+        )
         return node
 
     def _pure(self, value: ast.expr) -> bool:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from train_gpt import (
     CONTEST_MICRO_BATCHES,
-    CPU,
-    GPT,
+    BaseTraining,
     BpbMeter,
     ChunkWindow,
     Config,
@@ -19,11 +18,8 @@ from train_gpt import (
     Ranks,
     Segments,
     ShuffledLoader,
-    ValidationSet,
-    Watch,
     cosine_rate,
     document_segments,
-    global_sgd_chunk,
 )
 
 
@@ -81,19 +77,9 @@ class SlidingEvaluation(Evaluation):
     A unit is a batch of windows.
     """
 
-    def __init__(
-        self,
-        model: GPT,
-        val: ValidationSet,
-        cfg: Config,
-        *,
-        looping: bool,
-        ranks: Ranks = CPU,
-        watch: Watch | None = None,
-    ):
-        super().__init__(val, ranks, watch)
-        self.model, self.cfg, self.looping = model, cfg, looping
-        self.total = val.num_targets / ranks.world_size
+    def __init__(self, *arguments: object, **options: object):
+        super().__init__(*arguments, **options)
+        self.total = self.val.num_targets / self.ranks.world_size
 
     def slide(self, first: int, end: int, meter: BpbMeter) -> Iterable[None]:
         """Add this rank's share of the targets from `first` to `end` to a meter; yields after each batch."""
@@ -140,29 +126,21 @@ class ScoreFirstSGD(SlidingEvaluation):
         self.watch.see("start", boundaries=[])
         cfg, val, size = self.cfg, self.val, self.cfg.ttt_chunk_tokens
         optimizer = torch.optim.SGD(self.model.parameters(), cfg.ttt_lr, cfg.ttt_momentum)
+        training = BaseTraining(self.model, cfg, False, self.looping, self.ranks)
         chunks = -(-val.num_targets // size)
         for chunk in range(chunks):
             first, end = chunk * size, min((chunk + 1) * size, val.num_targets)
-            part = BpbMeter()
+            part, tokens = BpbMeter(), val.tokens[first : end + 1]
             for _ in self.slide(first, end, part):
                 pass
             self.meter.add_sums(*part.sums)
             self.watch.see("scored_span", chunk=chunk, first=first, end=end)
             if chunk < chunks - 1:
                 rate = cosine_rate(cfg.ttt_lr, chunk, chunks)
-                self._train(chunk, val.tokens[first : end + 1], optimizer, rate)
+                steps = len(training.train(tokens, optimizer, rate, cfg.ttt_epochs))
+                self.watch.see("trained_span", chunk=chunk, first=first, tokens=tokens, steps=steps)
             yield
         self.meter.sum_over(self.ranks)
-
-    def _train(self, chunk: int, tokens: Tensor, optimizer: torch.optim.SGD, rate: float) -> None:
-        """All passes of SGD over a scored chunk, in plain windows."""
-        optimizer.param_groups[0]["lr"] = rate
-        options = {"looping": self.looping, "ranks": self.ranks}
-        steps = global_sgd_chunk(
-            self.model, tokens, self.cfg, optimizer, self.cfg.ttt_epochs, by_document=False, **options
-        )
-        facts = {"first": chunk * self.cfg.ttt_chunk_tokens, "tokens": tokens, "steps": len(steps)}
-        self.watch.see("trained_span", chunk=chunk, **facts)
 
 
 def evaluate_windows(*arguments: object, **options: object) -> BpbMeter:

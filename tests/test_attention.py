@@ -67,8 +67,8 @@ def segment_numbers(cu_seqlens, tokens: int):
     return torch.searchsorted(cu_seqlens, torch.arange(tokens, dtype=torch.int32), right=True)
 
 
-def choose(tg, backend: str, ranks=None) -> str:
-    return tg.choose_attention(tg.Config(attention_backend=backend), ranks or tg.CPU)
+def choose(tg, backend: str, ranks=None, compiler: str = "") -> str:
+    return tg.choose_attention(tg.Config(attention_backend=backend), ranks or tg.CPU, compiler)
 
 
 def record(calls: list, **call: object) -> None:
@@ -191,28 +191,28 @@ def varlen(monkeypatch, request):
     return calls
 
 
-@pytest.mark.parametrize("backend", ["plain", "auto", "torch_varlen", "flex"])
+@pytest.mark.parametrize("backend", ["plain", "torch_varlen", "flex"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_padded_rows_equal_the_oracle(tg, backend, rows):
     """The batched form of test-time training: no segments, several rows."""
     qkv = make_inputs(rows)
-    assert_same(results(tg.attend, *qkv, None, backend), results(oracle, *qkv))
+    assert_same(results(tg.attend, *qkv, None, tg.Backends(backend)), results(oracle, *qkv))
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [24], [1] * 24, [0, 23, 1, 0]])
 def test_plain_segments_equal_the_oracle(tg, lengths):
     qkv = make_inputs()
-    ours = results(tg.attend, *qkv, make_segments(tg, lengths))
+    ours = results(tg.attend, *qkv, make_segments(tg, lengths), tg.Backends())
     assert_same(ours, results(oracle, *qkv, lengths))
 
 
 @pytest.mark.parametrize("backend", ["fa3", "fa4"])
 def test_flash_attention_is_called_as_it_wants(tg, flash, backend):
     segments, qkv = make_segments(tg), make_inputs()
-    assert_same(results(tg.attend, *qkv, segments, backend), results(oracle, *qkv, LENGTHS))
+    assert_same(results(tg.attend, *qkv, segments, tg.Backends(backend)), results(oracle, *qkv, LENGTHS))
     assert flash == [{"causal": True, "shape": (24, 4, 8), "max": (12, 12)}]
     rows = make_inputs(rows=3)
-    assert_same(results(tg.attend, *rows, None, backend), results(oracle, *rows))
+    assert_same(results(tg.attend, *rows, None, tg.Backends(backend)), results(oracle, *rows))
     assert flash[1:] == [{"causal": True, "shape": (3, 24, 4, 8)}]
 
 
@@ -231,7 +231,7 @@ def test_flash_attention_of_a_packed_script(tg, flash, tmp_path):
 
 def test_torch_varlen_is_called_as_it_wants(tg, varlen):
     qkv = make_inputs()
-    ours = results(tg.attend, *qkv, make_segments(tg), "torch_varlen")
+    ours = results(tg.attend, *qkv, make_segments(tg), tg.Backends("torch_varlen"))
     assert_same(ours, results(oracle, *qkv, LENGTHS))
     assert varlen == [{"shape": (24, 4, 8), "max": 12, "window": (-1, 0)}]
 
@@ -240,13 +240,13 @@ def test_torch_varlen_is_called_as_it_wants(tg, varlen):
 def test_flex_segments_equal_the_oracle(tg, lengths):
     """Forward only: flex attention has no backward on a CPU."""
     qkv = make_inputs()
-    ours = tg.attend(*qkv, make_segments(tg, lengths), "flex")
+    ours = tg.attend(*qkv, make_segments(tg, lengths), tg.Backends("flex"))
     torch.testing.assert_close(ours.double(), oracle(*qkv, lengths), rtol=2e-6, atol=2e-6)
 
 
 def test_queries_and_keys_follow_the_type_of_the_values(tg):
     q, k, v = make_inputs()
-    assert tg.attend(q, k, v.bfloat16(), make_segments(tg)).dtype == torch.bfloat16
+    assert tg.attend(q, k, v.bfloat16(), make_segments(tg), tg.Backends()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("backend", ["plain", "fa3", "fa4", "torch_varlen"])
@@ -259,10 +259,10 @@ def test_backends_survive_compilation_whole(tg, flash, varlen, backend):
         segments = segments._replace(max_seqlen=24)
         torch._dynamo.mark_dynamic(segments.cu_seqlens, 0)
         with torch.compiler.set_stance("default" if lengths is LENGTHS else "fail_on_recompile"):
-            ours = results(compiled, *qkv, segments, backend)
+            ours = results(compiled, *qkv, segments, tg.Backends(backend))
         assert_same(ours, results(oracle, *qkv, lengths))
     rows = make_inputs(rows=2)
-    assert_same(results(compiled, *rows, None, backend), results(oracle, *rows))
+    assert_same(results(compiled, *rows, None, tg.Backends(backend)), results(oracle, *rows))
 
 
 @pytest.mark.parametrize("backend", ["fa3", "fa4", "torch_varlen", "flex"])
@@ -280,10 +280,8 @@ def test_backend_that_cannot_work_is_one_line(tg, capsys, backend):
 @pytest.mark.parametrize("backend", ["fa3", "fa4", "torch_varlen", "flex"])
 def test_backends_of_a_gpu_equal_the_oracle(tg, backend):
     """At the record's heads, compiled as in a run; segments of one token, empty ones, a whole window."""
-    ranks = tg.Ranks(torch.device("cuda"))
-    ranks.compiler = "inductor"
     try:
-        choose(tg, backend, ranks)
+        choose(tg, backend, tg.Ranks(torch.device("cuda")), "inductor")
     except tg.ConfigError as error:
         pytest.skip(str(error))
     lengths = [1, 2048, 0, 77, 128, 129, 1, 640]
@@ -295,7 +293,7 @@ def test_backends_of_a_gpu_equal_the_oracle(tg, backend):
         shapes = [(rows, tokens if part else 300, heads, 64) for heads in (8, 4, 4)]
         qkv = [torch.randn(shape, generator=generator).bfloat16().cuda() for shape in shapes]
         expected = results(oracle, *(x.cpu() for x in qkv), spans)
-        for ours, exact in zip(results(compiled, *qkv, part, backend), expected, strict=True):
+        for ours, exact in zip(results(compiled, *qkv, part, tg.Backends(backend)), expected, strict=True):
             assert torch.dist(ours.cpu(), exact) < 0.01 * exact.norm()
 
 
@@ -315,7 +313,7 @@ def test_backend_that_is_installed_and_not_used_is_noted(tg, flash, monkeypatch)
     """The automatic choice passes over what does not work; a slower run should not be a riddle."""
 
     def notices(chosen: str) -> list[str]:
-        return tg.unused_attention(tg.Config(attention_backend=chosen), tg.CPU)
+        return tg.unused_attention(tg.Config(), tg.Backends(chosen), tg.CPU)
 
     assert notices("plain") == []  # both work
     interface = sys.modules["flash_attn.cute.interface"]
@@ -333,27 +331,69 @@ def test_backend_that_is_installed_and_not_used_is_noted(tg, flash, monkeypatch)
 
 @pytest.mark.parametrize("compiler", ["", "aot_eager"])
 def test_backend_that_works_is_taken(tg, flash, compiler):
-    ranks = tg.Ranks(torch.device("cpu"))
-    ranks.compiler = compiler
     for backend in ("fa3", "fa4", "plain"):
-        assert choose(tg, backend, ranks) == backend
+        assert choose(tg, backend, compiler=compiler) == backend
 
 
 @pytest.mark.parametrize("works", ["fa3", "fa4", "torch_varlen", "flex", "plain"])
 def test_auto_takes_the_best_that_works(tg, monkeypatch, works):
     order, tried = list(tg.ATTENTION), []
 
-    def attempt(backend, cfg, ranks):
+    def attempt(backend, cfg, ranks, compiler):
         tried.append(backend)
         if order.index(backend) < order.index(works):
             raise ImportError("not here")
 
     monkeypatch.setattr(tg, "try_attention", attempt)
-    ranks = SimpleNamespace(device=torch.device("cuda"))
-    assert choose(tg, "auto", ranks) == works
+    assert choose(tg, "auto", SimpleNamespace(on_gpu=True)) == works
     assert tried == order[: order.index(works) + 1]
 
 
 def test_auto_is_plain_and_eager_on_a_cpu(tg):
-    chosen = tg.choose_backends(tg.Config(), tg.CPU)
-    assert (chosen.attention_backend, chosen.triton_kernels) == ("plain", "")
+    for choose_all in (tg.choose_backends, tg.plain_backends):
+        assert choose_all(tg.Config(), tg.CPU) == tg.Backends("plain", "", "", 8)
+
+
+GPU = SimpleNamespace(on_gpu=True, device=torch.device("cuda", 0), world_size=16)
+ALL_KERNELS = "loss,mlp,qkv_norm_rope,xsa_gate"
+
+
+@pytest.mark.parametrize(
+    ("settings", "capability", "packages", "expected"),
+    [
+        ({}, 9, {"flash_attn_interface", "triton"}, ("fa3", ALL_KERNELS, "inductor", 16)),
+        ({}, 8, {"flash_attn_interface", "triton"}, ("flex", ALL_KERNELS, "inductor", 16)),
+        ({}, 9, {"triton"}, ("flex", ALL_KERNELS, "inductor", 16)),
+        ({"attention_backend": "fa4"}, 9, set(), ("fa4", "", "inductor", 16)),
+        (
+            {"triton_kernels": "mlp,loss", "compile_backend": "off", "grad_accum_steps": 32},
+            9,
+            {"triton"},
+            ("flex", "mlp,loss", "", 32),
+        ),
+        (
+            {"triton_kernels": "0", "compile_backend": "aot_eager"},
+            9,
+            {"triton"},
+            ("flex", "", "aot_eager", 16),
+        ),
+    ],
+)
+def test_the_script_alone_chooses_by_what_is_there(tg, monkeypatch, settings, capability, packages, expected):
+    """Without harness/ nothing is tried: device, packages and settings decide."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in packages else None)
+    assert tg.plain_backends(tg.Config(**settings), GPU) == tg.Backends(*expected)
+
+
+def test_wishes_are_met_on_a_cpu_too(tg):
+    cfg = tg.Config(attention_backend="flex", compile_backend="aot_eager", triton_kernels="1")
+    assert tg.plain_backends(cfg, tg.CPU) == tg.Backends("flex", "", "aot_eager", 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"), [("", []), ("0", []), ("1", ALL_KERNELS.split(",")), ("mlp", ["mlp"])]
+)
+def test_names_of_kernels(tg, text, names):
+    assert tg.kernel_names(text) == names
+    assert tg.Config().triton_kernels == ALL_KERNELS

@@ -255,6 +255,33 @@ def test_mistakes_are_one_line_and_exit_code_2(honest, capsys, arguments, messag
     assert shown.out == "" and shown.err.count("\n") == 1 and message in shown.err
 
 
+def test_a_run_of_before_the_house_was_rebuilt_is_a_mistake(copy, capsys):
+    copy.result(lambda result: result["environment"].pop("house_sha256"))
+    assert audit.main([str(copy.run), "--data", str(copy.data)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1
+    assert "made by a script of before the house was rebuilt" in shown.err
+
+
+def test_a_log_that_lacks_a_file_of_the_house_is_a_mistake(copy, capsys):
+    log = copy.run / "logs" / "tiny.txt"
+    log.write_text(log.read_text().replace("==== systems/ans.py ", "==== systems/other.py "))
+    assert audit.main([str(copy.run), "--data", str(copy.data)]) == 2
+    assert "its log holds no systems/ans.py with the checksum" in capsys.readouterr().err
+
+
+def test_what_is_not_the_repositorys_is_named(copy, capsys):
+    """Whatever file of the house it is; the verdict is that of the run's own one."""
+    arguments = [str(copy.run), "--data", str(copy.data), "--only", "S1"]
+    assert audit.main(arguments) == 0
+    assert re.search(r"^script \w{12}, the repository's;", capsys.readouterr().out, re.M)
+    copy.script("def packed_script(", "def packed_script(*_):\n    return b'', True\n\n\ndef other(")
+    assert audit.main(arguments) == 1
+    said = capsys.readouterr().out
+    assert "is not the packing of the script in the log" in said
+    assert re.search(r"^script \w{12}, NOT the repository's \(harness/packing.py\);", said, re.M)
+
+
 def test_ledgers_of_two_ranks_are_one(honest):
     artifact = honest / "run" / ARTIFACT
     settings = SETTINGS | {"TTT_EVAL_ONLY": 1, "QUANTIZED_MODEL_PATH": artifact, "RUN_ID": "two"}
@@ -624,7 +651,7 @@ def test_d5_validation_tokens_in_warm_up_of_adaptation(copy):
 def test_d5_warm_up_of_adaptation_that_trains(copy):
     """The same updates undone afterwards are no fault."""
     learnt = ".sum().backward(); [p.data.sub_(p.grad) for p in model.parameters() if p.grad is not None]\n"
-    copy.script("ranks).sum().backward()\n    finally:", f"ranks){learnt}    finally:")
+    copy.script(".losses(row).sum().backward()\n    finally:", f".losses(row){learnt}    finally:")
     assert copy.verdict("D5").status == "PASS"
     copy.script("        model.load_state_dict(before)\n    return", "    return")
     copy.fails("D5", "test-time training: weights or other state differ after the warm-up")
@@ -664,6 +691,9 @@ def test_d7_undeclared_warm_start(copy):
     copy.fails("D7", "A is carried over, which TTT_WARM_START_A=0 denies")
 
 
+ACROSS = "[q.size(2)] if segments is None else", "[q.size(2)] if True else"
+
+
 def test_d8_smear_gate_without_its_mask(copy):
     copy.script("if self.cfg.smear_bos_mask:", "if False:")
     copy.fails("D8", "losses of other documents in the row change")
@@ -675,12 +705,12 @@ def test_d8_smear_gate_that_is_meant_to_have_no_mask(copy):
     copy.script("if self.cfg.smear_bos_mask:", "if False:")
     status, evidence = copy.verdict("D8")
     assert status == "NOT CHECKED" and "SMEAR_BOS_MASK=0" in evidence and "bit-identical" in evidence
-    copy.script("    if segments is not None:\n        lengths", "    if False:\n        lengths")
+    copy.script(*ACROSS)
     copy.fails("D8", "losses of other documents in the row change")
 
 
 def test_d8_attention_across_documents(copy):
-    copy.script("    if segments is not None:\n        lengths", "    if False:\n        lengths")
+    copy.script(*ACROSS)
     copy.fails("D8", "losses of other documents in the row change")
 
 
@@ -694,7 +724,7 @@ def test_d8_plain_windows_read_what_came_before(honest, tmp_path):
     copy = Copy(honest, tmp_path, "plain")
     status, evidence = copy.verdict("D8")
     assert status == "PASS" and re.search(r"[1-9]\d* later losses within a window change", evidence), evidence
-    copy.script("    if segments is not None:\n        lengths", "    if False:\n        lengths")
+    copy.script(*ACROSS)
     copy.fails("D8", "more than a window after the document")
 
 
@@ -779,7 +809,7 @@ def test_stream_d2_only_the_score_is_flattered(sliding):
 
 
 SCORE = "            for _ in self.slide(first, end, part):\n"
-LEARN = "            self._train(chunk, val.tokens[first : end + 1], optimizer, cfg.ttt_lr)\n"
+LEARN = "            training.train(tokens, optimizer, cfg.ttt_lr, cfg.ttt_epochs)\n"
 
 
 def test_stream_d3_training_on_a_chunk_before_scoring_it(sgd):
@@ -838,7 +868,7 @@ def test_stream_d4_windows_before_the_score_counted_too(sgd):
 
 def test_stream_d4_chunk_scored_again_by_what_it_taught(sgd):
     """The score of a chunk by the weights trained on it, instead of the one before."""
-    old = "            yield\n        self.meter.sum_over(self.ranks)\n\n    def _train"
+    old = "            yield\n        self.meter.sum_over(self.ranks)\n\n\ndef evaluate_windows"
     again = "            for _ in self.slide(first, end, BpbMeter()):\n                pass\n"
     sgd.script(old, again + old)
     sgd.fails("D4", r"\d+ targets scored more than once, 0 never")

@@ -28,18 +28,17 @@ def shard(tmp_path):
 
 @pytest.fixture
 def make_trainer(tg, shard):
-    """Function: compiler, settings -> a trainer on the shard."""
+    """Function: compiler, attention, settings -> a trainer on the shard."""
 
-    def make(compiler: str, **settings: object):
+    def make(compiler: str, attention: str = "plain", **settings: object):
         torch._dynamo.reset()
         sizes = SIZES | {"train_batch_tokens": 512, "val_batch_tokens": 2048, "train_seq_len": 32}
         cfg = tg.Config(**sizes | settings)
-        ranks = tg.Ranks(torch.device("cpu"))
-        ranks.compiler = compiler
+        backends = tg.Backends(attention, "", compiler, cfg.grad_accum_steps)
         torch.manual_seed(cfg.seed)
-        tokens = cfg.train_batch_tokens // cfg.micro_batches(1)
-        loader = tg.PackedLoader([shard], 1, 0, tokens, cfg.train_seq_len)
-        return tg.Trainer(cfg, ranks.place(tg.GPT(cfg)), loader, ranks)
+        model = backends.move_and_compile(tg.GPT(cfg, backends), tg.CPU.device)
+        _, tokens = tg.micro_batches(cfg, backends, 1)
+        return tg.Trainer(cfg, model, tg.PackedLoader([shard], 1, 0, tokens, cfg.train_seq_len))
 
     return make
 
@@ -60,7 +59,7 @@ def test_compiled_training_is_the_same_and_never_recompiles(tg, make_trainer, sh
     fracs = [0.0] * 3 + [0.5] * 3
     sizes = {"num_layers": 2, "loop_start": 0, "loop_end": 0, "parallel_start_layer": 1}
     expected = losses_of(make_trainer("", **sizes), fracs)
-    trainer = make_trainer("aot_eager", attention_backend="fa3", **sizes)
+    trainer = make_trainer("aot_eager", "fa3", **sizes)
     before = fingerprint(trainer)
     trainer.warm_up(1)
     assert fingerprint(trainer) == before
@@ -88,7 +87,8 @@ def test_recompilation_is_counted(tg, make_trainer):
     counts = [tg.compiled_graphs()]
     for tokens in (32, 32, 40):
         with torch.no_grad():
-            trainer.model(*trainer.ranks.send(*random_row(tg, trainer.cfg, tokens)), looping=False)
+            row = random_row(tg, trainer.cfg, tokens)
+            trainer.model(*trainer.ranks.send(*row, "aot_eager"), looping=False)
         counts.append(tg.compiled_graphs())
     assert [count - counts[0] for count in counts] == [0, 1, 1, 2]
 
@@ -112,15 +112,15 @@ def test_inductor_trains_the_model_whole_on_a_gpu(tg, fused):
     """The compiler of a real run, with and without fused kernels: one graph, gradients as in eager mode."""
     cfg = tg.Config(**SIZES | {"model_dim": 128, "train_seq_len": 64, "triton_kernels": fused})
     ranks = tg.Ranks(torch.device("cuda"))
-    ranks.compiler = "inductor"
-    cfg = tg.choose_backends(cfg, ranks)
+    backends = tg.choose_backends(cfg, ranks)
+    assert backends.compiler == "inductor"
     torch.manual_seed(0)
-    model = ranks.place(tg.GPT(cfg))
+    model = backends.move_and_compile(tg.GPT(cfg, backends), ranks.device)
     results = []
     for call in (model, model.losses):
         model.zero_grad()
         with ranks.autocast():
-            loss = call(*ranks.send(*random_row(tg, cfg, 1024)), looping=True).mean()
+            loss = call(*ranks.send(*random_row(tg, cfg, 1024), "inductor"), looping=True).mean()
         loss.backward()
         results.append(
             torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
@@ -139,7 +139,7 @@ def test_hessians_of_a_gpu_are_those_of_a_cpu(tg):
         loader = types.SimpleNamespace(next=lambda count: (rows[:count, :-1], rows[:count, 1:]))
         ranks = tg.Ranks(torch.device(device))
         torch.manual_seed(0)
-        model = ranks.place(tg.GPT(cfg))
+        model = tg.Backends().move_and_compile(tg.GPT(cfg), ranks.device)
         results.append(tg.calibrate(model, cfg, loader, looping=True, ranks=ranks))
     assert torch.get_float32_matmul_precision() == "highest"
     for name, expected in results[0].items():
@@ -158,25 +158,30 @@ SMALL_TTT = TINY | {"num_layers": 1, "num_loops": 0, "loop_end": 0, "xsa_last_n"
 SMALL_TTT |= {"ttt_q_lora": False, "ttt_v_lora": False, "ttt_o_lora": False}
 
 
+def compiled_model(tg, cfg, kernels: str = ""):
+    """The random model as `Backends` make it, compiled."""
+    backends, plain = tg.Backends(kernels=kernels, compiler="aot_eager"), random_model(tg, cfg)
+    model = tg.GPT(cfg, backends)
+    model.load_state_dict(plain.state_dict())
+    return backends.move_and_compile(model, tg.CPU.device)
+
+
 @pytest.mark.parametrize("fused", [False, True])
-def test_compiled_adaptation_is_the_same_and_never_recompiles(tg, monkeypatch, fused):
+def test_compiled_adaptation_is_the_same_and_never_recompiles(tg, fused):
     """Three graphs for any number of rows and tokens; warming them up leaves the weights as they were."""
     if fused:
         pytest.importorskip("triton")
     cfg = tg.Config(**SMALL_TTT)
     val = validation(tg, documents_stream())
-    ranks = tg.Ranks(torch.device("cpu"))
     expected = tg.score_first_ttt(random_model(tg, cfg), val, cfg, looping=False)
-    monkeypatch.setattr(tg, "fuses", lambda cfg, x, kernel: fused)
-    ranks.compiler = "aot_eager"
-    model = ranks.place(random_model(tg, cfg))
+    model = compiled_model(tg, cfg, ",".join(tg.KERNELS) if fused else "")
     before = copy.deepcopy(model.state_dict())
-    assert tg.warm_up_ttt(model, cfg, [cfg.ttt_chunk_size], False, ranks) == 3
+    assert tg.warm_up_ttt(model, cfg, [cfg.ttt_chunk_size], False, tg.CPU) == 3
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     graphs = tg.compiled_graphs()
     with torch.compiler.set_stance("fail_on_recompile"):
-        actual = tg.score_first_ttt(model, val, cfg, looping=False, ranks=ranks)
+        actual = tg.score_first_ttt(model, val, cfg, looping=False)
     assert tg.compiled_graphs() == graphs
     assert (actual.tokens, actual.bytes) == (expected.tokens, expected.bytes)
     assert actual.loss_sum == pytest.approx(expected.loss_sum, rel=1e-5)
@@ -201,14 +206,42 @@ def test_adaptation_computes_no_gradients_of_base_weights(tg, monkeypatch):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_shapes_that_no_graph_fits_are_counted(tg, monkeypatch):
+@pytest.fixture
+def make_run(tg, tmp_path, monkeypatch):
+    """Function: settings -> a run with a tiny compiled model and no data; its log's graphs and notices."""
+
+    def make(watch=None, **settings: object):
+        monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)
+        cfg = tg.Config(**SMALL_TTT | settings)
+        run, said = object.__new__(tg.Run), []
+        run.cfg, run.ranks, run.looping, run.stages, run.result = cfg, tg.CPU, False, {}, {}
+        run.val, run.clock = validation(tg, documents_stream()), tg.Stopwatch(tg.CPU)
+        run.watch, run.model = watch or tg.Watch(), compiled_model(tg, cfg)
+        run.log = types.SimpleNamespace(
+            event=lambda stage, **values: said.append(values) if stage in ("graphs", "notice") else None
+        )
+        return run, said
+
+    return make
+
+
+def test_shapes_that_no_graph_fits_are_counted(tg, monkeypatch, make_run):
     """Chunks of two sizes, of which the warm-up sees one: the other's shapes are all that run eagerly."""
-    cfg = tg.Config(**SMALL_TTT | {"ttt_chunk_by_length": "12:4"})
-    run, events, seen = object.__new__(tg.GuardedRun), [], {4: set(), 8: set()}
-    warm_up_ttt, compiled_losses = tg.warm_up_ttt, tg.compiled_losses
+    seen = {4: set(), 8: set()}
+    warm_up_ttt, compiled_losses, stance = tg.warm_up_ttt, tg.compiled_losses, torch.compiler.set_stance
+    guard = object.__new__(tg.Guard)
+    watch = types.SimpleNamespace(
+        saved=lambda stage: None,
+        unit=lambda *_: None,
+        see=lambda kind, **facts: {"adapting": guard._adapting, "adapted": guard._adapted}.get(
+            kind, lambda run: None
+        )(facts.get("run")),
+    )
+    run, said = make_run(watch, ttt_chunk_by_length="12:4")
+    monkeypatch.setattr(torch.compiler, "set_stance", stance)
 
     def noted(model, x, y, scored, lora, looping):
-        seen[scored.size(1)].add((lora.lm_head_lora.A.size(0), x.size(1)))
+        seen[scored.size(1)].add((len(lora.lm_head_lora.factors[0]), x.size(1)))
         return compiled_losses(model, x, y, scored, lora, looping)
 
     def warm_up(model, cfg, sizes, *rest):
@@ -218,39 +251,25 @@ def test_shapes_that_no_graph_fits_are_counted(tg, monkeypatch):
         return graphs
 
     monkeypatch.setattr(tg, "warm_up_ttt", warm_up)
-    run.cfg, run.val, run.looping, run.ledger = cfg, validation(tg, documents_stream()), False, None
-    run.ranks, run.stages = tg.Ranks(torch.device("cpu")), {}
-    run.ranks.compiler, run.watch = "aot_eager", tg.Stopwatch(run.ranks)
-    run.model = run.ranks.place(random_model(tg, cfg))
-    silent = types.SimpleNamespace(update=lambda *_, **__: None)
-    run.log = types.SimpleNamespace(
-        event=lambda stage, **values: events.append(values) if stage == "graphs" else None,
-        progress=lambda *_: silent,
-    )
     with torch.compiler.set_stance("default"):
         run.adapt()
-    assert [values.get("ttt_warm_up", values.get("eager_shapes")) for values in events] == [3, len(seen[4])]
+    assert [values.get("ttt_warm_up", values.get("eager_shapes")) for values in said] == [3, len(seen[4])]
     assert len(seen[4]) > 1 and len(seen[8]) > 1
-    expected = tg.score_first_ttt(random_model(tg, cfg), run.val, cfg, looping=False)
+    expected = tg.score_first_ttt(random_model(tg, run.cfg), run.val, run.cfg, looping=False)
     assert run.stages["ttt"]["val_loss"] == pytest.approx(expected.val_loss, rel=1e-5)
 
 
-def test_adaptation_that_cannot_be_compiled_runs_without(tg, monkeypatch):
+def test_adaptation_that_cannot_be_compiled_runs_without(tg, monkeypatch, make_run):
     """The reason is in the log, nothing else changes."""
 
     def refuse(*_: object) -> int:
         raise RuntimeError("no compiler\nhere")
 
     monkeypatch.setattr(tg, "warm_up_ttt", refuse)
-    ranks, events = tg.Ranks(torch.device("cpu")), []
-    ranks.compiler = "inductor"
-    model = types.SimpleNamespace(cfg=tg.Config(**SMALL_TTT))
-    log = types.SimpleNamespace(event=lambda stage, **values: events.append((stage, values)))
-    run = types.SimpleNamespace(model=model, ranks=ranks, log=log, looping=False, watch=tg.Stopwatch(ranks))
-    tg.compile_adaptation(run, [(0, 9)])
-    assert ranks.compiler == ""
-    text = "test-time training is not compiled (RuntimeError: no compiler here)"
-    assert events == [("notice", {"text": text})]
+    run, said = make_run()
+    run.compile_adaptation([(0, 9)])
+    assert run.model.backends.compiler == ""
+    assert said == [{"text": "test-time training is not compiled (RuntimeError: no compiler here)"}]
 
 
 def test_prefetched_batches_and_positions_are_those_of_the_loader(tg, shard):
@@ -296,13 +315,15 @@ def test_micro_batches_shrink_until_they_fit(tg, monkeypatch, limit, steps):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     cfg = dataclasses.replace(tg.Config(**SIZES), train_batch_tokens=2048, grad_accum_steps=8)
     model = Small(limit)
-    fitted = tg.fit_memory(cfg, model, tg.CPU)
-    assert fitted == dataclasses.replace(cfg, grad_accum_steps=steps)
+    model.backends = tg.Backends("flex", "mlp")
+    assert tg.fit_memory(cfg, model, tg.CPU) == tg.Backends("flex", "mlp", micro_batches=steps)
     assert model.seen[-2:] == [(2048 // steps, True), (2048 // steps, False)]
     assert model.weight.grad is None
 
 
 def test_memory_for_no_micro_batch_is_an_error(tg, monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    cfg, model = tg.Config(**SIZES), Small(1)
+    model.backends = tg.plain_backends(cfg, tg.CPU)
     with pytest.raises(tg.ConfigError, match="TRAIN_BATCH_TOKENS=128: must be 16 equal micro-batches"):
-        tg.fit_memory(tg.Config(**SIZES), Small(1), tg.CPU)
+        tg.fit_memory(cfg, model, tg.CPU)

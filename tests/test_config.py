@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+from harness.settings import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -222,7 +225,7 @@ def other_value(name: str, field: dataclasses.Field) -> str:
 def refusal(tg, environ: dict[str, str]) -> str:
     """The message with which an environment is refused."""
     with pytest.raises(tg.ConfigError) as caught:
-        tg.Config.from_env(environ)
+        tg.read_settings(environ)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -244,39 +247,55 @@ def test_every_setting_is_in_the_table_or_ours(fields):
 
 
 def test_empty_environment_is_the_record(tg):
-    assert tg.Config.from_env({}) == tg.Config()
-    assert tg.Config.from_env({"PRESET": "pr1851"}) == tg.Config()
+    assert tg.read_settings({}) == tg.Config()
+    assert tg.read_settings({"PRESET": "pr1851"}) == tg.Config()
 
 
 def test_micro_batches_of_the_record(tg):
     """Eight micro-batches a step, shared by up to eight ranks; of more ranks each has one."""
-    shared = {world: tg.Config().micro_batches(world) for world in (1, 2, 4, 8, 16)}
+    cfg, shared = tg.Config(), {}
+    for world in (1, 2, 4, 8, 16):
+        tg.check_micro_batches(cfg, world)
+        backends = tg.plain_backends(cfg, tg.Ranks(torch.device("cpu"), world_size=world))
+        shared[world], tokens = tg.micro_batches(cfg, backends, world)
+        assert shared[world] * world * tokens == cfg.train_batch_tokens
     assert shared == {1: 8, 2: 4, 4: 2, 8: 1, 16: 1}
 
 
 def test_every_preset_builds(tg):
-    for preset, values in tg.PRESETS.items():
-        cfg = tg.Config.from_env({"PRESET": preset})
+    for preset, values in PRESETS.items():
+        cfg = tg.read_settings({"PRESET": preset})
         assert cfg.preset == preset
         assert {name: getattr(cfg, name) for name in values} == values
-        assert cfg.micro_batches(1) >= 1
+        assert tg.micro_batches(cfg, tg.plain_backends(cfg, tg.CPU), 1)[0] == cfg.grad_accum_steps
 
 
 def test_demo_preset_has_every_component(tg):
-    cfg = tg.Config.from_env({"PRESET": "demo"})
+    cfg = tg.read_settings({"PRESET": "demo"})
     assert cfg.num_loops and cfg.parallel_start_layer and cfg.lqer_enabled and cfg.ttt_enabled
     assert cfg.skip_gates_enabled and cfg.smear_gate_enabled and cfg.sparse_attn_gate_enabled
     assert cfg.phased_ttt_num_phases > 1 and cfg.xsa_last_n and cfg.caseops_enabled
 
 
+def test_script_alone_knows_the_record_and_the_demo(tg):
+    """`Config.from_env` is what a script without harness/ has: no other systems, no search for typos."""
+    names = ("pr1851", "demo")
+    for preset in names:
+        given = {"PRESET": preset, "SEED": "7"}
+        assert tg.Config.from_env(given) == tg.read_settings(given)
+    with pytest.raises(tg.ConfigError, match="PRESET='pr1855': must be one of pr1851, demo"):
+        tg.Config.from_env({"PRESET": "pr1855"})
+    assert tg.Config.from_env({"TTT_LORA_RNAK": "1"}) == tg.Config()
+
+
 def test_explicit_variables_win_over_the_preset(tg, fields):
-    for preset, values in tg.PRESETS.items():
+    for preset, values in PRESETS.items():
         for changed in values:
             name = changed.upper()
             given = {name: as_text(fields[name].default)}
             assert given.keys().isdisjoint({"PRESET"})
             try:
-                cfg = tg.Config.from_env({"PRESET": preset, **given})
+                cfg = tg.read_settings({"PRESET": preset, **given})
             except tg.ConfigError as error:  # one default alone need not fit the preset's other values
                 assert not re.search(r"must be (a number|a whole|0 or 1|one of)", str(error))
             else:
@@ -284,15 +303,15 @@ def test_explicit_variables_win_over_the_preset(tg, fields):
 
 
 def test_one_explicit_variable_keeps_the_rest_of_the_preset(tg):
-    cfg = tg.Config.from_env({"PRESET": "pr1855", "TTT_LORA_RANK": "16"})
-    assert cfg == dataclasses.replace(tg.Config.from_env({"PRESET": "pr1855"}), ttt_lora_rank=16)
+    cfg = tg.read_settings({"PRESET": "pr1855", "TTT_LORA_RANK": "16"})
+    assert cfg == dataclasses.replace(tg.read_settings({"PRESET": "pr1855"}), ttt_lora_rank=16)
 
 
 @pytest.mark.parametrize("preset", ["", "PR1851", "pr1850", "record"])
 def test_unknown_preset(tg, preset):
     message = refusal(tg, {"PRESET": preset})
     assert f"PRESET={preset!r}" in message
-    assert all(known in message for known in tg.PRESETS)
+    assert all(known in message for known in PRESETS)
 
 
 # -- parsing
@@ -300,16 +319,16 @@ def test_unknown_preset(tg, preset):
 
 def test_every_default_parses_to_itself(tg, fields):
     environ = {name: as_text(field.default) for name, field in fields.items()}
-    assert tg.Config.from_env(environ) == tg.Config()
+    assert tg.read_settings(environ) == tg.Config()
     for name, field in fields.items():
-        value = getattr(tg.Config.from_env({name: as_text(field.default)}), field.name)
+        value = getattr(tg.read_settings({name: as_text(field.default)}), field.name)
         assert value == field.default and type(value) is type(field.default), name
 
 
 def test_every_variable_changes_its_setting(tg, fields):
     for name, field in fields.items():
         text = other_value(name, field)
-        cfg = tg.Config.from_env(COMPANIONS.get(name, {}) | {name: text})
+        cfg = tg.read_settings(COMPANIONS.get(name, {}) | {name: text})
         value = getattr(cfg, field.name)
         assert type(value) is kind(field), name
         assert as_text(value) == text and value != field.default, name
@@ -321,7 +340,7 @@ def test_booleans_have_four_spellings(tg, fields):
             continue
         for text, value in {"0": False, "1": True, "false": False, "True": True}.items():
             environ = (COMPANIONS.get(name, {}) if value else {}) | {name: text}
-            assert getattr(tg.Config.from_env(environ), field.name) is value
+            assert getattr(tg.read_settings(environ), field.name) is value
 
 
 @pytest.mark.parametrize(
@@ -387,7 +406,7 @@ def test_ends_of_the_range_are_allowed(tg, fields):
         for value in {low, high}:
             if math.isfinite(value) and not (excluded and value == low):
                 try:
-                    cfg = tg.Config.from_env({name: as_text(kind(field)(value))})
+                    cfg = tg.read_settings({name: as_text(kind(field)(value))})
                 except tg.ConfigError as error:
                     assert not re.match(rf"{name}=\S+: must be a(t least)? (whole )?number", str(error))
                 else:
@@ -406,7 +425,7 @@ def test_any_text_is_either_a_value_or_refused_by_name(tg, fields, data):
     name = data.draw(st.sampled_from(sorted(fields)))
     text = data.draw(st.text(max_size=8) | st.integers().map(str) | st.floats().map(str))
     try:
-        cfg = tg.Config.from_env({name: text})
+        cfg = tg.read_settings({name: text})
     except tg.ConfigError as error:
         assert name in str(error) or "PRESET" in str(error) or "must be" in str(error)
     else:
@@ -487,7 +506,7 @@ def test_every_single_typo_is_refused(tg, fields):
 )
 def test_typos(tg, typo, name):
     if name is None:
-        assert tg.Config.from_env({typo: "1"}) == tg.Config()
+        assert tg.read_settings({typo: "1"}) == tg.Config()
     else:
         assert f"did you mean {name}?" in refusal(tg, {typo: "1"})
 
@@ -536,13 +555,13 @@ UNRELATED = re.findall(
 @pytest.mark.parametrize("name", UNRELATED)
 def test_unrelated_variables_are_ignored(tg, name):
     """The last row is what GNU parallel sets for every job: sweeps are run with it."""
-    assert tg.Config.from_env({name: "anything"}) == tg.Config()
+    assert tg.read_settings({name: "anything"}) == tg.Config()
 
 
 def test_this_environment_is_accepted(tg, fields):
     """Whatever this machine has set, as far as it is none of our names."""
     environ = {name: value for name, value in os.environ.items() if name not in fields}
-    assert tg.Config.from_env(environ) == tg.Config()
+    assert tg.read_settings(environ) == tg.Config()
 
 
 # -- combinations
@@ -563,7 +582,7 @@ def test_this_environment_is_accepted(tg, fields):
 def test_exclusive_settings(tg, names):
     gates = {"SPARSE_ATTN_GATE_ENABLED": "0"} if names[0].endswith("_ENABLED") else {}
     for alone in names:
-        tg.Config.from_env(gates | {alone: "1"})
+        tg.read_settings(gates | {alone: "1"})
     message = refusal(tg, gates | dict.fromkeys(names, "1"))
     assert all(f"{name}=1" in message for name in names) and "exclude each other" in message
 
@@ -574,7 +593,7 @@ def test_exclusive_settings(tg, names):
         ({"MODEL_DIM": "510"}, ["MODEL_DIM=510", "NUM_HEADS=8"]),
         ({"NUM_KV_HEADS": "3"}, ["NUM_HEADS=8", "NUM_KV_HEADS=3"]),
         ({"NUM_KV_HEADS": "16"}, ["NUM_HEADS=8", "NUM_KV_HEADS=16"]),
-        ({"MODEL_DIM": "24", "GATE_WINDOW": "8"}, ["MODEL_DIM / NUM_HEADS = 3", "even"]),
+        ({"MODEL_DIM": "24", "GATE_WINDOW": "8"}, ["MODEL_DIM=24 NUM_HEADS=8", "has 3", "even"]),
         ({"ROPE_DIMS": "15"}, ["ROPE_DIMS=15", "even", "64"]),
         ({"ROPE_DIMS": "66"}, ["ROPE_DIMS=66", "at most 64"]),
         ({"ROPE_DIMS": "2", "ROPE_YARN": "1"}, ["ROPE_DIMS=2", "ROPE_YARN=1"]),
@@ -583,7 +602,7 @@ def test_exclusive_settings(tg, names):
         ({"TTT_CHUNK_SIZE": "4096"}, ["TTT_CHUNK_SIZE=4096", "TTT_EVAL_SEQ_LEN=2048"]),
         (
             {"TRITON_KERNELS": "mlp,head"},
-            ["TRITON_KERNELS='mlp,head'", "0, 1, or some of loss,mlp,heads,exc"],
+            ["TRITON_KERNELS='mlp,head'", "0, 1, or some of loss,mlp,qkv_norm_rope,xsa_gate"],
         ),
         ({"LOOP_END": "11"}, ["LOOP_END=11", "NUM_LAYERS=11"]),
         ({"LOOP_START": "6"}, ["LOOP_START=6", "LOOP_END=5"]),
@@ -617,7 +636,7 @@ def test_sizes_that_do_not_fit(tg, environ, words):
 )
 def test_batch_that_does_not_divide(tg, settings, world, words):
     with pytest.raises(tg.ConfigError) as caught:
-        tg.Config(**settings).micro_batches(world)
+        tg.check_micro_batches(tg.Config(**settings), world)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
@@ -637,15 +656,15 @@ def test_sgd_chunk_shorter_than_a_window_is_refused(tg):
     """It would hold no window either; without TTT_SGD=1 it is not used."""
     message = refusal(tg, {"TTT_CHUNK_TOKENS": "2000", "TTT_SGD": "1"})
     assert "TTT_CHUNK_TOKENS=2000" in message and "EVAL_SEQ_LEN=2048" in message
-    tg.Config.from_env({"TTT_CHUNK_TOKENS": "2000"})
+    tg.read_settings({"TTT_CHUNK_TOKENS": "2000"})
 
 
 @pytest.mark.parametrize("evaluator", [{"TTT_ENABLED": "0"}, {"TTT_SGD": "1"}])
 def test_sample_of_documents_that_nothing_would_take_is_refused(tg, evaluator):
     """All would be scored, and the result would say that it was a sample."""
     assert "VAL_DOC_FRACTION=0.5: must be 1" in refusal(tg, {"VAL_DOC_FRACTION": "0.5"} | evaluator)
-    tg.Config.from_env({"VAL_DOC_FRACTION": "0.5"})
-    tg.Config.from_env(evaluator)
+    tg.read_settings({"VAL_DOC_FRACTION": "0.5"})
+    tg.read_settings(evaluator)
 
 
 def test_config_is_frozen(tg, fields):
@@ -664,7 +683,7 @@ def test_show_json(tg, fields, capsys):
     assert shown.keys() == {"preset", "settings"}
     assert shown["preset"] == "pr1855"
     assert list(shown["settings"]) == list(fields)
-    cfg = tg.Config.from_env({"PRESET": "pr1855", "SEED": "7", "TTT_K_LORA": "0"})
+    cfg = tg.read_settings({"PRESET": "pr1855", "SEED": "7", "TTT_K_LORA": "0"})
     assert {name.lower(): value for name, value in shown["settings"].items()} == dataclasses.asdict(cfg)
 
 
@@ -683,7 +702,7 @@ def test_shown_settings_are_an_environment(tg, capsys):
     tg.main(["--show"], environ)
     lines = capsys.readouterr().out.splitlines()
     again = dict(line.partition("    #")[0].split("=", 1) for line in lines)
-    assert tg.Config.from_env(again) == tg.Config.from_env(environ)
+    assert tg.read_settings(again) == tg.read_settings(environ)
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -698,8 +717,8 @@ def test_help_lists_every_setting_with_help(tg, fields, capsys, flag):
             assert text and re.search(r"\w\w", text[1]), f"{match[1]} has no help: {below!r}"
             listed[match[1]] = match[2]
     assert listed == {name: as_text(field.default) for name, field in fields.items()}
-    assert all(preset in output for preset in tg.PRESETS)
-    assert tg.__doc__.strip().splitlines()[0] in output
+    assert all(preset in output for preset in PRESETS)
+    assert tg.core.__doc__.strip().splitlines()[0] in output
 
 
 @pytest.mark.parametrize(
@@ -730,8 +749,10 @@ def test_config_error_is_one_line_and_code_2(tg, capsys):
 # -- the source
 
 
-def source_tree() -> ast.Module:
-    return ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
+def house_trees() -> dict[str, ast.Module]:
+    """The syntax trees of the script and of what stands beside it, by file."""
+    files = [ROOT / "train_gpt.py", *(p for part in ("harness", "systems") for p in (ROOT / part).glob("*.py"))]
+    return {str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8")) for path in files}
 
 
 def test_every_setting_is_read(fields):
@@ -752,14 +773,28 @@ def test_every_setting_is_read(fields):
         for child in ast.iter_child_nodes(node):
             visit(child, inside)
 
-    visit(source_tree(), "")
+    for tree in house_trees().values():
+        visit(tree, "")
     assert {name.lower() for name in fields} - read == set()
 
 
+READS = ("os.environ", "os.getenv")
+
+
 def test_environment_is_read_in_main_only():
-    """Importing, and every function but the entry, must be independent of the environment."""
-    uses = [node for node in ast.walk(source_tree()) if ast.unparse(node) in ("os.environ", "os.getenv")]
-    assert len(uses) == 1
+    """Importing, and every function but the entry, must be independent of the environment.
+
+    What Triton reads for itself, whether its kernels are interpreted, the kernels must ask too.
+    """
+    uses = []
+    for name, tree in house_trees().items():
+        for node in ast.walk(tree):
+            calls = [child for child in ast.iter_child_nodes(node) if ast.unparse(child) in READS]
+            uses += [(name, ast.unparse(node)) for _ in calls]
+    allowed = [("train_gpt.py", "main(sys.argv[1:], os.environ)"), ("train_gpt.py", "os.environ.get")]
+    assert sorted(uses) == allowed, uses
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    assert source.count('os.environ.get("TRITON_INTERPRET")') == 1
 
 
 def test_import_has_no_side_effect(tmp_path):

@@ -56,7 +56,7 @@ def test_calibration(tg, golden, loop, micro_batches):
     meta, triangles, batches, weights = golden
     count, rows, length = batches.shape
     sizes = {"train_seq_len": length, "train_batch_tokens": rows * length, "gptq_calibration_batches": count}
-    config = model_config(tg, meta["config"], **sizes)
+    config = model_config(tg, meta["config"], **sizes, grad_accum_steps=micro_batches)
     model, windows = tg.GPT(config, tg.Backends(micro_batches=micro_batches)), Windows(batches)
     model.load_state_dict(weights)
     hessians = tg.calibrate(model, config, windows, looping=loop == "loop_on")

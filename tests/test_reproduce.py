@@ -358,6 +358,8 @@ def test_a_two_seed_claim_of_the_real_script(tmp_path):
     """
     smoke.make_data(tmp_path / "data")
     shutil.copy(smoke.SCRIPT, tmp_path)
+    for part in ("harness", "systems"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "without").mkdir()
     (tmp_path / "without" / "python_minifier.py").write_text("raise ImportError")  # counting code takes long
     environ = smoke.environment(DATA_PATH="data", ITERATIONS=3, VAL_LOSS_EVERY=0, TENSORBOARD_DIR="board")
@@ -380,6 +382,7 @@ def test_a_two_seed_claim_of_the_real_script(tmp_path):
         )
         log = runs.read_log(next((tmp_path / run["path"] / "logs").glob("*.txt")))
         assert (log.seed, log.data_sha256) == (run["seed"], run["data_sha256"])
+        assert log.script_sha256 == run["script_sha256"] != log.environment["source_sha256"]
         points = scalars(tmp_path / "board" / log.name)
         assert points["final/val_bpb"] == [(3, pytest.approx(run["val_bpb"], rel=1e-6))]
         assert [step for step, _ in points["train/train_loss"]] == [1, 2, 3]

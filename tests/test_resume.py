@@ -413,7 +413,7 @@ def test_full_disk_faults_before_the_first_stage(tg, run, monkeypatch):
         with tg.writing(file.name):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tg.RunLog, "_write", staticmethod(full))
+    monkeypatch.setattr(tg.LogFiles, "_write", staticmethod(full))
     line = "rank 0 of 1, stage start: headless/logs/tiny.txt: cannot be written (No space left on device)"
     assert run("headless") == (1, "", f"train_gpt.py: {line}\n")
 

@@ -133,13 +133,13 @@ def test_a_chunk_too_short_to_train_on_is_refused(tg):
         tg.Config(**{**SETTINGS, "ttt_chunk_tokens": 31, "ttt_sgd": True})
     assert tg.Config(**{**SETTINGS, "ttt_chunk_tokens": 31}).ttt_chunk_tokens == 31
     config, model, val = setup(tg, ttt_chunk_tokens=32, ttt_sgd=True)
-    steps, whole = [], tg.global_sgd_chunk
+    steps, whole = [], tg.BaseTraining.train
 
     def spy(*arguments, **options):
         steps.append(len(norms := whole(*arguments, **options)))
         return norms
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tg, "global_sgd_chunk", spy)
+        patch.setattr(tg.BaseTraining, "train", spy)
         tg.score_first_sgd(model, val, config, looping=True)
     assert set(steps) == {config.ttt_epochs}

@@ -61,9 +61,10 @@ def make_trainer(tg, shard):
     def make(**settings: object):
         cfg = tg.Config(**{**SIZES, **settings})
         torch.manual_seed(cfg.seed)
-        tokens = cfg.train_batch_tokens // cfg.micro_batches(1)
+        backends = tg.plain_backends(cfg, tg.CPU)
+        _, tokens = tg.micro_batches(cfg, backends, 1)
         loader = tg.PackedLoader([shard], 1, 0, tokens, cfg.train_seq_len)
-        return tg.Trainer(cfg, tg.GPT(cfg), loader)
+        return tg.Trainer(cfg, tg.GPT(cfg, backends), loader)
 
     return make
 
@@ -144,6 +145,15 @@ def fingerprint(trainer) -> dict[str, str]:
 
 def parameters(trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def train_all(trainer, log, clock, validate=lambda step: None) -> int:
+    """All units of a training on its clock, as `Run.stage` lets it work; the number of steps."""
+    trainer.log, trainer.clock, trainer.validate = log, clock, validate
+    with clock.stage("train"):
+        for _ in trainer.units():
+            pass
+    return trainer.steps
 
 
 def train_some(trainer, steps: int, frac: float = 0.0) -> list[float]:
@@ -359,7 +369,7 @@ def test_gradient_alone_that_is_not_finite_is_this_ranks(tg, make_trainer, monke
 def test_looping_turns_on_at_its_fraction(tg, make_trainer, run_log, stopwatch):
     trainer = make_trainer(iterations=10, enable_looping_at=0.35)
     log, events = run_log(trainer.cfg)
-    assert tg.train(trainer, log, stopwatch(trainer, 1.0), lambda step: None) == 10
+    assert train_all(trainer, log, stopwatch(trainer, 1.0)) == 10
     (event,) = events("looping")
     assert event["step"] == 5  # the fifth step starts at 4/10, the fourth at 3/10
     assert event["encoder"] + event["decoder"] == [0, 1, 2, 1, 2, 3]
@@ -371,7 +381,7 @@ def test_looping_follows_the_clock_under_a_cap(tg, make_trainer, run_log, stopwa
         iterations=1000, enable_looping_at=0.5, max_wallclock_seconds=10.5, gptq_reserve_seconds=0.5
     )
     log, events = run_log(trainer.cfg)
-    tg.train(trainer, log, stopwatch(trainer, 1.0), lambda step: None)
+    train_all(trainer, log, stopwatch(trainer, 1.0))
     # five seconds of ten have passed when step 6 starts (the agreed clock, two steps behind, is extrapolated)
     assert events("looping")[0]["step"] == 6
 
@@ -380,14 +390,14 @@ def test_looping_follows_the_clock_under_a_cap(tg, make_trainer, run_log, stopwa
 def test_looping_may_stay_off(tg, make_trainer, run_log, stopwatch, num_loops, enable_at):
     trainer = make_trainer(iterations=3, num_loops=num_loops, enable_looping_at=enable_at)
     log, events = run_log(trainer.cfg)
-    tg.train(trainer, log, stopwatch(trainer, 1.0), lambda step: None)
+    train_all(trainer, log, stopwatch(trainer, 1.0))
     assert not trainer.looping and events("looping") == []
 
 
 def test_schedules_follow_the_step_number_without_a_cap(tg, make_trainer, run_log, stopwatch):
     trainer = make_trainer(iterations=8, warmdown_frac=0.5, min_lr=0.1, train_log_every=1)
     log, events = run_log(trainer.cfg)
-    tg.train(trainer, log, stopwatch(trainer, 2.0), lambda step: None)
+    train_all(trainer, log, stopwatch(trainer, 2.0))
     assert [event["lr_multiplier"] for event in events("train")] == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
     assert {event["tokens_per_second"] for event in events("train")} == {64}  # 128 in two seconds
 
@@ -398,7 +408,7 @@ def test_cap_stops_within_one_step(tg, make_trainer, run_log, stopwatch, seconds
     trainer = make_trainer(iterations=1000, max_wallclock_seconds=10.5, gptq_reserve_seconds=0.5)
     log, _ = run_log(trainer.cfg)
     clock = stopwatch(trainer, seconds_per_step)
-    assert tg.train(trainer, log, clock, lambda step: None) == steps
+    assert train_all(trainer, log, clock) == steps
     assert 10 <= clock.seconds["train"] < 10 + seconds_per_step
 
 
@@ -406,15 +416,15 @@ def test_cap_shorter_than_a_step_stops_after_three(tg, make_trainer, run_log, st
     """The ranks agree on the time two steps later: the third step starts before the first one's is known."""
     trainer = make_trainer(iterations=1000, max_wallclock_seconds=10.5, gptq_reserve_seconds=0.5)
     log, _ = run_log(trainer.cfg)
-    assert tg.train(trainer, log, stopwatch(trainer, 100.0), lambda step: None) == 3
+    assert train_all(trainer, log, stopwatch(trainer, 100.0)) == 3
 
 
 def test_training_resumed_at_its_end_ends(tg, make_trainer, run_log):
     """A run told to stop in the last two steps: by its agreed clock there is no step left to make."""
     trainer = make_trainer(max_wallclock_seconds=5.0, gptq_reserve_seconds=0.0)
-    trainer.position = 4, 3.0, trainer.step(3, 0.0)
+    trainer.steps, trainer.seconds, trainer.reports = 4, 3.0, [trainer.step(3, 0.0)]
     log, events = run_log(trainer.cfg)
-    assert tg.train(trainer, log, tg.Stopwatch(tg.CPU), lambda step: None) == 4
+    assert train_all(trainer, log, tg.Stopwatch(tg.CPU)) == 4
     assert not events("train")
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, trainer.ema.averages[name])
@@ -436,7 +446,7 @@ def test_validation_and_warm_up_are_off_the_clock(tg, make_trainer, run_log, sto
         with clock.stage("validation"):
             tg.time.now += 1e6
 
-    assert tg.train(trainer, log, clock, validate) == 10
+    assert train_all(trainer, log, clock, validate) == 10
     assert validated == [0, 2, 4, 6, 8]
     assert clock.seconds == {"train": 10, "validation": 5e6}
 
@@ -445,7 +455,7 @@ def test_real_clock_and_real_cap(tg, make_trainer, run_log):
     trainer = make_trainer(iterations=100_000, max_wallclock_seconds=0.75, gptq_reserve_seconds=0.25)
     log, _ = run_log(trainer.cfg)
     watch = tg.Stopwatch(tg.CPU)
-    steps = tg.train(trainer, log, watch, lambda step: None)
+    steps = train_all(trainer, log, watch)
     assert 1 < steps < 100_000
     known = (steps - 2) / steps  # the last two steps are taken to be as long as those before them
     assert 0.5 * known <= watch.seconds["train"] < 0.5 + 1.0
@@ -460,13 +470,13 @@ def test_cap_without_room_for_a_step_is_refused(tg):
 def test_zero_reserve_and_zero_cap_train_all_steps(tg, make_trainer, run_log, stopwatch):
     trainer = make_trainer(iterations=3, max_wallclock_seconds=0.0, gptq_reserve_seconds=8.0)
     log, _ = run_log(trainer.cfg)
-    assert tg.train(trainer, log, stopwatch(trainer, 1e9), lambda step: None) == 3
+    assert train_all(trainer, log, stopwatch(trainer, 1e9)) == 3
 
 
 def test_model_holds_the_averages_afterwards(tg, make_trainer, run_log, stopwatch):
     trainer = make_trainer(iterations=3)
     log, _ = run_log(trainer.cfg)
-    tg.train(trainer, log, stopwatch(trainer, 1.0), lambda step: None)
+    train_all(trainer, log, stopwatch(trainer, 1.0))
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, trainer.ema.averages[name]), name
 
@@ -485,7 +495,7 @@ def test_loss_that_is_not_finite_stops_the_run(tg, make_trainer, run_log, stopwa
 
     monkeypatch.setattr(trainer, "step", poisoned)
     with pytest.raises(tg.RunError, match=rf"step {step}\b.*not finite"):
-        tg.train(trainer, log, stopwatch(trainer, 1.0), lambda step: None)
+        train_all(trainer, log, stopwatch(trainer, 1.0))
 
 
 @pytest.mark.parametrize("log_every", [4, 500])
@@ -505,4 +515,4 @@ def test_loss_that_is_not_finite_never_reaches_the_averages(
 
     monkeypatch.setattr(trainer, "step", poisoned)
     with pytest.raises(tg.RunError, match="not finite"):
-        tg.train(trainer, log, stopwatch(trainer, 1.0), lambda step: None)
+        train_all(trainer, log, stopwatch(trainer, 1.0))
