@@ -497,7 +497,7 @@ class Ranks:
         if not local_rank <= rank < world_size:
             raise ConfigError(f"RANK={rank}: must be below WORLD_SIZE={world_size}, LOCAL_RANK at most RANK")
         check_micro_batches(cfg, world_size)
-        cuda, devices = torch.cuda.is_available() and cfg.device != "cpu", torch.cuda.device_count()
+        cuda, devices = cfg.device != "cpu" and torch.cuda.is_available(), torch.cuda.device_count()
         if cfg.device == "cuda" and not cuda:
             raise ConfigError("DEVICE=cuda: torch sees no CUDA device; must be auto or cpu here")
         if cuda and local_rank >= devices:
@@ -3737,7 +3737,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
             sources = {"train_gpt.py": Path(__file__).read_bytes()}
         cfg = Config.from_env(environ)
         ranks = Ranks.from_env(cfg, environ)
-        return execute(Run(cfg, ranks, plain_backends(cfg, ranks), sources))
+        backends = Backends() if COUNTED else plain_backends(cfg, ranks)
+        return execute(Run(cfg, ranks, backends, sources))
     except UserError as error:
         return say_mistake(error, environ)
 
