@@ -17,6 +17,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
+from harness.backends import choose_backends  # noqa: E402
+from harness.preflight import peak_flops  # noqa: E402
 
 BANDWIDTH = {  # data sheets: bytes/s of memory; the first name that fits counts
     r"H200": 4.8e12,
@@ -55,8 +57,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     return options
 
 
-def setup(device: str) -> tuple[tg.Config, tg.Ranks]:
-    """Settings from the environment, on a CPU of a small model; the chosen backends filled in."""
+def setup(device: str) -> tuple[tg.Config, tg.Ranks, tg.Backends]:
+    """Settings from the environment, on a CPU of a small model; the device; the backends chosen for it."""
     cuda = torch.cuda.is_available() and device != "cpu"
     if device == "cuda" and not cuda:
         sys.exit("bench: --device cuda: torch sees no CUDA device")
@@ -64,7 +66,7 @@ def setup(device: str) -> tuple[tg.Config, tg.Ranks]:
     try:
         cfg = tg.Config.from_env({**small, **os.environ, "DEVICE": "cuda" if cuda else "cpu"})
         ranks = tg.Ranks.from_env(cfg, {})
-        return tg.choose_backends(cfg, ranks), ranks
+        return cfg, ranks, choose_backends(cfg, ranks)
     except tg.UserError as error:
         sys.exit(f"bench: error: {error}")
 
@@ -92,7 +94,7 @@ def peaks(ranks: tg.Ranks) -> tuple[float, float]:
     """Peak FLOP/s and bytes/s by the data sheet; nan where the device is not in the table."""
     name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else ""
     bandwidth = next((rate for pattern, rate in BANDWIDTH.items() if re.search(pattern, name)), math.nan)
-    return tg.peak_flops(ranks), bandwidth
+    return peak_flops(ranks), bandwidth
 
 
 def text_row(cfg: tg.Config, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, tg.Segments]:

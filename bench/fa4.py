@@ -72,9 +72,11 @@ def compile_calls() -> None:
     }
     warnings.simplefilter("ignore", UserWarning)  # of the DSL, at every kernel
     pretended_gpu.load()
+    import common  # noqa: F401 - the house is found by it
     import torch
-    from common import tg
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from systems.fa4 import _fa4_backward, _fa4_forward
 
     with pretended_gpu.pretended(), FakeTensorMode():
         for name, (size, heads, groups) in SIZES.items():
@@ -86,9 +88,9 @@ def compile_calls() -> None:
             segments = cu_seqlens, 2048 if len(size) == 1 else 0
             y, lse = torch.empty_like(q), q.new_empty(*size[:-1], heads, size[-1], dtype=torch.float32)
             started = time.perf_counter()
-            tg._fa4_forward(y, lse, q, k, v, *segments)
+            _fa4_forward(y, lse, q, k, v, *segments)
             grads = (torch.empty_like(x) for x in (q, k, v))
-            tg._fa4_backward(*grads, q, k, v, y, y, lse, *segments)
+            _fa4_backward(*grads, q, k, v, y, y, lse, *segments)
             print(f"{name}: forward and backward compiled in {time.perf_counter() - started:.1f} s")
 
 

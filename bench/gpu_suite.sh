@@ -72,7 +72,7 @@ step kernels "$PYTHON bench/kernels.py --device $DEVICE --json"
 step ttt "$PYTHON bench/ttt.py --parts compiled --json"
 step variants "for variant in TRITON_KERNELS=0 ATTENTION_BACKEND=torch_varlen ATTENTION_BACKEND=fa4 ATTENTION_BACKEND=flex COMPILE_BACKEND=off TRITON_KERNELS=1; do
         echo \"== \$variant\"; env \$variant $PYTHON bench/train_step.py --device $DEVICE; done"
-step each_kernel "for left in mlp,heads,exclude loss,heads,exclude loss,mlp,exclude loss,mlp,heads; do
+step each_kernel "for left in mlp,qkv_norm_rope,xsa_gate loss,qkv_norm_rope,xsa_gate loss,mlp,xsa_gate loss,mlp,qkv_norm_rope; do
         echo \"== \$left\"; env TRITON_KERNELS=\$left $PYTHON bench/train_step.py --device $DEVICE; done"
 step run "env $SETTINGS $SHORT ITERATIONS=40 VAL_DOC_FRACTION=0.02 PHASED_TTT_PREFIX_DOCS=8 ARTIFACT_DIR=$OUT/work/run $PYTHON train_gpt.py"
 step memory "env $SETTINGS $SHORT ITERATIONS=10 PREQUANT_ONLY=1 ARTIFACT_DIR=$OUT/work/memory \

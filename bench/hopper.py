@@ -4,8 +4,8 @@
 
 Settings come from the environment, as for train_gpt.py; ATTENTION_BACKEND is torch_varlen unless named. The
 model is built of fake tensors (shapes without data) on a pretended H100 (pretended_gpu.py) and goes through
-`Ranks.place` and TorchInductor as in a run; what inductor would launch is counted instead of launched. It
-needs g++ and Triton, but no GPU, no CUDA and no CUDA build of torch.
+`Backends.move_and_compile` and TorchInductor as in a run; what inductor would launch is counted instead of
+launched. It needs g++ and Triton, but no GPU, no CUDA and no CUDA build of torch.
 
 Bytes: what a kernel must move if it reads nothing twice and finds nothing in a cache. A slice counts as large
 as it is, a value that stays inside a kernel not at all. Of an operator (a library's or ours) arguments and
@@ -18,6 +18,7 @@ no prediction of a step's time. Not seen here: matrices that inductor pads after
 """
 
 import argparse
+import dataclasses
 import math
 import os
 import re
@@ -60,10 +61,10 @@ FLOPS: dict[str, Callable] = {  # of our operators, from the sizes of their argu
     "mlp": lambda x, up, down: 4 * math.prod(x) * up[0],
     "mlp_grad": lambda dy, down, *_: 2 * math.prod(dy) * down[1],
     "head_loss": lambda h, weight, targets: 2 * math.prod(h) * weight[0],
-    "heads": lambda *_: 0,
-    "heads_grad": lambda *_: 0,
-    "exclude": lambda *_: 0,
-    "exclude_grad": lambda *_: 0,
+    "qkv_norm_rope": lambda *_: 0,
+    "qkv_norm_rope_grad": lambda *_: 0,
+    "xsa_gate": lambda *_: 0,
+    "xsa_gate_grad": lambda *_: 0,
 }
 INSIDE: dict[str, Callable] = {  # numbers that our operators move besides arguments and results
     "mlp": lambda x, up, down: x[0] * up[0],  # the activations, which the second product reads
@@ -253,16 +254,21 @@ def touched(deps: Iterable) -> int:
 BEFORE, AFTER = "before looping", "after looping"
 
 
+def compiled_model(cfg: tg.Config, ranks: tg.Ranks, counter: Counter) -> tg.GPT:
+    """A model as in a run, whose compiler counts."""
+    backends = dataclasses.replace(tg.plain_backends(cfg, ranks), compiler=counter)
+    return backends.move_and_compile(tg.GPT(cfg, backends), ranks.device)
+
+
 def compile_step(cfg: tg.Config, tokens: int) -> tuple[dict[str, list[Graph]], float]:
     """Forward and backward graph of a micro-batch before and after looping, and the mean context."""
     row = text_row(cfg, tokens)
     counter, compiled = Counter(mean_context(row[2])), {}
     ranks = tg.Ranks(torch.device("cuda", 0))
-    ranks.compiler = counter
     with pretended_gpu.pretended(), FakeTensorMode(allow_non_fake_inputs=True):
-        model = ranks.place(tg.GPT(cfg))
+        model = compiled_model(cfg, ranks, counter)
         for looping in (False, True)[: 1 + bool(cfg.num_loops)]:
-            batch = ranks.send(*row)
+            batch = ranks.send(*row, counter)
             graphs = counter.run(partial(micro_batch, model, ranks, batch, looping))
             if [graph.backward for graph in graphs] != [False, True]:
                 raise RuntimeError(f"{len(graphs)} graphs instead of a forward and a backward one")
@@ -273,10 +279,10 @@ def compile_step(cfg: tg.Config, tokens: int) -> tuple[dict[str, list[Graph]], f
 def compile_chunk(cfg: tg.Config, length: int) -> tuple[dict[str, list[Graph]], float]:
     """The same of a chunk of test-time training: a whole batch of windows of one length."""
     counter, ranks = Counter((length + 1) / 2), tg.Ranks(torch.device("cuda", 0))
-    ranks.compiler = counter
     with pretended_gpu.pretended(), FakeTensorMode(allow_non_fake_inputs=True):
-        model, rows = ranks.place(tg.GPT(cfg)).requires_grad_(False), cfg.ttt_batch_size
+        model, rows = compiled_model(cfg, ranks, counter).requires_grad_(False), cfg.ttt_batch_size
         lora = tg.BatchedLoRA(cfg, rows, tg.lora_slots(cfg, bool(cfg.num_loops))).to(ranks.device)
+        lora.use_last(rows)  # as LoRAOptimizer does
         lora.active = torch.ones(rows, dtype=torch.bool, device=ranks.device)
         sizes = (rows, length), (rows, length), (rows, cfg.ttt_chunk_size)
         parts = [torch.zeros(size, dtype=torch.long, device=ranks.device) for size in sizes]

@@ -17,13 +17,15 @@ import torch
 import torch.nn.functional as F
 from common import environment, mean_context, measure, parser, peaks, report, setup, text_row, tg
 
+from harness.backends import ATTENTION
+
 
 class Bench:
     """Times functions and sets them beside the roofline."""
 
     def __init__(self, args: object):
         self.args = args
-        self.cfg, self.ranks = setup(args.device)
+        self.cfg, self.ranks, _ = setup(args.device)
         self.cuda = self.ranks.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.tokens = args.tokens or self.cfg.train_batch_tokens // self.cfg.grad_accum_steps
@@ -62,7 +64,7 @@ class Bench:
     def forms(self, name: str, eager, fused, inputs, flops: float, moved: float) -> None:
         """The eager form, what the compiler makes of it, and the kernel."""
         self.time(name, "eager", eager, inputs, flops, moved)
-        if self.cuda:
+        if self.cuda:  # the kernel of the loss computes the gradient in the forward pass
             compiled = torch.compile(eager, fullgraph=True, dynamic=False)
             self.time(name, "compiled", compiled, inputs, flops, moved)
             self.time(name, "triton", fused, inputs, flops, moved)
@@ -81,22 +83,22 @@ class Bench:
         """Norm, rotation and gain of queries and keys; then exclusion of the own value, and the gate."""
         cfg = self.cfg
         groups, size = cfg.num_kv_heads, cfg.head_dim
-        whole = self.random(1, self.tokens, (cfg.num_heads + 2 * groups) * size)
+        products = self.random(1, self.tokens, (cfg.num_heads + 2 * groups) * size)
         rope, gain = tg.rope_tables(cfg, self.tokens, self.ranks.device), self.random(cfg.num_heads)
 
         def eager() -> torch.Tensor:
-            q, k, v = whole.unflatten(-1, (-1, size)).split([cfg.num_heads, groups, groups], -2)
+            q, k, v = products.unflatten(-1, (-1, size)).split([cfg.num_heads, groups, groups], -2)
             q, k = (tg.apply_rope(tg.rms_norm(part), rope) for part in (q, k))
             return torch.cat([q * gain[:, None], k, v], -2)
 
-        fused = lambda: torch.cat(tg.fused_heads(whole, gain, rope, groups), -2)  # noqa: E731
-        self.forms("heads (and a cat)", eager, fused, [whole, gain], 0, 2 * whole.nbytes)
+        fused = lambda: torch.cat(tg.fused_qkv_norm_rope(products, gain, rope, groups), -2)  # noqa: E731
+        self.forms("heads (and a cat)", eager, fused, [products, gain], 0, 2 * products.nbytes)
         y, v = (self.random(1, self.tokens, n, size) for n in (cfg.num_heads, groups))
         gate = self.random(1, self.tokens, cfg.num_heads)
-        eager_exclude = lambda: tg.Attention._exclude_self(y, v) * gate[..., None]  # noqa: E731
-        fused_exclude = lambda: tg.fused_exclude(y, v, gate)  # noqa: E731
+        eager_gate = lambda: tg.exclude_self(y, v) * gate[..., None]  # noqa: E731
+        fused_gate = lambda: tg.fused_xsa_gate(y, v, gate)  # noqa: E731
         moved = 2 * y.nbytes + v.nbytes
-        self.forms("exclusion and gate", eager_exclude, fused_exclude, [y, v, gate], 0, moved)
+        self.forms("exclusion and gate", eager_gate, fused_gate, [y, v, gate], 0, moved)
 
     def mlp(self) -> None:
         """Up-projection, leaky-ReLU^2, down-projection."""
@@ -116,13 +118,21 @@ class Bench:
             return
         out, past = (torch.rand(self.tokens, len(b), device=a.device, dtype=a.dtype) for _ in range(2))
         signs = torch.zeros(self.tokens, -(-len(b) // 32), dtype=torch.int32, device=a.device)
-        hopper = torch.cuda.get_device_capability()[0] in (9, 10)
-        for tile in (tg.TILES[True] if hopper else ()) + tg.TILES[False]:
-            for mode in (1, 2):
-                run = lambda t=tile, m=mode: tg.launch_matmul(a, b, out, signs, m, past, t)  # noqa: E731
-                chosen = tg.fastest_tiles(a.device, a.dtype, a.size(1), len(b), mode) == tile
-                form = f"{'descriptors' if tile[0] else 'pointers'} {tile[1:]}{' (chosen)' * chosen}"
-                self.time(f"matmul mode {mode}", form, run, (), flops, a.nbytes + 2 * stored)
+        described, all_tiles = tg.has_descriptors(a), tg.TILES[tg.has_descriptors(a)]
+        for backward in (False, True):
+            run = lambda back=backward: tg.launch_matmul(a, b, out, past, signs, back)  # noqa: E731
+            run()
+            best = tg.matmul_kernel(described).best_config.all_kwargs()
+            for tiles in all_tiles:
+                tg.TILES[described] = (tiles,)
+                tg.matmul_kernel.cache_clear()
+                names = ("BM", "BN", "BK", "num_warps", "num_stages")
+                chosen = dict(zip(names, tiles, strict=True)).items() <= best.items()
+                form = f"{'descriptors' if described else 'pointers'} {tiles}{' (chosen)' * chosen}"
+                name = f"matmul {'backward' if backward else 'forward'}"
+                self.time(name, form, run, (), flops, a.nbytes + (2 if backward else 1) * stored)
+            tg.TILES[described] = all_tiles
+            tg.matmul_kernel.cache_clear()
 
     def attention(self) -> None:
         """Every backend that works, on packed documents and on padded rows."""
@@ -133,13 +143,14 @@ class Bench:
         length = min(cfg.ttt_eval_seq_len, self.tokens)
         padded = [self.random(self.tokens // length, length, n, cfg.head_dim) for n in heads]
         per_pair, moved = 4 * cfg.model_dim * self.tokens, sum(x.nbytes for x in packed) + packed[0].nbytes
-        for backend in tg.ATTENTION if self.cuda else ["plain"]:
+        for backend in ATTENTION if self.cuda else ["plain"]:
             function = tg.attend
             if backend == "flex":  # only its compiled form is a fused kernel
                 function = torch.compile(tg.attend, fullgraph=True, dynamic=False)
-            run = lambda f=function, b=backend: f(*packed, placed, b)  # noqa: E731
+            chosen = tg.Backends(backend)
+            run = lambda f=function, b=chosen: f(*packed, placed, b)  # noqa: E731
             self.time("attention, packed", backend, run, packed, per_pair * mean_context(segments), moved)
-            run = lambda f=function, b=backend: f(*padded, None, b)  # noqa: E731
+            run = lambda f=function, b=chosen: f(*padded, None, b)  # noqa: E731
             self.time("attention, padded", backend, run, padded, per_pair * (length + 1) / 2, moved)
 
     def projections(self) -> None:
@@ -193,7 +204,7 @@ def compile_one(kernel: object, arch: int, types: dict[str, str], constants: dic
     from triton.compiler import ASTSource
 
     types = types | dict.fromkeys(constants, "constexpr")
-    names, unknown = list(types), ("targets", "cap", "M", "T", "turns")
+    names, unknown = list(types), ("targets", "cap", "M", "T")
     aligned = [n for n in names if n not in unknown and not types[n].startswith("tensordesc")]
     source = ASTSource(
         kernel,
@@ -216,19 +227,18 @@ def compile_one(kernel: object, arch: int, types: dict[str, str], constants: dic
 
 def compile_rowwise() -> list[dict]:
     """The kernels that work on rows, as they are launched at the record's sizes, both passes."""
-    kernels = tg.kernels()
     logits = {"z": "*bf16", "targets": "*i64", "losses": "*fp32", "cap": "fp32"}
     heads = dict.fromkeys(("x", "gain", "cos", "sin", "q", "k", "v", "dx"), "*bf16")
     heads |= {"dgain": "*fp32", "M": "i32", "T": "i32"}
-    exclude = dict.fromkeys(("y", "v", "gate", "dz", "out", "dv", "dgate"), "*bf16") | {"M": "i32"}
+    gated = dict.fromkeys(("y", "v", "gate", "dz", "out", "dv", "dgate"), "*bf16") | {"M": "i32"}
     turned = {"H": 8, "G": 4, "D": 64, "HALF": 8, "ROWS": 32, "WIDTH": 64}
     straight = {name: size for name, size in turned.items() if name != "HALF"}
-    rows = []
+    constants = {"V": 8192, "BLOCK": 4096}
+    rows = [compile_one(tg.cross_entropy_kernel(), 90, logits, constants, num_warps=8)]
     for back in (False, True):
-        constants = {"V": 8192, "BLOCK": 4096, "TRAIN": back}
-        rows.append(compile_one(kernels.cross_entropy, 90, logits, constants, num_warps=8))
-        rows.append(compile_one(kernels.heads, 90, heads, turned | {"BACKWARD": back}, num_warps=4))
-        rows.append(compile_one(kernels.exclude, 90, exclude, straight | {"BACKWARD": back}, num_warps=4))
+        way = {"BACKWARD": back}
+        rows.append(compile_one(tg.qkv_norm_rope_kernel(), 90, heads, turned | way, num_warps=4))
+        rows.append(compile_one(tg.xsa_gate_kernel(), 90, gated, straight | way, num_warps=4))
     return rows
 
 
@@ -236,22 +246,16 @@ def compile_only(every_tile: bool) -> list[dict]:
     """Compile the Triton kernels for GPUs that are not here: as they are launched, or with all tiles."""
     rows = compile_rowwise()
     for arch, described in ((90, True), (89, False), (80, False)):
-        for _, bm, bn, bk, warps, stages in tg.TILES[described][: None if every_tile else 1]:
+        for bm, bn, bk, warps, stages in tg.TILES[described][: None if every_tile else 1]:
             operands = {name: f"tensordesc<bf16[{size},{bk}]>" for name, size in (("a", bm), ("b", bn))}
             types = operands if described else dict.fromkeys("ab", "*bf16")
-            types |= {
-                "out": "*bf16",
-                "hidden": "*bf16",
-                "signs": "*i32",
-                "M": "i32",
-                "turns": "i32",
-                "N": "i32",
-            }
-            for mode in (0, 1, 2):
-                constants = {"K": 512, "MODE": mode, "DESC": described}
+            types |= {"out": "*bf16", "hidden": "*bf16", "signs": "*i32", "M": "i32", "N": "i32"}
+            for backward in (False, True):
+                constants = {"K": 512, "BACKWARD": backward, "DESC": described}
                 constants |= {"BM": bm, "BN": bn, "BK": bk}
                 options = {"num_warps": warps, "num_stages": stages}
-                rows.append(compile_one(tg.kernels().matmul, arch, types, constants, **options))
+                kernel = tg.matmul_kernel(described).fn  # what is timed
+                rows.append(compile_one(kernel, arch, types, constants, **options))
     return rows
 
 

@@ -22,12 +22,16 @@ from pathlib import Path
 import torch
 from common import ROOT, SMALL, environment, report, tg
 
+from harness.backends import choose_attention
+
 STAND_IN = '''"""Stands in for FlashAttention 3: its two functions, computed by a backend of train_gpt.py."""
 
 import importlib.util
+import os
 import sys
 
-spec = importlib.util.spec_from_file_location("stand_in_backends", {script!r})
+spec = importlib.util.spec_from_file_location("train_gpt", {script!r})  # as systems/ calls it
+sys.path.append(os.path.dirname({script!r}))
 tg = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = tg
 spec.loader.exec_module(tg)
@@ -37,7 +41,7 @@ def flash_attn_func(q, k, v, softmax_scale=None, causal=False, **options):
     """q [B, T, H, d], k and v [B, T, G, d] -> [B, T, H, d]; causal only."""
     if not causal or softmax_scale or any(options.values()):
         raise NotImplementedError("the stand-in computes plain causal attention only")
-    return tg.attend(q, k, v, None, {backend!r})
+    return tg.attend(q, k, v, None, tg.Backends({backend!r}))
 
 
 def flash_attn_varlen_func(
@@ -48,7 +52,7 @@ def flash_attn_varlen_func(
     if not causal or softmax_scale or window_size[0] >= 0 or any(options.values()):
         raise NotImplementedError("the stand-in computes plain causal attention only")
     segments = tg.Segments(cu_seqlens_q, max_seqlen_q)
-    return tg.attend(q[None], k[None], v[None], segments, {backend!r})[0]
+    return tg.attend(q[None], k[None], v[None], segments, tg.Backends({backend!r}))[0]
 '''
 NUMBER = r"([\d.eE+-]+)"
 TRAIN = (  # step, loss, tokens per second since the start: the published scripts' lines, and ours
@@ -149,13 +153,13 @@ def shared_settings(args: argparse.Namespace, backend: str) -> dict[str, str]:
 def pick_backend(folder: Path) -> tuple[str, str]:
     """The backend for both scripts; where FlashAttention 3 is absent, the path that finds the stand-in."""
     ranks = tg.Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    ranks.compiler = "aot_eager" if torch.cuda.is_available() else ""
+    compiler = "aot_eager" if torch.cuda.is_available() else ""
     if importlib.util.find_spec("flash_attn_interface"):
         try:
-            return tg.choose_attention(tg.Config(attention_backend="fa3"), ranks), ""
+            return choose_attention(tg.Config(attention_backend="fa3"), ranks, compiler), ""
         except tg.ConfigError as error:
             sys.exit(f"bench: {error}")
-    backend = tg.choose_attention(tg.Config(), ranks)
+    backend = choose_attention(tg.Config(), ranks, compiler)
     folder.mkdir(parents=True, exist_ok=True)
     text = STAND_IN.format(script=str(ROOT / "train_gpt.py"), backend=backend)
     (folder / "flash_attn_interface.py").write_text(text)

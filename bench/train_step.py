@@ -25,10 +25,12 @@ from common import (
     tg,
 )
 
+from harness.preflight import flops_per_token
+
 GROUPS = {  # kernel names -> what they do; the first that fits counts
     "attention": r"flash|fmha|attention|cudnn.*sdpa|flex",
     "fused MLP": r"^matmul$|pg0::mlp",
-    "heads and exclusion": r"^(heads|exclude)$|pg0::(heads|exclude)",
+    "heads and gate": r"^(qkv_norm_rope|xsa_gate)$|pg0::(qkv_norm_rope|xsa_gate)",
     "cross entropy": r"^cross_entropy$|pg0::head_loss|log_softmax|nll_loss",
     "matrix products": r"gemm|cutlass|cublas|xmma|nvjet|aten::(mm|bmm|addmm)|splitK|wgmma",
     "communication": r"nccl",
@@ -83,14 +85,14 @@ def main() -> None:
         "--profile", action="store_true", help="share of time per kernel group (always on CUDA)"
     )
     args = options.parse_args()
-    cfg, ranks = setup(args.device)
+    cfg, ranks, backends = setup(args.device)
     torch.manual_seed(cfg.seed)
-    model = ranks.place(tg.GPT(cfg))
+    model = backends.move_and_compile(tg.GPT(cfg, backends), ranks.device)
     cuda = ranks.device.type == "cuda"
     tokens = args.tokens or cfg.train_batch_tokens // cfg.grad_accum_steps
     row = text_row(cfg, tokens)
     context, (peak, _) = mean_context(row[2]), peaks(ranks)
-    batch, rows = ranks.send(*row), []
+    batch, rows = ranks.send(*row, backends.compiler), []
     for looping in (False, True)[: 1 + bool(cfg.num_loops)]:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -102,7 +104,7 @@ def main() -> None:
             lambda looping=looping: micro_batch(model, ranks, batch, looping), ranks, args.repeats
         )
         rate = tokens / timed["ms"] * 1e3
-        flops = tg.flops_per_token(cfg, looping, context)
+        flops = flops_per_token(cfg, looping, context)
         entry = {"part": "after looping" if looping else "before looping", **timed, "tokens_per_second": rate}
         entry |= {
             "tflop_per_second": flops * rate / 1e12,
@@ -124,8 +126,8 @@ def main() -> None:
         "segments": int((row[0][2].cu_seqlens.diff() > 0).sum()),
         "mean_context": context,
     }
-    settings |= {"attention": cfg.attention_backend, "triton_kernels": cfg.triton_kernels}
-    settings["compiler"] = ranks.compiler or "off"
+    settings |= {"attention": backends.attention, "triton_kernels": backends.kernels}
+    settings["compiler"] = backends.compiler or "off"
     report({"benchmark": "train_step", **environment(ranks), **settings}, rows, args.json)
 
 

@@ -243,7 +243,7 @@ def quality(models: list[Path], windows: list[int]) -> dict[str, float]:
     variants |= {f"chunk_by_length_{n}": {"ttt_chunk_by_length": text} for n, text in enumerate(BY_LENGTH)}
     scores, seconds = {name: [] for name in variants}, {name: [] for name in variants}
     for path in models:
-        settings, records = tg.read_artifact(path.read_bytes(), tg.Config())
+        settings, records = tg.unpack_artifact(path.read_bytes(), tg.Config())
         cfg = dataclasses.replace(read_settings({"PRESET": "demo"}), **settings)
         state = tg.dequantize_state(records, cfg.num_layers)
         val = tg.load_validation(cfg)

@@ -255,6 +255,33 @@ def test_mistakes_are_one_line_and_exit_code_2(honest, capsys, arguments, messag
     assert shown.out == "" and shown.err.count("\n") == 1 and message in shown.err
 
 
+def test_a_run_of_before_the_house_was_rebuilt_is_a_mistake(copy, capsys):
+    copy.result(lambda result: result["environment"].pop("house_sha256"))
+    assert audit.main([str(copy.run), "--data", str(copy.data)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1
+    assert "made by a script of before the house was rebuilt" in shown.err
+
+
+def test_a_log_that_lacks_a_file_of_the_house_is_a_mistake(copy, capsys):
+    log = copy.run / "logs" / "tiny.txt"
+    log.write_text(log.read_text().replace("==== systems/ans.py ", "==== systems/other.py "))
+    assert audit.main([str(copy.run), "--data", str(copy.data)]) == 2
+    assert "its log holds no systems/ans.py with the checksum" in capsys.readouterr().err
+
+
+def test_what_is_not_the_repositorys_is_named(copy, capsys):
+    """Whatever file of the house it is; the verdict is that of the run's own one."""
+    arguments = [str(copy.run), "--data", str(copy.data), "--only", "S1"]
+    assert audit.main(arguments) == 0
+    assert re.search(r"^script \w{12}, the repository's;", capsys.readouterr().out, re.M)
+    copy.script("def packed_script(", "def packed_script(*_):\n    return b'', True\n\n\ndef other(")
+    assert audit.main(arguments) == 1
+    said = capsys.readouterr().out
+    assert "is not the packing of the script in the log" in said
+    assert re.search(r"^script \w{12}, NOT the repository's \(harness/packing.py\);", said, re.M)
+
+
 def test_ledgers_of_two_ranks_are_one(honest):
     artifact = honest / "run" / ARTIFACT
     settings = SETTINGS | {"TTT_EVAL_ONLY": 1, "QUANTIZED_MODEL_PATH": artifact, "RUN_ID": "two"}

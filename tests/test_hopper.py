@@ -139,8 +139,8 @@ def test_flops_are_those_of_the_formula(tg, counted):
 def test_fused_kernels_are_there_as_often_as_used_and_move_less(counted):
     fused, eager = counted["steps"]
     names = [k["what"].split()[0] for part in ("forward", "backward") for k in kernels(fused, part)]
-    once = ("exclude", "exclude_grad", "head_loss")  # XSA in the last layer only
-    twice = ("mlp", "mlp_grad", "heads", "heads_grad", "_varlen_attn")
+    once = ("xsa_gate", "xsa_gate_grad", "head_loss")  # XSA in the last layer only
+    twice = ("mlp", "mlp_grad", "qkv_norm_rope", "qkv_norm_rope_grad", "_varlen_attn")
     uses = {operator: sum(name.split(".")[-1] == operator for name in names) for operator in (*once, *twice)}
     assert uses == dict.fromkeys(once, 1) | dict.fromkeys(twice, 2)
     assert not kernels(eager, "forward", "operators of ours")
@@ -171,5 +171,5 @@ def test_a_chunk_of_test_time_training_is_counted(counted):
     passes = counted["chunk"]["kernels"]
     assert set(passes) == {"forward adapting", "backward adapting"}
     names = [k["what"].split()[0].split(".")[-1] for part in passes.values() for k in part]
-    wanted = {"mlp": 2, "mlp_grad": 2, "heads": 1, "heads_grad": 1, "head_loss": 0}
+    wanted = {"mlp": 2, "mlp_grad": 2, "qkv_norm_rope": 1, "qkv_norm_rope_grad": 1, "head_loss": 0}
     assert {name: names.count(name) for name in wanted} == wanted

@@ -28,9 +28,8 @@ def packed_code(audit: Audit, sources: Mapping[str, bytes]) -> bytes:
     if artifact.startswith(script.ARTIFACT_MAGIC):  # of a run that evaluated one: not its COMPRESSOR's
         settings["compressor"] = script.CODECS[script.PREFIX.unpack_from(artifact)[2]]
     cfg = script.Config(**settings)
-    compiler = "" if told["compiler"] == "off" else told["compiler"]
-    count = told.get("micro_batches", max(cfg.grad_accum_steps, told["ranks"]))
-    backends = script.Backends(told["attention"], told["kernels"], compiler, count)
+    names = [field.name for field in dataclasses.fields(script.Backends)]
+    backends = script.Backends(**{name: told[name] for name in names})
     ranks = SimpleNamespace(on_gpu="NVIDIA" in told["device"])
     run = SimpleNamespace(sources=sources, cfg=cfg, backends=backends, ranks=ranks)
     return script.Run.packed_code.func(run)[0]
@@ -150,22 +149,16 @@ def _validation_files(audit: Audit) -> list[Path]:
 def _settings_alone(audit: Audit, part: bool) -> dict[str, object]:
     """What is to be done: what would take long is left out, or done on a few documents or windows.
 
-    The counted script has the run's settings in itself; one that ran without its house is told them.
+    All else that the counted script does is settled in itself.
     """
     cfg, final = audit.cfg, audit.full or part
-    told = audit.result["settings"] if len(audit.sources) == 1 else {}
-    kept = {name: value for name, value in told.items() if name not in audit.script.WATCHED_SETTINGS}
     few = {name.upper(): value for name, value in _few_windows(audit).items()} if part else {}
-    return (
-        kept
-        | few
-        | {
-            "SEED": cfg.seed,
-            "TTT_ENABLED": cfg.ttt_enabled and (audit.adapted or final),
-            "SLIDING_WINDOW_ENABLED": cfg.sliding_window_enabled and final,
-            "VAL_DOC_FRACTION": _sample_fraction(audit) if audit.adapted else 1.0,
-        }
-    )
+    return few | {
+        "SEED": cfg.seed,
+        "TTT_ENABLED": cfg.ttt_enabled and (audit.adapted or final),
+        "SLIDING_WINDOW_ENABLED": cfg.sliding_window_enabled and final,
+        "VAL_DOC_FRACTION": _sample_fraction(audit) if audit.adapted else 1.0,
+    }
 
 
 def _few_windows(audit: Audit) -> dict[str, int]:
@@ -234,7 +227,7 @@ def _scores(audit: Audit, rerun: Rerun) -> tuple[float, float, str]:
 def s3_decodes_exactly(audit: Audit) -> str:
     """unpack(artifact) packs to the same bytes, and unpack(pack(tensors)) gives the same tensors."""
     blob = audit.artifact.read_bytes()
-    settings, records = audit.script.read_artifact(blob, audit.cfg)
+    settings, records = audit.script.unpack_artifact(blob, audit.cfg)
     again = audit.script.pack_artifact(records, dataclasses.replace(audit.cfg, **settings))
     require(again == blob, f"packed again it has {len(again):,} other bytes than the {len(blob):,}")
     stored = sum(array.numel() for record in records.values() for array in record.arrays.values())
@@ -243,7 +236,7 @@ def s3_decodes_exactly(audit: Audit) -> str:
         for key, array in record.arrays.items():
             dice = torch.randint(-2, 2, array.shape, generator=generator)
             record.arrays[key] = dice.to(array.dtype) if array.dtype == torch.int8 else array
-    back = audit.script.read_artifact(audit.script.pack_artifact(records, audit.cfg), audit.cfg)[1]
+    back = audit.script.unpack_artifact(audit.script.pack_artifact(records, audit.cfg), audit.cfg)[1]
     same = all(digest(records[name].arrays) == digest(back[name].arrays) for name in records)
     require(same and list(back) == list(records), "other tensors come back than were packed")
     return f"{len(records)} tensors, {stored:,} values decode and encode to the same {len(blob):,} bytes"

@@ -1,6 +1,7 @@
 """The house that ran, imported as a package of its own: its modules never reach the repository's files."""
 
 import ast
+import functools
 import importlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,24 +16,29 @@ OWN = ("train_gpt", *PARTS)  # the top-level names by which modules of the house
 def moved_imports(source: str, package: str) -> str:
     """The source, whose imports of the house's modules are those of a package; all line numbers stay."""
     lines = source.split("\n")
-    for line, start, end, text in sorted(_edits(ast.parse(source), package), reverse=True):
+    for line, start, end, text in _edits(source):
         old = lines[line - 1].encode()  # Python counts columns in bytes
-        lines[line - 1] = (old[:start] + text.encode() + old[end:]).decode()
+        lines[line - 1] = (old[:start] + text.replace("*", package).encode() + old[end:]).decode()
     return "\n".join(lines)
 
 
-def _edits(tree: ast.AST, package: str) -> Iterator[tuple[int, int, int, str]]:
-    """Line, first column, column behind and new text of each import of the house."""
+@functools.cache  # most of the houses that one process looks at are the same
+def _edits(source: str) -> list[tuple[int, int, int, str]]:
+    """Line, first column, column behind and new text (`*` the package) of the house's imports, last first."""
+    return sorted(_imports(ast.parse(source)), reverse=True)
+
+
+def _imports(tree: ast.AST) -> Iterator[tuple[int, int, int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and not node.level and _root(node.module) in OWN:
             start = node.col_offset + len("from ")
-            yield node.lineno, start, start + len(node.module), f"{package}.{node.module}"
+            yield node.lineno, start, start + len(node.module), f"*.{node.module}"
         for alias in node.names if isinstance(node, ast.Import) else ():
             root = _root(alias.name)
             if root in OWN:
                 bound = alias.name if alias.asname else root  # `import a.b` gives the name `a`
-                text = f"{package}.{bound} as {alias.asname or root}"
-                text += f", {package}.{alias.name}" if bound != alias.name else ""
+                text = f"*.{bound} as {alias.asname or root}"
+                text += f", *.{alias.name}" if bound != alias.name else ""
                 yield alias.lineno, alias.col_offset, alias.end_col_offset, text
 
 

@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import random
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -176,13 +175,12 @@ class Audit:
         if not folder.is_dir():
             raise AuditError(f"{folder}: no such folder")
         self.result = read_json(folder / "result.json")
-        if not isinstance(self.result.get("settings"), dict) or "stages" not in self.result:
+        if not all(isinstance(self.result.get(key), dict) for key in ("settings", "stages", "environment")):
             raise AuditError(f"{folder / 'result.json'}: not the result of a run")
         self._temporary = tempfile.TemporaryDirectory(prefix="audit-")
         self.work = Path(self._temporary.name)
         try:
-            alone = len(self.sources) == 1  # what looked at it is the repository's then
-            self.script = AuditedHouse((repository() if alone else {}) | self.sources, self.work)
+            self.script = AuditedHouse(self.sources, self.work)
         except HouseError as error:
             raise AuditError(f"{folder}: {error}") from None
         here = {"data_path": str(self.data_folder), "audit": False, "compile_backend": "off"}
@@ -213,22 +211,17 @@ class Audit:
 
     @functools.cached_property
     def sources(self) -> dict[str, bytes]:
-        """The house that ran, out of the log: sources by path, the core first (alone, where it ran alone)."""
-        core, house = self._checksums
-        sources = logged_house(self.log, core, house)
-        if re.search(rb"(?m)^# \[if ", sources[CORE]):
+        """The house that ran, out of the log: sources by path, the core first."""
+        told = self.result["environment"]
+        if "house_sha256" not in told:
             raise HouseError("made by a script of before the house was rebuilt, it cannot be audited here")
-        return sources
-
-    @property
-    def _checksums(self) -> tuple[str, dict[str, str]]:
-        told = self.result.get("environment", {})
-        return told.get("source_sha256", ""), told.get("house_sha256", {})
+        return logged_house(self.log, told["source_sha256"], told["house_sha256"])
 
     @property
     def script_sha256(self) -> str:
         """The checksum of the script and its house, as `RunRecord` has it."""
-        return script_hash(*self._checksums)
+        told = self.result["environment"]
+        return script_hash(told["source_sha256"], told["house_sha256"])
 
     @property
     def strange_files(self) -> list[str]:
@@ -385,7 +378,7 @@ class Audit:
     @functools.cached_property
     def artifact_model(self):
         """The artifact's model; not to be changed."""
-        settings, records = self.script.read_artifact(self.artifact.read_bytes(), self.cfg)
+        settings, records = self.script.unpack_artifact(self.artifact.read_bytes(), self.cfg)
         model = self.script.GPT(dataclasses.replace(self.cfg, **settings), self.backends)
         model.load_state_dict(self.script.dequantize_state(records, model.cfg.num_layers))
         return self.backends.move_and_compile(model, self.ranks.device)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +49,7 @@ def _small_data(audit: Audit, name: str, scramble: bool) -> Path:
     return folder
 
 
-def _small_run(audit: Audit, data: Path, **others: object):
+def _small_run(audit: Audit, data: Path, see: Callable[..., None] | None = None, **others: object):
     """A run of the script's with the run's settings, few steps and small batches, in a folder of its own."""
     cfg = audit.cfg
     changes = {
@@ -70,7 +69,7 @@ def _small_run(audit: Audit, data: Path, **others: object):
     }
     with contextlib.redirect_stdout(io.StringIO()):
         cfg = dataclasses.replace(cfg, **changes | others)
-        return audit.script.Run(cfg, audit.ranks, audit.backends, audit.sources)
+        return audit.script.Run(cfg, audit.ranks, audit.backends, audit.sources, see and audit.watch(see))
 
 
 @functools.cache
@@ -79,7 +78,7 @@ def _canary(audit: Audit, scramble: bool) -> tuple[str, str]:
     if not audit.trained:
         raise NotChecked("this run did not train")
     run = _small_run(audit, _small_data(audit, f"canary-{scramble}", scramble))
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.closing(run.log):
+    with contextlib.redirect_stdout(io.StringIO()):
         run.train()
         weights = digest(run.model.state_dict())
         run.quantise()
@@ -176,15 +175,14 @@ def warm_up(audit: Audit) -> WarmUp:
     if not audit.trained:
         raise NotChecked("this run did not train")
     run = _small_run(audit, _small_data(audit, "warm-up", scramble=False))
-    with contextlib.closing(run.log):
-        trainer = run.new_trainer()
+    trainer = run.new_trainer()
 
-        def state() -> str:
-            parts = [trainer.model, trainer.muon, trainer.adamw]
-            switches = trainer.loader.state(), trainer.looping, trainer.model.training
-            return digest([part.state_dict() for part in parts], trainer.ema.averages, switches, _dice())
+    def state() -> str:
+        parts = [trainer.model, trainer.muon, trainer.adamw]
+        switches = trainer.loader.state(), trainer.looping, trainer.model.training
+        return digest([part.state_dict() for part in parts], trainer.ema.averages, switches, _dice())
 
-        return _watched(run.model, state, lambda: trainer.warm_up(1))
+    return _watched(run.model, state, lambda: trainer.warm_up(1))
 
 
 @functools.cache
@@ -198,23 +196,28 @@ def ttt_warm_up(audit: Audit) -> WarmUp:
         "ttt_batch_size": min(cfg.ttt_batch_size, 4),
         "ttt_eval_seq_len": min(cfg.ttt_eval_seq_len, window),
     }
-    run = _small_run(audit, _small_data(audit, "warm-up", scramble=False), **short)
-    with contextlib.closing(run.log), torch.compiler.set_stance("default"):
-        model = run.model
+    events = []
 
-        def state() -> str:
-            gradients = [parameter.grad for parameter in model.parameters()]
-            return digest(model.state_dict(), gradients, model.training, _dice())
+    def see(kind: str, **facts: object) -> None:
+        if kind == "line":
+            events.append(facts["values"])
 
-        def act() -> None:
-            with contextlib.redirect_stdout(io.StringIO()):
-                run.compile_adaptation(run.val.documents)
+    run = _small_run(audit, _small_data(audit, "warm-up", scramble=False), see, **short)
+    model = run.model
 
+    def state() -> str:
+        gradients = [parameter.grad for parameter in model.parameters()]
+        return digest(model.state_dict(), gradients, model.training, _dice())
+
+    def act() -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            run.compile_adaptation(run.val.documents)
+
+    with torch.compiler.set_stance("default"):
         done = _watched(model, state, act)
-        told = json.loads((run.log.folder / "metrics.jsonl").read_text().splitlines()[-1])
-        if "ttt_warm_up" not in told:
-            raise NotChecked(f"the warm-up of test-time training failed: {told.get('text')}")
-        return done
+    if "ttt_warm_up" not in events[-1]:
+        raise NotChecked(f"the warm-up of test-time training failed: {events[-1].get('text')}")
+    return done
 
 
 @check("T3", "warm-up leaves no trace")
