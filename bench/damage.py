@@ -4,9 +4,9 @@
 
 Flipped bits, cut and longer files, zeroed and overwritten blocks, swapped, empty and missing files; shards,
 sidecar, tokenizer, manifest, artifact (each codec) and full-precision weights in turn. Each case goes through
-what a run does before it trains (`GuardedRun`), then everything that was loaded is compared. `refused`: a
-UserError whose text names a damaged file. `harmless`: the same tokens, bytes, pieces and weights. All else is
-`wrong`: exit code 1.
+what a run does before it trains, then everything that was loaded is compared. `refused`: a UserError whose
+text names a damaged file. `harmless`: the same tokens, bytes, pieces and weights. All else is `wrong`: exit
+code 1.
 """
 
 import argparse
@@ -28,6 +28,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as tg
 from bench.settings import TINY, make_data
+from harness import Watches
+from harness.preflight import Preflight
+from harness.settings import read_settings
+from systems.plain_text import load_tokenizer
 
 KINDS = ("bits", "cut", "longer", "zeros", "overwritten", "swapped", "empty", "missing")
 ENDS = ("damaged", "refused", "harmless", "wrong")
@@ -40,39 +44,52 @@ class Target(NamedTuple):
     load: Callable[[], str]  # reads it as a run does: digest of what was read, or raises UserError
 
 
-class Loaded(tg.GuardedRun):
-    """A run that has read its inputs, without folder and log."""
+class Halted(Exception):
+    """A run has read its inputs, and has made no folder yet."""
 
-    def _open_log(self, *_: object) -> None:
-        return None
 
-    def _log_head(self) -> None:
-        pass
+class Halt(tg.Watch):
+    """Ends a run as soon as it has its first model."""
 
-    def digest(self) -> str:
-        """Of all tokens, bytes and weights, and of the pieces of the tokenizer."""
-        digest = hashlib.sha256()
-        if self.trains:
-            self.preflight.wait_for_hashes()
-            for path in tg.shard_paths(self.cfg.data_folder, "train"):
-                digest.update(tg.read_shard(path).tobytes())
-        digest.update(self.val.tokens.numpy().tobytes() + self.val.target_bytes.numpy().tobytes())
-        tokenizer = tg.load_tokenizer(self.cfg)
-        for i in range(tokenizer.get_piece_size()):
-            digest.update(f"{tokenizer.id_to_piece(i)!r} {tokenizer.get_score(i)!r}".encode())
-        for name, tensor in self.model.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes())
-        return digest.hexdigest()
+    def see(self, kind: str, **facts: object) -> None:
+        """Keep the run in what is raised."""
+        if kind == "model":
+            raise Halted(facts["run"])
+
+
+def read_inputs(environ: Mapping[str, str]) -> tuple[tg.Run, Preflight]:
+    """What a run does before it trains, with the harness's checks. Raises UserError as it does."""
+    cfg = read_settings(environ)
+    preflight = Preflight(cfg, tg.CPU)
+    try:
+        tg.Run(cfg, tg.CPU, preflight.backends(), tg.read_sources(), Watches([preflight, Halt()]))
+    except Halted as halted:
+        run = halted.args[0]
+    if run.trains:
+        preflight.wait_for_hashes()
+    return run, preflight
+
+
+def digest_of(run: tg.Run) -> str:
+    """Of all tokens, bytes and weights, and of the pieces of the tokenizer."""
+    digest = hashlib.sha256()
+    if run.trains:
+        for path in tg.shard_paths(run.cfg.data_folder, "train"):
+            digest.update(tg.read_shard(path).tobytes())
+    digest.update(run.val.tokens.numpy().tobytes() + run.val.target_bytes.numpy().tobytes())
+    tokenizer = load_tokenizer(run.cfg)
+    for i in range(tokenizer.get_piece_size()):
+        digest.update(f"{tokenizer.id_to_piece(i)!r} {tokenizer.get_score(i)!r}".encode())
+    for name, tensor in run.model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _loader(folder: Path, **settings: str) -> Callable[[], str]:
     """A function that reads the inputs of a run with these settings."""
     environ = TINY | {"DATA_PATH": str(folder / "data"), "ARTIFACT_DIR": str(folder / "out")} | settings
 
-    def load() -> str:
-        return Loaded(tg.Config.from_env(environ), tg.CPU, b"").digest()
-
-    return load
+    return lambda: digest_of(read_inputs(environ)[0])
 
 
 def targets(folder: Path) -> dict[str, Target]:

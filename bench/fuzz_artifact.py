@@ -27,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as tg
+from harness.readers import read_artifact
 
 TINY = {
     "vocab_size": 64,
@@ -70,9 +71,9 @@ def published_artifact(records: dict[str, tg.QuantizedTensor], codec: str = "bro
     return tg.compress(tg.byte_shuffle(buffer.getvalue()), tg.Config(compressor=codec))
 
 
-def damaged(blob: bytes, rng: random.Random) -> bytes:
+def damaged(original: bytes, rng: random.Random) -> bytes:
     """A copy of some bytes with one to three changes: bits, bytes, runs, cuts, insertions, repeats."""
-    data = bytearray(blob)
+    data = bytearray(original)
     for _ in range(rng.randint(1, 3)):
         place, span = rng.randrange(len(data) + 1), rng.randint(1, 40)
         kind = rng.randrange(7)
@@ -94,14 +95,14 @@ def damaged(blob: bytes, rng: random.Random) -> bytes:
     return bytes(data)
 
 
-def forged(blob: bytes, rng: random.Random) -> bytes:
+def forged(artifact: bytes, rng: random.Random) -> bytes:
     """Damage that the outermost check does not see."""
     size = tg.PREFIX.size
-    if not blob.startswith(tg.ARTIFACT_MAGIC):
-        return _forged_published(blob, rng)
-    _, version, codec, head_len, _ = tg.PREFIX.unpack_from(blob)
-    head = tg.decompress(blob[size : size + head_len], tg.Config(compressor=tg.CODECS[codec]))
-    streams = blob[size + head_len :]
+    if not artifact.startswith(tg.ARTIFACT_MAGIC):
+        return _forged_published(artifact, rng)
+    _, version, codec, head_len, _ = tg.PREFIX.unpack_from(artifact)
+    head = tg.decompress(artifact[size : size + head_len], tg.Config(compressor=tg.CODECS[codec]))
+    streams = artifact[size + head_len :]
     if rng.random() < 0.5:
         head = damaged(head, rng)
     else:
@@ -112,9 +113,9 @@ def forged(blob: bytes, rng: random.Random) -> bytes:
     return tg.PREFIX.pack(tg.ARTIFACT_MAGIC, version, codec, len(head), digest) + head + streams
 
 
-def _forged_published(blob: bytes, rng: random.Random) -> bytes:
+def _forged_published(artifact: bytes, rng: random.Random) -> bytes:
     """Damage under the compression, or under the archive's checksums too."""
-    data = tg.byte_unshuffle(tg.decompress(blob, tg.Config()))
+    data = tg.byte_unshuffle(tg.decompress(artifact, tg.Config()))
     if rng.random() < 0.3:
         data = damaged(data, rng)
     else:
@@ -128,9 +129,9 @@ def _forged_published(blob: bytes, rng: random.Random) -> bytes:
     return brotli.compress(data, quality=0)
 
 
-def contents(blob: bytes) -> str:
+def contents(artifact: bytes) -> str:
     """Digest of all that is read from an artifact."""
-    settings, records = tg.read_artifact(blob, tg.Config())
+    settings, records = read_artifact(artifact, tg.Config())
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, record in records.items():
         digest.update(f"{name} {record.kind} {record.bits} {record.shape}".encode())
@@ -139,9 +140,9 @@ def contents(blob: bytes) -> str:
     return digest.hexdigest()
 
 
-def build(blob: bytes) -> None:
+def build(artifact: bytes) -> None:
     """Go on from a forged artifact that was read, as a run does: its model is built, or refused."""
-    settings, records = tg.read_artifact(blob, tg.Config())
+    settings, records = read_artifact(artifact, tg.Config())
     try:
         model = tg.GPT(tg.Config(**settings or TINY))
         model.load_state_dict(tg.dequantize_state(records, model.cfg.num_layers))
@@ -149,14 +150,14 @@ def build(blob: bytes) -> None:
         pass
 
 
-def fuzz(blob: bytes, cases: int, seed: int) -> Counter:
+def fuzz(artifact: bytes, cases: int, seed: int) -> Counter:
     """Read `cases` damaged copies. Returns how they ended; raises AssertionError at one that must not be."""
-    before = contents(blob)
+    before = contents(artifact)
     ends, slowest = Counter(), 0.0
     for case in range(cases):
         rng = random.Random(f"{seed} {case}")
         forge = case % 3 == 2
-        bad = forged(blob, rng) if forge else damaged(blob, rng)
+        bad = forged(artifact, rng) if forge else damaged(artifact, rng)
         start = time.perf_counter()
         try:
             after = contents(bad)
@@ -190,15 +191,19 @@ def main() -> int:
     for kind in FORMATS:
         config = tg.Config(**TINY, compressor="brotli" if kind == "published" else kind)
         records = small_records(config)
-        blob = published_artifact(records) if kind == "published" else tg.pack_artifact(records, config)
-        fuzz(blob, 300, arguments.seed - 1)  # what the libraries allocate once
+        artifact = published_artifact(records) if kind == "published" else tg.pack_artifact(records, config)
+        fuzz(artifact, 300, arguments.seed - 1)  # what the libraries allocate once
         before, start = memory_growth(), time.perf_counter()
-        ends = fuzz(blob, -(-arguments.cases // len(FORMATS)), arguments.seed)
+        ends = fuzz(artifact, -(-arguments.cases // len(FORMATS)), arguments.seed)
         grown = memory_growth() - before
         declared = sum(a.numel() * a.element_size() for r in records.values() for a in r.arrays.values())
         assert grown <= max(4 * declared, LEAST_GROWTH), f"{kind}: grew by {grown} bytes"
         seconds = time.perf_counter() - start
-        report[kind] = dict(ends) | {"bytes": len(blob), "grown_bytes": grown, "seconds": round(seconds, 1)}
+        report[kind] = dict(ends) | {
+            "bytes": len(artifact),
+            "grown_bytes": grown,
+            "seconds": round(seconds, 1),
+        }
         report[kind]["cases"] = sum(ends.values())
         if not arguments.json:
             print(kind, *(f"{key}:{value}" for key, value in report[kind].items()), flush=True)

@@ -312,7 +312,7 @@ def read_run(folder: Path, data: str) -> tuple[dict, tg.Config, tg.GPT, tg.Ranks
     path = folder / Path(cfg.quantized_model_path).name
     if not path.is_file():
         raise tg.UserError(f"{path}: no such file, must be the artifact of the run")
-    settings, records = tg.read_artifact(path.read_bytes(), tg.Config())
+    settings, records = tg.unpack_artifact(path.read_bytes(), tg.Config())
     model = tg.GPT(dataclasses.replace(cfg, **settings))
     model.load_state_dict(tg.dequantize_state(records, model.cfg.num_layers))
     return result, cfg, ranks.place(model), ranks

@@ -39,6 +39,20 @@ class Watches(Watch):
             watch.see(kind, **facts)
 
 
+class Rehearsal(Run):
+    """PREFLIGHT_ONLY: the warm-up and its measured speed, then the end."""
+
+    def execute(self) -> int:
+        """Rehearse. Returns the exit code."""
+        with self.clock.stage("rehearsal"):
+            if self.trains:
+                self.watch.see("memory", run=self)
+                self.new_trainer().warm_up(self.cfg.warmup_steps, self.watch)
+                self.watch.see("warmed", run=self)
+        self.log.event("passed", seconds=self.clock.seconds["rehearsal"])
+        return 0
+
+
 def main(arguments: Sequence[str], environ: Mapping[str, str], sources: Mapping[str, bytes]) -> int:
     """The command line of the whole house; exit code as `train_gpt.main`, which reports UserError."""
     unknown = set(arguments) - {"--help", "-h", "--show", "--json"}
@@ -89,20 +103,10 @@ def watched_run(
             cfg = dataclasses.replace(cfg, run_id=run_name(cfg))
             watches.append(closing.enter_context(contextlib.closing(Trackers(cfg, ranks))))
     watches.insert(0, closing.enter_context(contextlib.closing(LogFiles(ranks, folder))))
-    run = Run(cfg, ranks, backends, sources, Watches(watches))
+    kind = Rehearsal if cfg.preflight_only else Run
+    run = kind(cfg, ranks, backends, sources, Watches(watches))
     try:
-        return rehearse(run) if cfg.preflight_only else execute(run)
+        return execute(run)
     except Stopped as stopped:
         stopped.stage = run.clock.current
         raise
-
-
-def rehearse(run: Run) -> int:
-    """PREFLIGHT_ONLY: the warm-up and its measured speed, then the end."""
-    with run.clock.stage("rehearsal"):
-        if run.trains:
-            run.watch.see("memory", run=run)
-            run.new_trainer().warm_up(run.cfg.warmup_steps, run.watch)
-            run.watch.see("warmed", run=run)
-        run.log.event("passed", seconds=run.clock.elapsed("rehearsal"))
-    return 0

@@ -17,7 +17,6 @@ from train_gpt import (
     attend,
     check_micro_batches,
     kernel_names,
-    matmul_kernel,
     micro_batches,
     one_line,
     plain_backends,
@@ -137,6 +136,8 @@ def try_kernels(cfg: Config, ranks: Ranks) -> dict[str, str]:
                     wrong[kernel] = "its results are wrong"
             except Exception as error:  # neither Triton nor its compilers say what they may raise
                 wrong[kernel] = one_line(error)
+    from systems.kernels import matmul_kernel
+
     matmul_kernel.cache_clear()  # tiles that were timed with 200 rows are not the run's
     return wrong
 

@@ -1,7 +1,7 @@
 """Checkpoints: a run that was cut off goes on between units of a stage, or between stages.
 
-The manager knows no stage. It keeps what the run and the other watches say of themselves, and with it the state
-of the worker under way: rank 0's for all ranks, or each rank's own.
+The manager knows no stage. It keeps what the run and the ledger say of themselves, and with it the state of
+the worker under way: rank 0's for all ranks, or each rank's own.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,27 +27,36 @@ from train_gpt import (
     Config,
     ConfigError,
     Ranks,
-    Run,
+    RunLog,
     UserError,
     Watch,
     Worker,
     copy_tensors,
 )
 
+OUTPUTS_OF = {  # stage -> the file that it leaves: its name, or the setting that has it; the latest first
+    "count_bytes": "train_gpt.packed.py",
+    "quantise": "quantized_model_path",
+    "train": "model_path",
+}
+
 
 class Checkpoints(Watch):
     """Keeps where a run is, and takes it up again.
 
-    `<folder>/checkpoints` holds "run" (what it belongs to, results, clock and, within a stage that rank 0 keeps
-    for all, the worker's state), "<stage>-<rank>" (a rank's own state) and "weights" (changed within a stage).
+    `<folder>/checkpoints` holds "run" (what it belongs to, results, clock; within a stage that rank 0 keeps
+    for all also the worker's state), "<stage>-<rank>" (a rank's own state), "weights" (changed in a stage).
     `cfg`, `folder` and `ended` (exit code) are those of the run that goes on; `ledger` is kept with it.
     """
 
     def __init__(self, cfg: Config, ranks: Ranks, sources: Mapping[str, bytes], watches: Sequence[Watch]):
         self.cfg, self.ranks = cfg, ranks
         self.ledger = next((watch for watch in watches if isinstance(watch, Ledger)), None)
-        self._pool, self._writing, self._lock, self._run = ThreadPoolExecutor(1), None, None, None
-        self._kept_at, self._last_path, self._epoch_kept = 0.0, "", False
+        self._pool, self._writing, self._lock = ThreadPoolExecutor(1), None, None
+        self._outputs: dict[str, str] = {}  # stage -> SHA-256 of the file that it has left
+        self._last_path, self._told, self._told_from = "", None, 0  # metrics.jsonl since a stage began
+        self._began, self._kept_at = 0.0, 0.0  # when the stage began; its clock at the last checkpoint
+        self._epoch, self._epoch_kept = 0, False  # how often the weights were changed; whether just now
         ranks.wait_for_all("start")
         found, refusal = None, ""
         if ranks.is_main:
@@ -69,6 +79,8 @@ class Checkpoints(Watch):
     def close(self) -> None:
         """Let what is being written be written; free the folder."""
         self._pool.shutdown()
+        if self._told:
+            self._told.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -77,13 +89,15 @@ class Checkpoints(Watch):
 
     def see(self, kind: str, **facts: object) -> None:
         """Take up what is kept, or keep what has come about."""
-        run = facts.get("run")
-        if kind == "inputs" and self._before:
-            run.trains = self._before["trains"]
+        if kind == "inputs":
+            self._run = facts["run"]
+            self._run.trains = self._before.get("trains", self._run.trains)
+        elif kind == "folder":
+            self._claim_folder(facts["log"])
         elif kind == "opened":
-            self._open(run)
+            self._open()
         elif kind == "finished":
-            self._end_stage(run)
+            self._end_stage(facts["stage"])
         elif kind == "global_sgd":
             self._keep_weights(facts["model"], facts["phase"])
         elif kind == "ended":
@@ -91,16 +105,22 @@ class Checkpoints(Watch):
         elif kind == "failed":
             self._say_last_place()
 
-    def _open(self, run: Run) -> None:
-        """Go on from the checkpoint in a log that has been opened again, or keep the beginning of a new run."""
-        self._run, before = run, self._before
-        folder = Path(self.ranks.gather(str(run.log.folder))[0])
-        self._checkpoints = folder / "checkpoints"
+    def _claim_folder(self, log: RunLog) -> None:
+        """Own the run's folder: the same command comes back to it wherever the run is cut off now."""
+        self._checkpoints = Path(self.ranks.gather(str(log.folder))[0]) / "checkpoints"
         self._checkpoints.mkdir(parents=True, exist_ok=True)
-        if self.ranks.is_main and self._lock is None:
-            self._lock = lock_folder(self._checkpoints)
+        self._metrics = self._checkpoints.with_name("metrics.jsonl")
         if self.ranks.is_main:
-            self._set_aside(self._damaged)
+            self._lock = lock_folder(self._checkpoints) if self._lock is None else self._lock
+            # The file is opened here: an evaluation opens nothing that training wrote (check S4).
+            self._told = open(self._metrics, "rb")  # noqa: SIM115 - `close` does
+
+    def _open(self) -> None:
+        """Go on from the checkpoint in a log that has been opened again, or keep a new run's beginning."""
+        run, before, ranks = self._run, self._before, self.ranks
+        self._set_aside(self._damaged)
+        own = [path.name.partition("-")[0] for path in self._checkpoints.glob("*-*.ckpt")]
+        self._own_stages = set(ranks.gather(own)[0])
         if not before:
             self._keep()
             return
@@ -109,66 +129,82 @@ class Checkpoints(Watch):
         run.result = before["result"] | {"environment": run.result["environment"]}
         run.result["resumed"] = run.result.get("resumed", 0) + 1
         run.clock.seconds |= before["seconds"]
-        self._load_ledger(before["ledgers"][self.ranks.rank :: self.ranks.world_size])
-        self._load_outputs(folder)
-        if self.ranks.is_main:
-            for path in [*folder.glob(".*.tmp"), *self._checkpoints.glob(".*.tmp")]:
+        self._load_ledger(before["ledgers"][ranks.rank :: ranks.world_size])
+        self._load_outputs()
+        if ranks.is_main:
+            for path in [*self._checkpoints.parent.glob(".*.tmp"), *self._checkpoints.glob(".*.tmp")]:
                 path.unlink()
-        run.log.text(f"resumed {folder} {self._place(before)}", console=True)
+        run.log.text(f"resumed {self._checkpoints.parent} {self._place(before)}", console=True)
 
-    def _load_outputs(self, folder: Path) -> None:
-        """The weights or the artifact that a finished stage has left. Raises ArtifactError where they are not."""
-        run, outputs = self._run, self._before["outputs"]
-        for stage, field in (("quantise", "quantized_model_path"), ("train", "model_path")):
-            if stage in run.finished:
-                path = folder / Path(getattr(run.cfg, field)).name
-                data = path.read_bytes() if path.is_file() else b""
-                if hashlib.sha256(data).hexdigest() != outputs.get(path.name):
-                    text = f"{path}: not what this run wrote, it cannot go on (RESUME=0: a new one)"
-                    raise ArtifactError(text)
-                if stage == "quantise":
-                    run.artifact = data
-                else:
-                    run.model.load_state_dict(torch.load(io.BytesIO(data), weights_only=True))
+    def _output(self, stage: str) -> tuple[Path, bytes]:
+        """The file that a stage leaves, and what is in it (nothing where it is missing)."""
+        name = OUTPUTS_OF[stage]
+        path = self._checkpoints.with_name(Path(getattr(self._run.cfg, name, name)).name)
+        return path, path.read_bytes() if path.is_file() else b""
+
+    def _load_outputs(self) -> None:
+        """Take the artifact or the weights of a finished stage. A stage whose file is wrong is done again.
+
+        Raises ArtifactError where that stage is the training.
+        """
+        run, self._outputs = self._run, self._before["outputs"]
+        for stage in [stage for stage in OUTPUTS_OF if stage in run.finished]:
+            path, data = self._output(stage)
+            if hashlib.sha256(data).hexdigest() != self._outputs[stage]:
+                text = f"{path}: not what this run wrote"
+                if stage == "train":
+                    raise ArtifactError(f"{text}, it cannot go on (RESUME=0: a new one)")
+                run.log.text(f"{text}, it is made again", console=True)
+                run.finished.remove(stage)
+            elif stage == "quantise":
+                run.artifact = data
                 return
+            elif stage == "train":
+                run.model.load_state_dict(torch.load(io.BytesIO(data), weights_only=True))
 
     @staticmethod
     def _place(values: Mapping) -> str:
         done = [stage for stage in values["finished"] if stage != "count_bytes"]
-        return f"within {values['stage']}" if values["stage"] else f"after {', '.join(done) or 'the start'}"
+        within = f"within {values['stage']} ({values['done']})"
+        return within if values["stage"] else f"after {', '.join(done) or 'the start'}"
 
     def saved(self, stage: str) -> dict | None:
         """The state that the last run left of a stage."""
-        before, self._kept_at = self._before, time.monotonic()
-        if before and before["stage"] == stage and stage not in self._run.finished:
+        before, self._began = self._before, time.monotonic()
+        if before and before["stage"] == stage:
             _, state = next(iter(CheckpointFolder(self._checkpoints, "run").readable({})))
             self._cut_metrics(before["metrics"])
             self._before, self._kept_at = {}, before["clock"]
             return state
-        return self._own_state(stage)
+        if self.ranks.is_main:
+            self._told_from = self._metrics.stat().st_size
+        return self._own_state(stage) if stage in self._own_stages else None
 
     def unit(self, stage: str, worker: Worker) -> None:
         """Where it is time, or the run is told to stop, keep the worker's state."""
         if not worker.kept_by:
             return
-        self.ranks.stage_handles_stop = True
-        if worker.kept_by == "rank 0":  # by the clock and the signals that all ranks agree on
-            stops = worker.stop_requested
-            if stops or worker.seconds - self._kept_at >= self.cfg.checkpoint_seconds:
-                self._kept_at = worker.seconds
-                self._keep(stage, worker, wait=stops)
-        else:
-            stops, epoch = self.ranks.stop_signal > 0, self._epoch_kept
-            if stops or epoch or time.monotonic() - self._kept_at >= self.cfg.checkpoint_seconds:
-                self._keep_own(stage, worker, wait=stops or epoch)
-            if epoch:
-                self._epoch_kept = False
-                self.ranks.wait_for_all("kept")  # no rank forgets the last weights while another needs them
+        ranks, for_all = self.ranks, worker.kept_by == "rank 0"
+        ranks.stage_handles_stop = True
+        # What is kept for all is kept by a clock and signals that all ranks agree on.
+        stops = worker.stop_requested if for_all else ranks.stop_signal > 0
+        clock = worker.seconds if for_all else time.monotonic() - self._began
+        waits = stops or self._epoch_kept
+        if waits or clock - self._kept_at >= self.cfg.checkpoint_seconds:
+            self._kept_at = clock
+            (self._keep if for_all else self._keep_own)(stage, worker, wait=waits)
+        if self._epoch_kept:
+            self._epoch_kept = False
+            ranks.wait_for_all("kept")  # no rank forgets the last weights while another needs them
         if stops:
-            raise Stopped(self.ranks.stop_signal or 15)
+            raise Stopped(ranks.stop_signal or signal.SIGTERM)
 
-    def _end_stage(self, run: Run) -> None:
+    def _end_stage(self, stage: str) -> None:
+        """Note what the stage has left behind, and that it is over."""
+        if stage in OUTPUTS_OF and self.ranks.is_main:
+            self._outputs[stage] = hashlib.sha256(self._output(stage)[1]).hexdigest()
         self._keep()
+        self._kept_at, self._epoch = 0.0, 0
         self.ranks.stage_handles_stop = False
         if self.ranks.stop_signal:
             raise Stopped(self.ranks.stop_signal)
@@ -184,7 +220,8 @@ class Checkpoints(Watch):
 
     def _say_last_place(self) -> None:
         """Name the newest whole checkpoint, which a resumed run may have too."""
-        self._finish_write()
+        if self._writing:
+            self._writing.exception()  # waits for it
         for path in CheckpointFolder(self._checkpoints, "run").paths()[::-1] if self.ranks.is_main else ():
             with contextlib.suppress(ArtifactError):
                 place = self._place(read_checkpoint(path)[0])
@@ -210,32 +247,31 @@ class Checkpoints(Watch):
             "trains": run.trains,
             "finished": run.finished,
             "stage": stage,
+            "done": f"{worker.done:.0f}/{worker.total:.0f}" if worker else "",
             "clock": worker.seconds if worker else 0.0,
             "stages": run.stages,
             "result": run.result,
-            "outputs": self._outputs(),
+            "outputs": self._outputs,
             "ledgers": ledgers,
         }
         return self._write("run", values | more, state, wait)
 
-    def _outputs(self) -> dict[str, str]:
-        """SHA-256 of the files that finished stages have left."""
-        run, files = self._run, {"train": "model_path", "quantise": "quantized_model_path"}
-        paths = [run.output(field) for stage, field in files.items() if stage in run.finished]
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
     def _position(self) -> dict[str, object]:
         """Clocks, and the length of metrics.jsonl."""
-        self._run.clock.elapsed("train")  # brings all seconds up to now
+        self._run.clock.elapsed("")  # brings all seconds up to now
         size = self._metrics.stat().st_size if self.ranks.is_main else 0
         return {"seconds": self._run.clock.seconds, "metrics": size}
 
     def _keep_own(self, stage: str, worker: Worker, wait: bool) -> None:
         """Write where this rank is in a stage."""
-        values = {"artifact": self._artifact_digest(), "world": self.ranks.world_size} | self._position()
-        values |= {"ledger": self._ledger_state(), "events": self._events()}
+        values = self._owner() | self._position() | {"epoch": self._epoch, "ledger": self._ledger_state()}
+        values["events"] = self._events()
         self._write(f"{stage}-{self.ranks.rank}", values, worker.state(), wait)
-        self._kept_at = time.monotonic()
+
+    def _owner(self) -> dict[str, object]:
+        """What states and weights within a stage belong to."""
+        artifact = hashlib.sha256(self._run.artifact).hexdigest()
+        return {"artifact": artifact, "world": self.ranks.world_size}
 
     def _events(self) -> str:
         """Rank 0's lines of metrics.jsonl since the stage began."""
@@ -246,13 +282,10 @@ class Checkpoints(Watch):
 
     def _keep_weights(self, model: torch.nn.Module, epoch: int) -> None:
         """Write the weights that a stage has changed; rank 0 does, the ranks' own states follow."""
-        self._epoch_kept = True
+        self._epoch, self._epoch_kept = epoch, True
         if self.ranks.is_main:
-            values = {"epoch": epoch, "artifact": self._artifact_digest()}
-            self._write("weights", values, copy_tensors(dict(model.state_dict()), Tensor.cpu), wait=True)
-
-    def _artifact_digest(self) -> str:
-        return hashlib.sha256(self._run.artifact).hexdigest()
+            weights = copy_tensors(dict(model.state_dict()), Tensor.cpu)
+            self._write("weights", self._owner() | {"epoch": epoch}, weights, wait=True)
 
     def _write(self, kind: str, values: dict, tensors: object, wait: bool) -> bool:
         """Write in the background, one at a time. What goes wrong is said, and the run goes on."""
@@ -279,25 +312,23 @@ class Checkpoints(Watch):
 
     def _own_state(self, stage: str) -> dict | None:
         """The newest state of a stage from which all ranks can go on: of one epoch, with its weights."""
-        ranks, damaged, artifact, run = self.ranks, {}, self._artifact_digest(), self._run
-        if ranks.is_main:
-            self._told_from = self._metrics.stat().st_size
-            # The file is opened here: the evaluation itself opens nothing that training wrote (check S4).
-            self._told = open(self._metrics, "rb")  # noqa: SIM115 - closed with the process
-        ours = {"artifact": artifact, "world": ranks.world_size}.items()
-        states = [*CheckpointFolder(self._checkpoints, f"{stage}-{ranks.rank}").readable(damaged)]
-        by_epoch = {state["epoch"]: (v, state) for v, state in states[::-1] if ours <= v.items()}
-        weights = CheckpointFolder(self._checkpoints, "weights").readable(damaged) if any(by_epoch) else []
-        weights = {v["epoch"]: w for v, w in weights if v["artifact"] == artifact}
+        ranks, run, damaged, ours = self.ranks, self._run, {}, self._owner().items()
+
+        def by_epoch(kind: str) -> dict[int, tuple[dict, dict]]:
+            found = [*CheckpointFolder(self._checkpoints, kind).readable(damaged)][::-1]
+            return {v["epoch"]: (v, tensors) for v, tensors in found if ours <= v.items()}
+
+        states, weights = by_epoch(f"{stage}-{ranks.rank}"), by_epoch("weights")
         ranks.wait_for_all("kept")
-        common = set.intersection({0, *weights}, *map(set, ranks.gather(list(by_epoch))))
+        common = set.intersection({0, *weights}, *map(set, ranks.gather(list(states))))
         self._set_aside(damaged)
         if not common:
             return None
-        values, state = by_epoch[max(common)]
-        if max(common):
-            state["weights"] = weights[max(common)]
-        self._load_ledger([values["ledger"]] if values["ledger"] else [])
+        self._epoch = max(common)
+        values, state = states[self._epoch]
+        if self._epoch:
+            state["weights"] = weights[self._epoch][1]
+        self._load_ledger([values["ledger"]])
         if ranks.is_main:
             with open(self._metrics, "a", encoding="utf-8") as file:
                 file.write(values["events"])
@@ -316,13 +347,9 @@ class Checkpoints(Watch):
         if self.ranks.is_main:
             os.truncate(self._metrics, min(size, self._metrics.stat().st_size))
 
-    @property
-    def _metrics(self) -> Path:
-        return self._run.log.folder / "metrics.jsonl"
-
     def _ledger_state(self) -> dict[str, object]:
         return self.ledger.state() if self.ledger else {}
 
     def _load_ledger(self, states: Sequence[dict]) -> None:
-        if self.ledger:
+        if self.ledger and any(states):
             self.ledger.load_states(states)

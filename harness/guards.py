@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -78,7 +78,7 @@ class Guard(Watch):
     """Completes the log's head, makes smaller what does not fit, and says what a user should know."""
 
     def __init__(self, preflight: Preflight):
-        self._preflight, self._clock = preflight, None
+        self._preflight = preflight
 
     def see(self, kind: str, **facts: object) -> None:
         """Step in where a run is at a place that is watched."""
@@ -104,7 +104,7 @@ class Guard(Watch):
 
     def _opened(self, run: Run) -> None:
         log, manifest, cfg = run.log, self._preflight.manifest, run.cfg
-        self._clock = run.clock
+        self._log = log
         names = list(run.sources.items())[1:]
         run.result["environment"]["house_sha256"] = {
             name: hashlib.sha256(text).hexdigest() for name, text in names
@@ -174,6 +174,10 @@ class Guard(Watch):
             return forward(*batch, **options)
 
         run.model.forward = noted  # a hook would take the graph apart
+
+    def _global_sgd(self, phase: int, tokens: Tensor, grad_norms: Sequence[float], **_: object) -> None:
+        """Note each time that adaptation has trained the base weights."""
+        self._log.event("ttt_phase", phase=phase, tokens=len(tokens), sgd_steps=len(grad_norms))
 
     def _adapted(self, run: Run) -> None:
         """Say how many forms ran eagerly."""

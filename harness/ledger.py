@@ -183,8 +183,6 @@ class Ledger(Watch):
 
     def load_states(self, states: Sequence[Mapping]) -> None:
         """Go on from this rank's state; behind it may stand those of ranks that are gone, which join in."""
-        if not states:
-            return
         own = states[0]
         self.order, self.base, self.lora = own["order"], own["base"], own["lora"]
         self.start = time.perf_counter() - own["clock"]

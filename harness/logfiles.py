@@ -52,6 +52,7 @@ class LogFiles(Watch):
         if self._is_main:
             outputs = [Path(cfg.model_path).name, Path(cfg.quantized_model_path).name, *OUTPUTS]
             log.folder = self._folder or new_folder(log.folder, outputs)
+            (log.folder / "result.json").unlink(missing_ok=True)  # of a resumed run: it is made again
             text, metrics = log.folder / "logs" / f"{log.run_id}.txt", log.folder / "metrics.jsonl"
         self._text = open(text, "a", encoding="utf-8")  # noqa: SIM115
         self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115

@@ -1,10 +1,11 @@
-"""Readers of files that other runs wrote: artifacts of the published scripts, and full-precision weights."""
+"""Readers of files of any origin: artifacts, ours and those of the published scripts, and weights."""
 
+import dataclasses
 import io
 import itertools
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,22 +13,85 @@ from torch import Tensor
 
 from train_gpt import (
     ARRAYS,
+    ARTIFACT_MAGIC,
     FORMS,
     GPT,
     HEADER_LIMIT,
-    SIZE_FACTOR,
+    MODEL_SETTINGS,
     ArtifactError,
     Config,
     QuantizedTensor,
     Run,
+    UserError,
+    artifact_streams,
     byte_unshuffle,
     check_codec,
+    codec_of,
     decompress,
     one_line,
+    read_header,
     stored_arrays,
+    unpack_artifact,
 )
 
+SIZE_FACTOR = 16  # an artifact declares at most so many bytes per byte of its file: no bombs
 TORCH_TYPES = {"|i1": torch.int8, "<f2": torch.float16}
+
+
+def read_artifact(artifact: bytes, cfg: Config) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
+    """Our artifact or a published one -> model settings (none in a published one) and stored tensors.
+
+    The settings include the codec. Raises ArtifactError unless all is as written; nothing is decoded before
+    the sizes that the header declares are known to be in proportion to the file.
+    """
+    if not artifact.startswith(ARTIFACT_MAGIC[:3]):
+        return {}, read_published(artifact)
+    cfg = dataclasses.replace(cfg, compressor=codec_of(artifact))
+    check_codec(cfg.compressor)
+    try:
+        header, start = read_header(artifact, cfg)
+        check_header(header, len(artifact), len(artifact) - start, cfg)
+        return unpack_artifact(artifact, cfg)
+    except UserError:
+        raise
+    except Exception as error:  # a header that was made by hand ends in any error, and so does each codec
+        raise ArtifactError(f"damaged artifact ({one_line(error)})") from None
+
+
+def check_entry(name: str, kind: str, bits: int, shape: Sequence[int], correction: Sequence) -> None:
+    """Refuse a tensor's entry in the header that `pack_artifact` cannot have written."""
+    form, rank, group = correction or ("", 0, 0)
+    good = type(name) is str and all(type(n) is int and n >= 0 for n in (bits, *shape, rank, group))
+    good = good and kind in ("fp16", "int8_rows", "gptq") and bits <= 16
+    good = good and (len(shape) <= 4 if kind == "fp16" else len(shape) == 2)
+    good = good and form in (("", "columns", "sym", "asym") if kind == "gptq" else ("",))
+    if not good or (form == "asym" and (not group or rank * shape[1] % group)):
+        raise ArtifactError(f"artifact declares an impossible tensor: {f'{name} {kind} {bits} {shape}'[:80]}")
+
+
+def check_header(header: Mapping, file_bytes: int, stream_bytes: int, cfg: Config) -> None:
+    """Refuse a header that does not fit its file or has no model, before anything is made of its sizes."""
+    settings, tensors, index = header["model"], header["tensors"], dict(header["streams"])
+    for entry in tensors:
+        check_entry(*entry)
+    streams = artifact_streams(tensors, cfg)
+    declared = sum(part.size for parts in streams.values() for part in parts)
+    if declared > SIZE_FACTOR * file_bytes + HEADER_LIMIT:
+        raise ArtifactError(f"artifact declares {declared} bytes: more than such a file holds")
+    if list(index) != list(streams) or min(index.values()) < 0 or sum(index.values()) != stream_bytes:
+        raise ArtifactError("artifact streams do not fit its tensors")
+    if not settings.keys() <= {*MODEL_SETTINGS}:
+        raise ArtifactError("artifact has settings that no model has")
+    layers, dim, shapes = settings["num_layers"], settings["model_dim"], {t[0]: t[3] for t in tensors}
+    if layers > len(shapes) or settings["num_loops"] > HEADER_LIMIT >> 8:
+        raise ArtifactError("artifact declares a model of more layers than it holds")
+    wanted = {"tok_emb.weight": [settings["vocab_size"], dim]}
+    for layer in range(layers):
+        wanted[f"blocks.{layer}.attn.c_q.weight"] = [dim, dim]
+        wanted[f"blocks.{layer}.mlp.fc.weight"] = [int(settings["mlp_mult"] * dim), dim]
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise ArtifactError(f"{name} has shape {shapes[name]}, not {shape}")
 
 
 def read_published(artifact: bytes) -> dict[str, QuantizedTensor]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import train_gpt
+from harness.rules import check_settings
 from train_gpt import Config, ConfigError, allowed
 
 _WINDOWS = {  # PR #1493 and its descendants
@@ -108,7 +109,9 @@ def read_settings(environ: Mapping[str, str]) -> Config:
     """
     given = translate(environ)
     _refuse_unknown_names(given, [field.name.upper() for field in dataclasses.fields(Config)])
-    return Config.from_env(given, PRESETS)
+    cfg = Config.from_env(given, PRESETS)
+    check_settings(cfg)
+    return cfg
 
 
 def translate(environ: Mapping[str, str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ class Progress(Watch):
     def __init__(self, ranks: Ranks):
         self._live = ranks.is_main and sys.stderr.isatty()
         self._run: Run | None = None
-        self._begun: dict[Worker, tuple[float, int]] = {}  # when a worker began, and lines in the log
+        self._begun: dict[str, tuple[float, int]] = {}  # stage -> when it began, and its lines in the log
 
     def see(self, kind: str, **facts: object) -> None:
         """Know the run, whose log gets the lines."""
@@ -26,20 +26,23 @@ class Progress(Watch):
             self._run = facts["run"]
 
     def saved(self, stage: str) -> None:
-        """A stage begins."""
-        self._begun.clear()
+        """A stage begins, perhaps within another one."""
+        self._begun[stage] = time.perf_counter(), 0
 
     def unit(self, stage: str, worker: Worker) -> None:
         """Show how much is done."""
-        start, shown = self._begun.setdefault(worker, (time.perf_counter(), 0))
+        start, shown = self._begun[stage]
         elapsed, share = time.perf_counter() - start, worker.done / worker.total
         left = elapsed / share - elapsed if share else math.inf
         line = f"{stage} {worker.done:.0f}/{worker.total:.0f} elapsed:{elapsed:.0f}s left:{left:.0f}s"
+        meter = getattr(worker, "meter", None)  # an evaluation's: of this rank so far
+        if meter and meter.tokens:
+            line += f" running_loss:{meter.val_loss:.5g}"
         if self._live:
             end = "\n" if share >= 1 else ""
             print(f"\r\x1b[K{line}", end=end, file=sys.stderr, flush=True)
         if int(share * 50) > shown:
-            self._begun[worker] = start, int(share * 50)
+            self._begun[stage] = start, int(share * 50)
             self._run.log.text(line)
 
 
@@ -100,7 +103,7 @@ class Trackers(Watch):
         numbers = {
             f"{place}/{k}": v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"
         }
-        for send in self._send[:]:
+        for send in self._send[:] if numbers else ():
             try:
                 send(numbers, self._step)
             except Exception as error:

@@ -57,7 +57,7 @@ def _column_sums(levels: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
 
 
 def _row_blocks(rows: int) -> list[tuple[int, int]]:
-    """Start and end of the blocks of rows that are coded at once: short ones first, as all is learnt there."""
+    """Start and end of the blocks of rows that are coded at once; the first ones are short."""
     starts = [start for start in (0, 16, 32, *range(64, rows, 64)) if start < rows]
     return list(itertools.pairwise([*starts, rows]))
 

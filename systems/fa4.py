@@ -7,7 +7,8 @@ the two functions of the package that torch.nn.attention calls too.
 import torch
 from torch import Tensor
 
-from train_gpt import Segments, _operator, flash_segment_arguments
+from systems.kernels import operator
+from train_gpt import Segments, flash_segment_arguments
 
 
 def _fa4_options(cu_seqlens: Tensor | None, max_seqlen: int) -> dict[str, object]:
@@ -43,7 +44,7 @@ def _fa4_gradients(ctx: object, dy: Tensor, _: Tensor) -> tuple[Tensor | None, .
     return *_fa4_grad(q, k, v, y, dy.contiguous(), lse, cu_seqlens, ctx.max_seqlen), None, None
 
 
-_fa4 = _operator(
+_fa4 = operator(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, int max_seqlen) -> (Tensor, Tensor)",
     lambda q, *_: (
         q.new_empty(q.shape),
@@ -53,7 +54,7 @@ _fa4 = _operator(
     _fa4_keep,
     _fa4_gradients,
 )
-_fa4_grad = _operator(
+_fa4_grad = operator(
     "attention_backward(Tensor q, Tensor k, Tensor v, Tensor y, Tensor dy, Tensor lse, Tensor? cu_seqlens, "
     "int max_seqlen) -> (Tensor, Tensor, Tensor)",
     lambda *inputs: tuple(x.new_empty(x.shape) for x in inputs[:3]),

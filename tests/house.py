@@ -19,7 +19,7 @@ class House:
         put = super().__setattr__
         put("core", importlib.import_module("train_gpt"))
         names = [f"{part}.{module.name}" for part in ("harness", "systems") for module in self._modules(part)]
-        put("modules", [self.core, *map(importlib.import_module, names)])
+        put("modules", [self.core, *map(importlib.import_module, ["harness", *names])])
 
     @staticmethod
     def _modules(part: str) -> list[pkgutil.ModuleInfo]:

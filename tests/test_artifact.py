@@ -50,12 +50,12 @@ def same(records: dict, others: dict) -> bool:
 
 
 def test_round_trip(tg, packed):
-    config, records, blob = packed
-    settings, unpacked = tg.read_artifact(blob, tg.Config())
+    config, records, artifact = packed
+    settings, unpacked = tg.read_artifact(artifact, tg.Config())
     assert same(records, unpacked)
     for key, value in TINY.items():
         assert settings[key] == value
-    assert isinstance(blob, bytes)
+    assert isinstance(artifact, bytes)
 
 
 def test_settings_that_are_not_a_models(tg, packed, monkeypatch):
@@ -69,43 +69,43 @@ def test_settings_that_are_not_a_models(tg, packed, monkeypatch):
 
 
 def test_same_weights_same_bytes(tg, packed):
-    config, _, blob = packed
-    assert tg.pack_artifact(tiny_records(tg, config), config) == blob
+    config, _, artifact = packed
+    assert tg.pack_artifact(tiny_records(tg, config), config) == artifact
 
 
 def test_other_weights_other_bytes(tg, packed):
-    config, records, blob = packed
+    config, records, artifact = packed
     name = next(iter(records))
     changed = tiny_records(tg, config)
     changed[name].arrays[""].view(-1)[0] += 1
-    assert tg.pack_artifact(changed, config) != blob
+    assert tg.pack_artifact(changed, config) != artifact
 
 
 def test_size_is_what_is_counted(tg, packed, tmp_path):
     """The bytes are the file: nothing is added on the way to the disk, and compression does compress."""
-    _, records, blob = packed
+    _, records, artifact = packed
     path = tmp_path / "final_model.int6.ptz"
-    path.write_bytes(blob)
+    path.write_bytes(artifact)
     raw = sum(array.numel() * array.element_size() for r in records.values() for array in r.arrays.values())
-    assert path.stat().st_size == len(blob) < raw + 8192
+    assert path.stat().st_size == len(artifact) < raw + 8192
 
 
 def test_truncated_everywhere(tg, packed):
-    _, _, blob = packed
-    for length in range(0, len(blob), 97):
+    _, _, artifact = packed
+    for length in range(0, len(artifact), 97):
         with pytest.raises(tg.ArtifactError):
-            tg.read_artifact(blob[:length], tg.Config())
+            tg.read_artifact(artifact[:length], tg.Config())
     with pytest.raises(tg.ArtifactError):
-        tg.read_artifact(blob[:-1], tg.Config())
+        tg.read_artifact(artifact[:-1], tg.Config())
 
 
 def test_flipped_bits(tg, packed):
     """200 places over the whole file, the header's first 64 bytes among them."""
-    _, _, blob = packed
+    _, _, artifact = packed
     rng = random.Random(0)
-    places = [*range(64), *(rng.randrange(64, len(blob)) for _ in range(136))]
+    places = [*range(64), *(rng.randrange(64, len(artifact)) for _ in range(136))]
     for place in places:
-        damaged = bytearray(blob)
+        damaged = bytearray(artifact)
         damaged[place] ^= 1 << rng.randrange(8)
         with pytest.raises(tg.ArtifactError):
             tg.read_artifact(bytes(damaged), tg.Config())
@@ -113,15 +113,15 @@ def test_flipped_bits(tg, packed):
 
 def test_damage_behind_a_right_checksum(tg, packed):
     """A forged checksum reaches the parser: it may succeed or raise ArtifactError, nothing else."""
-    _, _, blob = packed
+    _, _, artifact = packed
     size = tg.PREFIX.size
     rng = random.Random(1)
     refused = 0
     for _ in range(200):
-        body = bytearray(blob[size:])
+        body = bytearray(artifact[size:])
         place = rng.randrange(min(len(body), 600))
         body[place] ^= 1 << rng.randrange(8)
-        prefix = blob[: size - 32] + hashlib.sha256(body).digest()
+        prefix = artifact[: size - 32] + hashlib.sha256(body).digest()
         try:
             tg.read_artifact(prefix + bytes(body), tg.Config())
         except tg.ArtifactError:
@@ -130,9 +130,9 @@ def test_damage_behind_a_right_checksum(tg, packed):
 
 
 def test_trailing_bytes(tg, packed):
-    _, _, blob = packed
+    _, _, artifact = packed
     with pytest.raises(tg.ArtifactError):
-        tg.read_artifact(blob + b"\0", tg.Config())
+        tg.read_artifact(artifact + b"\0", tg.Config())
 
 
 @pytest.mark.parametrize(

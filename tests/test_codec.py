@@ -118,13 +118,13 @@ def sample(request, tg):
     records = small_records(config)
     assert {record.kind for record in records.values()} == {"gptq", "int8_rows", "fp16"}
     assert any(record.correction for record in records.values())
-    blob = published_artifact(records) if kind == "published" else tg.pack_artifact(records, config)
-    return kind, records, blob
+    artifact = published_artifact(records) if kind == "published" else tg.pack_artifact(records, config)
+    return kind, records, artifact
 
 
 def test_artifact_of_every_format_is_read(tg, sample):
-    kind, records, blob = sample
-    settings, read = tg.read_artifact(blob, tg.Config())
+    kind, records, artifact = sample
+    settings, read = tg.read_artifact(artifact, tg.Config())
     assert bool(settings) == (kind != "published")
     assert list(read) == list(records)
     for name, record in records.items():
@@ -145,11 +145,11 @@ def test_artifact_fuzz(sample):
 
 def test_artifact_memory_is_bounded(tg, sample):
     """Reading takes at most four times the declared size (and what is needed in any case)."""
-    _, records, blob = sample
+    _, records, artifact = sample
     declared = sum(a.numel() * a.element_size() for r in records.values() for a in r.arrays.values())
-    contents(blob)
+    contents(artifact)
     tracemalloc.start()
-    tg.read_artifact(blob, tg.Config())
+    tg.read_artifact(artifact, tg.Config())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * declared + (1 << 20)
@@ -164,15 +164,15 @@ def test_published_artifact_of_either_codec(tg, codec):
     assert all(torch.equal(read[name].dequantize(), r.dequantize()) for name, r in records.items())
 
 
-def forge(tg, blob: bytes, change) -> bytes:
+def forge(tg, artifact: bytes, change) -> bytes:
     """The artifact with a changed header and a checksum that fits."""
     size = tg.PREFIX.size
-    _, version, codec, head_len, _ = tg.PREFIX.unpack_from(blob)
+    _, version, codec, head_len, _ = tg.PREFIX.unpack_from(artifact)
     cfg = tg.Config(compressor=tg.CODECS[codec])
-    header = json.loads(tg.decompress(blob[size : size + head_len], cfg))
+    header = json.loads(tg.decompress(artifact[size : size + head_len], cfg))
     change(header)
     head = tg.compress(json.dumps(header).encode(), cfg)
-    body = head + blob[size + head_len :]
+    body = head + artifact[size + head_len :]
     return tg.PREFIX.pack(b"PGOLF", version, codec, len(head), hashlib.sha256(body).digest()) + body
 
 
@@ -211,10 +211,10 @@ def forgeries():
 @pytest.mark.parametrize("forgery", forgeries())
 def test_forged_artifact_is_refused(tg, forgery):
     config = tg.Config(**TINY, compressor="ans")
-    blob = forge(tg, tg.pack_artifact(small_records(config), config), forgeries()[forgery])
+    artifact = forge(tg, tg.pack_artifact(small_records(config), config), forgeries()[forgery])
     started = time.perf_counter()
     with pytest.raises(tg.ArtifactError):
-        tg.read_artifact(blob, tg.Config())
+        tg.read_artifact(artifact, tg.Config())
     assert time.perf_counter() - started < 5
 
 

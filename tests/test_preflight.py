@@ -150,85 +150,98 @@ def test_preflight_tries_the_gpu(tg, monkeypatch):
             tg.Preflight(cfg, ranks)
 
 
-def usable(tg, asked: dict[str, str], compiler: str = "") -> tuple:
-    """Settings that are left, notices, and the compiler that is left."""
-    cfg, ranks = tg.Config.from_env(TINY | asked), tg.Ranks(torch.device("cpu"))
-    ranks.compiler = compiler
-    preflight = tg.Preflight(cfg, ranks)
-    return preflight.usable(cfg), preflight.notices, ranks.compiler
+@pytest.fixture
+def usable(tg, monkeypatch):
+    """Function: settings, compiler and kernels that a machine allows -> backends that are left, notices."""
+
+    def choose(asked: dict[str, str], compiler: str = "", kernels: str = "") -> tuple:
+        cfg, plain = tg.Config.from_env(TINY | asked), tg.Backends(kernels=kernels, compiler=compiler)
+        monkeypatch.setattr(tg, "plain_backends", lambda *_: plain)
+        preflight = tg.Preflight(cfg, tg.CPU)
+        return preflight.backends(), preflight.notices
+
+    return choose
 
 
-def test_compiler_that_fails_is_given_up_or_refused(tg, run, monkeypatch):
-    monkeypatch.setattr(tg, "try_compiler", lambda ranks: "no g++")
-    assert usable(tg, {}, "inductor")[1:] == (["nothing is compiled, which is slow: no g++"], "")
+def test_compiler_that_fails_is_given_up_or_refused(tg, run, usable, monkeypatch):
+    monkeypatch.setattr(tg, "try_compiler", lambda *_: "no g++")
     code, said, error = run(COMPILE_BACKEND="aot_eager")
     assert (code, said) == (2, "")
     assert error == "train_gpt.py: error: COMPILE_BACKEND=aot_eager: does not work here (no g++)\n"
+    backends, notices = usable({}, "inductor")
+    assert (backends.compiler, notices) == ("", ["nothing is compiled, which is slow: no g++"])
 
 
 def test_what_is_wrong_with_a_compiler_is_said_in_a_line(tg, monkeypatch):
     from torch._inductor import config
     from torch._inductor.utils import fresh_cache
 
-    ranks = tg.Ranks(torch.device("cpu"))
-    for ranks.compiler in ("aot_eager", "eager"):
-        assert tg.try_compiler(ranks) == ""
-    ranks.compiler = "inductor"
+    for compiler in ("aot_eager", "eager"):
+        assert tg.try_compiler(compiler, tg.CPU) == ""
     monkeypatch.setattr(config.cpp, "cxx", ("/nowhere/g++",))
     torch.compiler.reset()
     with fresh_cache():
-        wrong = tg.try_compiler(ranks)
+        wrong = tg.try_compiler("inductor", tg.CPU)
     assert wrong and len(wrong) <= 200 and len(wrong.splitlines()) == 1
-    ranks.compile = lambda function: lambda x: x.sum()
-    assert tg.try_compiler(ranks) == "its results are wrong"
+    monkeypatch.setattr(tg.Backends, "compile", lambda self, function: lambda x: x.sum())
+    assert tg.try_compiler("eager", tg.CPU) == "its results are wrong"
 
 
-def test_kernel_that_fails_is_left_out_or_refused(tg, monkeypatch):
-    monkeypatch.setattr(tg, "choose_kernels", lambda cfg, _: cfg.triton_kernels.split(","))
+def test_kernel_that_fails_is_left_out_or_refused(tg, usable, monkeypatch):
     monkeypatch.setattr(tg, "try_kernels", lambda *_: {"mlp": "bad PTX"})
-    cfg, notices, _ = usable(tg, {"TRITON_KERNELS": "1"})
-    assert cfg.triton_kernels == "loss,heads,exclude"
+    every = ",".join(tg.kernel_names("1"))
+    backends, notices = usable({"TRITON_KERNELS": "1"}, kernels=every)
+    assert backends.kernels == ",".join(name for name in tg.kernel_names("1") if name != "mlp")
     assert notices == ["fused kernel mlp is not used: bad PTX"]
-    assert usable(tg, {"TRITON_KERNELS": "loss,heads"})[0].triton_kernels == "loss,heads"
+    asked = {"TRITON_KERNELS": "loss,qkv_norm_rope"}
+    assert usable(asked, kernels="loss,qkv_norm_rope")[0].kernels == "loss,qkv_norm_rope"
     with pytest.raises(tg.ConfigError, match="TRITON_KERNELS=loss,mlp: mlp: bad PTX"):
-        usable(tg, {"TRITON_KERNELS": "loss,mlp"})
+        usable({"TRITON_KERNELS": "loss,mlp"}, kernels="loss,mlp")
 
 
 @pytest.mark.parametrize("asked, goes_on", [("auto", True), ("aot_eager", False)])
 def test_model_that_the_compiler_fails_on_is_trained_without(tg, work, monkeypatch, asked, goes_on):
     monkeypatch.chdir(work)
-    monkeypatch.setattr(tg, "packed_script", lambda *_: (b"packed", True))
-    cfg, ranks = tg.Config.from_env(TINY | {"COMPILE_BACKEND": asked}), tg.Ranks(torch.device("cpu"))
-    ranks.compiler = "aot_eager"
-    run = tg.GuardedRun(cfg, ranks, b"")
+    cfg, folder = tg.Config.from_env(TINY | {"COMPILE_BACKEND": asked}), work / f"compiled-{asked}"
+    folder.mkdir()
+    (folder / "logs").mkdir()
+    watches = tg.Watches([files := tg.LogFiles(tg.CPU, folder), guard := tg.Guard(tg.Preflight(cfg, tg.CPU))])
+    run = tg.Run(cfg, tg.CPU, tg.Backends("plain", "", "aot_eager", 2), {"train_gpt.py": b""}, watches)
 
     def fit(cfg, model, ranks):
-        if ranks.compiler:
+        if model.backends.compiler:
             raise RuntimeError("inductor: a bug\nand its trace")
-        return cfg
+        return model.backends
 
-    monkeypatch.setattr(tg, "fit_memory", fit)
     assert run.model._compiled_call_impl is not None
-    if not goes_on:
-        with pytest.raises(RuntimeError, match="a bug"):
-            run._fit_memory()
-        return
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    run._fit_memory()
-    assert run.model._compiled_call_impl is None and ranks.compiler == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(tg, "fit_memory", fit)
+        patch.setattr(tg.Ranks, "on_gpu", property(lambda _: True))  # for the guard alone
+        if not goes_on:
+            with pytest.raises(RuntimeError, match="a bug"):
+                guard.see("memory", run=run)
+            return
+        guard.see("memory", run=run)
+    assert run.model._compiled_call_impl is None and run.backends.compiler == ""
     assert run.result["environment"]["compiler"] == ""
     assert all(torch.equal(before[name], tensor) for name, tensor in run.model.state_dict().items())
     notice = (
         "notice text:the model is not compiled, which is slow: RuntimeError: inductor: a bug and its trace"
     )
-    assert notice in (run.log.folder / "logs" / f"{run.log.run_id}.txt").read_text()
+    assert notice in (folder / "logs" / f"{run.log.run_id}.txt").read_text()
     assert run.train() is None and run.result["steps"] == cfg.iterations
+    files.close()
 
 
 def test_notices_of_the_machine_are_in_the_log(tg, run, monkeypatch):
-    monkeypatch.setattr(
-        tg.Preflight, "usable", lambda self, cfg: self.notices.append("no compiler today") or cfg
-    )
+    whole = tg.Preflight.backends
+
+    def noting(self: object) -> object:
+        self.notices.append("no compiler today")
+        return whole(self)
+
+    monkeypatch.setattr(tg.Preflight, "backends", noting)
     code, said, _ = run(PREFLIGHT_ONLY=1)
     assert code == 0 and "\nnotice text:no compiler today\n" in said
 
@@ -240,7 +253,9 @@ def speed(tg, pace: list[float], **settings: str) -> tuple[dict, list[str]]:
     """The speed event and the notices of given seconds a step."""
     cfg, lines = tg.Config.from_env(TINY | settings), []
     log = SimpleNamespace(event=lambda stage, **values: lines.append((stage, values)))
-    tg.Preflight(cfg, tg.CPU).log_speed(pace, log, cfg)
+    preflight = tg.Preflight(cfg, tg.CPU)
+    preflight.pace = pace
+    preflight.log_speed(log, tg.Backends())
     return dict(lines).get("speed"), [values["text"] for stage, values in lines if stage == "notice"]
 
 
@@ -370,7 +385,7 @@ def test_preflight_guard_leaves_an_artifact_that_fits_alone(tg, run, work, unlim
 
 @pytest.mark.parametrize("own, words", [(torch.nan, "this rank's"), (3.0, "another rank's")])
 def test_preflight_guard_says_whose_loss_was_not_finite(tg, own, words):
-    measured = tg.Pending(torch.tensor([torch.nan, torch.nan, 1.0, own]), None)
+    measured = tg.Pending(torch.tensor([torch.nan, torch.nan, 1.0, 0.0, own]), None)
     with pytest.raises(tg.RunError, match=f"step 7: .*not finite .{words}"):
         tg.StepReport(7, measured, 1.0, 0.9, False).elapsed  # noqa: B018
 
@@ -448,18 +463,18 @@ def test_preflight_guard_leaves_two_ranks_when_torchrun_is_told(work):
     assert {path.name for path in (work / "told_ranks").iterdir()} == {"logs", "metrics.jsonl"}
 
 
-@pytest.mark.parametrize("polls, twice, code", [(False, False, 7), (True, False, 8), (True, True, 143)])
-def test_preflight_guard_signal_is_raised_noted_or_final(tg, polls, twice, code):
+@pytest.mark.parametrize("handled, twice, code", [(False, False, 7), (True, False, 8), (True, True, 143)])
+def test_preflight_guard_signal_is_raised_noted_or_final(tg, handled, twice, code):
     """Raised at once; only noted for a stage that looks for it; a second one ends the process there."""
     child = os.fork()
     if child == 0:
         ranks = tg.Ranks(torch.device("cpu"))
-        ranks.polls = polls
+        ranks.stage_handles_stop = handled
         try:
-            with tg._signals(ranks):
+            with tg.signals(ranks):
                 for _ in range(1 + twice):
                     os.kill(os.getpid(), signal.SIGTERM)
-            os._exit(8 if ranks.told == signal.SIGTERM else 1)
+            os._exit(8 if ranks.stop_signal == signal.SIGTERM else 1)
         except tg.Stopped as stopped:
             os._exit(7 if stopped.code == 143 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code

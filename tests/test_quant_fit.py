@@ -120,12 +120,12 @@ def loss(tg, problem, records) -> float:
 def test_quant_fit_ends_just_below_the_cap(tg, problem, codec, budget):
     cfg = tg.Config(**SMALL, compressor=codec)
     records = fit(tg, problem, budget, cfg)
-    blob = tg.pack_artifact(records, cfg)
-    assert budget - tg.FIT_SLACK <= len(blob) <= budget
-    _, read = tg.read_artifact(blob, tg.Config())
+    artifact = tg.pack_artifact(records, cfg)
+    assert budget - tg.FIT_SLACK <= len(artifact) <= budget
+    _, read = tg.read_artifact(artifact, tg.Config())
     for name, record in records.items():
         assert torch.equal(read[name].dequantize(), record.dequantize()), name
-    assert tg.pack_artifact(fit(tg, problem, budget, cfg), cfg) == blob
+    assert tg.pack_artifact(fit(tg, problem, budget, cfg), cfg) == artifact
 
 
 def test_quant_fit_beats_the_published_recipe_at_equal_bytes(tg, problem):

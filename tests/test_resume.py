@@ -82,7 +82,7 @@ def cut_off(tg, monkeypatch, run):
     def start(name: str, target: str, count: int, after: bool = False, **settings: object) -> None:
         with monkeypatch.context() as patch:
             owner, _, method = target.rpartition(".")
-            owner = getattr(tg, owner) if owner in dir(tg) else tg
+            owner = getattr(tg, owner) if owner[0].isupper() else tg
             wanted, method = ("", method) if owner is not tg else (target, "write_whole")
             original, left = getattr(owner, method), [count]
 
@@ -108,7 +108,7 @@ def cut_off(tg, monkeypatch, run):
 
 PLACES = [  # what is being done for the n-th time when the run is killed: before it, or behind it
     ("Run._log_head", 1, False),
-    ("KeptTrainer.kept", 1, False),
+    ("Trainer.state", 1, False),
     ("Trainer.step", 8, False),  # two of them are the warm-up's
     ("final_model.pt", 1, False),
     ("final_model.pt", 1, True),
@@ -119,7 +119,7 @@ PLACES = [  # what is being done for the n-th time when the run is killed: befor
     ("train_gpt.packed.py", 1, True),
     ("ScoreFirstTTT._score_batch", 1, True),
     ("ScoreFirstTTT._global_phase", 1, True),
-    ("KeptRun.keep_weights", 1, True),
+    ("Checkpoints._keep_weights", 1, True),
     ("ScoreFirstTTT._score_batch", 2, False),
     ("ScoreFirstTTT._score_batch", 1, True),
     ("Run.finish", 1, False),
@@ -158,18 +158,17 @@ def test_resume_does_not_slide_or_train_by_sgd_again(tg, work, cut_off, run, mon
     assert run("stream-undisturbed", **STREAM)[0] == 0
     reference, calls = contents(work / "stream-undisturbed"), []
     assert {row["kind"] for row in reference["ledger"]} == {"start", "slide", "end", "sgd"}
-    for name in ("evaluate_windows", "score_first_sgd"):
-        whole = getattr(tg, name)
+    score_stream = tg.Run.score_stream
 
-        def counted(*arguments: object, name: str = name, whole: object = whole, **options: object) -> object:
-            calls.append(name)
-            return whole(*arguments, **options)
+    def counted(self: object, stage: str) -> None:
+        calls.append(stage)
+        score_stream(self, stage)
 
-        monkeypatch.setattr(tg, name, counted)
+    monkeypatch.setattr(tg.Run, "score_stream", counted)
     cut_off("stream", "Run.record", 6, **STREAM)  # untrained, step_4, prequant, quantised, sliding, ttt
-    assert calls == ["evaluate_windows", "score_first_sgd"]
+    assert calls == ["sliding", "ttt"]
     cut_off("stream", "Run.finish", 1, **STREAM)
-    assert calls[2:] == ["score_first_sgd"], "it was cut off, so it began again; nothing was slid again"
+    assert calls[2:] == ["ttt"], "it was cut off, so it began again; nothing was slid again"
     assert run("stream", **STREAM)[0] == 0 and not calls[3:]
     assert difference(work / "stream", reference) == []
 
@@ -216,18 +215,18 @@ def test_resume_after_a_signal(tg, work, reference, run, monkeypatch, number, co
     assert difference(work / name, reference) == []
 
 
-def test_a_rank_removes_what_it_is_still_writing_at_the_end(tg, tmp_path, monkeypatch):
-    run = object.__new__(tg.KeptRun)
-    run.ranks, run.shelves = SimpleNamespace(is_main=False, rank=1), tmp_path
-    run._before, run._pool, run.keep = {}, ThreadPoolExecutor(1), lambda ended: ended == 0
+def test_a_rank_removes_what_it_is_still_writing_at_the_end(tg, tmp_path):
+    checkpoints = object.__new__(tg.Checkpoints)
+    checkpoints.ranks, checkpoints._checkpoints = SimpleNamespace(is_main=False, rank=1), tmp_path
+    checkpoints._keep = lambda ended: ended == 0
 
     def write() -> Path:
         time.sleep(0.3)
-        return tg.Shelf(tmp_path, "ttt-1").add({})
+        return tg.CheckpointFolder(tmp_path, "ttt-1").add({})
 
-    run._writing = run._pool.submit(write)
-    monkeypatch.setattr(tg.GuardedRun, "execute", lambda self: 0)
-    assert run.execute() == 0 and list(tmp_path.iterdir()) == []
+    checkpoints._writing = ThreadPoolExecutor(1).submit(write)
+    checkpoints._end(0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_state_is_that_of_any_number_of_ranks(tg):
@@ -241,33 +240,37 @@ def test_state_is_that_of_any_number_of_ranks(tg):
         def load_state(self, state):
             assert state == (0, 0, 0)
 
-    class Stub:
-        trainer_state = None
-
     def trainer(rank: int, world: int):
         torch.manual_seed(0)
         ranks = tg.Ranks(torch.device("cpu"), rank, world)
-        return tg.KeptTrainer(Stub(), cfg, tg.GPT(cfg), Loader(), ranks)
+        return tg.Trainer(cfg, tg.GPT(cfg, tg.Backends()), Loader(), ranks)
 
     one = trainer(0, 1)
     for bank in one.muon.param_groups[0]["params"]:
         one.muon.state[bank]["momentum_buffer"] = torch.randn_like(bank).bfloat16()
-    clock = tg.Pending(torch.tensor([0.0, 0.0, 1.5, 0.0]), None)
-    one._reports = [tg.StepReport(i, clock, 1.0, 0.0, False) for i in (1, 2)]
-    whole = one.kept(2)
-    shards = []
+    clock = tg.Pending(torch.tensor([0.0, 0.0, 1.5, 0.0, 0.0]), None)
+    one.steps, one.reports = 2, [tg.StepReport(i, clock, 1.0, 0.0, False) for i in (1, 2)]
+    entire, shards = one.state(), []
     for rank in range(2):
         other = trainer(rank, 2)
-        other.load_kept(tg._copy_tensors(whole))
-        assert other.position == (2, 1.5, other._reports[1])
+        other.load_state(tg.copy_tensors(entire))
+        assert (other.steps, other.seconds, len(other.reports)) == (2, 1.5, 2)
         shards.append([state["momentum_buffer"] for state in other.muon.state.values()])
     for bank, parts in zip(one.muon.state, zip(*shards, strict=True), strict=True):
         joined = torch.cat(parts)[: len(bank)]
         assert torch.equal(joined, one.muon.state[bank]["momentum_buffer"])
-    other.ranks.all_gather = lambda shard: tg.Pending(torch.cat(next(gathered)), None)
     gathered = iter(list(zip(*shards, strict=True)))
-    back = other.kept(2) or {}
-    assert back == {}, "only rank 0 takes it to the host"
+    other.ranks.all_gather = lambda shard: tg.Pending(torch.cat(next(gathered)), None)
+    assert contents_of(other.state()) == contents_of(entire)
+
+
+def contents_of(tree: object) -> object:
+    """A state in a form that can be compared."""
+    if isinstance(tree, dict):
+        return {key: contents_of(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [contents_of(value) for value in tree]
+    return (tree.shape, tree.flatten().tolist()) if isinstance(tree, torch.Tensor) else tree
 
 
 # -- which run goes on
@@ -304,7 +307,7 @@ def test_resume_of_a_run_that_only_trains(work, cut_off, run):
     settings = {"PREQUANT_ONLY": 1, "VAL_LOSS_EVERY": 0}
     cut_off("only", "Run.evaluate", 1, **settings)
     code, output, errors = run("only", **settings)
-    assert code == 0 and "resumed only after training\n" in output and "train step" not in output, errors
+    assert code == 0 and "resumed only after train\n" in output and "train step" not in output, errors
     assert json.loads((work / "only/result.json").read_text())["steps"] == 6
     code, output, _ = run("only", **settings)  # now it is there
     assert code == 0 and "prequant val_loss" in output and (work / "only+2/result.json").is_file()
@@ -347,7 +350,7 @@ def test_resume_takes_the_one_before_a_damaged_checkpoint(work, reference, cut_o
     newest = sorted((work / "damaged/checkpoints").glob("run.*"))[-1]
     flip(newest)
     cut_off("damaged", "ScoreFirstTTT._score_batch", 4)
-    for kind in ("run.*", "ttt-0.*", "phase.*"):
+    for kind in ("run.*", "ttt-0.*", "weights.*"):
         flip(sorted((work / "damaged/checkpoints").glob(kind))[-1])
     code, output, _ = run("damaged")
     assert code == 0 and output.count("damaged, not a whole checkpoint; the one before is taken") == 3
@@ -381,13 +384,13 @@ def test_resume_with_damaged_outputs(work, reference, cut_off, run):
 @pytest.mark.parametrize("content", [{"values": "{}"}, [1, 2], {"values": {}, "tensors": None}, "text"])
 def test_foreign_checkpoint_with_a_right_checksum(tg, tmp_path, content):
     path = tmp_path / "run.000001.ckpt"
-    tg.write_kept(path, {"a": 1.5}, {"b": torch.ones(2)})
-    assert tg.read_kept(path)[0] == {"a": 1.5}
+    tg.write_checkpoint(path, {"a": 1.5}, {"b": torch.ones(2)})
+    assert tg.read_checkpoint(path)[0] == {"a": 1.5}
     torch.save(content, tmp_path / "body")
     body = (tmp_path / "body").read_bytes()
-    path.write_bytes(tg.KEPT_MAGIC + tg.hashlib.sha256(body).digest() + body)
+    path.write_bytes(tg.MAGIC + tg.hashlib.sha256(body).digest() + body)
     with pytest.raises(tg.ArtifactError, match=r"run\.000001\.ckpt: not a checkpoint of this script"):
-        tg.read_kept(path)
+        tg.read_checkpoint(path)
 
 
 # -- full disk
@@ -424,7 +427,7 @@ def test_checkpoint_faults_do_not_end_the_run(tg, work, reference, run, monkeypa
     def full(path: Path, *_: object) -> None:
         raise tg.RunError(f"{path}: cannot be written (No space left on device)")
 
-    monkeypatch.setattr(tg, "write_kept", full)
+    monkeypatch.setattr(tg, "write_checkpoint", full)
     code, output, errors = run("without")
     assert (code, errors) == (0, "")
     assert output.count("checkpoint not written, going on without: ") > 10
@@ -445,14 +448,14 @@ def test_loss_that_is_not_finite_names_the_checkpoint_to_go_on_from(tg, work, re
     for count in (5, 1):
         left[0] = count
         code, output, errors = run("nan")
-        assert code == 1 and errors.count("\n") == 1, errors
-        found += re.findall(
-            r"step (\d+): .* stopped; last checkpoint (\S+) at step (\d+), .*RESUME=1", errors
-        )
-        assert tg.read_kept(Path(found[-1][1]))[1]["step"] == int(found[-1][2]) < int(found[-1][0])
-    assert f"resumed nan at step {found[0][2]}\n" in output and found[0][1:] == found[1][1:]
+        failed, last = errors.splitlines()
+        step = re.fullmatch(r"train_gpt.py: rank 0 of 1, stage train: step (\d+): .* stopped", failed)[1]
+        found.append(re.search(r"last checkpoint (\S+) within train \((\d+)/6\), .*RESUME=1", last).groups())
+        path, kept = found[-1]
+        assert code == 1 and tg.read_checkpoint(Path(path))[1]["step"] == int(kept) < int(step)
+    assert f"resumed nan within train ({kept}/6)\n" in output and found[0] == found[1]
     code, output, errors = run("nan")
-    assert (code, errors) == (0, "") and f"resumed nan at step {found[0][2]}\n" in output
+    assert (code, errors) == (0, "") and f"resumed nan within train ({kept}/6)\n" in output
     assert difference(work / "nan", reference) == []
 
 

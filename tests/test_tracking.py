@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import re
 import sys
 import types
 
@@ -49,10 +48,14 @@ def wandb(monkeypatch):
     return told
 
 
-def send(log, events=EVENTS) -> None:
-    for stage, values in events:
+def send(tg, cfg, *trackers) -> None:
+    """Tell all events to the files of a log, and to trackers behind them."""
+    files = tg.LogFiles(tg.CPU)
+    log = tg.RunLog(cfg, watch=tg.Watches([files, *trackers]))
+    for stage, values in EVENTS:
         log.event(stage, **values)
-    log.close()
+    for watch in (files, *trackers):
+        watch.close()
 
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
@@ -64,13 +67,14 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_shows_every_number_at_its_step(tg, settings, tmp_path):
-    send(tg.TrackedLog(settings(tensorboard_dir=str(tmp_path / "board"))))
+    cfg = settings(tensorboard_dir=str(tmp_path / "board"))
+    send(tg, cfg, tg.Trackers(cfg, tg.CPU))
     assert scalars(tmp_path / "board" / "watched") == POINTS
 
 
 def test_wandb_is_told_the_same(tg, settings, wandb):
     cfg = settings(wandb_project="golf")
-    send(tg.TrackedLog(cfg))
+    send(tg, cfg, tg.Trackers(cfg, tg.CPU))
     start, *sent, end = wandb
     assert (start["project"], start["name"], start["config"]) == ("golf", "watched", cfg.as_env())
     points = {}
@@ -81,30 +85,33 @@ def test_wandb_is_told_the_same(tg, settings, wandb):
 
 
 def test_the_log_itself_is_as_without_tracking(tg, settings, wandb, tmp_path):
-    send(tg.TrackedLog(settings(wandb_project="golf")))
-    send(tg.RunLog(settings(artifact_dir=str(tmp_path / "plain"))))
+    cfg = settings(wandb_project="golf")
+    send(tg, cfg, tg.Trackers(cfg, tg.CPU))
+    send(tg, settings(artifact_dir=str(tmp_path / "plain")))
     for name in ("metrics.jsonl", "logs/watched.txt"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
 def test_only_rank_0_tracks(tg, settings, wandb):
-    other = tg.Ranks(tg.torch.device("cpu"), rank=1, world_size=2)
-    send(tg.TrackedLog(settings(wandb_project="golf"), other))
+    cfg, other = settings(wandb_project="golf"), tg.Ranks(tg.torch.device("cpu"), rank=1, world_size=2)
+    send(tg, cfg, tg.Trackers(cfg, other))
     assert not wandb
 
 
 def test_a_tracker_that_fails_is_given_up_and_said_once(tg, settings, wandb, tmp_path, monkeypatch):
-    log = tg.TrackedLog(settings(wandb_project="golf"))
+    cfg = settings(wandb_project="golf")
+    trackers = tg.Trackers(cfg, tg.CPU)
 
     def fail(numbers, step):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(log, "_trackers", [fail, *log._trackers])
-    send(log)
+    monkeypatch.setattr(trackers, "_send", [fail, *trackers._send])
+    send(tg, cfg, trackers)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     notices = [json.loads(line)["text"] for line in lines if '"notice"' in line]
     assert len(notices) == 1 and "no route to host" in notices[0]
-    assert len(wandb) == len(EVENTS) + 2  # the other one was told everything
+    numbers = [stage for stage, _ in EVENTS if stage != "saved"]
+    assert len(wandb) == len(numbers) + 2  # the other one was told everything
 
 
 @pytest.mark.parametrize(
@@ -126,7 +133,7 @@ def test_a_missing_package_is_named_before_a_folder_is_made(
 
     monkeypatch.setattr(importlib, "import_module", without)
     with pytest.raises(tg.ConfigError, match=rf"^{setting}=here: .*pip install {package}$"):
-        tg.TrackedLog(settings(**{setting.lower(): "here"}))
+        tg.Trackers(settings(**{setting.lower(): "here"}), tg.CPU)
     assert not (tmp_path / "run").exists()
 
 
@@ -136,18 +143,52 @@ def test_a_tracker_that_does_not_start_is_a_mistake_of_the_users(tg, settings, t
 
     monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
     with pytest.raises(tg.ConfigError, match="^WANDB_PROJECT=golf: does not start .api_key"):
-        tg.TrackedLog(settings(wandb_project="golf"))
+        tg.Trackers(settings(wandb_project="golf"), tg.CPU)
     assert not (tmp_path / "run").exists()
 
 
-def test_without_the_settings_nothing_of_it_is_packed(tg, monkeypatch):
-    """The counted script of the record is without the trackers and lists both settings as left out."""
-    texts = []
-    monkeypatch.setattr(tg, "compress", lambda text, codec: texts.append(text.decode()) or b"")
-    monkeypatch.setitem(sys.modules, "python_minifier", None)
-    source = tg.Path(tg.__file__).read_bytes()
-    tg.pack_code(source, "brotli", ["WANDB_PROJECT", "TENSORBOARD_DIR"])
-    tg.pack_code(source, "brotli", ["WANDB_PROJECT"])
-    without, with_one = texts
-    assert "class TrackedLog" in with_one and "class TrackedLog" not in without
-    assert re.search(r"LEFT_OUT = \['TENSORBOARD_DIR', 'WANDB_PROJECT'\]", without)
+class Counting:
+    """A worker that has done this much of four."""
+
+    total, meter = 4.0, None
+
+    def __init__(self, done: float):
+        self.done = done
+
+
+def test_progress_of_a_stage_within_another(tg, settings, tmp_path, monkeypatch):
+    """The inner one begins anew each time, the outer one goes on from its own beginning."""
+    clock = iter(range(100))
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: float(next(clock)))
+    progress, files = tg.Progress(tg.CPU), tg.LogFiles(tg.CPU)
+    log = tg.RunLog(settings(), watch=files)
+    progress.see("opened", run=types.SimpleNamespace(log=log))
+    progress.saved("train")  # at 0 s; each look at the clock is a second later
+    progress.unit("train", Counting(1.0))
+    for stage in ("step_1", "step_2"):
+        progress.saved(stage)
+        progress.unit(stage, Counting(4.0))
+    progress.unit("train", Counting(1.0))  # nothing new to show
+    progress.unit("train", Counting(2.0))
+    files.close()
+    assert (tmp_path / "run/logs/watched.txt").read_text().splitlines() == [
+        "train 1/4 elapsed:1s left:3s",
+        "step_1 4/4 elapsed:1s left:0s",
+        "step_2 4/4 elapsed:1s left:0s",
+        "train 2/4 elapsed:7s left:7s",
+    ]
+
+
+def test_progress_shows_the_loss_of_an_evaluation(tg, settings, tmp_path):
+    progress, files = tg.Progress(tg.CPU), tg.LogFiles(tg.CPU)
+    progress.see("opened", run=types.SimpleNamespace(log=tg.RunLog(settings(), watch=files)))
+    worker, progress_line = Counting(2.0), "ttt 2/4 elapsed:0s left:0s running_loss:3.5"
+    worker.meter = tg.BpbMeter()
+    progress.saved("ttt")
+    worker.done = 1.0
+    progress.unit("ttt", worker)  # a rank that has scored nothing yet has no loss
+    worker.done = 2.0
+    worker.meter.add_sums(7.0, 4.0, 2.0)
+    progress.unit("ttt", worker)
+    files.close()
+    assert (tmp_path / "run/logs/watched.txt").read_text().splitlines()[1:] == [progress_line]

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import runs  # noqa: E402
 import train_gpt as tg  # noqa: E402
-from harness.readers import load_weights  # noqa: E402
+from harness.readers import load_weights, read_artifact  # noqa: E402
 
 LONGEST_LABEL = 24
 GROUPS = ("code", "embeddings", "attention", "MLP", "scales", "rest")
@@ -121,7 +121,7 @@ class Run:
     def tensors(self) -> dict[str, tg.QuantizedTensor]:
         """Stored tensors by name, read by the script's own reader."""
         try:
-            return tg.read_artifact(self.blob, tg.Config())[1]
+            return read_artifact(self.blob, tg.Config())[1]
         except tg.UserError as error:
             raise Missing(str(error)) from None
 

@@ -1,0 +1,72 @@
+"""Attributes of libraries: names that are not ours alone."""
+
+import ast
+import builtins
+import concurrent.futures
+import functools
+import hashlib
+import importlib
+import io
+import pathlib
+import random
+import re
+import struct
+import subprocess
+import threading
+import zipfile
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+TYPES = (
+    object, str, bytes, bytearray, memoryview, int, float, complex, bool, list, tuple, dict, set, frozenset,
+    slice, range, type, property, BaseException, OSError, pathlib.Path, io.BytesIO, io.TextIOWrapper,
+    io.BufferedWriter, re.Pattern, re.Match, struct.Struct, random.Random, threading.Thread, threading.Event,
+    concurrent.futures.Future, concurrent.futures.ThreadPoolExecutor, subprocess.CompletedProcess,
+    zipfile.ZipFile, np.ndarray, np.random.Generator, np.dtype, np.memmap, torch.Tensor, torch.Size, torch.device,
+    torch.dtype, torch.Generator, torch.nn.Module, torch.nn.Parameter, torch.nn.Linear, torch.nn.Embedding,
+    torch.nn.ModuleList, torch.optim.Optimizer, torch.optim.AdamW, torch.optim.SGD, torch.cuda.Event,
+    torch.autograd.function.FunctionCtx, torch.Tag, dist.Store, dist.Work, type(hashlib.sha256()),
+    type(lambda: None), type(len), type(_ for _ in ()), type(open), type(functools.lru_cache(len)),
+)  # fmt: skip
+EXTRA = {  # of objects that no class here has
+    "saved_tensors", "needs_input_grad", "save_for_backward", "register_autograd", "register_fake", "stream",
+    "stack", "model", "Categorical", "AnsCoder", "encode_reverse", "decode", "get_compressed", "process",
+    "is_finished", "eof", "unused_data", "decompress", "compress", "Decompressor", "shape", "grad",
+    "cu_seqlens_q", "constexpr", "jit",
+}  # fmt: skip
+
+
+def foreign_names(tree: ast.Module) -> frozenset[str]:
+    """What may be an attribute of an object that is not ours: of common types, and of all that is imported."""
+    modules = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            modules.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules.add(node.module)
+            modules.update(f"{node.module}.{alias.name}" for alias in node.names)
+    own = ("train_gpt", "systems", "harness")
+    return _names(frozenset(name for name in modules if name.partition(".")[0] not in own))
+
+
+@functools.cache
+def _names(modules: frozenset[str]) -> frozenset[str]:
+    found = set(EXTRA).union(dir(builtins), *map(dir, TYPES))
+    for name in sorted(modules):
+        found.update(*map(dir, _objects(name)), name.split("."))
+    return frozenset(found)
+
+
+def _objects(name: str) -> Iterator[object]:
+    """A module, or a thing in one."""
+    try:
+        yield importlib.import_module(name)
+    except ImportError:
+        module, _, attribute = name.rpartition(".")
+        try:
+            yield getattr(importlib.import_module(module), attribute) if module else None
+        except (ImportError, AttributeError):
+            yield None

@@ -1,0 +1,108 @@
+"""Rules between settings: what must hold, the settings to name, and what to say where it does not."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from train_gpt import (
+    OUTPUTS,
+    Config,
+    ConfigError,
+    check_micro_batches,
+    chunk_size,
+    kernel_names,
+    layer_order,
+)
+
+
+def check_settings(cfg: Config) -> None:
+    """Raise ConfigError where settings, each of them possible, are not possible together."""
+    for rules in (_shape_rules, _layer_rules, _other_rules):
+        for holds, names, text in rules(cfg):
+            if not holds:
+                raise ConfigError(f"{' '.join(pair(cfg, name) for name in names.split())}: {text}")
+    check_micro_batches(cfg, world_size=1)  # what one rank cannot divide, more cannot either
+    chunk_size(cfg, 0)  # TTT_CHUNK_BY_LENGTH is read as if a document were to be scored
+    kernel_names(cfg.triton_kernels)
+
+
+def pair(cfg: Config, name: str) -> str:
+    """A setting as a user would write it: NAME=value."""
+    value = getattr(cfg, name.lower())
+    shown = (
+        f"{value:.12g}" if isinstance(value, float) else repr(value) if value.__class__ is str else int(value)
+    )
+    return f"{name}={shown}"
+
+
+# Later rules rely on earlier ones.
+
+
+def _shape_rules(cfg: Config) -> Iterable[tuple[bool, str, str]]:
+    heads = f"{cfg.head_dim} (MODEL_DIM / NUM_HEADS)"
+    chunk = f"{pair(cfg, 'EVAL_SEQ_LEN')} (a chunk is whole windows)"
+    yield cfg.model_dim % cfg.num_heads == 0, "MODEL_DIM", f"must be a multiple of {pair(cfg, 'NUM_HEADS')}"
+    yield (
+        cfg.num_heads % cfg.num_kv_heads == 0,
+        "NUM_HEADS",
+        f"must be a multiple of {pair(cfg, 'NUM_KV_HEADS')}",
+    )
+    yield (
+        cfg.head_dim % 2 == 0,
+        "MODEL_DIM NUM_HEADS",
+        f"a head has {heads} dimensions, must be even (rotary pairs)",
+    )
+    fits = cfg.rope_dims <= cfg.head_dim and cfg.rope_dims % 2 == 0
+    yield fits, "ROPE_DIMS", f"must be even and at most {heads}"
+    rotated = (cfg.rope_dims or cfg.head_dim) > 2
+    yield rotated or not cfg.rope_yarn, "ROPE_DIMS", "ROPE_YARN=1 needs more than 2 rotated dimensions"
+    yield cfg.gate_window <= cfg.model_dim, "GATE_WINDOW", f"must be at most {pair(cfg, 'MODEL_DIM')}"
+    yield cfg.mlp_dim >= 1, "MLP_MULT", "leaves an MLP without hidden units"
+    limit = cfg.ttt_eval_seq_len
+    yield cfg.ttt_chunk_size <= limit, "TTT_CHUNK_SIZE", f"must be at most {pair(cfg, 'TTT_EVAL_SEQ_LEN')}"
+    fits = cfg.global_ttt_chunk_tokens >= cfg.eval_seq_len
+    yield fits, "GLOBAL_TTT_CHUNK_TOKENS", f"must be at least {chunk}"
+    fits = not cfg.ttt_cache_window or cfg.ttt_chunk_size <= cfg.ttt_cache_window <= limit
+    limits = f"{pair(cfg, 'TTT_CHUNK_SIZE')} to {pair(cfg, 'TTT_EVAL_SEQ_LEN')}"
+    yield fits, "TTT_CACHE_WINDOW", f"must be 0 or {limits}"
+    slides = cfg.sliding_window_enabled or cfg.ttt_sgd
+    fits = not slides or cfg.eval_stride <= cfg.eval_seq_len
+    yield fits, "EVAL_STRIDE", f"must be at most {pair(cfg, 'EVAL_SEQ_LEN')}"
+    fits = not cfg.ttt_sgd or cfg.ttt_chunk_tokens >= cfg.eval_seq_len
+    yield fits, "TTT_CHUNK_TOKENS", f"must be at least {chunk}"
+
+
+def _layer_rules(cfg: Config) -> Iterable[tuple[bool, str, str]]:
+    fits = not cfg.num_loops or cfg.loop_start <= cfg.loop_end < cfg.num_layers
+    text = f"need LOOP_START <= LOOP_END < {pair(cfg, 'NUM_LAYERS')}"
+    yield fits, "LOOP_START LOOP_END", text
+    for looping in (False, True):
+        decoder = layer_order(cfg, looping)[1]
+        parallel = [layer >= cfg.parallel_start_layer > 0 for layer in decoder]
+        comes_back = True in parallel and not all(parallel[parallel.index(True) :])
+        text = f"the decoder {decoder} comes back below it after the lanes split; must be 0 or above"
+        yield not comes_back, "PARALLEL_START_LAYER", f"{text} {pair(cfg, 'LOOP_END')}"
+
+
+def _other_rules(cfg: Config) -> Iterable[tuple[bool, str, str]]:
+    name = re.fullmatch(r"(\w[\w.+-]{0,99})?", cfg.run_id)
+    yield bool(name), "RUN_ID", "must be a name of letters, digits and . _ + -"
+    files = [Path(path).name for path in (cfg.model_path, cfg.quantized_model_path)]
+    for setting, file in zip(("MODEL_PATH", "QUANTIZED_MODEL_PATH"), files, strict=True):
+        shared = file in ("", "..", "logs") or len(file) > 99 or [*files, *OUTPUTS].count(file) > 1
+        yield not shared, setting, "must name a file of its own"
+    seconds, reserve = cfg.max_wallclock_seconds, cfg.gptq_reserve_seconds
+    fits = not 0 < seconds < reserve + 0.001
+    yield fits, "GPTQ_RESERVE_SECONDS", f"must be below {pair(cfg, 'MAX_WALLCLOCK_SECONDS')}"
+    fits, least = (
+        cfg.fit_bytes == 0 or cfg.fit_bytes >= 1 << 15,
+        f"at least {1 << 15} (code alone is more)",
+    )
+    yield fits, "FIT_BYTES", f"must be 0 or {least}"
+    text = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"
+    adapts = cfg.ttt_enabled and not cfg.ttt_sgd
+    yield cfg.val_doc_fraction == 1 or adapts, "VAL_DOC_FRACTION", text
+    gates = ("SPARSE_ATTN_GATE_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED")
+    for names in (gates, ("PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY")):
+        chosen = [name for name in names if getattr(cfg, name.lower())]
+        yield len(chosen) < 2, " ".join(chosen), "exclude each other: set at most one"
