@@ -5,6 +5,7 @@ does the same for that run. Rules that need more than one function are in harnes
 """
 
 import ast
+import graphlib
 from collections.abc import Iterator, Mapping
 
 from harness.calls import drop_keywords, drop_parameters, inline_functions
@@ -68,7 +69,10 @@ def fold_once(tree: ast.Module, facts: Facts, impure: set[str], foreign: frozens
 
 
 def inline_parts(tree: ast.Module, parts: Mapping[str, bytes]) -> ast.Module:
-    """The core with all modules of systems/ that it (or one of them) imports. Names are unique: else RunError."""
+    """The core with all modules of systems/ that it (or one of them) imports, each behind what it needs.
+
+    Raises RunError where a name is not unique.
+    """
     trees, wanted = {"": tree}, [""]
     for name in wanted:
         for node in walk(trees[name]):
@@ -78,6 +82,8 @@ def inline_parts(tree: ast.Module, parts: Mapping[str, bytes]) -> ast.Module:
                     raise RunError(f"packing: there is no {module}")
                 wanted.append(module)
                 trees[module] = ast.parse(parts[module])
+    needs = {name: [n.module for n in trees[name].body if getattr(n, "module", None) in trees] for name in wanted}
+    order = [name for name in graphlib.TopologicalSorter(needs).static_order() if name]
     main, owners, imports = tree.body, {}, {}
     for name in wanted:
         trees[name] = Parts().visit(trees[name])
@@ -86,7 +92,7 @@ def inline_parts(tree: ast.Module, parts: Mapping[str, bytes]) -> ast.Module:
                 before = owners.setdefault(defined, (name, text))
                 if before[0] != name and (text is None or before[1] != text):
                     raise RunError(f"packing: {defined} of {name} is also in {before[0] or 'train_gpt'}")
-    main = [statement for name in wanted[1:] for statement in trees[name].body]
+    main = [statement for name in order for statement in trees[name].body]
     is_import = lambda node: isinstance(node, (ast.Import, ast.ImportFrom))  # noqa: E731
     imports = {ast.dump(node): node for node in [*filter(is_import, tree.body), *filter(is_import, main)]}
     rest = [node for node in tree.body if not is_import(node)]
