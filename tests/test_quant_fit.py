@@ -194,7 +194,7 @@ def test_quant_fit_says_that_it_cannot(tg, problem):
 
 def test_quant_fit_bytes_below_the_code_are_refused_at_once(tg):
     with pytest.raises(tg.ConfigError, match="FIT_BYTES=20000: must be 0 or at least 32768"):
-        tg.Config(fit_bytes=20_000)
+        tg.check_settings(tg.Config(fit_bytes=20_000))
 
 
 def test_quant_fit_of_next_to_nothing_is_finite(tg, problem):
