@@ -52,6 +52,7 @@ sys.path.insert(0, str(ROOT))
 
 import lossless_caps  # noqa: E402
 import train_gpt as tg  # noqa: E402
+from harness.manifest import check_data  # noqa: E402
 from systems.plain_text import load_tokenizer  # noqa: E402
 from systems.stream import SlidingEvaluation  # noqa: E402
 
@@ -325,7 +326,7 @@ def measure(folder: Path, data: str, sample: int) -> dict:
     except ModuleNotFoundError as error:
         raise tg.UserError(f"{error.name}: not installed; pip install -r requirements-dev.txt") from None
     result, cfg, model, ranks = read_run(folder, data)
-    tg.check_data(cfg, [])
+    check_data(cfg, [])
     val = tg.load_validation(cfg)
     processor = load_tokenizer(cfg)
     vocabulary = Vocabulary([surface(processor, token) for token in range(cfg.vocab_size)])
