@@ -2491,7 +2491,8 @@ def quantize_tensor(
     if scheme.kind == "gptq":
         scale = scheme.clip_sigmas * tensor.float().std(dim=1) / (2 ** (scheme.bits - 1) - 1)
         *arrays, error = gptq(tensor, factor, scheme.bits, scale)
-        report = gptq_report(scheme, factor, error, started)
+        if not COUNTED:
+            report = gptq_report(scheme, factor, error, started)
     elif cfg.gated_attn_quant_gate and scheme.kind == "int8_rows":
         arrays = round_to_scales(tensor, len(tensor), -127, 127, 127)
     keyed = dict(zip(FORMS[scheme.kind][1], arrays, strict=True))

@@ -123,14 +123,14 @@ def test_sgd_learns(tg):
 
 def test_stride_is_checked(tg):
     with pytest.raises(tg.ConfigError, match="EVAL_STRIDE=33: must be at most EVAL_SEQ_LEN=32"):
-        tg.Config(**{**SETTINGS, "eval_stride": 33, "sliding_window_enabled": True})
+        tg.check_settings(tg.Config(**{**SETTINGS, "eval_stride": 33, "sliding_window_enabled": True}))
     assert tg.Config(**{**SETTINGS, "eval_stride": 33}).eval_stride == 33
 
 
 def test_a_chunk_too_short_to_train_on_is_refused(tg):
     """SGD takes whole windows: with less it would score, and never learn."""
     with pytest.raises(tg.ConfigError, match="TTT_CHUNK_TOKENS=31: must be at least EVAL_SEQ_LEN=32 "):
-        tg.Config(**{**SETTINGS, "ttt_chunk_tokens": 31, "ttt_sgd": True})
+        tg.check_settings(tg.Config(**{**SETTINGS, "ttt_chunk_tokens": 31, "ttt_sgd": True}))
     assert tg.Config(**{**SETTINGS, "ttt_chunk_tokens": 31}).ttt_chunk_tokens == 31
     config, model, val = setup(tg, ttt_chunk_tokens=32, ttt_sgd=True)
     steps, whole = [], tg.BaseTraining.train

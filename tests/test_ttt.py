@@ -618,7 +618,7 @@ def test_documents_of_a_batch_have_chunks_of_one_size(tg, world):
 )
 def test_chunks_by_length_are_checked(tg, text):
     with pytest.raises(tg.ConfigError, match=r"TTT_CHUNK_BY_LENGTH='.*': must be LENGTH:CHUNK,.* below"):
-        tg.Config(**TINY, ttt_chunk_by_length=text)
+        tg.check_settings(tg.Config(**TINY, ttt_chunk_by_length=text))
 
 
 # -- adapters that do harm
