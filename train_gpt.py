@@ -1575,7 +1575,7 @@ class LowRank(nn.Module):
         super().__init__()
         self.A = nn.Parameter(torch.empty(batch, rank, inputs))
         self.B = nn.Parameter(torch.zeros(batch, outputs, rank))
-        self.factors: list[Tensor] = []  # leaves that share the memory of the last rows of A and B
+        self.factors: list[Tensor] = []  # These leaves share the memory of the last rows of A and B.
 
     def forward(self, x: Tensor) -> Tensor:
         """x [n, T, inputs] -> [n, T, outputs] by the last n rows; the documents of the others have ended."""
@@ -1600,11 +1600,11 @@ class BatchedLoRA(nn.Module):
     ):
         super().__init__()
         self.batch, self._generator = batch, generator
-        self.active: Tensor | None = None  # rows whose adapters count [batch]; None: all rows
+        self.active: Tensor | None = None  # Mask [batch] of the rows whose adapters count; None means all.
         self.scale, rank = cfg.ttt_lora_alpha / cfg.ttt_lora_rank, cfg.ttt_lora_rank
         dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         widths = {"q": dim * cfg.ttt_q_lora, "v": kv_dim * cfg.ttt_v_lora, "k": kv_dim * cfg.ttt_k_lora}
-        widths |= {"mlp": dim * cfg.ttt_mlp_lora, "o": dim * cfg.ttt_o_lora}  # 0: the role has no adapters
+        widths |= {"mlp": dim * cfg.ttt_mlp_lora, "o": dim * cfg.ttt_o_lora}  # A role of width 0 has none.
         self.lm_head_lora = LowRank(batch, rank, dim, cfg.vocab_size)
         for role, width in widths.items():
             if width:
@@ -1668,7 +1668,7 @@ class LoRAOptimizer:
     def step(self, loss: Tensor) -> None:
         """One step on the rows in use, down the gradient of a loss."""
         cfg, gradients = self.cfg, torch.autograd.grad(loss, self.factors)
-        gradients = [gradient.contiguous() for gradient in gradients]  # the fused kernel knows no strides
+        gradients = [gradient.contiguous() for gradient in gradients]  # The fused kernel ignores strides.
         settings = {"beta1": cfg.ttt_beta1, "beta2": cfg.ttt_beta2, "eps": 1e-10, "lr": cfg.ttt_lora_lr}
         settings |= {"weight_decay": cfg.ttt_weight_decay, "fused": True, "amsgrad": False, "maximize": False}
         with torch.no_grad():
@@ -3000,7 +3000,7 @@ class ScoreFirstTTT(Evaluation):
 
     Every chunk is scored with the weights as they are and only then trained on. Documents go longest first,
     a batch side by side; when the documents scored reach a phase's boundary, the base weights are trained by
-    SGD on the first of them, and new adapters are made. The model is changed in place.
+    SGD on the first of those, and new adapters are made. The model is changed in place.
 
     A unit is a batch of documents or a global phase. The watch sees all that happens, in order.
     """
@@ -3018,8 +3018,8 @@ class ScoreFirstTTT(Evaluation):
             cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, len(documents)
         )
         self.phases = self.diverged = self._constructed = 0
-        self._batches = 0  # done by this rank in the current phase
-        self._reusable: BatchedLoRA | None = None  # its A factors go from batch to batch
+        self._batches = 0  # This rank has done so many in the current phase.
+        self._reusable: BatchedLoRA | None = None  # With a warm start its A factors go from batch to batch.
 
     def units(self) -> Iterable[None]:
         """Score and adapt all documents, from where the state says on."""
@@ -3081,7 +3081,7 @@ class ScoreFirstTTT(Evaluation):
             return self._new_lora(len(batch.documents))
         lora = self._reusable
         if lora.active is not None and not bool(lora.active.all()):
-            lora.draw_A()  # nobody inherits what has diverged
+            lora.draw_A()  # No document inherits factors that have diverged.
         self.watch.see("lora_reset", lora=lora)
         lora.reset_B()
         return lora
@@ -3105,7 +3105,7 @@ class ScoreFirstTTT(Evaluation):
 
             cache = KeyValueCache()
         rows, sums = lora.batch, []
-        chunk_loss_sum = torch.zeros(rows, device=self.ranks.device)  # of the mean losses of chunks so far
+        chunk_loss_sum = torch.zeros(rows, device=self.ranks.device)  # Each document adds its chunks' means.
         lora.active = torch.ones_like(chunk_loss_sum, dtype=torch.bool)
         for chunk in range(-(-batch.targets // size)):
             if cfg.ttt_cache_window:
@@ -3114,10 +3114,8 @@ class ScoreFirstTTT(Evaluation):
             if len(part.documents) <= rows * 7 // 8:
                 rows = len(part.documents)
                 optimizer.drop_finished_rows(rows)
-            learns, event = (
-                bool(part.trains.any()),
-                {"batch_number": batch.index, "chunk": chunk, "part": part},
-            )
+            event = {"batch_number": batch.index, "chunk": chunk, "part": part}
+            learns = bool(part.trains.any())
             with torch.set_grad_enabled(learns):
                 losses = self._losses(part, lora, cache)
             sums.append(self._sums(part, losses, chunk_loss_sum, chunk, lora))
@@ -3147,7 +3145,7 @@ class ScoreFirstTTT(Evaluation):
         scored = losses.detach() * valid
         mean, before = scored.sum(1) / valid.sum(1), chunk_loss_sum[-rows:]
         if self.cfg.ttt_guard and chunk:
-            lora.active = lora.active.clone()  # the graph of the losses holds the old one
+            lora.active = lora.active.clone()  # The graph of the losses holds the old mask.
             lora.active[-rows:] &= mean <= before / chunk + self.cfg.ttt_guard
         before += mean
         byte_sum = sum(int(self.val.target_bytes[start : start + n].sum()) for start, n in part.spans)
@@ -3249,7 +3247,7 @@ class BaseTraining:
             part = self._part(tokens[start * window : start * window + count + 1])
             if len(part) > 1:
                 (self.losses(part).sum() / count).backward()
-            for parameter in parameters:  # a rank without windows still takes part in the sum
+            for parameter in parameters:  # A rank without windows still takes part in the sum.
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             self.ranks.sum_packed_([parameter.grad for parameter in parameters])
             norms.append(nn.utils.clip_grad_norm_(parameters, cfg.global_ttt_grad_clip or math.inf))
