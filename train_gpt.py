@@ -3736,6 +3736,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         else:
             sources = {"train_gpt.py": Path(__file__).read_bytes()}
         cfg = Config.from_env(environ)
+        if not COUNTED:
+            check_systems(cfg)
         ranks = Ranks.from_env(cfg, environ)
         backends = Backends() if COUNTED else plain_backends(cfg, ranks)
         return execute(Run(cfg, ranks, backends, sources))
