@@ -2491,7 +2491,8 @@ def quantize_tensor(
     if scheme.kind == "gptq":
         scale = scheme.clip_sigmas * tensor.float().std(dim=1) / (2 ** (scheme.bits - 1) - 1)
         *arrays, error = gptq(tensor, factor, scheme.bits, scale)
-        report = gptq_report(scheme, factor, error, started)
+        if not COUNTED:
+            report = gptq_report(scheme, factor, error, started)
     elif cfg.gated_attn_quant_gate and scheme.kind == "int8_rows":
         arrays = round_to_scales(tensor, len(tensor), -127, 127, 127)
     keyed = dict(zip(FORMS[scheme.kind][1], arrays, strict=True))
@@ -3540,7 +3541,7 @@ class Run:
         source = self.sources["train_gpt.py"]
         if COUNTED:
             return source, True
-        if len(self.sources) > 1:
+        if "harness/packing.py" in self.sources:
             from harness.packing import packed_script
 
             return packed_script(self.cfg, self.backends, self.sources, self.ranks.on_gpu)
@@ -3675,11 +3676,14 @@ def check_systems(cfg: Config) -> None:
         "TTT_SGD": "stream" * cfg.ttt_sgd,
         "TTT_CACHE_WINDOW": "cache" * (cfg.ttt_cache_window > 0),
         "TTT_CHUNK_BY_LENGTH": "chunks" * (cfg.ttt_chunk_by_length > ""),
+        "TRITON_KERNELS": "kernels" * (cfg.triton_kernels not in ("", "0", Config.triton_kernels)),
         "ATTENTION_BACKEND": {"fa4": "fa4", "torch_varlen": "varlen"}.get(cfg.attention_backend, ""),
     }
     for name, part in needed.items():
         if part and not (Path(__file__).resolve().parent / "systems" / f"{part}.py").is_file():
-            raise ConfigError(f"{name}={cfg.as_env()[name]}: needs systems/{part}.py beside train_gpt.py")
+            value = cfg.as_env()[name]
+            shown = int(value) if isinstance(value, bool) else value
+            raise ConfigError(f"{name}={shown}: needs systems/{part}.py beside train_gpt.py")
 
 
 def find_file(cfg: Config, field: str, needed: bool = True) -> Path | None:
@@ -3733,11 +3737,10 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
 
                 return watched(arguments, environ, sources)
             check_alone(arguments, environ)
+            check_systems(Config.from_env(environ))
         else:
             sources = {"train_gpt.py": Path(__file__).read_bytes()}
         cfg = Config.from_env(environ)
-        if not COUNTED:
-            check_systems(cfg)
         ranks = Ranks.from_env(cfg, environ)
         backends = Backends() if COUNTED else plain_backends(cfg, ranks)
         return execute(Run(cfg, ranks, backends, sources))
