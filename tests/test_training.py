@@ -149,7 +149,7 @@ def parameters(trainer) -> dict[str, torch.Tensor]:
 
 def train_all(trainer, log, clock, validate=lambda step: None) -> int:
     """All units of a training on its clock, as `Run.stage` lets it work; the number of steps."""
-    trainer.log, trainer.clock, trainer.validate = log, clock, validate
+    trainer.run = SimpleNamespace(log=log, clock=clock, validate=lambda step, looping: validate(step))
     with clock.stage("train"):
         for _ in trainer.units():
             pass
