@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train_gpt import (
+    COUNTED,
     CPU,
     GPT,
     Config,
@@ -21,6 +22,7 @@ from train_gpt import (
     HessianFactor,
     QuantizedTensor,
     Ranks,
+    Run,
     Scheme,
     ShuffledLoader,
     factorise_all,
@@ -120,8 +122,10 @@ def fit_matrix(weight: Tensor, factor: HessianFactor, clip_sigmas: float) -> Qua
     scale = short_half(scale.clamp(2.0**-14, 2.0**15), FIT_SCALES)
     levels, scale, error = gptq(scaled, factor, FIT_BITS, scale)
     arrays = {"q": levels.cpu(), "scale": scale.cpu(), "columns": columns.half().cpu()}
-    report = gptq_report(Scheme("gptq", FIT_BITS, clip_sigmas), factor, error, started)
-    return QuantizedTensor("gptq", FIT_BITS, tuple(weight.shape), arrays, ("columns", 0, 0), report)
+    record = QuantizedTensor("gptq", FIT_BITS, tuple(weight.shape), arrays, ("columns", 0, 0))
+    if not COUNTED:
+        record.report = gptq_report(Scheme("gptq", FIT_BITS, clip_sigmas), factor, error, started)
+    return record
 
 
 def search_step(
@@ -208,3 +212,18 @@ class FitSearch:
             record.arrays = {"": short_half(self.flat[name], FIT_CONTROLS)}
         record.arrays = {key: array.cpu() for key, array in record.arrays.items()}
         return record
+
+
+def fit_run(
+    run: Run, flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor], loader: ShuffledLoader
+) -> dict[str, QuantizedTensor]:
+    """The stored tensors of a run whose artifact and code have at most FIT_BYTES; the trials are logged."""
+    cfg, ranks = run.cfg, run.ranks
+    with run.clock.stage("calibrate"):
+        options = {"looping": run.looping, "ranks": ranks}
+        gradients = calibrate_gradients(run.model, cfg, loader, **options)
+    code = len(run.packed_code[0]) if ranks.is_main else 0
+    search = FitSearch(flat, hessians, gradients, cfg, cfg.fit_bytes - ranks.gather(code)[0], ranks)
+    for trial, (log2_step, spare_bytes) in enumerate(search.trials()):
+        run.log.event("fit", trial=trial, clip_factor=2.0**log2_step, bytes_left=spare_bytes)
+    return search.best_records()
