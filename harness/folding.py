@@ -82,7 +82,8 @@ def inline_parts(tree: ast.Module, parts: Mapping[str, bytes]) -> ast.Module:
                     raise RunError(f"packing: there is no {module}")
                 wanted.append(module)
                 trees[module] = ast.parse(parts[module])
-    needs = {name: [n.module for n in trees[name].body if getattr(n, "module", None) in trees] for name in wanted}
+    heads = {name: [getattr(node, "module", None) for node in trees[name].body] for name in wanted}
+    needs = {name: [module for module in modules if module in trees] for name, modules in heads.items()}
     order = [name for name in graphlib.TopologicalSorter(needs).static_order() if name]
     main, owners, imports = tree.body, {}, {}
     for name in wanted:
