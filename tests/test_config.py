@@ -751,7 +751,10 @@ def test_config_error_is_one_line_and_code_2(tg, capsys):
 
 def house_trees() -> dict[str, ast.Module]:
     """The syntax trees of the script and of what stands beside it, by file."""
-    files = [ROOT / "train_gpt.py", *(p for part in ("harness", "systems") for p in (ROOT / part).glob("*.py"))]
+    files = [
+        ROOT / "train_gpt.py",
+        *(p for part in ("harness", "systems") for p in (ROOT / part).glob("*.py")),
+    ]
     return {str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8")) for path in files}
 
 
