@@ -75,8 +75,10 @@ def run_log(tg, tmp_path):
     logs = []
 
     def make(cfg):
-        log = tg.RunLog(dataclasses.replace(cfg, artifact_dir=str(tmp_path / "run"), run_id="test"))
-        logs.append(log)
+        files = tg.LogFiles(tg.CPU)
+        named = dataclasses.replace(cfg, artifact_dir=str(tmp_path / "run"), run_id="test")
+        log = tg.RunLog(named, tg.CPU, files)
+        logs.append(files)
 
         def events(stage: str) -> list[dict]:
             lines = (log.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
