@@ -2286,7 +2286,9 @@ class QuantizedTensor:
         weight = apply_scales(*base)
         if "columns" in self.forms:
             return weight * correction[0][0].float()
-        return weight + low_rank(*correction[0]) if correction else weight
+        for a, a_scale, b, b_scale in correction:
+            weight = weight + apply_scales(a, a_scale) @ apply_scales(b, b_scale)
+        return weight
 
 
 class Scheme(NamedTuple):
@@ -2423,11 +2425,6 @@ def pack_low_rank(
         form, group, top = "sym", 0, 2 ** (bits - 1) - 1
         arrays = *round_to_scales(a, len(a), -top, top, top), *round_to_scales(b, len(b), -top, top, top)
     return (form, len(b), group), dict(zip(FORMS[form][1], arrays, strict=True))
-
-
-def low_rank(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-    """The correction A B, float32 [rows, columns], of packed factors."""
-    return apply_scales(a, a_scale) @ apply_scales(b, b_scale)
 
 
 def quantize_tensor(
