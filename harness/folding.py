@@ -49,6 +49,7 @@ def fold(
 
 def fold_once(tree: ast.Module, facts: Facts, impure: set[str], foreign: frozenset[str]) -> None:
     """One round of all rules."""
+    impure = impure | {f"{node.name}()" for node in tree.body if isinstance(node, ast.ClassDef) and _is_inert(node)}
     bound = Analysis(tree)
     shadowed = lambda node: bound.binding[node].scope is not bound.module if node in bound.binding else True  # noqa: E731
     Expressions(facts, impure, shadowed, boolean_names(bound, tree)).visit(tree)
@@ -62,6 +63,12 @@ def fold_once(tree: ast.Module, facts: Facts, impure: set[str], foreign: frozens
     drop_keywords(tree)
     inline_functions(tree, impure, foreign)
     ast.fix_missing_locations(tree)
+
+
+def _is_inert(node: ast.ClassDef) -> bool:
+    """Whether making an object of a class does nothing."""
+    makers = {"__init__", "__new__"} & {getattr(part, "name", "") for part in node.body}
+    return not (node.bases or node.keywords or node.decorator_list or makers)
 
 
 # -- the parts become one

@@ -61,7 +61,7 @@ def wrap(source: bytes, cfg: Config) -> bytes:
     The compressed bytes stand in a Latin-1 string literal (a fifth smaller than base85); only what a literal
     cannot hold is escaped.
     """
-    wrapper = KERNEL_WRAPPER if b"triton.jit" in source else WRAPPER
+    wrapper = KERNEL_WRAPPER if b"import triton" in source else WRAPPER
     data = compress(source, cfg).replace(b"\\", rb"\\").replace(b"\r", rb"\r").replace(b'"""', rb'""\"')
     data = re.sub(rb"\0(?=[0-7])", rb"\\x00", data).replace(b"\0", rb"\0")
     codec = b"lzma" if cfg.compressor == "lzma" else b"brotli"
