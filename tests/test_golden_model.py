@@ -179,7 +179,7 @@ def _variant_config(tg, name: str, entry: dict):
     if name != EDGE_VARIANT:
         return model_config(tg, entry["config"])
     with pytest.raises(tg.ConfigError, match="PARALLEL_START_LAYER"):
-        model_config(tg, entry["config"])
+        tg.check_settings(model_config(tg, entry["config"]))
     config = model_config(tg, entry["config"], parallel_start_layer=4)
     object.__setattr__(config, "parallel_start_layer", entry["config"]["parallel_start_layer"])
     return config

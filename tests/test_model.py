@@ -500,7 +500,7 @@ def test_layer_lists_visit_every_layer(tg, data):
 @pytest.mark.parametrize("pair", list(itertools.combinations(GATES, 2)), ids="+".join)
 def test_two_attention_gates_are_refused(tg, pair):
     with pytest.raises(tg.ConfigError) as error:
-        tg.Config(**{gate: gate in pair for gate in GATES})
+        tg.check_settings(tg.Config(**{gate: gate in pair for gate in GATES}))
     assert all(gate.upper() in str(error.value) for gate in pair)
 
 
@@ -512,7 +512,7 @@ def test_each_attention_gate_alone_is_accepted(tg):
 
 def test_decoder_returning_below_the_lanes_is_refused(tg):
     with pytest.raises(tg.ConfigError, match="PARALLEL_START_LAYER"):
-        model_settings(tg, parallel_start_layer=3)
+        tg.check_settings(model_settings(tg, parallel_start_layer=3))
     assert model_settings(tg, parallel_start_layer=3, num_loops=0).parallel_start_layer == 3
 
 

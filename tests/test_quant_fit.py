@@ -1,5 +1,7 @@
 """FIT_BYTES and the parts it is made of: shared factors, shortened halves, sensitivities, the search."""
 
+import math
+
 import pytest
 import torch
 
@@ -187,6 +189,32 @@ def test_quant_fit_never_clips(tg, problem):
         assert (weight.abs().amax(1) / arrays["scale"].float()).max() < 127 * (1 + 2.0**-5)
 
 
+@pytest.mark.parametrize("octave", [1_000, 30_000, 250_000])
+@pytest.mark.parametrize("kink", [-3.0, 0.0, 2.5])
+@pytest.mark.parametrize("start", [-8.0, 1.0, 9.0])
+def test_quant_fit_search_ends_within_the_slack(tg, octave, kink, start):
+    """A curve with a kink, as steep as assumed, or up to eight times less and ninety times more: few trials, between the bounds."""
+    asked = []
+
+    def measure(log2_step: float) -> int:
+        asked.append(log2_step)
+        return int(30_000 * (log2_step - kink) * (3 if log2_step > kink else 1)) + 500
+
+    trials = list(tg.search_step(measure, start, octave))
+    assert [step for step, _ in trials] == asked and len(asked) <= tg.FIT_TRIALS
+    assert 0 <= trials[-1][1] <= tg.FIT_SLACK
+    for i, (step, _) in enumerate(trials[1:], 1):
+        assert all(step > old for old, spare in trials[:i] if spare < 0)
+        assert all(step < old for old, spare in trials[:i] if spare > 0)
+
+
+def test_quant_fit_search_gives_up(tg):
+    """Nothing can be spared at any step: as many trials as there may be, ever coarser."""
+    trials = list(tg.search_step(lambda log2_step: -5000, 0.0, 1000.0))
+    steps = [step for step, _ in trials]
+    assert len(steps) == tg.FIT_TRIALS and steps == sorted(steps) and math.isfinite(steps[-1])
+
+
 def test_quant_fit_says_that_it_cannot(tg, problem):
     with pytest.raises(tg.ConfigError, match=r"FIT_BYTES=0: leaves 900 bytes for the model, too few"):
         fit(tg, problem, 900)
@@ -194,7 +222,7 @@ def test_quant_fit_says_that_it_cannot(tg, problem):
 
 def test_quant_fit_bytes_below_the_code_are_refused_at_once(tg):
     with pytest.raises(tg.ConfigError, match="FIT_BYTES=20000: must be 0 or at least 32768"):
-        tg.Config(fit_bytes=20_000)
+        tg.check_settings(tg.Config(fit_bytes=20_000))
 
 
 def test_quant_fit_of_next_to_nothing_is_finite(tg, problem):

@@ -92,5 +92,5 @@ def test_a_run_on_cuda_goes_on_where_it_was_stopped(work):
         run.communicate()
     assert run.returncode == 143
     said, result = rehearse(work, "stopped", **settings)
-    assert "resumed" in said and "at step" in said
+    assert "resumed" in said and "within train" in said
     assert result["val_bpb"] == whole["val_bpb"]

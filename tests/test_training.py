@@ -464,7 +464,7 @@ def test_real_clock_and_real_cap(tg, make_trainer, run_log):
 def test_cap_without_room_for_a_step_is_refused(tg):
     """A reserve that eats the whole cap would train nothing."""
     with pytest.raises(tg.ConfigError, match="GPTQ_RESERVE_SECONDS"):
-        tg.Config(**{**SIZES, "max_wallclock_seconds": 5.0, "gptq_reserve_seconds": 8.0})
+        tg.check_settings(tg.Config(**{**SIZES, "max_wallclock_seconds": 5.0, "gptq_reserve_seconds": 8.0}))
 
 
 def test_zero_reserve_and_zero_cap_train_all_steps(tg, make_trainer, run_log, stopwatch):
