@@ -89,6 +89,8 @@ def inline_parts(tree: ast.Module, parts: Mapping[str, bytes]) -> ast.Module:
     for name in wanted:
         trees[name] = Parts().visit(trees[name])
         for statement in trees[name].body:
+            statement.part = name  # for tools/counted.py
+        for statement in trees[name].body:
             for defined, text in _defined(statement):
                 before = owners.setdefault(defined, (name, text))
                 if before[0] != name and (text is None or before[1] != text):

@@ -46,11 +46,16 @@ def folded_source(
     cfg: Config, backends: Backends, house: Mapping[str, bytes], on_gpu: bool = False
 ) -> tuple[str, bool]:
     """The text inside the wrapper, and whether it was minified."""
+    return minify(folded_tree(cfg, backends, house, on_gpu))
+
+
+def folded_tree(cfg: Config, backends: Backends, house: Mapping[str, bytes], on_gpu: bool) -> ast.Module:
+    """The folded script with short names."""
     parts = {name.removesuffix(".py").replace("/", "."): data for name, data in house.items()}
     facts = facts_of(cfg, backends, on_gpu)
     gc.disable()  # a tree is all cycles and no garbage: a third of the time
     try:
-        return minify(rename(fold(parts.pop("train_gpt"), parts, facts, run_time_config(cfg, facts))))
+        return rename(fold(parts.pop("train_gpt"), parts, facts, run_time_config(cfg, facts)))
     finally:
         gc.enable()
 
