@@ -43,6 +43,8 @@ def fold(
         before = after
     else:
         raise RunError("packing: folding comes to no end")
+    if config:
+        drop_unread_settings(tree, config)
     check(tree, own, foreign)
     return tree
 
@@ -161,6 +163,17 @@ def replace_config(tree: ast.Module, config: ast.ClassDef) -> None:
         function = node.func if isinstance(node, ast.Call) else None
         if isinstance(function, ast.Attribute) and ast.unparse(function) == "Config.from_env":
             node.func, node.args = function.value, node.args[:1]
+
+
+def drop_unread_settings(tree: ast.Module, config: ast.ClassDef) -> None:
+    """Leave those settings in the new class that something reads, or names in a text."""
+    inside = set(walk(config))
+    read = {node.attr for node in walk(tree) if isinstance(node, ast.Attribute)}
+    read |= {node.value for node in walk(tree) if isinstance(node, ast.Constant) and node not in inside}
+    for node in inside:
+        if isinstance(node, ast.Dict):
+            kept = [(k, v) for k, v in zip(node.keys, node.values, strict=True) if k.value in read]
+            node.keys, node.values = [k for k, _ in kept], [v for _, v in kept]
 
 
 # -- what only readers need
