@@ -5,7 +5,7 @@ import builtins
 import functools
 import importlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from harness.expressions import is_pure
 from harness.members import attribute_reads, families, is_read, named_in_texts, pairs
@@ -240,6 +240,30 @@ class Attributes(ast.NodeTransformer):
         return [ast.Assign([t], v, lineno=node.lineno) for t, v in left] or ast.Pass()
 
 
+def _read_at_once(node: ast.AST) -> Iterator[str]:
+    """Names that a statement of the module reads when it is executed: not those inside functions."""
+    if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+        outside = [*node.args.defaults, *filter(None, node.args.kw_defaults), *getattr(node, "decorator_list", ())]
+        for part in outside:
+            yield from _read_at_once(part)
+    elif isinstance(node, ast.Name):
+        yield from [node.id] if isinstance(node.ctx, ast.Load) else []
+    else:
+        for part in ast.iter_child_nodes(node):
+            yield from _read_at_once(part)
+
+
+def early_reads(tree: ast.Module) -> Iterator[str]:
+    """Names that the module reads before it binds them."""
+    analysis, bound = Analysis(tree), set()
+    later = analysis.module.names.keys()
+    for statement in tree.body:
+        inside = {name.id for name in walk(statement) if isinstance(name, ast.Name) and name.ctx.__class__ is ast.Store}
+        yield from (name for name in _read_at_once(statement) if name in later and name not in bound | inside)
+        names = (a.asname or a.name.partition(".")[0] for a in walk(statement) if isinstance(a, ast.alias))
+        bound |= {*names, *inside, getattr(statement, "name", "")}
+
+
 def check(tree: ast.Module, own: set[str], foreign: Collection[str]) -> None:
     """Raise RunError unless every name is bound and every attribute of ours that is read is there.
 
@@ -248,6 +272,7 @@ def check(tree: ast.Module, own: set[str], foreign: Collection[str]) -> None:
     """
     missing = {name for name in Analysis(tree).undefined if not hasattr(builtins, name)}
     missing -= {"__file__", "__name__", "__doc__"}
+    missing.update(f"{name} (as early as it is read)" for name in early_reads(tree))
     config = next((node for node in tree.body if getattr(node, "name", "") == "Config"), ast.Pass())
     settings = set(walk(config))  # the only names that are texts
     left = own_attributes(tree) | {getattr(node, "value", None) for node in settings if type(node) is ast.Constant}

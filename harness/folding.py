@@ -80,14 +80,14 @@ def inline_parts(tree: ast.Module, parts: Mapping[str, bytes]) -> ast.Module:
     """The core with all modules of systems/ that it (or one of them) imports. Names are unique: else RunError."""
     trees, wanted = {"": tree}, [""]
     for name in wanted:
-        for node in walk(trees[name]):
-            module = node.module if isinstance(node, ast.ImportFrom) else None
-            if module and module.startswith("systems.") and module not in wanted:
+        for module in _parts_of(trees[name]):
+            if module not in wanted:
                 if module not in parts:
                     raise RunError(f"packing: there is no {module}")
                 wanted.append(module)
                 trees[module] = ast.parse(parts[module])
-    main, owners, imports = tree.body, {}, {}
+    wanted = ["", *_in_order(trees, wanted[1:])]
+    owners: dict[str, tuple] = {}
     for name in wanted:
         trees[name] = Parts().visit(trees[name])
         for statement in trees[name].body:
@@ -105,6 +105,22 @@ def inline_parts(tree: ast.Module, parts: Mapping[str, bytes]) -> ast.Module:
     guard = next((i for i, node in enumerate(rest) if _is_guard(node)), len(rest))
     tree.body = [*imports.values(), *rest[:guard], *main, *rest[guard:]]
     return tree
+
+
+def _parts_of(tree: ast.AST) -> Iterator[str]:
+    for node in walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("systems."):
+            yield node.module
+
+
+def _in_order(trees: Mapping[str, ast.Module], wanted: list[str]) -> list[str]:
+    """Modules of systems/, each behind those that it imports at its beginning."""
+    done: list[str] = []
+    for name in wanted:
+        before = [part for statement in trees[name].body for part in _parts_of(ast.Module([statement], []))]
+        needed = _in_order(trees, [part for part in before if part != name]) if before else []
+        done += [part for part in [*needed, name] if part not in done]
+    return done
 
 
 def _is_guard(node: ast.stmt) -> bool:

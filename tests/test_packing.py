@@ -237,13 +237,13 @@ def test_parts_become_one():
     core = "WIDTH = 2\ndef main():\n    if cfg.width == 3:\n        from systems.a import area\n        print(area(4))"
     parts = {
         "systems.a": '"""A."""\nimport math\nfrom train_gpt import WIDTH\nfrom systems.b import half\n'
-        "def area(x): return half(x) * WIDTH * math.floor(1.5)\ndef unused(): pass\n",
-        "systems.b": "import math\ndef half(x): return math.ceil(x / 2)\n",
+        "FIRST = half(6)\ndef area(x): return half(x) * WIDTH * math.floor(1.5) + FIRST\ndef unused(): pass\n",
+        "systems.b": "import math\ndef half(x): return math.ceil(x / 2)\nHALVES = [half(9)]\n",
     }
     tree = folded(core, parts)
     text = ast.unparse(tree)
     assert "systems" not in text and "unused" not in text and text.count("import math") == 1
-    assert printed(text) == printed(packing.minify(rename(tree))[0]) == "4\n"
+    assert printed(text) == printed(packing.minify(rename(tree))[0]) == "7\n"
 
 
 def test_a_part_is_left_out_with_its_branch():
@@ -258,6 +258,11 @@ WRONG = {  # source and parts -> what the error names
         "half of systems.a is also in train_gpt",
     ),
     "a name that nothing binds": ("def main(): print(undefined_name)", {}, "undefined_name"),
+    "a name that is bound too late": (
+        "first = second + 1\nsecond = 2\nfirst = [first]\nsecond = [second]\ndef main(): print(first, second)",
+        {},
+        "second .as early",
+    ),
     "a part that is not there": ("def main():\n    from systems.z import f\n    f()", {}, "no systems.z"),
     "the harness": ("def main():\n    from harness.z import f\n    f()", {}, "harness.z"),
     "names by text": ("def main():\n    x = 1\n    print(locals())", {}, "locals"),
