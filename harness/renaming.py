@@ -10,7 +10,7 @@ import collections
 import itertools
 import keyword
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from harness.definitions import DUNDER, own_attributes
 from harness.expressions import is_kernel

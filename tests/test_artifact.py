@@ -3,6 +3,8 @@
 import hashlib
 import lzma
 import random
+import subprocess
+import sys
 
 import brotli
 import pytest
@@ -190,3 +192,17 @@ def test_damaged_stream_is_an_error(tg, codec):
     compressed[len(compressed) // 2] ^= 0xFF
     with pytest.raises((tg.ArtifactError, lzma.LZMAError, brotli.error)):
         tg.decompress(bytes(compressed[:-3]), cfg)
+
+
+@pytest.mark.parametrize("codec", ["brotli", "lzma"])
+def test_packed_code_runs(tg, tmp_path, codec):
+    """The counted wrapper is a script that behaves as its source, and is not wrapped again."""
+    cfg = tg.Config(compressor=codec)
+    source = b"import sys\n\n\ndef add(left, right=0, scale=1):\n    return (left + right) * scale\n\n"
+    source += b'\nif __name__ == "__main__":\n    print(add(19, 2, scale=2), sys.argv[1])\n'
+    path = tmp_path / "train_gpt.packed.py"
+    wrapper = tg.wrap(source, cfg)
+    path.write_bytes(wrapper)
+    result = subprocess.run([sys.executable, str(path), "x"], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "42 x\n"), result.stderr
+    assert tg.packed_script(cfg, tg.Backends(), {"train_gpt.py": wrapper})[0] == wrapper
