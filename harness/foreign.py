@@ -37,7 +37,7 @@ EXTRA = {  # of objects that no class here has
     "saved_tensors", "needs_input_grad", "save_for_backward", "register_autograd", "register_fake", "stream",
     "stack", "model", "Categorical", "AnsCoder", "encode_reverse", "decode", "get_compressed", "process",
     "is_finished", "eof", "unused_data", "decompress", "compress", "Decompressor", "shape", "grad",
-    "cu_seqlens_q", "constexpr", "jit",
+    "cu_seqlens_q", "constexpr", "jit", "block_shape",
 }  # fmt: skip
 
 

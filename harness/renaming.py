@@ -197,6 +197,8 @@ class Words:
             return name
         if scope.is_class:
             return self.new.get(name, name)
+        if any(user is not scope and is_kernel(user.node) for user in binding.users):
+            return name  # Triton's interpreter knows `tl` by this name only
         for node, _ in binding.stores:
             if isinstance(node, ast.alias) and node.asname is None and "." in node.name:
                 return name
