@@ -30,7 +30,7 @@ TYPES = (
     zipfile.ZipFile, np.ndarray, np.random.Generator, np.dtype, np.memmap, torch.Tensor, torch.Size,
     torch.device, torch.dtype, torch.Generator, torch.nn.Module, torch.nn.Parameter, torch.nn.Linear,
     torch.nn.Embedding, torch.nn.ModuleList, torch.optim.Optimizer, torch.optim.AdamW, torch.optim.SGD,
-    torch.cuda.Event, torch.autograd.function.FunctionCtx, torch.Tag, dist.Store, dist.Work, type(hashlib.sha256()),
+    torch.cuda.Event, torch.autograd.function.FunctionCtx, dist.Store, dist.Work, type(hashlib.sha256()),
     type(lambda: None), type(len), type(_ for _ in ()), type(open), type(functools.lru_cache(len)),
 )  # fmt: skip
 EXTRA = {  # of objects that no class here has

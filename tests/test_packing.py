@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +182,47 @@ def test_a_kernels_source_can_be_read(tg, tmp_path):
     path.write_bytes(packing.wrap(text.encode(), tg.Config(compressor="lzma")))
     process = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True)
     assert "(source,result,LENGTH:" in process.stdout.replace(", ", ",") and "places" not in process.stdout
+
+
+OPERATORS = {  # inputs of the fused kernels' operators
+    "head_loss": lambda r: (r(5, 16), r(40, 16), torch.arange(5), 30.0),
+    "mlp": lambda r: (r(5, 32), r(64, 32), r(32, 64)),
+    "qkv_norm_rope": lambda r: (r(6, 8 * 16), r(4), r(6, 4), r(6, 4), 2),
+    "xsa_gate": lambda r: (r(6, 4, 16), r(6, 2, 16), r(6, 4)),
+}
+
+
+def test_kernels_of_the_counted_script_give_the_same_numbers(tg, tmp_path):
+    """Forward and backward of every operator, by Triton's interpreter."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU")
+    backends = tg.Backends("plain", tg.Config.triton_kernels, "", 2)
+    path = tmp_path / "packed.py"
+    path.write_bytes(packing.packed_script(tg.Config(compressor="lzma"), backends, tg.read_sources())[0])
+    packed = operators(runpy.run_path(str(path)))
+    whole = operators({name: getattr(tg, name) for name in dir(tg)})
+    assert set(OPERATORS) <= set(packed) and set(packed) <= set(whole)
+    generator = torch.Generator().manual_seed(0)
+    for name, make in OPERATORS.items():
+        inputs = make(lambda *shape: torch.randn(shape, generator=generator))
+        ours, theirs = (forward_and_backward(ops[name], inputs) for ops in (packed, whole))
+        assert len(ours) > 1 and all(map(torch.equal, ours, theirs)), name
+
+
+def operators(names: dict) -> dict:
+    """Torch's operators among the names of a module, by the names that they have for torch."""
+    return {value._name: value for value in names.values() if type(value).__name__ == "CustomOpDef"}
+
+
+def forward_and_backward(operator, inputs) -> list[torch.Tensor]:
+    """Results of an operator, and the gradients of its first result's sum of squares."""
+    inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+    learned = [x.requires_grad_() for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    results = operator(*inputs)
+    results = results if isinstance(results, tuple) else (results,)
+    learned = learned[:2] if operator._name == "qkv_norm_rope" else learned  # tables have no gradient
+    return [*results, *torch.autograd.grad(results[0].square().sum(), learned)]
 
 
 # -- whole scripts
