@@ -13,6 +13,7 @@ import re
 import struct
 import subprocess
 import threading
+import types
 import zipfile
 from collections.abc import Iterator
 
@@ -73,8 +74,14 @@ def _of_imports(tree: ast.Module) -> set[str]:
 def _names(modules: frozenset[str]) -> frozenset[str]:
     found = set(EXTRA).union(dir(builtins), *map(dir, TYPES))
     for name in sorted(modules):
-        found.update(*map(dir, _objects(name)), name.split("."))
+        found.update(*map(_attributes, _objects(name)), name.split("."))
     return frozenset(found)
+
+
+def _attributes(thing: object) -> set[str]:
+    """What `dir` tells but for submodules: a library loads some only when they are used, at any time."""
+    inside = vars(thing) if isinstance(thing, types.ModuleType) else {}
+    return {name for name in dir(thing) if not issubclass(type(inside.get(name)), types.ModuleType)}
 
 
 def _objects(name: str) -> Iterator[object]:
