@@ -1258,7 +1258,9 @@ class Attention(nn.Module):
             context.on_input(f"blocks.{self.layer}.attn.c_q.weight", n)
         plain = wanted is None and past is None
         if plain and "qkv_norm_rope" in self.backends.kernels:
-            q_flat, q, k, v = self._fused_heads(n, context)
+            from systems.attention_kernels import fused_heads
+
+            q_flat, q, k, v = fused_heads(n, context, self.q_gain, self.cfg.num_kv_heads)
         else:
             q_flat, q, k, v = self._heads(n, context)
         own_value = at_positions(v.flatten(-2), wanted).unflatten(-1, v.shape[-2:])
@@ -1288,18 +1290,6 @@ class Attention(nn.Module):
         k, v = (x.unflatten(-1, (cfg.num_kv_heads, cfg.head_dim)) for x in (k, v))
         q = apply_rope(rms_norm(q), rope) * self.q_gain.to(q.dtype)[:, None]
         return q_flat, q, apply_rope(rms_norm(k), context.rope), v
-
-    def _fused_heads(self, n: Tensor, context: BlockContext) -> tuple[Tensor, ...]:
-        """As `_heads` of all positions, by one product and one kernel."""
-        w = context.weights
-        if context.adapt is None:
-            products = F.linear(n, torch.cat([w.q, w.k, w.v]))
-        else:
-            products = torch.cat(project_together(n, {"q": w.q, "k": w.k, "v": w.v}, context.adapt), -1)
-        from systems.attention_kernels import fused_qkv_norm_rope
-
-        heads = fused_qkv_norm_rope(products, self.q_gain, context.rope, self.cfg.num_kv_heads)
-        return products[..., : len(w.q)], *heads
 
     def _gate(self, n: Tensor, q_flat: Tensor) -> Tensor | None:
         """The factor of each head and position [B, T, H], None without a gate."""
