@@ -13,6 +13,7 @@ import re
 import struct
 import subprocess
 import threading
+import types
 import zipfile
 from collections.abc import Iterator
 
@@ -27,10 +28,10 @@ TYPES = (
     slice, range, type, property, BaseException, OSError, pathlib.Path, io.BytesIO, io.TextIOWrapper,
     io.BufferedWriter, re.Pattern, re.Match, struct.Struct, random.Random, threading.Thread, threading.Event,
     concurrent.futures.Future, concurrent.futures.ThreadPoolExecutor, subprocess.CompletedProcess,
-    zipfile.ZipFile, np.ndarray, np.random.Generator, np.dtype, np.memmap, torch.Tensor, torch.Size, torch.device,
-    torch.dtype, torch.Generator, torch.nn.Module, torch.nn.Parameter, torch.nn.Linear, torch.nn.Embedding,
-    torch.nn.ModuleList, torch.optim.Optimizer, torch.optim.AdamW, torch.optim.SGD, torch.cuda.Event,
-    torch.autograd.function.FunctionCtx, torch.Tag, dist.Store, dist.Work, type(hashlib.sha256()),
+    zipfile.ZipFile, np.ndarray, np.random.Generator, np.dtype, np.memmap, torch.Tensor, torch.Size,
+    torch.device, torch.dtype, torch.Generator, torch.nn.Module, torch.nn.Parameter, torch.nn.Linear,
+    torch.nn.Embedding, torch.nn.ModuleList, torch.optim.Optimizer, torch.optim.AdamW, torch.optim.SGD,
+    torch.cuda.Event, torch.autograd.function.FunctionCtx, dist.Store, dist.Work, type(hashlib.sha256()),
     type(lambda: None), type(len), type(_ for _ in ()), type(open), type(functools.lru_cache(len)),
 )  # fmt: skip
 EXTRA = {  # of objects that no class here has
@@ -42,7 +43,7 @@ EXTRA = {  # of objects that no class here has
 
 
 def foreign_names(tree: ast.Module) -> frozenset[str]:
-    """What may be an attribute of an object that is not ours: of common types, and of all that is imported."""
+    """What may be an attribute of what is not ours: of common types, and of all that is imported."""
     modules = set()
     for node in tree.body:
         if isinstance(node, ast.Import):
@@ -50,8 +51,7 @@ def foreign_names(tree: ast.Module) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             modules.add(node.module)
             modules.update(f"{node.module}.{alias.name}" for alias in node.names)
-    own = ("train_gpt", "systems", "harness")
-    return _names(frozenset(name for name in modules if name.partition(".")[0] not in own)) | _of_imports(tree)
+    return _names(frozenset(modules)) | _of_imports(tree)
 
 
 def _of_imports(tree: ast.Module) -> set[str]:
@@ -74,8 +74,14 @@ def _of_imports(tree: ast.Module) -> set[str]:
 def _names(modules: frozenset[str]) -> frozenset[str]:
     found = set(EXTRA).union(dir(builtins), *map(dir, TYPES))
     for name in sorted(modules):
-        found.update(*map(dir, _objects(name)), name.split("."))
+        found.update(*map(_attributes, _objects(name)), name.split("."))
     return frozenset(found)
+
+
+def _attributes(thing: object) -> set[str]:
+    """What `dir` tells but for submodules: a library loads some only when they are used, at any time."""
+    inside = vars(thing) if isinstance(thing, types.ModuleType) else {}
+    return {name for name in dir(thing) if not issubclass(type(inside.get(name)), types.ModuleType)}
 
 
 def _objects(name: str) -> Iterator[object]:
