@@ -39,6 +39,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -391,16 +392,6 @@ def check_micro_batches(cfg: Config, world_size: int) -> None:
     if tokens % shared or tokens // shared < cfg.train_seq_len:
         least = f"each at least TRAIN_SEQ_LEN={cfg.train_seq_len} tokens (GRAD_ACCUM_STEPS={total})"
         raise ConfigError(f"TRAIN_BATCH_TOKENS={tokens}: must be {shared} equal micro-batches, {least}")
-
-
-def show_settings(cfg: Config) -> str:
-    """The resolved settings, one a line; what differs from the default is marked with its default."""
-    rows = []
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        mark = "" if value == field.default else f"    # default {field.default!r}"
-        rows.append(f"{field.name.upper()}={int(value) if isinstance(value, bool) else value}{mark}")
-    return "\n".join(rows)
 
 
 # ---- 3. Runtime: the device, the log, the clock --------------------------------------------------------
@@ -1118,32 +1109,24 @@ Adapt = Callable[[str, Tensor], Tensor | float]  # (role of a projection, its in
 OnInput = Callable[[str, Tensor], None]  # is told the flat name of each matrix and the input of its product
 
 
-class LayerWeights(NamedTuple):
-    """The six matrices of a layer, slices of the banks."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    up: Tensor
-    down: Tensor
+LayerWeights = namedtuple(
+    "LayerWeights", "q k v o up down"
+)  # the six matrices of a layer, slices of the banks
 
 
 class BlockContext(NamedTuple):
-    """What a block needs besides its input.
+    """What a block needs besides its input."""
 
-    `x0` is the first block's input. At `wanted` [B, n] the result is used (None: everywhere). `past`
-    puts the keys and values of earlier tokens before those of the input.
-    """
-
-    x0: Tensor
+    x0: Tensor  # input of the first block
     weights: LayerWeights
     rope: tuple[Tensor, Tensor]
     segments: Segments | None
     adapt: Adapt | None
     on_input: OnInput | None
-    wanted: Tensor | None
-    past: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    wanted: Tensor | None  # positions [B, n] of which the result is used; None: all
+    past: (
+        Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    )  # puts earlier keys and values before those
 
 
 def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
@@ -2744,13 +2727,8 @@ class TTTBatch(NamedTuple):
         return self.documents[-1][1][1] - 1
 
 
-class ChunkWindow(NamedTuple):
-    """Window of a chunk inside its document: first input, inputs, offset of the scored ones, their number."""
-
-    start: int
-    length: int
-    offset: int
-    targets: int
+# Window of a chunk inside its document: first input, inputs, offset of the scored ones, and their number.
+ChunkWindow = namedtuple("ChunkWindow", "start length offset targets")
 
 
 def select_documents(documents: Sequence[Span], fraction: float, seed: int) -> list[Span]:
@@ -3228,7 +3206,8 @@ class Run:
         """What a reader needs to trust the log: settings, sources, versions and device."""
         if COUNTED:
             return
-        source, text = self.sources["train_gpt.py"], show_settings(self.cfg)
+        source, settings = self.sources["train_gpt.py"], self.cfg.as_env().items()
+        text = "\n".join(f"{name}={int(v) if isinstance(v, bool) else v}" for name, v in settings)
         self.log.text(f"{text}\n{'=' * 80}\n{source.decode(errors='backslashreplace')}\n{'=' * 80}")
         self.result["environment"] = environment = {
             "python": platform.python_version(),

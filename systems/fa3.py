@@ -12,6 +12,7 @@ def flash_segment_arguments(cu_seqlens: Tensor, max_seqlen: int) -> dict[str, ob
 
 
 def fa3_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
+    """`attend` by FlashAttention 3."""
     import flash_attn_interface as flash
 
     if segments is None:
