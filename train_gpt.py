@@ -32,7 +32,6 @@ import json
 import lzma
 import math
 import os
-import platform
 import random
 import struct
 import sys
@@ -3166,7 +3165,6 @@ class Run:
         self.model = self._first_model(artifact, checkpoint)
         self.watch.see("model", run=self)
         self.log = RunLog(self.cfg, ranks, self.watch)
-        self._log_head()
         self.watch.see("opened", run=self)
 
     def _first_model(self, artifact: Path | None, checkpoint: Path | None) -> GPT:
@@ -3201,27 +3199,6 @@ class Run:
         """A freshly initialised model."""
         torch.manual_seed(cfg.seed)
         return self.backends.move_and_compile(GPT(cfg, self.backends), self.ranks.device)
-
-    def _log_head(self) -> None:
-        """What a reader needs to trust the log: settings, sources, versions and device."""
-        if COUNTED:
-            return
-        source, settings = self.sources["train_gpt.py"], self.cfg.as_env().items()
-        text = "\n".join(f"{name}={int(v) if isinstance(v, bool) else v}" for name, v in settings)
-        self.log.text(f"{text}\n{'=' * 80}\n{source.decode(errors='backslashreplace')}\n{'=' * 80}")
-        self.result["environment"] = environment = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if self.ranks.on_gpu else platform.machine(),
-            "threads": torch.get_num_threads(),
-            "ranks": self.ranks.world_size,
-            **dataclasses.asdict(self.backends),
-            "source_sha256": hashlib.sha256(source).hexdigest(),
-        }
-        self.watch.see("head", run=self)
-        self.log.event("start", run=self.log.run_id, folder=str(self.log.folder), **environment)
-
-    # -- stages
 
     def once(self, stage: str, work: Callable[[], object]) -> None:
         """Do a stage, unless it was done before the run was resumed."""

@@ -87,7 +87,7 @@ def watched_run(
     """Make a run with all that watches over it, and execute it. Exit code as `main`."""
     preflight = Preflight(cfg, ranks)
     backends, folder, checkpoints = preflight.backends(), None, None
-    watches: list[Watch] = [preflight, Guard(preflight), Progress(ranks)]
+    watches: list[Watch] = [Guard(preflight), preflight, Progress(ranks)]
     if cfg.preflight_only:  # a rehearsal leaves nothing
         folder = Path(closing.enter_context(tempfile.TemporaryDirectory()))
         (folder / "logs").mkdir()

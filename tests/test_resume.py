@@ -107,7 +107,7 @@ def cut_off(tg, monkeypatch, run):
 
 
 PLACES = [  # what is being done for the n-th time when the run is killed: before it, or behind it
-    ("Run._log_head", 1, False),
+    ("Guard._opened", 1, False),
     ("Trainer.state", 1, False),
     ("Trainer.step", 8, False),  # two of them are the warm-up's
     ("final_model.pt", 1, False),
