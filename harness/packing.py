@@ -1,7 +1,7 @@
 """The script as it is counted: folded for its run, with short names, minified, compressed, in a wrapper.
 
-Nothing set, a packed script has the run's settings. It still reads from the environment what `RUN_TIME` names
-(where the run has a use for it): where data and models lie, the seed, and which of the run's stages are wanted.
+Nothing set, a packed script has the run's settings. It still reads from the environment what `RUN_TIME`
+names: where data and models lie, the seed, and which of the run's stages are wanted.
 All other settings are constants of it, so a variable that names one of them changes nothing.
 """
 
@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from harness.expressions import Facts, as_node
 from harness.folding import fold
 from harness.renaming import rename
+from harness.settings import PRESETS
 from train_gpt import Backends, Config, compress
 
 WRAPPER = b'#coding:l1\nimport %s as c\nexec(c.decompress("""%s""".encode("l1")))\n'
@@ -120,8 +121,14 @@ def _evaluate(function: object, settings: Mapping[str, object]) -> object:
 
 
 def run_time_config(cfg: Config, facts: Facts) -> ast.ClassDef:
-    """The class `Config` of a packed script: it takes its few settings from the environment, unchecked."""
+    """The class `Config` of a packed script: it takes its few settings from the environment, unchecked.
+
+    Nothing set, places, names, seed and stages are the preset's own, whatever they are in the run: so the
+    bytes do not depend on where the run lies, and all seeds have the same.
+    """
     free = {name: value for name, value in vars(cfg).items() if name not in facts.settings}
+    own = {name: getattr(Config, name) for name in RUN_TIME} | PRESETS[cfg.preset]
+    free = {name: own[name] if name in RUN_TIME else value for name, value in free.items()}
     free = {name: int(value) if isinstance(value, bool) else value for name, value in free.items()}
     text = f"""
 class Config:
