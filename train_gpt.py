@@ -1575,7 +1575,7 @@ class LowRank(nn.Module):
         super().__init__()
         self.A = nn.Parameter(torch.empty(batch, rank, inputs))
         self.B = nn.Parameter(torch.zeros(batch, outputs, rank))
-        self.factors: list[Tensor] = []  # leaves that share the memory of the last rows of A and B
+        self.factors: list[Tensor] = []  # These leaves share the memory of the last rows of A and B.
 
     def forward(self, x: Tensor) -> Tensor:
         """x [n, T, inputs] -> [n, T, outputs] by the last n rows; the documents of the others have ended."""
@@ -1600,18 +1600,16 @@ class BatchedLoRA(nn.Module):
     ):
         super().__init__()
         self.batch, self._generator = batch, generator
-        self.active: Tensor | None = None  # rows whose adapters count [batch]; None: all rows
+        self.active: Tensor | None = None  # Mask [batch] of the rows whose adapters count; None means all.
         self.scale, rank = cfg.ttt_lora_alpha / cfg.ttt_lora_rank, cfg.ttt_lora_rank
         dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
-        widths = {"q": dim} if cfg.ttt_q_lora else {}
-        widths |= {"v": kv_dim} if cfg.ttt_v_lora else {}
-        widths |= {"k": kv_dim} if cfg.ttt_k_lora else {}
-        widths |= {"mlp": dim} if cfg.ttt_mlp_lora else {}
-        widths |= {"o": dim} if cfg.ttt_o_lora else {}
+        widths = {"q": dim * cfg.ttt_q_lora, "v": kv_dim * cfg.ttt_v_lora, "k": kv_dim * cfg.ttt_k_lora}
+        widths |= {"mlp": dim * cfg.ttt_mlp_lora, "o": dim * cfg.ttt_o_lora}  # A role of width 0 has none.
         self.lm_head_lora = LowRank(batch, rank, dim, cfg.vocab_size)
         for role, width in widths.items():
-            maps = nn.ModuleList(LowRank(batch, rank, dim, width) for _ in range(slots))
-            self.add_module(f"{role}_loras", maps)
+            if width:
+                maps = nn.ModuleList(LowRank(batch, rank, dim, width) for _ in range(slots))
+                self.add_module(f"{role}_loras", maps)
         self.draw_A(seeds)
 
     def maps(self) -> Iterable[LowRank]:
@@ -1670,7 +1668,7 @@ class LoRAOptimizer:
     def step(self, loss: Tensor) -> None:
         """One step on the rows in use, down the gradient of a loss."""
         cfg, gradients = self.cfg, torch.autograd.grad(loss, self.factors)
-        gradients = [gradient.contiguous() for gradient in gradients]  # the fused kernel knows no strides
+        gradients = [gradient.contiguous() for gradient in gradients]  # The fused kernel ignores strides.
         settings = {"beta1": cfg.ttt_beta1, "beta2": cfg.ttt_beta2, "eps": 1e-10, "lr": cfg.ttt_lora_lr}
         settings |= {"weight_decay": cfg.ttt_weight_decay, "fused": True, "amsgrad": False, "maximize": False}
         with torch.no_grad():
@@ -1803,30 +1801,23 @@ def parameter_table(cfg: Config, model: GPT) -> dict[str, dict]:
     """
     shapes = {name: p.shape for name, p in model.named_parameters()}
     banks = sorted((n for n in shapes if n.endswith("_bank")), key=lambda n: -shapes[n].numel())
-    muon = {
-        "optimizer": "muon",
-        "lr": cfg.matrix_lr,
-        "weight_decay": cfg.muon_wd,
-        "momentum": cfg.muon_momentum,
+    muon = {"optimizer": "muon", "lr": cfg.matrix_lr, "weight_decay": cfg.muon_wd}
+    muon |= {
         "row_normalize": cfg.muon_row_normalize,
+        "momentum": cfg.muon_momentum,
         "steps": cfg.muon_backend_steps,
     }
     adam = {"betas": [cfg.beta1, cfg.beta2], "eps": cfg.adam_eps}
-    embed = {
-        "lr": cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr,
-        "weight_decay": cfg.embed_wd,
-    } | adam
+    rate = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
+    embed = {"lr": rate, "weight_decay": cfg.embed_wd} | adam
     scalar = {"optimizer": "adamw_scalar", "lr": cfg.scalar_lr, "weight_decay": cfg.adam_wd} | adam
     table = dict.fromkeys(banks, muon)
     table["tok_emb.weight"] = {"optimizer": "adamw_tok"} | embed
     if not cfg.tie_embeddings:
         table["lm_head.weight"] = {"optimizer": "adamw_head"} | embed
-    rest = [name for name in shapes if name not in table]
-    rest.sort(
-        key=lambda name: (not name.startswith("blocks."), name == "smear_lambda")
-    )  # the published order
-    table |= {name: scalar for name in rest}
-    return table
+    rest = [name for name in shapes if name not in table]  # sorted in the published order
+    rest.sort(key=lambda name: (not name.startswith("blocks."), name == "smear_lambda"))
+    return table | {name: scalar for name in rest}
 
 
 def lr_multiplier(frac: float, warmdown_frac: float, min_lr: float) -> float:
@@ -1871,9 +1862,7 @@ class StepReport(NamedTuple):
     """What a training step did. Reading loss, norm or clock waits for this step, not for later ones."""
 
     step: int  # counted from 1
-    measured: (
-        Pending  # means of loss and gradient norm, rank 0's clock, stop requests; this rank's loss + norm
-    )
+    measured: Pending  # loss, gradient norm, rank 0's clock, stop requests; of this rank: loss + norm
     lr_multiplier: float
     muon_momentum: float
     looping: bool
@@ -1898,11 +1887,9 @@ class StepReport(NamedTuple):
         """Rank 0's training time when the step began, seconds. Raises RunError unless all is finite."""
         finite = torch.isfinite(self.measured.wait())
         if not finite.all():
-            values = f"train_loss {self.train_loss}, grad_norm {self.grad_norm}"
+            values = f"train_loss {self.train_loss}, grad_norm {self.grad_norm}: not finite"
             where = "another rank's" if finite[4] else "this rank's"
-            raise RunError(
-                f"step {self.step}: {values}: not finite ({where}), its gradient was not used, stopped"
-            )
+            raise RunError(f"step {self.step}: {values} ({where}), its gradient was not used, stopped")
         return float(self.measured.wait()[2])
 
 
@@ -1915,23 +1902,15 @@ def micro_batches(cfg: Config, backends: Backends, world_size: int) -> tuple[int
 class Trainer(Worker):
     """Model, loader, both optimisers and the EMA; `step` does one optimiser step, `units` all of them.
 
-    `validate(step)` is called every VAL_LOSS_EVERY steps; `clock` counts the stage "train" without it.
+    `run` has the log, the clock of the stage "train", and `validate(step, looping)` for every VAL_LOSS_EVERY steps.
     """
 
     kept_by = "rank 0"
 
     def __init__(
-        self,
-        cfg: Config,
-        model: GPT,
-        loader: "PackedLoader",
-        ranks: Ranks = CPU,
-        log: RunLog | None = None,
-        clock: "Stopwatch | None" = None,
-        validate: Callable[[int], None] | None = None,
+        self, cfg: Config, model: GPT, loader: PackedLoader, ranks: Ranks = CPU, run: "Run | None" = None
     ):
-        self.cfg, self.model, self.ranks = cfg, model, ranks
-        self.log, self.clock, self.validate = log, clock, validate
+        self.cfg, self.model, self.ranks, self.run = cfg, model, ranks, run
         self.loader = Prefetched(loader) if ranks.on_gpu else loader
         self.looping = False
         self.micro_batches, self.micro_tokens = micro_batches(cfg, model.backends, ranks.world_size)
@@ -1945,9 +1924,8 @@ class Trainer(Worker):
             group = {"params": []} | row
             groups.setdefault(group.pop("optimizer"), group)["params"].append(parameters[name])
         coefficients = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC}[cfg.muon_coefficients]
-        self.muon = Muon(
-            **groups.pop("muon"), coefficients=coefficients, ranks=ranks, backends=model.backends
-        )
+        options = {"coefficients": coefficients, "ranks": ranks, "backends": model.backends}
+        self.muon = Muon(**groups.pop("muon"), **options)
         self.adamw = torch.optim.AdamW(list(groups.values()), fused=True)
         self._small = [p for group in groups.values() for p in group["params"]]  # averaged as one buffer
         for group in self._groups():
@@ -1968,9 +1946,8 @@ class Trainer(Worker):
         cfg = self.cfg
         self.looping = self.looping or (cfg.num_loops > 0 and frac >= cfg.enable_looping_at)
         factor = lr_multiplier(frac, cfg.warmdown_frac, cfg.min_lr)
-        momentum = muon_momentum(
-            step, cfg.muon_momentum_warmup_start, cfg.muon_momentum, cfg.muon_momentum_warmup_steps
-        )
+        limits = cfg.muon_momentum_warmup_start, cfg.muon_momentum, cfg.muon_momentum_warmup_steps
+        momentum = muon_momentum(step, *limits)
         for group in self._groups():
             group["lr"] = group["base_lr"] * factor
         self.muon.param_groups[0]["momentum"] = momentum
@@ -2021,9 +1998,7 @@ class Trainer(Worker):
         return loss_sum / self.micro_batches, norm_sum / self.micro_batches
 
     @torch.no_grad()
-    def _exchange_gradients(
-        self, measured: Tensor
-    ) -> tuple[list[tuple[nn.Parameter, Pending]], Tensor | float]:
+    def _exchange_gradients(self, measured: Tensor) -> tuple[list, Tensor | float]:
         """Average gradients and measured values over the ranks: the banks sharded, all else as one buffer.
 
         Returns this rank's slices of the banks' sums and the clip factor that is still to be applied to them.
@@ -2064,28 +2039,28 @@ class Trainer(Worker):
 
     def units(self) -> Iterable[None]:
         """Train until the wall clock or the number of steps is used up, then put the average into the model."""
-        cfg, graphs = self.cfg, compiled_graphs() if self.model.backends.compiler else 0
+        cfg, run, compiled = self.cfg, self.run, self.model.backends.compiler
+        graphs = compiled_graphs() if compiled else 0
         while self.steps < cfg.iterations and (frac := self._fraction()) < 1:
             if cfg.val_loss_every and self.steps % cfg.val_loss_every == 0:
-                self.validate(self.steps)
+                run.validate(self.steps, self.looping)
             was_looping = self.looping
-            report = self.step(self.steps, frac, elapsed=self.clock.elapsed("train"))
+            report = self.step(self.steps, frac, elapsed=run.clock.elapsed("train"))
             self.steps, self.reports = self.steps + 1, [*self.reports[-1:], report]
             if self.looping and not was_looping:
                 encoder, decoder = layer_order(cfg, looping=True)
-                self.log.event("looping", step=self.steps, encoder=encoder, decoder=decoder)
+                run.log.event("looping", step=self.steps, encoder=encoder, decoder=decoder)
             if self.steps <= 5 or self.steps % cfg.train_log_every == 0:
-                self._log_step(report, self.clock.elapsed("train"))
+                self._log_step(report, run.clock.elapsed("train"))
             if len(self.reports) == 2:
-                self.seconds = self.reports[0].elapsed
-                self.stop_requested = self.reports[0].stop_requested
+                self.seconds, self.stop_requested = self.reports[0].elapsed, self.reports[0].stop_requested
             self.done = self.seconds if self.capped else self.steps
             yield
         for report in self.reports:
             report.elapsed  # noqa: B018 - raises if the step was not finite
-        if self.model.backends.compiler:
+        if compiled:
             memory, again = torch.cuda.max_memory_allocated() >> 20, compiled_graphs() - graphs
-            self.log.event("graphs", warm_up=graphs, recompiled=again, peak_memory_mib=memory)
+            run.log.event("graphs", warm_up=graphs, recompiled=again, peak_memory_mib=memory)
         self.model.load_state_dict(self.ema.cast_like(self.model.state_dict()))
 
     def _fraction(self) -> float:
@@ -2096,15 +2071,12 @@ class Trainer(Worker):
 
     def _log_step(self, report: StepReport, elapsed: float) -> None:
         report.elapsed  # noqa: B018 - raises if the step was not finite
-        self.log.event(
-            "train",
-            step=report.step,
-            train_loss=report.train_loss,
-            grad_norm=report.grad_norm,
-            lr_multiplier=report.lr_multiplier,
-            train_seconds=elapsed,
-            tokens_per_second=report.step * self.cfg.train_batch_tokens / elapsed,
-        )
+        speed = {
+            "train_seconds": elapsed,
+            "tokens_per_second": report.step * self.cfg.train_batch_tokens / elapsed,
+        }
+        values = {"train_loss": report.train_loss, "grad_norm": report.grad_norm}
+        self.run.log.event("train", step=report.step, **values, lr_multiplier=report.lr_multiplier, **speed)
 
     def state(self) -> dict:
         """All that later steps depend on, on the CPU; the same on all ranks, which call this together."""
@@ -2816,10 +2788,7 @@ class Evaluation(Worker):
         return self.meter
 
 
-Score = Callable[[Tensor, Tensor, Segments], Tensor]
-
-
-def model_score(model: GPT, *, looping: bool, ranks: Ranks = CPU) -> Score:
+def model_score(model: GPT, *, looping: bool, ranks: Ranks = CPU) -> Callable[..., Tensor]:
     """The model as a function of inputs, targets and segments that returns the losses.
 
     Rows of another length than the first (the last one of a stream) are not worth a graph of their own.
@@ -2860,15 +2829,11 @@ class StandardEvaluation(Evaluation):
         self.meter.sum_over(self.ranks)
 
 
-def evaluate_standard(*arguments: object, **options: object) -> BpbMeter:
-    """Run a `StandardEvaluation`."""
-    return StandardEvaluation(*arguments, **options).run()
-
-
 # -- the plan of test-time training: documents -> batches -> chunks -> phases, pure functions
 
 
-Document = tuple[int, tuple[int, int]]  # its number, then where it starts in the stream and its length
+Span = tuple[int, int]  # where a document starts in the stream, and its tokens
+Document = tuple[int, Span]  # its number comes first
 
 
 class TTTBatch(NamedTuple):
@@ -2892,9 +2857,7 @@ class ChunkWindow(NamedTuple):
     targets: int
 
 
-def select_documents(
-    documents: Sequence[tuple[int, int]], fraction: float, seed: int
-) -> list[tuple[int, int]]:
+def select_documents(documents: Sequence[Span], fraction: float, seed: int) -> list[Span]:
     """A random sample of the documents, in their order; all of them for fraction 1."""
     if fraction >= 1:
         return list(documents)
@@ -2930,15 +2893,13 @@ def chunk_size(cfg: Config, targets: int) -> int:
     return cfg.ttt_chunk_size
 
 
-def chunk_window(
-    chunk: int, pred_len: int, size: int, max_window: int, computed_from: int = 0
-) -> ChunkWindow:
-    """The window that scores a chunk of a document of `pred_len` targets: the inputs up to its end.
+def chunk_window(chunk: int, targets: int, size: int, max_window: int, uncached: int = 0) -> ChunkWindow:
+    """The window that scores a chunk of a document: at most `max_window` inputs, up to the chunk's end.
 
-    At most `max_window` of them, and none before `computed_from`: those are cached.
+    None lies before place `uncached`: what precedes that place is cached.
     """
-    first, end = chunk * size, min((chunk + 1) * size, pred_len)
-    start = max(computed_from, end - max_window)
+    first, end = chunk * size, min((chunk + 1) * size, targets)
+    start = max(uncached, end - max_window)
     return ChunkWindow(start, end - start, first - start, end - first)
 
 
@@ -2963,14 +2924,10 @@ def share_documents(batches: Sequence[TTTBatch], cfg: Config, world_size: int) -
 
 def split_at_boundaries(batches: Sequence[TTTBatch], boundaries: Sequence[int]) -> list[list[TTTBatch]]:
     """The batches up to each boundary of scored documents, one list a phase, and the rest."""
-    parts, scored = [[]], 0
-    left = list(boundaries)
+    parts, scored = [[] for _ in [*boundaries, 0]], 0
     for batch in batches:
-        parts[-1].append(batch)
+        parts[bisect.bisect(boundaries, scored)].append(batch)
         scored += len(batch.documents)
-        while left and scored >= left[0]:
-            left.pop(0)
-            parts.append([])
     return parts
 
 
@@ -2983,7 +2940,7 @@ class ChunkBatch(NamedTuple):
     scored: Tensor  # positions of the chunk's targets [B, chunk_size]
     valid: Tensor  # which of them exist [B, chunk_size]
     trains: Tensor  # documents with a later chunk [B]: the only ones that may learn from this one
-    spans: list[tuple[int, int]]  # first scored target in the stream and number of targets, per document
+    spans: list[Span]  # per document: first scored target in the stream, and number of targets
 
 
 def chunk_batch(
@@ -3017,7 +2974,7 @@ class ScoreFirstTTT(Evaluation):
 
     Every chunk is scored with the weights as they are and only then trained on. Documents go longest first,
     a batch side by side; when the documents scored reach a phase's boundary, the base weights are trained by
-    SGD on the first of them, and new adapters are made. The model is changed in place.
+    SGD on the first of those, and new adapters are made. The model is changed in place.
 
     A unit is a batch of documents or a global phase. The watch sees all that happens, in order.
     """
@@ -3035,8 +2992,8 @@ class ScoreFirstTTT(Evaluation):
             cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, len(documents)
         )
         self.phases = self.diverged = self._constructed = 0
-        self._batches = 0  # done by this rank in the current phase
-        self._reusable: BatchedLoRA | None = None  # its A factors go from batch to batch
+        self._batches = 0  # This rank has done so many in the current phase.
+        self._reusable: BatchedLoRA | None = None  # With a warm start its A factors go from batch to batch.
 
     def units(self) -> Iterable[None]:
         """Score and adapt all documents, from where the state says on."""
@@ -3098,7 +3055,7 @@ class ScoreFirstTTT(Evaluation):
             return self._new_lora(len(batch.documents))
         lora = self._reusable
         if lora.active is not None and not bool(lora.active.all()):
-            lora.draw_A()  # nobody inherits what has diverged
+            lora.draw_A()  # No document inherits factors that have diverged.
         self.watch.see("lora_reset", lora=lora)
         lora.reset_B()
         return lora
@@ -3122,7 +3079,7 @@ class ScoreFirstTTT(Evaluation):
 
             cache = KeyValueCache()
         rows, sums = lora.batch, []
-        chunk_loss_sum = torch.zeros(rows, device=self.ranks.device)  # of the mean losses of chunks so far
+        chunk_loss_sum = torch.zeros(rows, device=self.ranks.device)  # Each document adds its chunks' means.
         lora.active = torch.ones_like(chunk_loss_sum, dtype=torch.bool)
         for chunk in range(-(-batch.targets // size)):
             if cfg.ttt_cache_window:
@@ -3131,10 +3088,8 @@ class ScoreFirstTTT(Evaluation):
             if len(part.documents) <= rows * 7 // 8:
                 rows = len(part.documents)
                 optimizer.drop_finished_rows(rows)
-            learns, event = (
-                bool(part.trains.any()),
-                {"batch_number": batch.index, "chunk": chunk, "part": part},
-            )
+            event = {"batch_number": batch.index, "chunk": chunk, "part": part}
+            learns = bool(part.trains.any())
             with torch.set_grad_enabled(learns):
                 losses = self._losses(part, lora, cache)
             sums.append(self._sums(part, losses, chunk_loss_sum, chunk, lora))
@@ -3164,7 +3119,7 @@ class ScoreFirstTTT(Evaluation):
         scored = losses.detach() * valid
         mean, before = scored.sum(1) / valid.sum(1), chunk_loss_sum[-rows:]
         if self.cfg.ttt_guard and chunk:
-            lora.active = lora.active.clone()  # the graph of the losses holds the old one
+            lora.active = lora.active.clone()  # The graph of the losses holds the old mask.
             lora.active[-rows:] &= mean <= before / chunk + self.cfg.ttt_guard
         before += mean
         byte_sum = sum(int(self.val.target_bytes[start : start + n].sum()) for start, n in part.spans)
@@ -3196,11 +3151,6 @@ class ScoreFirstTTT(Evaluation):
         norms, rates = global_sgd(self.model, tokens, self.cfg, looping=self.looping, ranks=self.ranks)
         facts = {"tokens": tokens, "grad_norms": norms, "lr_used": rates, "model": self.model}
         self.watch.see("global_sgd", phase=self.phases, **facts)
-
-
-def score_first_ttt(*arguments: object, **options: object) -> BpbMeter:
-    """Run `ScoreFirstTTT` over the whole validation set."""
-    return ScoreFirstTTT(*arguments, **options).run()
 
 
 # -- the base weights, trained by SGD on what has been scored
@@ -3271,7 +3221,7 @@ class BaseTraining:
             part = self._part(tokens[start * window : start * window + count + 1])
             if len(part) > 1:
                 (self.losses(part).sum() / count).backward()
-            for parameter in parameters:  # a rank without windows still takes part in the sum
+            for parameter in parameters:  # A rank without windows still takes part in the sum.
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             self.ranks.sum_packed_([parameter.grad for parameter in parameters])
             norms.append(nn.utils.clip_grad_norm_(parameters, cfg.global_ttt_grad_clip or math.inf))
@@ -3437,26 +3387,30 @@ class Run:
 
     def new_trainer(self) -> Trainer:
         """A trainer of the run's model."""
+        return Trainer(self.cfg, self.model, self.loader, self.ranks, self)
 
-        def validate(step: int) -> None:
-            name = f"step_{step}" if step else "untrained"
-            if name not in self.stages:
-                self.evaluate(name, trainer.looping)
-
-        trainer = Trainer(self.cfg, self.model, self.loader, self.ranks, self.log, self.clock, validate)
-        return trainer
+    def validate(self, step: int, looping: bool) -> None:
+        """Evaluate between two training steps, unless that was done before the run was resumed."""
+        name = f"step_{step}" if step else "untrained"
+        if name not in self.stages:
+            self.evaluate(name, looping)
 
     def output(self, field: str) -> Path:
         """The run's own file of a setting that names one."""
         return self.log.folder / Path(getattr(self.cfg, field)).name
 
+    def score(
+        self, stage: str, kind: "type[Evaluation]", looping: bool, documents: Sequence | None = None
+    ) -> None:
+        """Let an evaluation do a stage, and record the score of all documents, or of those given."""
+        options = {"looping": looping, "ranks": self.ranks, "watch": self.watch}
+        worker = kind(self.model, self.val, self.model.cfg, **options)
+        self.stage(stage, worker)
+        self.record(stage, worker.meter, self.val.documents if documents is None else documents)
+
     def evaluate(self, stage: str, looping: bool | None = None) -> None:
         """Standard evaluation."""
-        looping = self.looping if looping is None else looping
-        options = {"looping": looping, "ranks": self.ranks, "watch": self.watch}
-        worker = StandardEvaluation(self.model, self.val, self.cfg, **options)
-        self.stage(stage, worker)
-        self.record(stage, worker.meter, self.val.documents)
+        self.score(stage, StandardEvaluation, self.looping if looping is None else looping)
 
     def record(self, stage: str, meter: BpbMeter, documents: Sequence[tuple[int, int]]) -> None:
         """Keep and log a score; a target scored twice or not at all is a fault of the evaluator."""
@@ -3484,22 +3438,12 @@ class Run:
             paths = shard_paths(cfg.data_folder, "train")
             loader = ShuffledLoader(paths, 1, 0, cfg.train_seq_len, cfg.vocab_size)
             hessians = calibrate(self.model, cfg, loader, looping=self.looping, ranks=ranks)
-            if cfg.fit_bytes:
-                from systems.fit_bytes import calibrate_gradients
-
-                options = {"looping": self.looping, "ranks": ranks}
-                gradients = calibrate_gradients(self.model, cfg, loader, **options)
+        flat = flatten_banks(self.model.state_dict(), cfg.num_layers)
         with self.clock.stage("quantise"):
-            flat = flatten_banks(self.model.state_dict(), cfg.num_layers)
             if cfg.fit_bytes:
-                from systems.fit_bytes import FitSearch
+                from systems.fit_bytes import fit_run
 
-                code = len(self.packed_code[0]) if ranks.is_main else 0
-                budget = cfg.fit_bytes - ranks.gather(code)[0]
-                search = FitSearch(flat, hessians, gradients, cfg, budget, ranks)
-                for trial, (log2_step, spare_bytes) in enumerate(search.trials()):
-                    self.log.event("fit", trial=trial, clip_factor=2.0**log2_step, bytes_left=spare_bytes)
-                records = search.best_records()
+                records = fit_run(self, flat, hessians, loader)
             else:
                 records = quantize_state(flat, hessians, cfg, ranks)
         for name, record in records.items():
@@ -3555,9 +3499,7 @@ class Run:
         packed, minified = self.packed_code
         write_whole(self.log.folder / "train_gpt.packed.py", packed)
         if not minified:
-            self.log.event(
-                "notice", text="the counted code is not minified (python-minifier or harness/ missing)"
-            )
+            self.log.event("notice", text="code not minified: python-minifier or harness/ is missing")
         sizes = {"code_bytes": len(packed), "model_bytes": len(self.artifact)}
         sizes = {"artifact_bytes": sum(sizes.values())} | sizes
         self.result |= sizes
@@ -3570,11 +3512,8 @@ class Run:
         self.watch.see("adapting", run=self)  # a watch that changes `forward` does so before it is compiled
         if self.model.backends.compiler:
             self.compile_adaptation(documents)
-        options = {"looping": self.looping, "ranks": self.ranks, "watch": self.watch}
-        worker = ScoreFirstTTT(self.model, self.val, cfg, **options)
-        self.stage("ttt", worker)
+        self.score("ttt", ScoreFirstTTT, self.looping, documents)
         self.watch.see("adapted", run=self)
-        self.record("ttt", worker.meter, documents)
 
     def compile_adaptation(self, documents: Sequence[tuple[int, int]]) -> None:
         """Compile before the clock starts, or say why not; what no graph fits afterwards runs without."""
@@ -3598,19 +3537,14 @@ class Run:
         """Sliding windows over the stream, or test-time training by SGD between its chunks."""
         from systems.stream import ScoreFirstSGD, SlidingEvaluation
 
-        kind = ScoreFirstSGD if stage == "ttt" else SlidingEvaluation
-        options = {"looping": self.looping, "ranks": self.ranks, "watch": self.watch}
-        worker = kind(self.model, self.val, self.cfg, **options)
-        self.stage(stage, worker)
-        self.record(stage, worker.meter, self.val.documents)
+        self.score(stage, ScoreFirstSGD if stage == "ttt" else SlidingEvaluation, self.looping)
 
     def finish(self) -> int:
         """Write result.json and the final line; exit code 3 when a limit of the contest is exceeded."""
         final = next(name for name in ("ttt", "sliding", "quantised", "prequant") if name in self.stages)
         seconds = self.clock.seconds
         summary = {
-            "val_bpb": self.stages[final]["val_bpb"],
-            "val_loss": self.stages[final]["val_loss"],
+            **{key: self.stages[final][key] for key in ("val_bpb", "val_loss")},
             **{key: self.result.get(key, 0) for key in ("artifact_bytes", "code_bytes", "model_bytes")},
             "train_seconds": seconds.get("train", 0.0),
             "calibrate_seconds": seconds.get("calibrate", 0.0),

@@ -80,7 +80,7 @@ def document_losses(model, val, cfg) -> dict[int, float]:
             for row, number in enumerate(part.documents):
                 sums[number] = sums.get(number, 0.0) + float(losses[row][part.valid[row]].sum())
 
-    tg.score_first_ttt(model, val, cfg, looping=True, watch=SimpleNamespace(see=see))
+    tg.ScoreFirstTTT(model, val, cfg, looping=True, watch=SimpleNamespace(see=see)).run()
     return sums
 
 
@@ -94,7 +94,7 @@ def exact(repeats: int) -> dict[str, float]:
     seconds = median_seconds(
         {
             "plain": lambda: plain_ttt(tg, model, val, cfg, looping=True),
-            "exact": lambda: tg.score_first_ttt(model, val, cfg, looping=True),
+            "exact": lambda: tg.ScoreFirstTTT(model, val, cfg, looping=True).run(),
         },
         repeats,
     )
@@ -127,10 +127,10 @@ def cached(windows: list[int], repeats: int) -> dict[str, float]:
         counter = FlopCounterMode(display=False)
         counter.mod_tracker = Everywhere()
         with counter:
-            tg.score_first_ttt(model, val, form, looping=True)
+            tg.ScoreFirstTTT(model, val, form, looping=True).run()
         flops[name] = counter.get_total_flops()
     runs = {
-        name: lambda form=form: tg.score_first_ttt(model, val, form, looping=True)
+        name: lambda form=form: tg.ScoreFirstTTT(model, val, form, looping=True).run()
         for name, form in forms.items()
     }
     seconds = median_seconds(runs, repeats)
@@ -172,7 +172,7 @@ def compiled(repeats: int) -> dict[str, object]:
 
     def run(name: str, which: tg.Backends) -> None:
         model.backends = which
-        sums[name] = tg.score_first_ttt(model, val, cfg, looping=True, ranks=ranks).loss_sum
+        sums[name] = tg.ScoreFirstTTT(model, val, cfg, looping=True, ranks=ranks).run().loss_sum
         ranks.synchronize()
 
     runs = {"eager": lambda: run("eager", eager), "compiled": lambda: run("compiled", backends)}
@@ -251,7 +251,7 @@ def quality(models: list[Path], windows: list[int]) -> dict[str, float]:
             model = tg.GPT(cfg)
             model.load_state_dict(state)
             start = time.perf_counter()
-            meter = tg.score_first_ttt(model, val, dataclasses.replace(cfg, **change), looping=True)
+            meter = tg.ScoreFirstTTT(model, val, dataclasses.replace(cfg, **change), looping=True).run()
             seconds[name].append(time.perf_counter() - start)
             scores[name].append(meter.val_bpb)
             took = f"seconds:{seconds[name][-1]:.1f}"

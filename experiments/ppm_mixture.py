@@ -52,6 +52,9 @@ sys.path.insert(0, str(ROOT))
 
 import lossless_caps  # noqa: E402
 import train_gpt as tg  # noqa: E402
+from harness.manifest import check_data  # noqa: E402
+from systems.plain_text import load_tokenizer  # noqa: E402
+from systems.stream import SlidingEvaluation  # noqa: E402
 
 LOW, HIGH, SURE = 0.05, 0.9, 0.277  # the network's weight; nats (0.4 bits) below which it is sure
 OPERATORS = (lossless_caps.TITLE, lossless_caps.ALLCAPS, lossless_caps.CAPNEXT, lossless_caps.ESC)
@@ -176,10 +179,8 @@ def ask_network(
     """Score the whole stream with the script's evaluator."""
     places = np.unique(np.linspace(0, val.num_targets, max(sample, 1), endpoint=False).astype(int))
     recorder, looping = Recorder(model, places), model.cfg.num_loops > 0
-    evaluate = tg.evaluate_standard
-    if cfg.sliding_window_enabled:
-        from systems.stream import evaluate_windows as evaluate
-    meter = evaluate(recorder, val, cfg, looping=looping, ranks=ranks)
+    kind = SlidingEvaluation if cfg.sliding_window_enabled else tg.StandardEvaluation
+    meter = kind(recorder, val, cfg, looping=looping, ranks=ranks).run()
     network = recorder.result()
     if not math.isclose(network.losses.sum(), meter.loss_sum, rel_tol=1e-5):
         raise tg.RunError(f"recorded {network.losses.sum()} nats, the evaluator {meter.loss_sum}")
@@ -308,14 +309,14 @@ def read_run(folder: Path, data: str) -> tuple[dict, tg.Config, tg.GPT, tg.Ranks
     here = {"device": "auto", "attention_backend": "auto", "compile_backend": "off"}
     cfg = dataclasses.replace(cfg, **here, **({"data_path": data} if data else {}))
     ranks = tg.Ranks.from_env(cfg, {})
-    cfg = tg.choose_backends(cfg, ranks)
+    backends = tg.plain_backends(cfg, ranks)
     path = folder / Path(cfg.quantized_model_path).name
     if not path.is_file():
         raise tg.UserError(f"{path}: no such file, must be the artifact of the run")
     settings, records = tg.unpack_artifact(path.read_bytes(), tg.Config())
-    model = tg.GPT(dataclasses.replace(cfg, **settings))
+    model = tg.GPT(dataclasses.replace(cfg, **settings), backends)
     model.load_state_dict(tg.dequantize_state(records, model.cfg.num_layers))
-    return result, cfg, ranks.place(model), ranks
+    return result, cfg, backends.move_and_compile(model, ranks.device), ranks
 
 
 def measure(folder: Path, data: str, sample: int) -> dict:
@@ -325,9 +326,9 @@ def measure(folder: Path, data: str, sample: int) -> dict:
     except ModuleNotFoundError as error:
         raise tg.UserError(f"{error.name}: not installed; pip install -r requirements-dev.txt") from None
     result, cfg, model, ranks = read_run(folder, data)
-    tg.check_data(cfg, [])
+    check_data(cfg, [])
     val = tg.load_validation(cfg)
-    processor = tg.load_tokenizer(cfg)
+    processor = load_tokenizer(cfg)
     vocabulary = Vocabulary([surface(processor, token) for token in range(cfg.vocab_size)])
     network = ask_network(model, val, cfg, ranks, sample)
     start, ppm = time.process_time(), PPMD()

@@ -1,1 +1,1 @@
-"""Parts of other systems than the record, counted when a run uses them."""
+"""Parts that a run may do without: of other systems, and for speed on a GPU. Counted when a run uses them."""

@@ -22,6 +22,7 @@ from train_gpt import (
     HessianFactor,
     QuantizedTensor,
     Ranks,
+    Run,
     Scheme,
     ShuffledLoader,
     factorise_all,
@@ -211,3 +212,18 @@ class FitSearch:
             record.arrays = {"": short_half(self.flat[name], FIT_CONTROLS)}
         record.arrays = {key: array.cpu() for key, array in record.arrays.items()}
         return record
+
+
+def fit_run(
+    run: Run, flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor], loader: ShuffledLoader
+) -> dict[str, QuantizedTensor]:
+    """The stored tensors of a run whose artifact and code have at most FIT_BYTES; the trials are logged."""
+    cfg, ranks = run.cfg, run.ranks
+    with run.clock.stage("calibrate"):
+        options = {"looping": run.looping, "ranks": ranks}
+        gradients = calibrate_gradients(run.model, cfg, loader, **options)
+    code = len(run.packed_code[0]) if ranks.is_main else 0
+    search = FitSearch(flat, hessians, gradients, cfg, cfg.fit_bytes - ranks.gather(code)[0], ranks)
+    for trial, (log2_step, spare_bytes) in enumerate(search.trials()):
+        run.log.event("fit", trial=trial, clip_factor=2.0**log2_step, bytes_left=spare_bytes)
+    return search.best_records()

@@ -141,13 +141,3 @@ class ScoreFirstSGD(SlidingEvaluation):
                 self.watch.see("trained_span", chunk=chunk, first=first, tokens=tokens, steps=steps)
             yield
         self.meter.sum_over(self.ranks)
-
-
-def evaluate_windows(*arguments: object, **options: object) -> BpbMeter:
-    """Run a `SlidingEvaluation`."""
-    return SlidingEvaluation(*arguments, **options).run()
-
-
-def score_first_sgd(*arguments: object, **options: object) -> BpbMeter:
-    """Run `ScoreFirstSGD`."""
-    return ScoreFirstSGD(*arguments, **options).run()

@@ -21,6 +21,11 @@ def model_config(tg, golden_config: dict, **overrides):
     return tg.Config(**{**golden_config, **overrides})
 
 
+def run_through(kind: type, *arguments: object, **options: object):
+    """Meter of a whole evaluation."""
+    return kind(*arguments, **options).run()
+
+
 def score_standard(tg, score, val, row_tokens: int, max_doc_len: int, ranks=None, plain: bool = False):
     """Meter of the standard evaluation with another `score` than that of a model."""
     sizes = {"val_batch_tokens": 8 * row_tokens, "eval_seq_len": max_doc_len, "plain_windows": plain}

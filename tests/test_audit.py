@@ -868,8 +868,8 @@ def test_stream_d4_windows_before_the_score_counted_too(sgd):
 
 def test_stream_d4_chunk_scored_again_by_what_it_taught(sgd):
     """The score of a chunk by the weights trained on it, instead of the one before."""
-    old = "            yield\n        self.meter.sum_over(self.ranks)\n\n\ndef evaluate_windows"
-    again = "            for _ in self.slide(first, end, BpbMeter()):\n                pass\n"
+    old = '                self.watch.see("trained_span"'
+    again = "                for _ in self.slide(first, end, BpbMeter()):\n                    pass\n"
     sgd.script(old, again + old)
     sgd.fails("D4", r"\d+ targets scored more than once, 0 never")
 

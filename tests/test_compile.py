@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from golden_tools import run_through
 from test_attention import flash  # noqa: F401 - a fixture
 from test_training import SIZES as TRAINING_SIZES
 from test_training import fingerprint, write_shard
@@ -173,7 +174,7 @@ def test_compiled_adaptation_is_the_same_and_never_recompiles(tg, fused):
         pytest.importorskip("triton")
     cfg = tg.Config(**SMALL_TTT)
     val = validation(tg, documents_stream())
-    expected = tg.score_first_ttt(random_model(tg, cfg), val, cfg, looping=False)
+    expected = run_through(tg.ScoreFirstTTT, random_model(tg, cfg), val, cfg, looping=False)
     model = compiled_model(tg, cfg, ",".join(tg.KERNELS) if fused else "")
     before = copy.deepcopy(model.state_dict())
     assert tg.warm_up_ttt(model, cfg, [cfg.ttt_chunk_size], False, tg.CPU) == 3
@@ -181,7 +182,7 @@ def test_compiled_adaptation_is_the_same_and_never_recompiles(tg, fused):
     assert all(parameter.grad is None for parameter in model.parameters())
     graphs = tg.compiled_graphs()
     with torch.compiler.set_stance("fail_on_recompile"):
-        actual = tg.score_first_ttt(model, val, cfg, looping=False)
+        actual = run_through(tg.ScoreFirstTTT, model, val, cfg, looping=False)
     assert tg.compiled_graphs() == graphs
     assert (actual.tokens, actual.bytes) == (expected.tokens, expected.bytes)
     assert actual.loss_sum == pytest.approx(expected.loss_sum, rel=1e-5)
@@ -200,7 +201,7 @@ def test_adaptation_computes_no_gradients_of_base_weights(tg, monkeypatch):
         return whole(self, *inputs, **options)
 
     monkeypatch.setattr(tg.GPT, "losses", watch)
-    tg.score_first_ttt(model, validation(tg, documents_stream()), cfg, looping=False)
+    run_through(tg.ScoreFirstTTT, model, validation(tg, documents_stream()), cfg, looping=False)
     assert len(seen) > 5
     assert all(wanted == {False} for wanted in seen)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -255,7 +256,7 @@ def test_shapes_that_no_graph_fits_are_counted(tg, monkeypatch, make_run):
         run.adapt()
     assert [values.get("ttt_warm_up", values.get("eager_shapes")) for values in said] == [3, len(seen[4])]
     assert len(seen[4]) > 1 and len(seen[8]) > 1
-    expected = tg.score_first_ttt(random_model(tg, run.cfg), run.val, run.cfg, looping=False)
+    expected = run_through(tg.ScoreFirstTTT, random_model(tg, run.cfg), run.val, run.cfg, looping=False)
     assert run.stages["ttt"]["val_loss"] == pytest.approx(expected.val_loss, rel=1e-5)
 
 

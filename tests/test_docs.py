@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import train_gpt
-from harness import settings
+from harness import packing, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -116,6 +116,13 @@ def test_the_settings_page_names_every_preset():
     head = read(ROOT / "docs" / "settings.md").partition("`SCALE=demo`")[0]
     named = set(re.findall(r"`([a-z]\w+)`", head))
     assert named == {name for name in settings.PRESETS if not name.endswith("-demo")}
+
+
+def test_the_page_on_bytes_names_what_a_folded_script_reads():
+    section = read(ROOT / "docs" / "bytes.md").partition("still reads")[2].partition("\n## ")[0]
+    named = {name.lower() for row in section.splitlines() for name in re.findall(r"`([A-Z_]+)`", row)}
+    configs = (train_gpt.Config(), train_gpt.Config(sliding_window_enabled=True, ttt_sgd=True))
+    assert named == set().union(*(packing.run_time_settings(cfg, on_gpu=False) for cfg in configs))
 
 
 def test_the_glossary_knows_every_word_of_a_log():

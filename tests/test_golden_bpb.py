@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from golden_tools import model_config, score_standard
+from golden_tools import model_config, run_through, score_standard
 
 # 11_bpb: "relative 1e-9 (sums are exact sums of the stored float32 losses in float64)"
 RELATIVE = 1e-9
@@ -183,7 +183,7 @@ def run_document_evaluation(tg, golden_json, val, settings: dict):
     generator = torch.Generator().manual_seed(0)
     model, watch = GivenLossModel(), SimpleNamespace(see=record)
     model.backends = tg.Backends()
-    meter = tg.score_first_ttt(model, val, config, looping=True, generator=generator, watch=watch)
+    meter = run_through(tg.ScoreFirstTTT, model, val, config, looping=True, generator=generator, watch=watch)
     assert "global_sgd" not in events
     return meter, events
 

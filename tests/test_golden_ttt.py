@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from golden_tools import assert_close, assert_digest, digest, model_config
+from golden_tools import assert_close, assert_digest, digest, model_config, run_through
 
 # 12_phased_ttt: "running loss and final val_loss/val_bpb within 1e-4 absolute; token and byte counts exact"
 ABSOLUTE = 1e-4
@@ -68,7 +68,8 @@ def run(request, tg, golden_json, golden_tensors):
     model.load_state_dict(weights)
     val = build_val(tg, golden, golden_tensors("12_phased_ttt/tokens.safetensors"))
     log = EventLog(weights)
-    meter = tg.score_first_ttt(
+    meter = run_through(
+        tg.ScoreFirstTTT,
         model,
         val,
         config,

@@ -11,6 +11,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 import torch
+from golden_tools import run_through
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_smoke import SCRIPT, command, environment, make_data
@@ -355,9 +356,9 @@ def test_ppm_network_is_asked_by_the_scripts_evaluator(tg, setting):
     val = tg.ValidationSet.from_sidecar(tokens, (tokens != tg.BOS).int() * 2)
     network = mixture.ask_network(model, val, cfg, tg.CPU, 10)
     if cfg.sliding_window_enabled:
-        meter = tg.evaluate_windows(model, val, cfg, looping=True)
+        meter = run_through(tg.SlidingEvaluation, model, val, cfg, looping=True)
     else:
-        meter = tg.evaluate_standard(model, val, cfg, looping=True)
+        meter = run_through(tg.StandardEvaluation, model, val, cfg, looping=True)
     assert network.losses.sum() == pytest.approx(meter.loss_sum, rel=1e-6)
     assert len(network.losses) == 229 and network.rows.shape == (10, 40) and network.sample[0] == 0
     realised = network.rows[np.arange(10), tokens[1:].numpy()[network.sample]]

@@ -193,7 +193,7 @@ def test_quant_fit_never_clips(tg, problem):
 @pytest.mark.parametrize("kink", [-3.0, 0.0, 2.5])
 @pytest.mark.parametrize("start", [-8.0, 1.0, 9.0])
 def test_quant_fit_search_ends_within_the_slack(tg, octave, kink, start):
-    """A curve with a kink, as steep as assumed, or up to eight times less and ninety times more: few trials, between the bounds."""
+    """A curve with a kink, as steep as was assumed or far from it: few trials, each between the bounds."""
     asked = []
 
     def measure(log2_step: float) -> int:

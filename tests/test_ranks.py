@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from golden_tools import score_standard
+from golden_tools import run_through, score_standard
 from house import House
 from oracle_ttt import contest_lengths
 from test_smoke import VOCAB, environment, write_shard
@@ -132,7 +132,7 @@ def adaptation(tg, ranks, weights: dict, val, **settings: object) -> dict:
 
     model = load_model(tg, cfg, weights)
     watch = types.SimpleNamespace(see=on_event)
-    meter = tg.score_first_ttt(model, val, cfg, looping=True, ranks=ranks, watch=watch)
+    meter = run_through(tg.ScoreFirstTTT, model, val, cfg, looping=True, ranks=ranks, watch=watch)
     totals = {"val_bpb": meter.val_bpb, "tokens": meter.tokens, "bytes": meter.bytes}
     return totals | {"scored": scored, "phases": phases, "weights": model.state_dict()}
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from golden_tools import run_through
 from test_ttt import TINY, documents_stream, random_model, validation
 
 SETTINGS = {**TINY, "eval_stride": 8, "val_batch_tokens": 1024, "ttt_chunk_tokens": 64, "ttt_epochs": 2}
@@ -78,7 +79,8 @@ def test_sgd_scores_a_chunk_before_it_trains_on_it(tg):
     """By the events, and by the losses: tokens of a chunk do not change what the chunks up to it score."""
     config, model, val = setup(tg)
     events = []
-    meter = tg.score_first_sgd(
+    meter = run_through(
+        tg.ScoreFirstSGD,
         copy.deepcopy(model),
         val,
         config,
@@ -117,7 +119,7 @@ def test_sgd_learns(tg):
     config, model, _ = setup(tg, ttt_lr=0.2)
     val = validation(tg, documents_stream()[:65].repeat(6))
     still = slide(tg, model, val, config)
-    meter = tg.score_first_sgd(model, val, config, looping=True)
+    meter = run_through(tg.ScoreFirstSGD, model, val, config, looping=True)
     assert meter.val_bpb < still.val_bpb - 0.05
 
 
@@ -141,5 +143,5 @@ def test_a_chunk_too_short_to_train_on_is_refused(tg):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tg.BaseTraining, "train", spy)
-        tg.score_first_sgd(model, val, config, looping=True)
+        run_through(tg.ScoreFirstSGD, model, val, config, looping=True)
     assert set(steps) == {config.ttt_epochs}

@@ -75,8 +75,10 @@ def run_log(tg, tmp_path):
     logs = []
 
     def make(cfg):
-        log = tg.RunLog(dataclasses.replace(cfg, artifact_dir=str(tmp_path / "run"), run_id="test"))
-        logs.append(log)
+        files = tg.LogFiles(tg.CPU)
+        named = dataclasses.replace(cfg, artifact_dir=str(tmp_path / "run"), run_id="test")
+        log = tg.RunLog(named, tg.CPU, files)
+        logs.append(files)
 
         def events(stage: str) -> list[dict]:
             lines = (log.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -149,7 +151,7 @@ def parameters(trainer) -> dict[str, torch.Tensor]:
 
 def train_all(trainer, log, clock, validate=lambda step: None) -> int:
     """All units of a training on its clock, as `Run.stage` lets it work; the number of steps."""
-    trainer.log, trainer.clock, trainer.validate = log, clock, validate
+    trainer.run = SimpleNamespace(log=log, clock=clock, validate=lambda step, looping: validate(step))
     with clock.stage("train"):
         for _ in trainer.units():
             pass

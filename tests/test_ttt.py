@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from golden_tools import run_through
 from oracle_ttt import plain_ttt
 
 TINY = {
@@ -119,7 +120,7 @@ def run(tg, tokens: torch.Tensor, overrides: dict | None = None, seed: int = 7, 
     watch = Watch(len(tokens) - 1)
     watch.chunk_sizes = {tg.chunk_size(config, targets) for targets in LENGTHS}
     generator = torch.Generator().manual_seed(seed)
-    meter = tg.score_first_ttt(model, val, config, looping=True, generator=generator, watch=watch)
+    meter = run_through(tg.ScoreFirstTTT, model, val, config, looping=True, generator=generator, watch=watch)
     return watch, meter, model, val
 
 
@@ -162,7 +163,7 @@ def test_global_phase_uses_scored_documents_only(tg):
 
     model, generator = random_model(tg, config), torch.Generator().manual_seed(0)
     watch = SimpleNamespace(see=on_event)
-    tg.score_first_ttt(model, val, config, looping=True, generator=generator, watch=watch)
+    run_through(tg.ScoreFirstTTT, model, val, config, looping=True, generator=generator, watch=watch)
     assert len(phases) == 2
     assert all(len(tokens) > TINY["global_ttt_chunk_tokens"] for tokens in phases)
 
