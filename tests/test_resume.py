@@ -352,13 +352,18 @@ def test_resume_of_a_run_that_only_trains(work, cut_off, run):
     assert code == 0 and "prequant val_loss" in output and (work / "only+2/result.json").is_file()
 
 
-def test_resume_with_other_settings_or_data_is_refused(work, cut_off, run):
+def test_resume_with_other_settings_script_or_data_is_refused(tg, work, cut_off, run, monkeypatch):
     shutil.copytree(work / "data", work / "copy")
     cut_off("fixed", "Trainer.step", 6, DATA_PATH="copy")
     before = {p: p.read_bytes() for p in (work / "fixed").rglob("*") if p.is_file()}
     code, output, errors = run("fixed", DATA_PATH="copy", MATRIX_LR=0.5, SEED=1)
     assert (code, output, len(errors.splitlines())) == (2, "", 1)
     assert "SEED=1 there 42; MATRIX_LR=0.5 there 0.026" in errors and "RESUME=0" in errors
+    sources = tg.read_sources() | {"systems/cache.py": b"changed"}
+    with monkeypatch.context() as patch:
+        patch.setattr(tg, "read_sources", lambda: sources)
+        code, output, errors = run("fixed", DATA_PATH="copy")
+    assert (code, output) == (2, "") and "other settings or data: systems/cache.py differs (" in errors
     manifest = json.loads((work / "copy/manifest.json").read_text())
     (work / "copy/manifest.json").write_text(json.dumps(manifest))
     code, output, errors = run("fixed", DATA_PATH="copy")
