@@ -49,6 +49,8 @@ from torch._inductor.virtualized import V  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from train_step import micro_batch  # noqa: E402
 
+from systems.compiled import compiled_losses  # noqa: E402
+
 PRODUCTS, ATTENTION, OURS, OTHER = "matrix products", "attention", "operators of ours", "other operators"
 REDUCTIONS, ELEMENTWISE, COPIES = "reductions", "elementwise", "copies and casts"
 GROUPS = (PRODUCTS, ATTENTION, OURS, OTHER, REDUCTIONS, ELEMENTWISE, COPIES)
@@ -289,7 +291,7 @@ def compile_chunk(cfg: tg.Config, length: int) -> tuple[dict[str, list[Graph]], 
 
         def chunk() -> None:
             with ranks.autocast():
-                losses = tg.compiled_losses(model, *parts, lora, bool(cfg.num_loops))
+                losses = compiled_losses(model, *parts, lora, bool(cfg.num_loops))
             losses.sum().backward()
 
         return {"adapting": counter.run(chunk)}, counter.context

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from common import environment, mean_context, measure, parser, peaks, report, setup, text_row, tg
 
 from harness.backends import ATTENTION
+from systems import attention_kernels, kernels
 
 
 class Bench:
@@ -75,7 +76,7 @@ class Bench:
         targets = torch.randint(self.cfg.vocab_size, (self.tokens,), device=self.ranks.device)
         cap = self.cfg.logit_softcap
         eager = lambda: tg.softcapped_cross_entropy(h @ weight.T, targets, cap)  # noqa: E731
-        fused = lambda: tg.fused_cross_entropy(h, weight, targets, cap)  # noqa: E731
+        fused = lambda: kernels.fused_cross_entropy(h, weight, targets, cap)  # noqa: E731
         flops, moved = 2 * h.numel() * len(weight), 2 * self.tokens * len(weight) * h.element_size()
         self.forms("head and cross entropy", eager, fused, [h, weight], flops, moved)
 
@@ -91,12 +92,12 @@ class Bench:
             q, k = (tg.apply_rope(tg.rms_norm(part), rope) for part in (q, k))
             return torch.cat([q * gain[:, None], k, v], -2)
 
-        fused = lambda: torch.cat(tg.fused_qkv_norm_rope(products, gain, rope, groups), -2)  # noqa: E731
+        fused = lambda: torch.cat(attention_kernels.fused_qkv_norm_rope(products, gain, rope, groups), -2)  # noqa: E731
         self.forms("heads (and a cat)", eager, fused, [products, gain], 0, 2 * products.nbytes)
         y, v = (self.random(1, self.tokens, n, size) for n in (cfg.num_heads, groups))
         gate = self.random(1, self.tokens, cfg.num_heads)
         eager_gate = lambda: tg.exclude_self(y, v) * gate[..., None]  # noqa: E731
-        fused_gate = lambda: tg.fused_xsa_gate(y, v, gate)  # noqa: E731
+        fused_gate = lambda: attention_kernels.fused_xsa_gate(y, v, gate)  # noqa: E731
         moved = 2 * y.nbytes + v.nbytes
         self.forms("exclusion and gate", eager_gate, fused_gate, [y, v, gate], 0, moved)
 
@@ -106,7 +107,7 @@ class Bench:
         x, up, down = self.random(self.tokens, width), self.random(hidden, width), self.random(width, hidden)
         eager = lambda: F.linear(tg.leaky_relu_squared(F.linear(x, up)), down)  # noqa: E731
         moved = 2 * x.nbytes + 2 * self.tokens * hidden * x.element_size()
-        fused = lambda: tg.fused_mlp(x, up, down)  # noqa: E731
+        fused = lambda: kernels.fused_mlp(x, up, down)  # noqa: E731
         self.forms("mlp", eager, fused, [x, up, down], 4 * self.tokens * width * hidden, moved)
 
     def tiles(self) -> None:
@@ -118,21 +119,21 @@ class Bench:
             return
         out, past = (torch.rand(self.tokens, len(b), device=a.device, dtype=a.dtype) for _ in range(2))
         signs = torch.zeros(self.tokens, -(-len(b) // 32), dtype=torch.int32, device=a.device)
-        described, all_tiles = tg.has_descriptors(a), tg.TILES[tg.has_descriptors(a)]
+        described, all_tiles = kernels.has_descriptors(a), kernels.TILES[kernels.has_descriptors(a)]
         for backward in (False, True):
-            run = lambda back=backward: tg.launch_matmul(a, b, out, past, signs, back)  # noqa: E731
+            run = lambda back=backward: kernels.launch_matmul(a, b, out, past, signs, back)  # noqa: E731
             run()
-            best = tg.matmul_kernel(described).best_config.all_kwargs()
+            best = kernels.matmul_kernel(described).best_config.all_kwargs()
             for tiles in all_tiles:
-                tg.TILES[described] = (tiles,)
-                tg.matmul_kernel.cache_clear()
+                kernels.TILES[described] = (tiles,)
+                kernels.matmul_kernel.cache_clear()
                 names = ("BM", "BN", "BK", "num_warps", "num_stages")
                 chosen = dict(zip(names, tiles, strict=True)).items() <= best.items()
                 form = f"{'descriptors' if described else 'pointers'} {tiles}{' (chosen)' * chosen}"
                 name = f"matmul {'backward' if backward else 'forward'}"
                 self.time(name, form, run, (), flops, a.nbytes + (2 if backward else 1) * stored)
-            tg.TILES[described] = all_tiles
-            tg.matmul_kernel.cache_clear()
+            kernels.TILES[described] = all_tiles
+            kernels.matmul_kernel.cache_clear()
 
     def attention(self) -> None:
         """Every backend that works, on packed documents and on padded rows."""
@@ -234,11 +235,13 @@ def compile_rowwise() -> list[dict]:
     turned = {"H": 8, "G": 4, "D": 64, "HALF": 8, "ROWS": 32, "WIDTH": 64}
     straight = {name: size for name, size in turned.items() if name != "HALF"}
     constants = {"V": 8192, "BLOCK": 4096}
-    rows = [compile_one(tg.cross_entropy_kernel(), 90, logits, constants, num_warps=8)]
+    rows = [compile_one(kernels.cross_entropy_kernel(), 90, logits, constants, num_warps=8)]
     for back in (False, True):
         way = {"BACKWARD": back}
-        rows.append(compile_one(tg.qkv_norm_rope_kernel(), 90, heads, turned | way, num_warps=4))
-        rows.append(compile_one(tg.xsa_gate_kernel(), 90, gated, straight | way, num_warps=4))
+        rows.append(
+            compile_one(attention_kernels.qkv_norm_rope_kernel(), 90, heads, turned | way, num_warps=4)
+        )
+        rows.append(compile_one(attention_kernels.xsa_gate_kernel(), 90, gated, straight | way, num_warps=4))
     return rows
 
 
@@ -246,7 +249,7 @@ def compile_only(every_tile: bool) -> list[dict]:
     """Compile the Triton kernels for GPUs that are not here: as they are launched, or with all tiles."""
     rows = compile_rowwise()
     for arch, described in ((90, True), (89, False), (80, False)):
-        for bm, bn, bk, warps, stages in tg.TILES[described][: None if every_tile else 1]:
+        for bm, bn, bk, warps, stages in kernels.TILES[described][: None if every_tile else 1]:
             operands = {name: f"tensordesc<bf16[{size},{bk}]>" for name, size in (("a", bm), ("b", bn))}
             types = operands if described else dict.fromkeys("ab", "*bf16")
             types |= {"out": "*bf16", "hidden": "*bf16", "signs": "*i32", "M": "i32", "N": "i32"}
@@ -254,7 +257,7 @@ def compile_only(every_tile: bool) -> list[dict]:
                 constants = {"K": 512, "BACKWARD": backward, "DESC": described}
                 constants |= {"BM": bm, "BN": bn, "BK": bk}
                 options = {"num_warps": warps, "num_stages": stages}
-                kernel = tg.matmul_kernel(described).fn  # what is timed
+                kernel = kernels.matmul_kernel(described).fn  # what is timed
                 rows.append(compile_one(kernel, arch, types, constants, **options))
     return rows
 

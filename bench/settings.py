@@ -103,7 +103,7 @@ SECONDS, GROWTH = 60, 1 << 30  # most that a run may take; address space on top 
 
 def values(field: dataclasses.Field) -> list[str]:
     """Texts worth trying for a setting: its default, bounds and their neighbours, wrong types, extremes."""
-    kind, choices = tg._base_type(field.type), get_args(field.type)
+    kind, choices = tg.base_type(field.type), get_args(field.type)
     if kind is bool:
         return ["0", "1", "true", "FALSE", "2", "-1", *NOT_NUMBERS]
     if kind is str:
@@ -219,7 +219,7 @@ def all_values(names: Sequence[str] = (), ends: bool = False) -> list[tuple[str,
     chosen = []
     for name in names or fields:
         texts = values(fields[name])
-        if ends and tg._base_type(fields[name].type) in (int, float):
+        if ends and tg.base_type(fields[name].type) in (int, float):
             texts = sorted((text for text in texts if accepted(name, text)), key=float)
             texts = list(dict.fromkeys([*texts[:2], *texts[-2:]]))
         chosen += [(name, text) for text in texts]

@@ -35,6 +35,7 @@ from oracle_ttt import contest_lengths, plain_ttt  # noqa: E402
 
 import train_gpt as tg  # noqa: E402
 from harness.settings import read_settings  # noqa: E402
+from systems.compiled import warm_up_ttt  # noqa: E402
 
 SHAPE = {"num_layers": 3, "num_loops": 1, "loop_start": 1, "loop_end": 1, "parallel_start_layer": 2}
 BY_LENGTH = ("256:8,2000:24", "2047:16", "256:8,512:16,1024:24")  # PR 2014, PR 2067, and one of ours
@@ -166,7 +167,7 @@ def compiled(repeats: int) -> dict[str, object]:
     val = random_validation(lengths, cfg.vocab_size)
     model = backends.move_and_compile(random_model(cfg, backends), ranks.device)
     start = time.perf_counter()
-    graphs = tg.warm_up_ttt(model, cfg, [cfg.ttt_chunk_size], True, ranks)
+    graphs = warm_up_ttt(model, cfg, [cfg.ttt_chunk_size], True, ranks)
     result = {"compiled_graphs": graphs, "compile_seconds": time.perf_counter() - start}
     eager, before, sums = dataclasses.replace(backends, compiler=""), tg.compiled_graphs(), {}
 

@@ -5,13 +5,16 @@ import builtins
 import functools
 import importlib
 import re
+from collections.abc import Collection, Iterator
 
 from harness.expressions import is_pure
-from harness.members import attribute_reads, families, is_read, pairs
+from harness.members import attribute_reads, families, is_read, named_in_texts, pairs
 from harness.scopes import Analysis, walk
 from train_gpt import RunError
 
 DUNDER = re.compile("__.*__")
+HOUSE = ("harness", "systems", "train_gpt")
+BY_NAME = {"vars", "locals", "globals", "eval", "exec", "dir", "__dict__", "_asdict", "_fields", "asdict"}
 
 
 def words(text: str) -> list[str]:
@@ -90,7 +93,7 @@ class Reach:
     def __init__(self, tree: ast.Module):
         self.tree, self.analysis = tree, Analysis(tree)
         self.names: set[str] = set()
-        self.words: set[str | tuple[str, str]] = set()
+        self.words: set[str | tuple[str, str]] = set(named_in_texts(tree))
         self.family = families(tree)
         self.kept: set[ast.AST] = set()
         self.classes: list[ast.ClassDef] = []
@@ -182,7 +185,7 @@ class Attributes(ast.NodeTransformer):
     """Stores of attributes that nothing reads go, in objects and in classes."""
 
     def __init__(self, tree: ast.Module, impure: set[str], foreign: frozenset[str]):
-        self.reads, self.family = attribute_reads(tree), families(tree)
+        self.reads, self.family = attribute_reads(tree) | named_in_texts(tree), families(tree)
         self.impure, self.foreign, self.owner = impure, foreign, ""
 
     def _dead(self, target: ast.expr) -> bool:
@@ -237,25 +240,52 @@ class Attributes(ast.NodeTransformer):
         return [ast.Assign([t], v, lineno=node.lineno) for t, v in left] or ast.Pass()
 
 
-def check(tree: ast.Module, own: set[str], foreign: set[str]) -> None:
-    """Raise RunError unless every name is bound and every attribute of ours that is read is there."""
-    analysis = Analysis(tree)
-    missing = {name for name in analysis.undefined if not hasattr(builtins, name)}
+def _read_at_once(node: ast.AST) -> Iterator[str]:
+    """Names that a statement of the module reads when it is executed: not those inside functions."""
+    if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+        outside = [*node.args.defaults, *filter(None, node.args.kw_defaults), *getattr(node, "decorator_list", ())]
+        for part in outside:
+            yield from _read_at_once(part)
+    elif isinstance(node, ast.Name):
+        yield from [node.id] if isinstance(node.ctx, ast.Load) else []
+    else:
+        for part in ast.iter_child_nodes(node):
+            yield from _read_at_once(part)
+
+
+def early_reads(tree: ast.Module) -> Iterator[str]:
+    """Names that the module reads before it binds them."""
+    analysis, bound = Analysis(tree), set()
+    later = analysis.module.names.keys()
+    for statement in tree.body:
+        inside = {name.id for name in walk(statement) if isinstance(name, ast.Name) and name.ctx.__class__ is ast.Store}
+        yield from (name for name in _read_at_once(statement) if name in later and name not in bound | inside)
+        names = (a.asname or a.name.partition(".")[0] for a in walk(statement) if isinstance(a, ast.alias))
+        bound |= {*names, *inside, getattr(statement, "name", "")}
+
+
+def check(tree: ast.Module, own: set[str], foreign: Collection[str]) -> None:
+    """Raise RunError unless every name is bound and every attribute of ours that is read is there.
+
+    `own` are the attributes that the whole script's classes have. Nor may anything ask for names in a way
+    that folding and renaming do not see.
+    """
+    missing = {name for name in Analysis(tree).undefined if not hasattr(builtins, name)}
     missing -= {"__file__", "__name__", "__doc__"}
-    left = own_attributes(tree) | {  # settings are put into a Config by name
-        part.value
-        for node in tree.body
-        if isinstance(node, ast.ClassDef) and node.name == "Config"
-        for part in walk(node)
-        if isinstance(part, ast.Constant) and isinstance(part.value, str)
-    }
+    missing.update(f"{name} (as early as it is read)" for name in early_reads(tree))
+    config = next((node for node in tree.body if getattr(node, "name", "") == "Config"), ast.Pass())
+    settings = set(walk(config))  # the only names that are texts
+    left = own_attributes(tree) | {getattr(node, "value", None) for node in settings if type(node) is ast.Constant}
     for node in walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            for name in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]:
-                if name.partition(".")[0] in ("harness", "systems", "train_gpt"):
-                    missing.add(f"import of {name} (line {node.lineno})")
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            if node.attr in own and node.attr not in left | foreign and not DUNDER.fullmatch(node.attr):
-                missing.add(f".{node.attr}")
+            names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            own_parts = [name for name in names if name.partition(".")[0] in HOUSE]
+            missing.update(f"{name} (line {node.lineno})" for name in own_parts)
+        name = getattr(node, "id", getattr(node, "attr", None))
+        if name in BY_NAME and node not in settings:
+            raise RunError(f"packing: {name} (line {node.lineno}) asks for names that a counted script has lost")
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and name in own:
+            if name not in left and name not in foreign and not DUNDER.fullmatch(name):
+                missing.add(f".{name} (line {node.lineno})")
     if missing:
         raise RunError(f"packing: folding left nothing that is called {', '.join(sorted(missing))}")

@@ -82,11 +82,15 @@ def _identity(value: object) -> object:
     return value if value is UNKNOWN else None
 
 
-def is_pure(node: ast.AST, impure: Sequence[str] | set = ()) -> bool:
-    """Whether an expression only reads; `impure` are attributes whose reading does more."""
+def is_pure(node: ast.AST, impure: Collection[str] = ()) -> bool:
+    """Whether an expression only reads.
+
+    `impure` are attributes whose reading does more and, with () behind them, classes whose making does nothing.
+    """
     for part in walk(node):
         if isinstance(part, ast.Call):
-            if not (isinstance(part.func, ast.Name) and part.func.id in PURE_CALLS):
+            name = part.func.id if isinstance(part.func, ast.Name) else ""
+            if name not in PURE_CALLS and f"{name}()" not in impure:
                 return False
         elif not isinstance(part, (*PURE, ast.Starred, ast.keyword, ast.arguments, ast.arg)):
             return False

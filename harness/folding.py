@@ -43,12 +43,15 @@ def fold(
         before = after
     else:
         raise RunError("packing: folding comes to no end")
+    if config:
+        drop_unread_settings(tree, config)
     check(tree, own, foreign)
     return tree
 
 
 def fold_once(tree: ast.Module, facts: Facts, impure: set[str], foreign: frozenset[str]) -> None:
     """One round of all rules."""
+    impure = impure | {f"{node.name}()" for node in tree.body if isinstance(node, ast.ClassDef) and _is_inert(node)}
     bound = Analysis(tree)
     shadowed = lambda node: bound.binding[node].scope is not bound.module if node in bound.binding else True  # noqa: E731
     Expressions(facts, impure, shadowed, boolean_names(bound, tree)).visit(tree)
@@ -64,6 +67,12 @@ def fold_once(tree: ast.Module, facts: Facts, impure: set[str], foreign: frozens
     ast.fix_missing_locations(tree)
 
 
+def _is_inert(node: ast.ClassDef) -> bool:
+    """Whether making an object of a class does nothing."""
+    makers = {"__init__", "__new__"} & {getattr(part, "name", "") for part in node.body}
+    return not (node.bases or node.keywords or node.decorator_list or makers)
+
+
 # -- the parts become one
 
 
@@ -71,16 +80,18 @@ def inline_parts(tree: ast.Module, parts: Mapping[str, bytes]) -> ast.Module:
     """The core with all modules of systems/ that it (or one of them) imports. Names are unique: else RunError."""
     trees, wanted = {"": tree}, [""]
     for name in wanted:
-        for node in walk(trees[name]):
-            module = node.module if isinstance(node, ast.ImportFrom) else None
-            if module and module.startswith("systems.") and module not in wanted:
+        for module in _parts_of(trees[name]):
+            if module not in wanted:
                 if module not in parts:
                     raise RunError(f"packing: there is no {module}")
                 wanted.append(module)
                 trees[module] = ast.parse(parts[module])
-    main, owners, imports = tree.body, {}, {}
+    wanted = ["", *_in_order(trees, wanted[1:])]
+    owners: dict[str, tuple] = {}
     for name in wanted:
         trees[name] = Parts().visit(trees[name])
+        for statement in trees[name].body:
+            statement.part = name  # for tools/counted.py
         for statement in trees[name].body:
             for defined, text in _defined(statement):
                 before = owners.setdefault(defined, (name, text))
@@ -94,6 +105,22 @@ def inline_parts(tree: ast.Module, parts: Mapping[str, bytes]) -> ast.Module:
     guard = next((i for i, node in enumerate(rest) if _is_guard(node)), len(rest))
     tree.body = [*imports.values(), *rest[:guard], *main, *rest[guard:]]
     return tree
+
+
+def _parts_of(tree: ast.AST) -> Iterator[str]:
+    for node in walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("systems."):
+            yield node.module
+
+
+def _in_order(trees: Mapping[str, ast.Module], wanted: list[str]) -> list[str]:
+    """Modules of systems/, each behind those that it imports at its beginning."""
+    done: list[str] = []
+    for name in wanted:
+        before = [part for statement in trees[name].body for part in _parts_of(ast.Module([statement], []))]
+        needed = _in_order(trees, [part for part in before if part != name]) if before else []
+        done += [part for part in [*needed, name] if part not in done]
+    return done
 
 
 def _is_guard(node: ast.stmt) -> bool:
@@ -152,6 +179,17 @@ def replace_config(tree: ast.Module, config: ast.ClassDef) -> None:
         function = node.func if isinstance(node, ast.Call) else None
         if isinstance(function, ast.Attribute) and ast.unparse(function) == "Config.from_env":
             node.func, node.args = function.value, node.args[:1]
+
+
+def drop_unread_settings(tree: ast.Module, config: ast.ClassDef) -> None:
+    """Leave those settings in the new class that something reads, or names in a text."""
+    inside = set(walk(config))
+    read = {node.attr for node in walk(tree) if isinstance(node, ast.Attribute)}
+    read |= {node.value for node in walk(tree) if isinstance(node, ast.Constant) and node not in inside}
+    for node in inside:
+        if isinstance(node, ast.Dict):
+            kept = [(k, v) for k, v in zip(node.keys, node.values, strict=True) if k.value in read]
+            node.keys, node.values = [k for k, _ in kept], [v for _, v in kept]
 
 
 # -- what only readers need

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from harness.scopes import walk
+
 TYPES = (
     object, str, bytes, bytearray, memoryview, int, float, complex, bool, list, tuple, dict, set, frozenset,
     slice, range, type, property, BaseException, OSError, pathlib.Path, io.BytesIO, io.TextIOWrapper,
@@ -49,7 +51,23 @@ def foreign_names(tree: ast.Module) -> frozenset[str]:
             modules.add(node.module)
             modules.update(f"{node.module}.{alias.name}" for alias in node.names)
     own = ("train_gpt", "systems", "harness")
-    return _names(frozenset(name for name in modules if name.partition(".")[0] not in own))
+    return _names(frozenset(name for name in modules if name.partition(".")[0] not in own)) | _of_imports(tree)
+
+
+def _of_imports(tree: ast.Module) -> set[str]:
+    """Attributes that the script reads of what it imports, also where that is not installed here."""
+    names, found = set(), set()
+    for node in walk(tree):
+        if isinstance(node, ast.alias):
+            names.add(node.asname or node.name.partition(".")[0])
+    for node in walk(tree):
+        path, root = [], node
+        while isinstance(root, (ast.Attribute, ast.Call)):
+            path += [root.attr] if isinstance(root, ast.Attribute) else []
+            root = root.value if isinstance(root, ast.Attribute) else root.func
+        if isinstance(root, ast.Name) and root.id in names:
+            found.update(path)
+    return found
 
 
 @functools.cache

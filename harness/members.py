@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import re
 from collections.abc import Iterator
 
 from harness.expressions import UNKNOWN, as_node, is_pure, literal
@@ -11,24 +12,44 @@ BY_NAME = ("getattr", "setattr", "hasattr", "attrgetter", "methodcaller")
 OBJECT = ("self", "cls", "super()")
 
 
-def named_in_texts(tree: ast.AST) -> set[str]:
-    """Words of the texts that are given to getattr and its like, and the settings of Config."""
-    found: set[str] = set()
+def named_in_texts(tree: ast.Module) -> set[str]:
+    """Attributes that may be asked for by a text: in getattr and its like, and the settings of Config.
+
+    A text with gaps means all that it fits; where anything may be asked for, each text that is a name is meant.
+    """
+    found, texts, own, open_ended = set(), set(), set(), False
     for node in walk(tree):
-        named = (
-            isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in BY_NAME
-        )
-        if named or isinstance(node, ast.ClassDef) and node.name == "Config":
-            for part in walk(node):
-                if isinstance(part, ast.Constant) and isinstance(part.value, str):
-                    text = "".join(c if c.isalnum() or c == "_" else " " for c in part.value)
-                    found.update(text.split())
-    return found
+        if isinstance(node, ast.ClassDef):
+            found.update(_texts(node) if node.name == "Config" else ())
+            own.update(n.id for part in node.body for n in walk(part) if isinstance(n, ast.Name))
+            own.update(part.name for part in node.body if isinstance(part, ast.FunctionDef))
+        elif isinstance(node, ast.Attribute):
+            own.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.add(node.value)
+    for node in walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in BY_NAME:
+            name = node.args[1] if len(node.args) > 1 else None
+            if isinstance(name, ast.JoinedStr):
+                parts = (re.escape(p.value) if isinstance(p, ast.Constant) else ".*" for p in name.values)
+                found.update(filter(re.compile("".join(parts)).fullmatch, own))
+            elif isinstance(name, ast.Constant):
+                found.add(name.value)
+            else:
+                open_ended = True
+    return found | {text for text in texts if text.isidentifier() and open_ended}
+
+
+def _texts(tree: ast.AST) -> set[str]:
+    return {node.value for node in walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
 def attribute_reads(tree: ast.AST, owner: str = "") -> set[str | tuple[str, str]]:
-    """The attributes that are read: words or, where a class reads one of its own object, (class, word)."""
-    found: set[str | tuple[str, str]] = set(named_in_texts(tree))
+    """The attributes that are read: words or, where a class reads one of its own object, (class, word).
+
+    What is read by a text is in `named_in_texts`.
+    """
+    found: set[str | tuple[str, str]] = set()
     stack: list[tuple[ast.AST, str]] = [(tree, owner)]
     while stack:
         node, owner = stack.pop()

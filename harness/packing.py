@@ -1,7 +1,7 @@
 """The script as it is counted: folded for its run, with short names, minified, compressed, in a wrapper.
 
-Nothing set, a packed script has the run's settings. It still reads from the environment what `RUN_TIME`
-names: where data and models lie, the seed, and which of the run's stages are wanted.
+A packed script has the run's settings in itself. It still reads from the environment, unchecked, what
+`run_time_settings` names: where data and models lie, the seed, and which of the run's stages are wanted.
 All other settings are constants of it, so a variable that names one of them changes nothing.
 """
 
@@ -47,11 +47,16 @@ def folded_source(
     cfg: Config, backends: Backends, house: Mapping[str, bytes], on_gpu: bool = False
 ) -> tuple[str, bool]:
     """The text inside the wrapper, and whether it was minified."""
+    return minify(folded_tree(cfg, backends, house, on_gpu))
+
+
+def folded_tree(cfg: Config, backends: Backends, house: Mapping[str, bytes], on_gpu: bool) -> ast.Module:
+    """The folded script with short names."""
     parts = {name.removesuffix(".py").replace("/", "."): data for name, data in house.items()}
     facts = facts_of(cfg, backends, on_gpu)
     gc.disable()  # a tree is all cycles and no garbage: a third of the time
     try:
-        return minify(rename(fold(parts.pop("train_gpt"), parts, facts, run_time_config(cfg, facts))))
+        return rename(fold(parts.pop("train_gpt"), parts, facts, run_time_config(run_time_settings(cfg, on_gpu))))
     finally:
         gc.enable()
 
@@ -62,7 +67,7 @@ def wrap(source: bytes, cfg: Config) -> bytes:
     The compressed bytes stand in a Latin-1 string literal (a fifth smaller than base85); only what a literal
     cannot hold is escaped.
     """
-    wrapper = KERNEL_WRAPPER if b"triton.jit" in source else WRAPPER
+    wrapper = KERNEL_WRAPPER if b"import triton" in source else WRAPPER
     data = compress(source, cfg).replace(b"\\", rb"\\").replace(b"\r", rb"\r").replace(b'"""', rb'""\"')
     data = re.sub(rb"\0(?=[0-7])", rb"\\x00", data).replace(b"\0", rb"\0")
     codec = b"lzma" if cfg.compressor == "lzma" else b"brotli"
@@ -84,14 +89,19 @@ def minify(tree: ast.Module) -> tuple[str, bool]:
 
 
 def run_time_settings(cfg: Config, on_gpu: bool) -> dict[str, object]:
-    """The settings that a packed script still reads, with the run's values."""
-    names = list(RUN_TIME)
-    names += ["cpu_threads"] * (not on_gpu)
-    names += [name for name in ("ttt_enabled", "sliding_window_enabled") if getattr(cfg, name)]
-    names += ["eval_stride"] * (cfg.sliding_window_enabled or cfg.ttt_sgd and cfg.ttt_enabled)
-    names += ["ttt_chunk_tokens"] * (cfg.ttt_sgd and cfg.ttt_enabled)
+    """The settings that a packed script still reads, with what they are when nothing is set.
+
+    Places, seed and wanted stages are then the preset's and not the run's: the same code for all seeds, and
+    as many bytes wherever the data lie.
+    """
+    names = [*RUN_TIME, *["cpu_threads"] * (not on_gpu)]
+    row = PRESETS.get(cfg.preset, {})
+    values = {name: row.get(name, getattr(Config, name)) for name in names}
+    stream = cfg.ttt_sgd and cfg.ttt_enabled
+    names = [name for name in ("ttt_enabled", "sliding_window_enabled") if getattr(cfg, name)]
+    names += ["eval_stride"] * (cfg.sliding_window_enabled or stream) + ["ttt_chunk_tokens"] * stream
     names += ["val_doc_fraction"] * (cfg.ttt_enabled and not cfg.ttt_sgd)
-    return {name: getattr(cfg, name) for name in names}
+    return values | {name: getattr(cfg, name) for name in names}
 
 
 def facts_of(cfg: Config, backends: Backends, on_gpu: bool) -> Facts:
@@ -120,22 +130,13 @@ def _evaluate(function: object, settings: Mapping[str, object]) -> object:
         return None
 
 
-def run_time_config(cfg: Config, facts: Facts) -> ast.ClassDef:
-    """The class `Config` of a packed script: it takes its few settings from the environment, unchecked.
-
-    Nothing set, places, names, seed and stages are the preset's own, whatever they are in the run: so the
-    bytes do not depend on where the run lies, and all seeds have the same.
-    """
-    free = {name: value for name, value in vars(cfg).items() if name not in facts.settings}
-    own = {name: getattr(Config, name) for name in RUN_TIME} | PRESETS[cfg.preset]
-    free = {name: own[name] if name in RUN_TIME else value for name, value in free.items()}
+def run_time_config(free: Mapping[str, object]) -> ast.ClassDef:
+    """The class `Config` of a packed script: it takes its few settings from the environment, unchecked."""
     free = {name: int(value) if isinstance(value, bool) else value for name, value in free.items()}
     text = f"""
 class Config:
     def __init__(self, environ):
         for name, value in {ast.unparse(as_node(free))}.items():
             setattr(self, name, type(value)(environ.get(name.upper(), value)))
-    def as_env(self):
-        return {{name.upper(): value for name, value in vars(self).items()}}
 """
     return ast.parse(text).body[0]

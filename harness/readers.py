@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from harness.rules import check_settings
 from train_gpt import (
     ARRAYS,
     ARTIFACT_MAGIC,
@@ -20,6 +21,7 @@ from train_gpt import (
     MODEL_SETTINGS,
     ArtifactError,
     Config,
+    ConfigError,
     QuantizedTensor,
     Run,
     UserError,
@@ -82,6 +84,10 @@ def check_header(header: Mapping, file_bytes: int, stream_bytes: int, cfg: Confi
         raise ArtifactError("artifact streams do not fit its tensors")
     if not settings.keys() <= {*MODEL_SETTINGS}:
         raise ArtifactError("artifact has settings that no model has")
+    try:
+        check_settings(dataclasses.replace(cfg, **settings))
+    except ConfigError as error:
+        raise ArtifactError(f"artifact has settings that are not possible ({error})") from None
     layers, dim, shapes = settings["num_layers"], settings["model_dim"], {t[0]: t[3] for t in tensors}
     if layers > len(shapes) or settings["num_loops"] > HEADER_LIMIT >> 8:
         raise ArtifactError("artifact declares a model of more layers than it holds")

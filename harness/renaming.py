@@ -10,15 +10,15 @@ import collections
 import itertools
 import keyword
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-from harness.definitions import DUNDER, own_attributes, words
+from harness.definitions import DUNDER, own_attributes
 from harness.expressions import is_kernel
 from harness.foreign import foreign_names
+from harness.members import named_in_texts
 from harness.scopes import Analysis, Binding, Scope, walk
 
 LETTERS = string.ascii_lowercase + string.ascii_uppercase
-BY_NAME = ("getattr", "setattr", "hasattr", "attrgetter", "methodcaller")
 
 
 def short_names() -> Iterator[str]:
@@ -100,16 +100,10 @@ class Words:
 
     def _texts(self) -> Iterator[str]:
         """Words that a text may use as a name: whole texts, and parts of what is given to getattr and so on."""
+        yield from named_in_texts(self.tree)
         for node in walk(self.tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
                 yield node.value
-            elif (
-                isinstance(node, ast.Call)
-                and getattr(node.func, "id", getattr(node.func, "attr", "")) in BY_NAME
-            ):
-                for part in walk(node):
-                    if isinstance(part, ast.Constant) and isinstance(part.value, str):
-                        yield from words(part.value)
 
     def _module_keys(self) -> Iterator[str]:
         """Attributes that may be parts of a network: keys of its state dict."""

@@ -1,22 +1,29 @@
 """Rules between settings: what must hold, the settings to name, and what to say where it does not."""
 
+import dataclasses
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 from train_gpt import (
     OUTPUTS,
     Config,
     ConfigError,
+    base_type,
     check_micro_batches,
     chunk_size,
     kernel_names,
     layer_order,
+    parse_setting,
 )
 
 
 def check_settings(cfg: Config) -> None:
-    """Raise ConfigError where settings, each of them possible, are not possible together."""
+    """Raise ConfigError where a setting is not possible, or not together with others."""
+    for field in dataclasses.fields(cfg):
+        _check_value(field.name.upper(), getattr(cfg, field.name), field.type)
     for rules in (_shape_rules, _layer_rules, _other_rules):
         for holds, names, text in rules(cfg):
             if not holds:
@@ -24,6 +31,38 @@ def check_settings(cfg: Config) -> None:
     check_micro_batches(cfg, world_size=1)  # what one rank cannot divide, more cannot either
     chunk_size(cfg, 0)  # TTT_CHUNK_BY_LENGTH is read as if a document were to be scored
     kernel_names(cfg.triton_kernels)
+
+
+def allowed(annotation: object) -> str:
+    """What a setting of this type may be, in words."""
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(get_args(annotation))
+    words = {bool: "0 or 1", int: "a whole number", float: "a number", str: "text"}[base_type(annotation)]
+    if not get_args(annotation) or (bounds := get_args(annotation)[1]).low == -math.inf:
+        return words
+    lower = f"{words}, {'above' if bounds.above else 'at least'} {bounds.low:.12g}"
+    return lower if bounds.high == math.inf else f"{lower}, at most {bounds.high:.12g}"
+
+
+def check_text(name: str, text: str, annotation: object) -> None:
+    """Raise ConfigError, saying all that is allowed, where a setting cannot be read."""
+    try:
+        parse_setting(name, text, annotation)
+    except ConfigError:
+        raise ConfigError(f"{name}={text!r}: must be {allowed(annotation)}") from None
+
+
+def _check_value(name: str, value: object, annotation: object) -> None:
+    kind = base_type(annotation)
+    fits = isinstance(value, kind) if kind is not float else isinstance(value, (int, float))
+    if fits and kind in (int, float):
+        low, high, above = get_args(annotation)[1]
+        fits = not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+        fits = fits and not (above and value == low)
+    if fits and get_origin(annotation) is Literal:
+        fits = value in get_args(annotation)
+    if not fits:
+        raise ConfigError(f"{name}={value!r}: must be {allowed(annotation)}")
 
 
 def pair(cfg: Config, name: str) -> str:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import train_gpt
-from harness.rules import check_settings
-from train_gpt import Config, ConfigError, allowed
+from harness.rules import allowed, check_settings, check_text
+from train_gpt import Config, ConfigError
 
 _WINDOWS = {  # PR #1493 and its descendants
     "caseops_enabled": False,
@@ -109,6 +109,9 @@ def read_settings(environ: Mapping[str, str]) -> Config:
     """
     given = translate(environ)
     _refuse_unknown_names(given, [field.name.upper() for field in dataclasses.fields(Config)])
+    for field in dataclasses.fields(Config):
+        if (name := field.name.upper()) in given:
+            check_text(name, given[name], field.type)
     cfg = Config.from_env(given, PRESETS)
     check_settings(cfg)
     return cfg

@@ -23,6 +23,8 @@ class Locals(ast.NodeTransformer):
                 for target, value in pairs(node):
                     if isinstance(target, ast.Name):
                         simple[target] = value
+            elif isinstance(node, ast.NamedExpr):
+                simple[node.target] = node.value
         for scope in self.analysis.module.walk():
             if scope.is_class or is_kernel(scope.node):
                 continue

@@ -3,7 +3,6 @@
 import runpy
 import sys
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -218,7 +217,8 @@ def test_flash_attention_is_called_as_it_wants(tg, flash, backend):
 
 def test_flash_attention_of_a_packed_script(tg, flash, tmp_path):
     """Torch calls what belongs to an operator by the names of its parameters, which packing must leave."""
-    packed, _ = tg.pack_code(Path(tg.__file__).read_bytes(), "lzma")
+    cfg, backends = tg.Config(compressor="lzma"), tg.Backends("fa4", "", "", 1)
+    packed, _ = tg.packed_script(cfg, backends, tg.read_sources(), False)
     path = tmp_path / "packed.py"
     path.write_bytes(packed)
     module = runpy.run_path(str(path))

@@ -440,7 +440,7 @@ def test_values_of_a_wrong_type_are_refused_in_the_constructor(tg, fields):
     for field in fields.values():
         for value in wrong[kind(field)]:
             with pytest.raises(tg.ConfigError, match=field.name.upper()):
-                tg.Config(**{field.name: value})
+                tg.check_settings(tg.Config(**{field.name: value}))
 
 
 @pytest.mark.parametrize("name", ["SEED", "CPU_THREADS"])

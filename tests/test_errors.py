@@ -28,6 +28,7 @@ def finished_run(tg, tmp_path_factory) -> Path:
     make_data(folder / "data")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(tg, "packed_script", lambda *_: (b"packed", True))  # seconds, and none of it is read
         settings = {"DATA_PATH": "data", "ARTIFACT_DIR": "run", "RUN_ID": "first"}
         assert tg.main([], TINY | settings | {"ITERATIONS": "1", "TTT_ENABLED": "0"}) == 0
     return folder
@@ -522,8 +523,9 @@ def test_mistake_leaves_no_empty_run(work, refused, settings):
     assert contents(work).keys() == before.keys()
 
 
-def test_outputs_without_a_log_are_not_overwritten(tg, work, capfd):
+def test_outputs_without_a_log_are_not_overwritten(tg, work, capfd, monkeypatch):
     """A folder with a model in it is in use, whoever made it."""
+    monkeypatch.setattr(tg, "packed_script", lambda *_: (b"packed", True))
     (work / "mine").mkdir()
     for name in (CHECKPOINT, ARTIFACT, "result.json", "train_gpt.packed.py"):
         shutil.copy(work / "run" / name, work / "mine" / name)

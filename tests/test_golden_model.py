@@ -224,7 +224,9 @@ def test_virtual_layer_behaviour(tg, layer_cases, index):
     for looping in (False, True):
         seen = []
         ids = torch.arange(8).remainder(32).reshape(1, 8)
-        model.hidden(ids, looping=looping, on_input=lambda name, x, seen=seen: seen.append((name, x.detach())))
+        model.hidden(
+            ids, looping=looping, on_input=lambda name, x, seen=seen: seen.append((name, x.detach()))
+        )
         visits = [(name, x) for name, x in seen if name.endswith(".attn.c_q.weight")]
         heads = [x for name, x in seen if name.endswith(".attn.proj.weight")]
         order = "looped" if looping else "plain"

@@ -14,7 +14,7 @@ FIELDS = {field.name.upper(): field for field in dataclasses.fields(settings.tg.
 def test_every_value_is_a_value_or_refused_by_name(name):
     ends = {text: settings.accepted(name, text) for text in settings.values(FIELDS[name])}
     assert any(ends.values())
-    if settings.tg._base_type(FIELDS[name].type) is not str:
+    if settings.tg.base_type(FIELDS[name].type) is not str:
         assert not any(ends[text] for text in settings.NOT_NUMBERS), ends
 
 
