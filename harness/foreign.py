@@ -13,8 +13,9 @@ import re
 import struct
 import subprocess
 import threading
+import types
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -74,8 +75,15 @@ def _of_imports(tree: ast.Module) -> set[str]:
 def _names(modules: frozenset[str]) -> frozenset[str]:
     found = set(EXTRA).union(dir(builtins), *map(dir, TYPES))
     for name in sorted(modules):
-        found.update(*map(dir, _objects(name)), name.split("."))
+        found.update(*map(_attributes, _objects(name)), name.split("."))
     return frozenset(found)
+
+
+def _attributes(value: object) -> Iterable[str]:
+    """Attributes of a thing; of a module all but the modules in it, which depend on the process."""
+    if not isinstance(value, types.ModuleType):
+        return dir(value)
+    return [name for name, member in vars(value).items() if not issubclass(type(member), types.ModuleType)]
 
 
 def _objects(name: str) -> Iterator[object]:
