@@ -12,9 +12,9 @@ from harness.guards import Guard, Stopped, signals
 from harness.ledger import Ledger
 from harness.logfiles import LogFiles
 from harness.preflight import Preflight
-from harness.settings import help_text, read_settings
+from harness.settings import help_text, read_settings, show_settings
 from harness.tracking import Progress, Trackers
-from train_gpt import Config, ConfigError, Ranks, Run, RunError, Watch, execute, run_name, show_settings
+from train_gpt import Config, ConfigError, Ranks, Run, RunError, Watch, execute, run_name
 
 
 class Watches(Watch):
