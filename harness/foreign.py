@@ -15,7 +15,7 @@ import subprocess
 import threading
 import types
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -78,10 +78,11 @@ def _names(modules: frozenset[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def _attributes(thing: object) -> set[str]:
-    """What `dir` tells but for submodules: a library loads some only when they are used, at any time."""
-    inside = vars(thing) if isinstance(thing, types.ModuleType) else {}
-    return {name for name in dir(thing) if not issubclass(type(inside.get(name)), types.ModuleType)}
+def _attributes(thing: object) -> Iterable[str]:
+    """What `dir` tells; of a module all but its submodules: a library loads some only when they are used."""
+    if not isinstance(thing, types.ModuleType):
+        return dir(thing)
+    return [name for name, member in vars(thing).items() if not issubclass(type(member), types.ModuleType)]
 
 
 def _objects(name: str) -> Iterator[object]:
