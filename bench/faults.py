@@ -318,7 +318,7 @@ def kill_all(work: Path, settings: dict, kills: int, ranks: Sequence[int], seed:
 
 FULL = (  # part of the name of a file, the write to it that fails, a line that the run reaches nevertheless
     ("metrics.jsonl", 6, ""),
-    ("faults.txt", 20, ""),
+    ("faults.txt", 150, ""),  # behind the sources in its head
     (".final_model.pt.tmp", 0, ""),
     (".final_model.int6.ptz.tmp", 0, "saved "),
     (".train_gpt.packed.py.tmp", 0, "artifact "),
