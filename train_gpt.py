@@ -776,9 +776,8 @@ class Segments(NamedTuple):
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
     """Shards of a split ("train", "val" or "val_bytes") in name order."""
-    return sorted(
-        p for p in folder.glob(f"fineweb_{split}_*.bin") if split != "val" or "_bytes_" not in p.name
-    )
+    paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
+    return [path for path in paths if split != "val" or "_bytes_" not in path.name]
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -831,42 +830,30 @@ def packed_row(tokens: Tensor, max_doc_len: int, plain: bool = False) -> tuple[T
 class PackedLoader:
     """Training batches: consecutive tokens of the shards, in order and cyclic, with document segments.
 
-    Spans of `micro_tokens + 1` tokens are drawn in groups (of `world_size` unless `group` says more), a group
-    always from one shard; rank r gets the spans r, r + world_size, ... of each. So any number of ranks that
-    divides the group sees the same stream. A shard begins at its first BOS; what does not fill a group at its
-    end is dropped.
+    Spans of `micro_tokens + 1` tokens are drawn in groups (one for each rank unless `group` says more), a
+    group always from one shard; rank r gets the spans r, r + world_size, ... of each. So any number of ranks
+    that divides the group sees the same stream. A shard begins at its first BOS; what does not fill a group
+    at its end is dropped.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        world_size: int,
-        rank: int,
-        micro_tokens: int,
-        max_doc_len: int,
-        vocab_size: int = 1 << 16,
-        group: int = 0,
-    ):
-        self._paths, self._max_doc_len, self._vocab_size = list(paths), max_doc_len, vocab_size
-        self._rank, self._world_size, self._group = rank, world_size, group or world_size
-        self._span = micro_tokens + 1
+    def __init__(self, paths: Sequence[Path], cfg: Config, ranks: Ranks, micro_tokens: int, group: int = 0):
+        self.cfg, self._ranks, self._paths = cfg, ranks, list(paths)
+        self._span, self._group = micro_tokens + 1, group or ranks.world_size
         self._need = self._group * self._span
-        largest = max((self._usable(read_shard(path)) for path in self._paths), default=0)
+        shards = map(read_shard, self._paths)
+        largest = max((len(tokens) - self._first_bos(tokens) for tokens in shards), default=0)
         if largest < self._need:
             where = self._paths[0].with_name("fineweb_train_*") if self._paths else "no shards"
             text = f"TRAIN_BATCH_TOKENS takes {self._need} consecutive tokens, the largest has {largest}"
             raise DataError(f"{where}: {text}")
         self._open(0)
-        check_vocabulary(self._tokens, vocab_size, self._paths[0])  # all of it while no clock runs
+        check_vocabulary(self._tokens, cfg.vocab_size, self._paths[0])  # all of it while no clock runs
 
     @staticmethod
     def _first_bos(tokens: np.ndarray) -> int:
         hits = np.flatnonzero(tokens[: 1 << 20] == BOS)
         hits = hits if len(hits) else np.flatnonzero(tokens == BOS)
         return int(hits[0]) if len(hits) else len(tokens)
-
-    def _usable(self, tokens: np.ndarray) -> int:
-        return len(tokens) - self._first_bos(tokens)
 
     def _open(self, shard: int) -> None:
         self._shard = shard % len(self._paths)
@@ -877,13 +864,13 @@ class PackedLoader:
         """The next micro-batch of this rank: inputs [1, n], targets [1, n], segments."""
         while not self._taken and self._cursor + self._need > len(self._tokens):
             self._open(self._shard + 1)
-        start = self._cursor + (self._taken + self._rank) * self._span
-        self._taken += self._world_size
+        start = self._cursor + (self._taken + self._ranks.rank) * self._span
+        self._taken += self._ranks.world_size
         if self._taken == self._group:
             self._cursor, self._taken = self._cursor + self._need, 0
         span = self._tokens[start : start + self._span]
-        check_vocabulary(span, self._vocab_size, self._paths[self._shard])
-        return packed_row(torch.from_numpy(span.astype(np.int64)), self._max_doc_len)
+        check_vocabulary(span, self.cfg.vocab_size, self._paths[self._shard])
+        return packed_row(torch.from_numpy(span.astype(np.int64)), self.cfg.train_seq_len)
 
     def state(self) -> tuple[int, int, int]:
         """Position: shard number, start of the group in it, spans taken of the group."""
@@ -896,46 +883,36 @@ class PackedLoader:
 
 
 class ShuffledLoader:
-    """Calibration batches: plain windows of `seq_len` tokens, without documents, in a random order per shard.
+    """Calibration batches: plain windows of TRAIN_SEQ_LEN tokens, without documents, in a random order per shard.
 
-    Rank r owns the files r, r + world_size, ...; PCG64 seeded by the rank draws a phase and a permutation for
-    each shard and then, window by window, a shard with probability proportional to the windows it has left.
+    PCG64 draws a phase and a permutation for each shard and then, window by window, a shard with probability
+    proportional to the windows it has left.
     """
 
-    def __init__(
-        self, paths: Sequence[Path], world_size: int, rank: int, seq_len: int, vocab_size: int = 1 << 16
-    ):
-        self._seq_len, self._vocab_size, self._paths = seq_len, vocab_size, paths[rank::world_size]
-        self._shards = [read_shard(path) for path in self._paths]
-        self._rng = np.random.Generator(np.random.PCG64(rank))
+    def __init__(self, paths: Sequence[Path], cfg: Config, seed: int = 0):
+        self.cfg, self._paths, self._shards = cfg, paths, [read_shard(path) for path in paths]
+        self._rng = np.random.Generator(np.random.PCG64(seed))
         self._reset()
-        if not sum(map(len, self._windows)):
+        if not any(self._windows):
             raise DataError(
-                f"rank {rank} of {world_size}: no calibration window of {seq_len} tokens in its shards"
+                f"TRAIN_SEQ_LEN={cfg.train_seq_len}: no shard of training data holds such a window"
             )
 
     def _reset(self) -> None:
-        self._windows = [self._draw_windows(len(tokens)) for tokens in self._shards]
-
-    def _draw_windows(self, num_tokens: int) -> list[int]:
-        room = min(self._seq_len - 1, max(0, num_tokens - self._seq_len - 1))
-        phase = int(self._rng.integers(room + 1)) if room else 0
-        count = max(0, (num_tokens - 1 - phase) // self._seq_len)
-        return (phase + self._rng.permutation(count) * self._seq_len).tolist()
+        self._windows, length = [], self.cfg.train_seq_len
+        for tokens in self._shards:
+            room = min(length - 1, max(0, len(tokens) - length - 1))
+            phase = int(self._rng.integers(room + 1)) if room else 0
+            count = max(0, (len(tokens) - 1 - phase) // length)
+            self._windows.append((phase + self._rng.permutation(count) * length).tolist())
 
     def _draw(self) -> tuple[int, int]:
         """Shard and start of the next window."""
-        left = np.array([len(windows) for windows in self._windows], np.float64)
-        if not left.sum():
+        if not any(self._windows):
             self._reset()
-            return self._draw()
+        left = np.array([len(windows) for windows in self._windows], np.float64)
         shard = int(self._rng.choice(len(left), p=left / left.sum()))
         return shard, self._windows[shard].pop()
-
-    def _read(self, shard: int, start: int) -> np.ndarray:
-        window = self._shards[shard][start : start + self._seq_len + 1]
-        check_vocabulary(window, self._vocab_size, self._paths[shard])
-        return window
 
     def skip(self, rows: int) -> None:
         """Leave a batch to another rank, unread: windows lie all over the files."""
@@ -943,9 +920,12 @@ class ShuffledLoader:
             self._draw()
 
     def next(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, each [rows, seq_len]."""
-        windows = np.stack([self._read(*self._draw()) for _ in range(rows)]).astype(np.int64)
-        tokens = torch.from_numpy(windows)
+        """Inputs and targets, each [rows, TRAIN_SEQ_LEN]."""
+        windows = []
+        for shard, start in (self._draw() for _ in range(rows)):
+            windows.append(self._shards[shard][start : start + self.cfg.train_seq_len + 1])
+            check_vocabulary(windows[-1], self.cfg.vocab_size, self._paths[shard])
+        tokens = torch.from_numpy(np.stack(windows).astype(np.int64))
         return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -971,15 +951,9 @@ class ValidationSet(NamedTuple):
     def from_sidecar(cls, tokens: Tensor, sidecar: Tensor) -> "ValidationSet":
         """Bytes from the parallel sidecar (CaseOps)."""
         if len(sidecar) != len(tokens):
-            raise DataError(
-                f"fineweb_val_bytes_*: {len(sidecar)} entries, must be one a validation token ({len(tokens)})"
-            )
+            given = f"fineweb_val_bytes_*: {len(sidecar)} entries"
+            raise DataError(f"{given}, must be one a validation token ({len(tokens)})")
         return cls(tokens, sidecar[1:].long(), find_documents(tokens))
-
-    @classmethod
-    def from_tables(cls, tokens: Tensor, tables: "ByteTables") -> "ValidationSet":
-        """Bytes from the tokenizer's pieces (plain text)."""
-        return cls(tokens, tables.target_bytes(tokens), find_documents(tokens))
 
     @property
     def num_targets(self) -> int:
@@ -1005,9 +979,8 @@ def load_validation(cfg: Config) -> ValidationSet:
         return ValidationSet.from_sidecar(tokens, _read_stream(folder, "val_bytes"))
     from systems.plain_text import ByteTables, load_tokenizer
 
-    return ValidationSet.from_tables(
-        tokens, ByteTables.from_sentencepiece(load_tokenizer(cfg), cfg.vocab_size)
-    )
+    tables = ByteTables.from_sentencepiece(load_tokenizer(cfg), cfg.vocab_size)
+    return ValidationSet(tokens, tables.target_bytes(tokens), find_documents(tokens))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -3293,9 +3266,7 @@ class Run:
             from systems.stream import WindowLoader
 
             return WindowLoader(paths, cfg, ranks, tokens)
-        group = on_rank * ranks.world_size
-        options = {"vocab_size": cfg.vocab_size, "group": group}
-        return PackedLoader(paths, ranks.world_size, ranks.rank, tokens, cfg.train_seq_len, **options)
+        return PackedLoader(paths, cfg, ranks, tokens, on_rank * ranks.world_size)
 
     def new_model(self, cfg: Config) -> GPT:
         """A freshly initialised model."""
@@ -3408,7 +3379,7 @@ class Run:
         cfg, ranks, seconds = self.cfg, self.ranks, self.clock.seconds
         with self.clock.stage("calibrate"):
             paths = shard_paths(cfg.data_folder, "train")
-            loader = ShuffledLoader(paths, 1, 0, cfg.train_seq_len, cfg.vocab_size)
+            loader = ShuffledLoader(paths, cfg)
             hessians = calibrate(self.model, cfg, loader, looping=self.looping, ranks=ranks)
         flat = flatten_banks(self.model.state_dict(), cfg.num_layers)
         with self.clock.stage("quantise"):
