@@ -447,42 +447,31 @@ class Backends:
 
 COLLECTIVE_SECONDS = 600  # a rank that does not answer a collective for so long has failed
 BARRIER_SECONDS = 3600  # and one that has not finished a stage so long after another
-TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what it sets, and what holds without it
 
 
 class Ranks:
-    """This process among all of them: device, precision and every collective (each does nothing alone).
-
-    Launched by torchrun; NCCL on GPUs, gloo on CPUs. The only place that knows device and precision.
-    """
+    """This process among all: device, precision and every collective (each does nothing alone)."""
 
     def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1):
         self.device, self.rank, self.world_size = device, rank, world_size
+        self.is_main = rank == 0  # writes the outputs
         self._store, self._barriers = None, 0
         self.stop_signal, self.stage_handles_stop = 0, False  # the harness sets both
 
     @classmethod
     def from_env(cls, cfg: Config, environ: Mapping[str, str]) -> "Ranks":
-        """Pick the device; join the process group if torchrun started several processes."""
-        given = {name: environ.get(name, default) for name, default in TORCHRUN.items()}
-        for name, text in given.items():
-            if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) == 0):
-                raise ConfigError(f"{name}={text!r}: must be a whole number, as torchrun sets it")
-        rank, local_rank, world_size = map(int, given.values())
-        if not local_rank <= rank < world_size:
-            raise ConfigError(f"RANK={rank}: must be below WORLD_SIZE={world_size}, LOCAL_RANK at most RANK")
+        """Pick the device; join the process group (NCCL, on CPUs gloo) if torchrun started several."""
+        rank, local_rank, world_size = (int(environ.get(name, alone)) for name, alone in TORCHRUN.items())
         check_micro_batches(cfg, world_size)
-        cuda, devices = cfg.device != "cpu" and torch.cuda.is_available(), torch.cuda.device_count()
+        cuda = cfg.device != "cpu" and torch.cuda.is_available()
         if cfg.device == "cuda" and not cuda:
             raise ConfigError("DEVICE=cuda: torch sees no CUDA device; must be auto or cpu here")
-        if cuda and local_rank >= devices:
-            raise ConfigError(f"LOCAL_RANK={local_rank}: this machine has {devices} CUDA devices")
         if cfg.cpu_threads:
             torch.set_num_threads(cfg.cpu_threads)
-        device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-        ranks = cls(device, rank, world_size)
+        ranks = cls(torch.device("cuda", local_rank) if cuda else torch.device("cpu"), rank, world_size)
         if ranks.on_gpu:
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(ranks.device)
             torch.backends.cuda.enable_cudnn_sdp(False)  # plans every shape anew; adaptation has thousands
         if world_size > 1:
             ranks._join("nccl" if ranks.on_gpu else "gloo")
@@ -490,20 +479,14 @@ class Ranks:
 
     def _join(self, backend: str) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # renamed since
-        options = {"timeout": timedelta(seconds=COLLECTIVE_SECONDS)}
+        limit = timedelta(seconds=COLLECTIVE_SECONDS)
         try:
-            store, *_ = next(dist.rendezvous("env://", **options))
-            options |= {"rank": self.rank, "world_size": self.world_size}
-            dist.init_process_group(backend, store=store, **options)
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
         except (ValueError, RuntimeError) as error:
             text = f"ranks cannot meet ({error}); use torchrun"
             raise ConfigError(f"WORLD_SIZE={self.world_size}: {text}") from None
         self._store = dist.PrefixStore("barrier", store)
-
-    @property
-    def is_main(self) -> bool:
-        """Rank 0 writes the outputs."""
-        return self.rank == 0
 
     @property
     def on_gpu(self) -> bool:
@@ -531,11 +514,6 @@ class Ranks:
         """A line on standard error that names the rank."""
         print(f"train_gpt.py: rank {self.rank} of {self.world_size}, {text}", file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        """Leave the process group."""
-        if self.world_size > 1:
-            dist.destroy_process_group()
-
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.world_size > 1:
@@ -553,18 +531,18 @@ class Ranks:
     def reduce_scatter(self, bank: Tensor) -> "Pending":
         """Start the sum of a bank over ranks; each gets its slice of the first axis, padded with zeros."""
         if self.world_size == 1:
-            return Pending(bank, None)
+            return Pending(bank)
         per_rank = -(-len(bank) // self.world_size)
         padded = F.pad(bank, [0, 0] * (bank.ndim - 1) + [0, per_rank * self.world_size - len(bank)])
         shard = padded.new_empty(per_rank, *bank.shape[1:])
-        return Pending(shard, dist.reduce_scatter_tensor(shard, padded.contiguous(), async_op=True))
+        return Pending(shard, dist.reduce_scatter_tensor(shard, padded.contiguous(), async_op=True).wait)
 
     def all_gather(self, shard: Tensor) -> "Pending":
         """Start the inverse of `reduce_scatter`: all slices, still padded."""
         if self.world_size == 1:
-            return Pending(shard, None)
+            return Pending(shard)
         whole = shard.new_empty(self.world_size * len(shard), *shard.shape[1:])
-        return Pending(whole, dist.all_gather_into_tensor(whole, shard.contiguous(), async_op=True))
+        return Pending(whole, dist.all_gather_into_tensor(whole, shard.contiguous(), async_op=True).wait)
 
     def gather(self, item: object) -> list:
         """The objects of all ranks (tensors on the CPU), on every rank."""
@@ -585,12 +563,12 @@ class Ranks:
     def to_host(self, tensor: Tensor) -> "Pending":
         """Start the copy of a small tensor to the host; what is launched after it does not delay it."""
         if not self.on_gpu:
-            return Pending(tensor.clone(), None)
+            return Pending(tensor.clone())
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         copy.copy_(tensor, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        return Pending(copy, event)
+        return Pending(copy, event.synchronize)
 
     def put(self, tensor: Tensor) -> Tensor:
         """The tensor on the device. From pinned memory: nothing waits for what was launched before."""
@@ -610,14 +588,12 @@ class Pending(NamedTuple):
     """Result of a collective, or of a copy to the host, that may still be under way."""
 
     tensor: Tensor
-    work: object | None
+    end: Callable[[], object] | None = None  # returns once the tensor is there
 
     def wait(self) -> Tensor:
         """The result, once it is there."""
-        if isinstance(self.work, torch.cuda.Event):
-            self.work.synchronize()
-        elif self.work is not None:
-            self.work.wait()
+        if self.end:
+            self.end()
         return self.tensor
 
 
@@ -654,9 +630,6 @@ def write_whole(path: Path, data: bytes) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-OUTPUTS = ("metrics.jsonl", "result.json", "train_gpt.packed.py")
 
 
 def run_name(cfg: Config) -> str:
@@ -883,7 +856,7 @@ class PackedLoader:
 
 
 class ShuffledLoader:
-    """Calibration batches: plain windows of TRAIN_SEQ_LEN tokens, without documents, in a random order per shard.
+    """Calibration batches: plain windows of TRAIN_SEQ_LEN tokens in a random order, without documents.
 
     PCG64 draws a phase and a permutation for each shard and then, window by window, a shard with probability
     proportional to the windows it has left.
@@ -894,9 +867,7 @@ class ShuffledLoader:
         self._rng = np.random.Generator(np.random.PCG64(seed))
         self._reset()
         if not any(self._windows):
-            raise DataError(
-                f"TRAIN_SEQ_LEN={cfg.train_seq_len}: no shard of training data holds such a window"
-            )
+            raise DataError(f"TRAIN_SEQ_LEN={cfg.train_seq_len}: no training shard holds such a window")
 
     def _reset(self) -> None:
         self._windows, length = [], self.cfg.train_seq_len
@@ -2045,7 +2016,7 @@ class Trainer(Worker):
             entry["momentum_buffer"] = torch.cat([entire, padding]).split(per_rank)[ranks.rank]
         torch.set_rng_state(state["rng"])
         self.restore(state | {"ema": copy_tensors(state["ema"], lambda tensor: tensor.to(ranks.device))})
-        measured = [Pending(torch.tensor([0.0, 0.0, clock, 0.0, 0.0]), None) for clock in state["clocks"]]
+        measured = [Pending(torch.tensor([0.0, 0.0, clock, 0.0, 0.0])) for clock in state["clocks"]]
         self.reports = [StepReport(state["step"], values, 1.0, 0.0, self.looping) for values in measured]
         self.steps, self.seconds = state["step"], state["clocks"][0]
 
@@ -2170,11 +2141,7 @@ class HessianCollector:
     def hessians(self, num_batches: int, ranks: Ranks = CPU) -> dict[str, Tensor]:
         """The sums over all ranks, divided by the number of batches. K and V share the Hessian of Q."""
         hessians = {name: ranks.sum_(total) / num_batches for name, total in self._sums.items()}
-        for name in list(hessians):
-            if name.endswith("c_q.weight"):
-                for other in ("c_k", "c_v"):
-                    hessians[name.replace("c_q", other)] = hessians[name]
-        return hessians
+        return {name.replace("c_q", c): h for name, h in hessians.items() for c in ("c_q", "c_k", "c_v")}
 
 
 @torch.no_grad()
@@ -2202,31 +2169,16 @@ def calibrate(
     return collector.hessians(cfg.gptq_calibration_batches, ranks)
 
 
-# These two tables say how tensors are stored; quantiser, artifact and readers go by them. A stored tensor has
-# one of the first three forms, and a GPTQ matrix may have one of the others on top of it: its correction.
-FORMS = {  # form -> its name in published artifacts, the keys of its arrays
-    "fp16": ("passthrough (float16)", ("",)),
-    "int8_rows": ("gate_int8_row", ("gq", "gs")),
-    "gptq": ("gptq (int{})", ("q", "scale")),
-    "columns": ("+columns", ("columns",)),
-    "asym": ("+lqer_asym", ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")),
-    "sym": ("+lqer", ("lqA", "lqAs", "lqB", "lqBs")),
-}
-ARRAYS = {  # key -> type; a letter per dimension (rows, columns, k the rank, groups); largest level, 0: by bits
-    "": ("<f2", "", 0),  # a tensor of any shape
-    "gq": ("|i1", "rc", 127),
-    "gs": ("<f2", "r", 0),
-    "q": ("|i1", "rc", 0),
-    "scale": ("<f2", "r", 0),
-    "columns": ("<f2", "c", 0),
-    "lqA_a": ("|i1", "rk", 1),
-    "lqAs_a": ("<f2", "", 0),
-    "lqB_a": ("|i1", "kc", 7),
-    "lqBs_a": ("<f2", "g", 0),
-    "lqA": ("|i1", "rk", 127),
-    "lqAs": ("<f2", "r", 0),
-    "lqB": ("|i1", "kc", 127),
-    "lqBs": ("<f2", "k", 0),
+# How tensors are stored: quantiser, artifact and readers go by this table. A tensor has one of the first three
+# forms; a GPTQ matrix may have one of the others on top of it, its correction. An array has a letter for each
+# dimension (rows, columns, k the rank, groups) and a largest level: -1 by the bits, 0 for no levels but float16.
+FORMS = {  # form -> its name in published artifacts, its arrays by key
+    "fp16": ("passthrough (float16)", {"": ("", 0)}),  # of any shape
+    "int8_rows": ("gate_int8_row", {"gq": ("rc", 127), "gs": ("r", 0)}),
+    "gptq": ("gptq (int{})", {"q": ("rc", -1), "scale": ("r", 0)}),
+    "columns": ("+columns", {"columns": ("c", 0)}),
+    "asym": ("+lqer_asym", {"lqA_a": ("rk", 1), "lqAs_a": ("", 0), "lqB_a": ("kc", 7), "lqBs_a": ("g", 0)}),
+    "sym": ("+lqer", {"lqA": ("rk", 127), "lqAs": ("r", 0), "lqB": ("kc", 127), "lqBs": ("k", 0)}),
 }
 
 
@@ -2311,15 +2263,12 @@ def factorise(hessian: Tensor) -> HessianFactor:
     h.diagonal().add_(damping * mean)
     order = torch.argsort(h.diagonal(), descending=True)
     h = h[order][:, order]
-    while True:
-        root, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
-        if not failed:
-            break
+    while (cholesky := torch.linalg.cholesky_ex(h.flip(0, 1))).info:
         if damping > 1e4:
             raise RunError(f"calibration: a Hessian cannot be factorised (mean of its diagonal {mean:g})")
         h.diagonal().add_(9 * damping * mean)
         damping *= 10
-    root = root.flip(0, 1)  # upper, H = root root^T, so that U = root^-1
+    root = cholesky.L.flip(0, 1)  # upper, H = root root^T, so that U = root^-1
     identity = torch.eye(len(h), device=h.device)
     return HessianFactor(order, dead, torch.linalg.solve_triangular(root, identity, upper=True), damping)
 
@@ -2383,9 +2332,7 @@ def low_rank_factors(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u[:, :rank] * s[:rank], vh[:rank]
 
 
-def pack_low_rank(
-    a: Tensor, b: Tensor, group: int, bits: int
-) -> tuple[tuple[str, int, int], dict[str, Tensor]]:
+def pack_low_rank(a: Tensor, b: Tensor, group: int, bits: int) -> tuple[tuple, dict[str, Tensor]]:
     """The correction A B as a record keeps it: form, rank and group, and its arrays.
 
     If `group` divides B, A is in int2 with one scale, B in int4 with a scale per `group` values (PR #1797).
@@ -2437,10 +2384,7 @@ def gather_by_name(part: Mapping[str, object], order: Iterable[str], ranks: Rank
 
 
 def quantize_state(
-    flat: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor | HessianFactor],
-    cfg: Config,
-    ranks: Ranks = CPU,
+    flat: dict[str, Tensor], hessians: dict[str, Tensor | HessianFactor], cfg: Config, ranks: Ranks = CPU
 ) -> dict[str, QuantizedTensor]:
     """Store every tensor of a flat state dict, then correct the matrices with the largest errors (LQER).
 
@@ -2503,15 +2447,11 @@ def byte_unshuffle(data: bytes) -> bytes:
     """The inverse of `byte_shuffle`; data without its header are returned as they are."""
     if not data.startswith(SHUFFLE_MAGIC) or len(data) < 5:
         return data
-    stride, body = data[4], memoryview(data)[5:]
-    if stride < 2:
-        return bytes(body)
-    out, start = bytearray(len(body)), 0
-    for i in range(stride):
-        length = len(range(i, len(body), stride))
-        out[i::stride] = body[start : start + length]
-        start += length
-    return bytes(out)
+    stride, body = max(data[4], 1), np.frombuffer(data, np.uint8, offset=5)
+    out = np.empty_like(body)
+    for i, part in enumerate(np.array_split(body, stride)):
+        out[i::stride] = part
+    return out.tobytes()
 
 
 def check_codec(codec: str) -> None:
@@ -2575,10 +2515,11 @@ def stored_arrays(
     rank, group = correction[1:] or (0, 0)
     counts = (*shape, rank, rank * shape[-1] // (group or 1)) if kind != "fp16" else ()
     sizes = dict(zip("rckg", counts, strict=False))
-    for key in itertools.chain.from_iterable(FORMS[form][1] for form in (kind, *correction[:1])):
-        dtype, dims, top = ARRAYS[key]
-        dims = tuple(sizes[letter] for letter in dims) if key else tuple(shape)
-        yield StoredArray(name, key, dtype, dims, top or 2 ** (bits - 1) - 1)
+    for form in (kind, *correction[:1]):
+        for key, (letters, top) in FORMS[form][1].items():
+            dims = tuple(sizes[letter] for letter in letters) if key else tuple(shape)
+            dtype, top = "|i1" if top else "<f2", top if top > 0 else 2 ** (bits - 1) - 1
+            yield StoredArray(name, key, dtype, dims, top)
 
 
 def artifact_streams(tensors: Iterable[Sequence], cfg: Config) -> dict[str, list[StoredArray]]:
@@ -2646,9 +2587,7 @@ def unpack_artifact(artifact: bytes, cfg: Config) -> tuple[dict[str, object], di
     return header["model"] | {"compressor": cfg.compressor}, records
 
 
-def _unpack_stream(
-    data: bytes, stream: str, parts: Sequence[StoredArray], cfg: Config
-) -> Iterator[np.ndarray]:
+def _unpack_stream(data: bytes, stream: str, parts: list[StoredArray], cfg: Config) -> Iterator[np.ndarray]:
     """The arrays of a stream, each in memory of its own."""
     if cfg.compressor == "ans" and stream == LEVELS:
         from systems.ans import decode_levels
@@ -3581,7 +3520,8 @@ def execute(run: Run) -> int:
         code = run.execute()
         run.watch.see("ended", code=code)
         ranks.wait_for_all("end")  # torchrun ends all ranks when one has left with another code than 0
-        ranks.close()
+        if ranks.world_size > 1:
+            dist.destroy_process_group()
         return code
     except UserError:
         raise

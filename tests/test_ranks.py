@@ -222,7 +222,8 @@ def _rank_main(rank: int, world: int, port: int, job: Callable[..., dict], folde
     os.environ.update(rank_environment(rank, world, port))
     ranks = tg.Ranks.from_env(configure(tg, GRAD_ACCUM_STEPS=1, TRAIN_BATCH_TOKENS=768), os.environ)
     torch.save(job(tg, ranks, folder), folder / f"{job.__name__}_{world}_{rank}.pt")
-    ranks.close()
+    if world > 1:
+        torch.distributed.destroy_process_group()
 
 
 def run_ranks(world: int, job: Callable[..., dict], folder: Path, results: int | None = None) -> list[dict]:
