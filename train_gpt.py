@@ -427,10 +427,7 @@ class Backends:
         return torch.compile(function, **self._options) if self.compiler else function
 
     def move_and_compile(self, model: "GPT", device: torch.device) -> "GPT":
-        """Move the model; on CUDA the embedding is kept in bfloat16, everything else in float32.
-
-        Calls of the model are compiled, one graph for each form of call; its methods remain as they are.
-        """
+        """Move the model (on CUDA the embedding to bfloat16), and compile its calls, but not its methods."""
         model.to(device)
         if device.type == "cuda":
             model.tok_emb.to(torch.bfloat16)
@@ -494,10 +491,7 @@ class Ranks:
         return self.device.type == "cuda"
 
     def wait_for_all(self, stage: str) -> None:
-        """Wait until all ranks have come here. This is no collective: the slowest rank may take its time.
-
-        Raises RunError after an hour. Where a rank has died, torchrun ends the others long before that.
-        """
+        """Wait for the slowest rank: no collective, it may take its time. RunError after an hour."""
         if self.world_size == 1:
             return
         self._barriers += 1
@@ -638,7 +632,7 @@ def run_name(cfg: Config) -> str:
 
 
 class Watch:
-    """What looks on while a run goes. These methods do nothing; the watches of harness/ keep, record and show."""
+    """What looks on while a run goes. These methods do nothing; those of harness/ keep, record and show."""
 
     def saved(self, stage: str) -> "dict | None":
         """The state from which a stage goes on; None: from its beginning."""
@@ -670,10 +664,7 @@ class Worker:
 
 
 class RunLog:
-    """What a run tells, a line at a time: to rank 0's console, and to the watch, which may keep it in files.
-
-    `folder` is that of the run's outputs; another than was asked for where the watch says so.
-    """
+    """What a run tells, line by line, on rank 0's console and to the watch. `folder` is for its outputs."""
 
     def __init__(self, cfg: Config, ranks: Ranks = CPU, watch: Watch | None = None):
         self.is_main, self._watch, self.run_id = ranks.is_main, watch or Watch(), run_name(cfg)
@@ -779,18 +770,14 @@ def document_segments(
     bos_positions: Sequence[int] | Tensor, total_len: int, max_doc_len: int, bucket: int = SEGMENT_BUCKET
 ) -> Segments:
     """Segments of a row of `total_len` tokens: one a document, cut every `max_doc_len` tokens (0: never)."""
-    starts = np.union1d([0], np.asarray(bos_positions, np.int64))
-    lengths = np.diff(starts, append=total_len)
+    boundaries = np.union1d([0, total_len], np.asarray(bos_positions, np.int64))
     if max_doc_len:
-        pieces = -(-lengths // max_doc_len)
-        within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        starts = np.repeat(starts, pieces) + within * max_doc_len
-        lengths = np.diff(starts, append=total_len)
-    boundaries = np.append(starts, total_len)
+        pieces = [np.arange(*ends, max_doc_len) for ends in itertools.pairwise(boundaries)]
+        boundaries = np.append(np.concatenate(pieces), total_len)
     padding = -len(boundaries) % bucket
     cu_seqlens = np.pad(boundaries, (0, padding), constant_values=total_len).astype(np.int32)
     bound = min(max_doc_len or total_len, total_len)
-    return Segments(torch.from_numpy(cu_seqlens), int(lengths.max()), bound)
+    return Segments(torch.from_numpy(cu_seqlens), int(np.diff(boundaries).max()), bound)
 
 
 def packed_row(tokens: Tensor, max_doc_len: int, plain: bool = False) -> tuple[Tensor, Tensor, Segments]:
@@ -940,7 +927,7 @@ def _read_stream(folder: Path, split: str) -> Tensor:
 
 
 def load_validation(cfg: Config) -> ValidationSet:
-    """The whole validation split with its byte counts. Raises DataError where it is missing or does not fit."""
+    """The validation split with its byte counts. Raises DataError where it is missing or does not fit."""
     folder = cfg.data_folder
     tokens = _read_stream(folder, "val")
     check_vocabulary(tokens, cfg.vocab_size, folder / "fineweb_val_*")
@@ -2169,9 +2156,9 @@ def calibrate(
     return collector.hessians(cfg.gptq_calibration_batches, ranks)
 
 
-# How tensors are stored: quantiser, artifact and readers go by this table. A tensor has one of the first three
-# forms; a GPTQ matrix may have one of the others on top of it, its correction. An array has a letter for each
-# dimension (rows, columns, k the rank, groups) and a largest level: -1 by the bits, 0 for no levels but float16.
+# How tensors are stored: quantiser, artifact and readers go by this table. A tensor has one of the first
+# three forms; a GPTQ matrix may have one of the others on top of it, its correction. An array has a letter
+# for each dimension (rows, columns, k the rank, groups) and its largest level: -1 by the bits, 0 if float16.
 FORMS = {  # form -> its name in published artifacts, its arrays by key
     "fp16": ("passthrough (float16)", {"": ("", 0)}),  # of any shape
     "int8_rows": ("gate_int8_row", {"gq": ("rc", 127), "gs": ("r", 0)}),
@@ -2252,9 +2239,9 @@ class HessianFactor(NamedTuple):
 
 
 def factorise(hessian: Tensor) -> HessianFactor:
-    """Damp, sort and factorise a Hessian [columns, columns]: one Cholesky, one triangular inverse.
+    """Damp, sort and factorise a Hessian [n, n]; damp ten times more while it is not positive definite.
 
-    While it is not positive definite, it is damped ten times more. Raises RunError beyond 10^7 times.
+    Raises RunError beyond 10^7 times.
     """
     h = hessian.float().clone()
     dead = h.diagonal() == 0
@@ -2285,12 +2272,9 @@ def gptq(
 ) -> tuple[Tensor, Tensor, float]:
     """GPTQ (arXiv 2210.17323) of a weight [rows, columns] at given row scales [rows].
 
-    Columns go by falling diagonal of the Hessian; the rounding error of each is spread over the later ones.
-    Here columns lie as rows, so that each step reads whole ones. The errors of a block reach the columns of
-    the block as each is read, and those behind the block as one matrix product.
-
-    Returns:
-        levels int8 [rows, columns], scales float16 [rows], and the error tr(E H E^T) with H damped.
+    Columns go by falling diagonal of the Hessian; the rounding error of each is spread over the later ones:
+    in its block as they are read, behind the block as one matrix product. Columns lie as rows here, which
+    reads whole ones. Returns int8 levels [rows, columns], float16 scales [rows], error tr(E H E^T), H damped.
     """
     order, dead, upper, _ = factor
     q_max = 2 ** (bits - 1) - 1
@@ -2312,10 +2296,7 @@ def gptq(
 
 
 def round_to_scales(x: Tensor, runs: int, low: int, high: int, top: float) -> tuple[Tensor, Tensor]:
-    """Levels low..high of x, int8, and a float16 scale for each of `runs` equal runs of its values.
-
-    The largest magnitude of a run would lie at the level `top`.
-    """
+    """Int8 levels low..high of x; a float16 scale for each of `runs` runs, whose largest value is `top`."""
     values = x.float().reshape(runs, -1)
     scale = (values.abs().amax(1) / top).clamp_min(SMALLEST_HALF).half()
     return (values / scale.float()[:, None]).round().clamp(low, high).to(torch.int8).view(x.shape), scale
@@ -2333,10 +2314,10 @@ def low_rank_factors(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def pack_low_rank(a: Tensor, b: Tensor, group: int, bits: int) -> tuple[tuple, dict[str, Tensor]]:
-    """The correction A B as a record keeps it: form, rank and group, and its arrays.
+    """The correction A B as a record keeps it: (form, rank, group), and its arrays.
 
     If `group` divides B, A is in int2 with one scale, B in int4 with a scale per `group` values (PR #1797).
-    Otherwise, or if it is 0, both factors are in integers of `bits`, with one scale per row.
+    Otherwise, or if it is 0, both are in integers of `bits`, with one scale per row.
     """
     if group and b.numel() % group == 0:
         form, (levels, scale) = "asym", round_to_scales(a, 1, -2, 1, 1.5)
@@ -2386,10 +2367,7 @@ def gather_by_name(part: Mapping[str, object], order: Iterable[str], ranks: Rank
 def quantize_state(
     flat: dict[str, Tensor], hessians: dict[str, Tensor | HessianFactor], cfg: Config, ranks: Ranks = CPU
 ) -> dict[str, QuantizedTensor]:
-    """Store every tensor of a flat state dict, then correct the matrices with the largest errors (LQER).
-
-    The ranks share the tensors, and every rank gets all results, on the CPU.
-    """
+    """Store every tensor of a flat state dict, then correct the worst matrices (LQER): on all ranks' CPUs."""
     mine = tensors_of_rank(flat, ranks)
     schemes = {name: scheme_of(name, flat[name], cfg) for name in mine}
     if not cfg.tie_embeddings:  # the inputs of an untied embedding are one-hot: all columns weigh the same
@@ -2474,10 +2452,7 @@ def compress(data: bytes, cfg: Config) -> bytes:
 
 
 def decompress(data: bytes, cfg: Config, limit: int = 1 << 30) -> bytes:
-    """The inverse of `compress`. Raises ArtifactError, or an error of the codec, on damaged data.
-
-    Reading stops where `limit` bytes of output are exceeded, which is an error too.
-    """
+    """The inverse of `compress`. ArtifactError, or the codec's, for damage or more than `limit` bytes."""
     if cfg.compressor == "lzma":
         decoder = lzma.LZMADecompressor(memlimit=2 * limit + (1 << 24))
         out = decoder.decompress(data, limit + 1)
@@ -2571,10 +2546,7 @@ def read_header(artifact: bytes, cfg: Config) -> tuple[dict[str, object], int]:
 
 
 def unpack_artifact(artifact: bytes, cfg: Config) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
-    """The artifact -> the settings of its model and its codec, and stored tensors. Raises ArtifactError.
-
-    The header is trusted; harness/readers.py looks at one of unknown origin first.
-    """
+    """The artifact -> model settings and codec, stored tensors. harness/readers.py judges headers first."""
     if not COUNTED:  # the counted script has one codec and one model
         cfg = dataclasses.replace(cfg, compressor=codec_of(artifact))
     header, start = read_header(artifact, cfg)
