@@ -32,15 +32,14 @@ import json
 import lzma
 import math
 import os
-import platform
 import random
 import struct
 import sys
 import time
 import traceback
 import warnings
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -53,9 +52,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-# ---------------------------------------------------------------------------------------------------------
-# 1. Constants and errors
-# ---------------------------------------------------------------------------------------------------------
+# ---- 1. Constants and errors ---------------------------------------------------------------------------
 
 BOS = 1  # first token of every document, fixed by the tokenizer
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
@@ -91,13 +88,11 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 2. Configuration
+# ---- 2. Configuration ----------------------------------------------------------------------------------
 #
 # Every setting is a field of `Config`: type and range, default, and one line of help behind it (`--help`
 # prints these comments). Its environment variable is the field's name in capitals. Defaults are the record,
 # PR #1851.
-# ---------------------------------------------------------------------------------------------------------
 
 
 class Range(NamedTuple):
@@ -398,19 +393,7 @@ def check_micro_batches(cfg: Config, world_size: int) -> None:
         raise ConfigError(f"TRAIN_BATCH_TOKENS={tokens}: must be {shared} equal micro-batches, {least}")
 
 
-def show_settings(cfg: Config) -> str:
-    """The resolved settings, one a line; what differs from the default is marked with its default."""
-    rows = []
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        mark = "" if value == field.default else f"    # default {field.default!r}"
-        rows.append(f"{field.name.upper()}={int(value) if isinstance(value, bool) else value}{mark}")
-    return "\n".join(rows)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# 3. Runtime: the device, the log, the clock
-# ---------------------------------------------------------------------------------------------------------
+# ---- 3. Runtime: the device, the log, the clock --------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -594,6 +577,11 @@ class Pending(NamedTuple):
 CPU = Ranks(torch.device("cpu"))  # one process without a GPU
 
 
+def has_part(name: str) -> bool:
+    """Whether a file of systems/ stands beside the script, or had to be put into it."""
+    return COUNTED or (Path(__file__).resolve().parent / "systems" / f"{name}.py").is_file()
+
+
 def assign_to_ranks(costs: Sequence[float], world_size: int) -> list[int]:
     """The rank that does each piece of work: the costliest first, each to the rank with the least so far."""
     loads, owners = [0.0] * world_size, [0] * len(costs)
@@ -725,9 +713,7 @@ class Stopwatch:
         self._since = now
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 4. Data: shards, document segments, the two loaders, the validation set (SPEC section 2)
-# ---------------------------------------------------------------------------------------------------------
+# ---- 4. Data: shards, document segments, the two loaders, the validation set (SPEC section 2) ----------
 
 
 class Segments(NamedTuple):
@@ -941,9 +927,7 @@ def load_validation(cfg: Config) -> ValidationSet:
     return ValidationSet(tokens, tables.target_bytes(tokens), find_documents(tokens))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 5. Attention
-# ---------------------------------------------------------------------------------------------------------
+# ---- 5. Attention --------------------------------------------------------------------------------------
 
 
 def plain_backends(cfg: Config, ranks: Ranks) -> Backends:
@@ -951,11 +935,11 @@ def plain_backends(cfg: Config, ranks: Ranks) -> Backends:
     attention, compiler, kernels = cfg.attention_backend, cfg.compile_backend, []
     if attention == "auto":
         hopper = ranks.on_gpu and torch.cuda.get_device_capability(ranks.device)[0] == 9
-        flash = hopper and importlib.util.find_spec("flash_attn_interface")
+        flash = hopper and importlib.util.find_spec("flash_attn_interface") and has_part("fa3")
         attention = "fa3" if flash else "flex" if ranks.on_gpu else "plain"
     if compiler in ("auto", "off"):
         compiler = "inductor" if ranks.on_gpu and compiler == "auto" else ""
-    if ranks.on_gpu and all(map(importlib.util.find_spec, ("triton", "systems"))):
+    if ranks.on_gpu and importlib.util.find_spec("triton") and has_part("kernels"):
         kernels = kernel_names(cfg.triton_kernels)
     return Backends(attention, ",".join(kernels), compiler, max(cfg.grad_accum_steps, ranks.world_size))
 
@@ -968,7 +952,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, backends:
     """
     q, k = q.to(v.dtype), k.to(v.dtype)
     if backends.attention == "fa3":
-        return _fa3_attend(q, k, v, segments)
+        from systems.fa3 import fa3_attend
+
+        return fa3_attend(q, k, v, segments)
     if backends.attention == "fa4":
         from systems.fa4 import fa4_attend
 
@@ -993,24 +979,6 @@ def attend_from(q: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
 
 
-def flash_segment_arguments(cu_seqlens: Tensor, max_seqlen: int) -> dict[str, object]:
-    """Segments in the words of FlashAttention. A tensor that occurred twice could not be traced: a view."""
-    ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens.view(-1)}
-    return ends | {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-
-
-def _fa3_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
-    import flash_attn_interface as flash
-
-    if segments is None:
-        y = flash.flash_attn_func(q, k, v, causal=True)
-    else:
-        limits = flash_segment_arguments(segments.cu_seqlens, segments.max_seqlen)
-        packed = (x.flatten(0, 1) for x in (q, k, v))  # x[0] would copy the gradient
-        y = flash.flash_attn_varlen_func(*packed, causal=True, **limits)
-    return (y[0] if isinstance(y, tuple) else y).view(q.shape)  # some releases return more than y
-
-
 def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backends: Backends) -> Tensor:
     """q, k, v [1, heads, T, d]. `flex` masks in blocks; compiled `plain` has a whole mask, for short rows."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -1028,9 +996,7 @@ def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backends
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 6. Functions that are right on every device; on CUDA the fused forms of systems/kernels.py replace them
-# ---------------------------------------------------------------------------------------------------------
+# ---- 6. Functions that are right on every device; systems/kernels.py has fused forms for CUDA ----------
 
 KERNELS = ("loss", "mlp", "qkv_norm_rope", "xsa_gate")
 
@@ -1067,40 +1033,30 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(-3, -2)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 7. Model (SPEC section 3): one block, one traversal, for training, evaluation, calibration and adaptation
-# ---------------------------------------------------------------------------------------------------------
+# ---- 7. Model (SPEC section 3): one block, one traversal, whatever it is used for ----------------------
 
 Adapt = Callable[[str, Tensor], Tensor | float]  # (role of a projection, its input) -> addend to its output
 OnInput = Callable[[str, Tensor], None]  # is told the flat name of each matrix and the input of its product
 
 
-class LayerWeights(NamedTuple):
-    """The six matrices of a layer, slices of the banks."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    up: Tensor
-    down: Tensor
+LayerWeights = namedtuple(
+    "LayerWeights", "q k v o up down"
+)  # the six matrices of a layer, slices of the banks
 
 
 class BlockContext(NamedTuple):
-    """What a block needs besides its input.
+    """What a block needs besides its input."""
 
-    `x0` is the first block's input. At `wanted` [B, n] the result is used (None: everywhere). `past`
-    puts the keys and values of earlier tokens before those of the input.
-    """
-
-    x0: Tensor
+    x0: Tensor  # input of the first block
     weights: LayerWeights
     rope: tuple[Tensor, Tensor]
     segments: Segments | None
     adapt: Adapt | None
     on_input: OnInput | None
-    wanted: Tensor | None
-    past: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    wanted: Tensor | None  # positions [B, n] of which the result is used; None: all
+    past: (
+        Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    )  # puts earlier keys and values before those
 
 
 def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
@@ -1189,7 +1145,9 @@ class Attention(nn.Module):
             context.on_input(f"blocks.{self.layer}.attn.c_q.weight", n)
         plain = wanted is None and past is None
         if plain and "qkv_norm_rope" in self.backends.kernels:
-            q_flat, q, k, v = self._fused_heads(n, context)
+            from systems.attention_kernels import fused_heads
+
+            q_flat, q, k, v = fused_heads(n, context, self.q_gain, self.cfg.num_kv_heads)
         else:
             q_flat, q, k, v = self._heads(n, context)
         own_value = at_positions(v.flatten(-2), wanted).unflatten(-1, v.shape[-2:])
@@ -1219,18 +1177,6 @@ class Attention(nn.Module):
         k, v = (x.unflatten(-1, (cfg.num_kv_heads, cfg.head_dim)) for x in (k, v))
         q = apply_rope(rms_norm(q), rope) * self.q_gain.to(q.dtype)[:, None]
         return q_flat, q, apply_rope(rms_norm(k), context.rope), v
-
-    def _fused_heads(self, n: Tensor, context: BlockContext) -> tuple[Tensor, ...]:
-        """As `_heads` of all positions, by one product and one kernel."""
-        w = context.weights
-        if context.adapt is None:
-            products = F.linear(n, torch.cat([w.q, w.k, w.v]))
-        else:
-            products = torch.cat(project_together(n, {"q": w.q, "k": w.k, "v": w.v}, context.adapt), -1)
-        from systems.attention_kernels import fused_qkv_norm_rope
-
-        heads = fused_qkv_norm_rope(products, self.q_gain, context.rope, self.cfg.num_kv_heads)
-        return products[..., : len(w.q)], *heads
 
     def _gate(self, n: Tensor, q_flat: Tensor) -> Tensor | None:
         """The factor of each head and position [B, T, H], None without a gate."""
@@ -1469,9 +1415,7 @@ def _orthogonal(count: int, rows: int, columns: int) -> Tensor:
     return torch.stack([nn.init.orthogonal_(torch.empty(rows, columns)) for _ in range(count)])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 8. LoRA adapters for test-time training (PR #1530, #1767)
-# ---------------------------------------------------------------------------------------------------------
+# ---- 8. LoRA adapters for test-time training (PR #1530, #1767) -----------------------------------------
 
 
 class LowRank(nn.Module):
@@ -1586,9 +1530,7 @@ def lora_slots(cfg: Config, looping: bool) -> int:
     return sum(map(len, layer_order(cfg, looping)))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 9. Optimisers, schedules, EMA (SPEC section 4)
-# ---------------------------------------------------------------------------------------------------------
+# ---- 9. Optimisers, schedules, EMA (SPEC section 4) ----------------------------------------------------
 
 POLAR_EXPRESS = (  # PR #1344: a different cubic-quintic step each time, tuned to five steps
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -1757,9 +1699,7 @@ class EMA:
         return {name: average.to(state[name].dtype) for name, average in self.averages.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 10. Training
-# ---------------------------------------------------------------------------------------------------------
+# ---- 10. Training --------------------------------------------------------------------------------------
 
 Batch = tuple[Tensor, Tensor, Segments]
 
@@ -1817,7 +1757,11 @@ class Trainer(Worker):
         self, cfg: Config, model: GPT, loader: PackedLoader, ranks: Ranks = CPU, run: "Run | None" = None
     ):
         self.cfg, self.model, self.ranks, self.run = cfg, model, ranks, run
-        self.loader = Prefetched(loader) if ranks.on_gpu else loader
+        self.loader = loader
+        if ranks.on_gpu and has_part("prefetch"):
+            from systems.prefetch import Prefetched
+
+            self.loader = Prefetched(loader)
         self.looping = False
         self.micro_batches, self.micro_tokens = micro_batches(cfg, model.backends, ranks.world_size)
         self.steps = 0  # done; `seconds` is rank 0's clock one step before
@@ -2030,38 +1974,6 @@ def random_row(cfg: Config, tokens: int, max_doc_len: int, generator: torch.Gene
     return packed_row(row, max_doc_len, cfg.plain_windows)
 
 
-class Prefetched:
-    """A loader whose next micro-batch is prepared in the background, in pinned memory for a quick copy."""
-
-    def __init__(self, loader: PackedLoader):
-        self._loader, self._pool, self._next = loader, ThreadPoolExecutor(1), None
-        self.load_state(loader.state())
-
-    def _load(self) -> tuple[Batch, tuple[int, int, int]]:
-        x, y, segments = self._loader.next()
-        if torch.cuda.is_available():
-            x, y, cu_seqlens = (part.pin_memory() for part in (x, y, segments.cu_seqlens))
-            segments = segments._replace(cu_seqlens=cu_seqlens)
-        return (x, y, segments), self._loader.state()
-
-    def next(self) -> Batch:
-        """As the loader's."""
-        batch, self._state = self._next.result()
-        self._next = self._pool.submit(self._load)
-        return batch
-
-    def state(self) -> tuple[int, int, int]:
-        """Position behind the last batch that was taken."""
-        return self._state
-
-    def load_state(self, state: tuple[int, int, int]) -> None:
-        """Go back to a position; what lies ready is thrown away."""
-        if self._next:
-            self._next.exception()
-        self._loader.load_state(state)
-        self._state, self._next = state, self._pool.submit(self._load)
-
-
 def compiled_graphs() -> int:
     """How many graphs have been compiled so far."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -2080,9 +1992,7 @@ def elapsed_at(rank0_seconds: float, step: int) -> float:
     return rank0_seconds * step / (step - 2) if step > 2 else 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 11. Quantisation (SPEC section 5): Hessians, GPTQ, LQER
-# ---------------------------------------------------------------------------------------------------------
+# ---- 11. Quantisation (SPEC section 5): Hessians, GPTQ, LQER -------------------------------------------
 
 BANKS = {  # bank -> the flat names of its slices, in the order of the bank's halves
     "qo_bank": ("attn.c_q.weight", "attn.proj.weight"),
@@ -2397,14 +2307,12 @@ def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) ->
     return restore_banks({name: record.dequantize() for name, record in records.items()}, num_layers)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 12. Artifact: a container without anything executable
+# ---- 12. Artifact: a container without anything executable ---------------------------------------------
 #
 # magic, version, codec (1 byte each after the magic) | header length u32 | sha256 of what follows | header:
 # compressed JSON (model settings; name, kind, bits, shape, correction of each tensor; key and packed length
 # of each stream) | streams: all arrays of one key, concatenated in the tensors' order and compressed. With
 # the codec "ans" all arrays of levels are one stream, LEVELS, and the rest is compressed by brotli.
-# ---------------------------------------------------------------------------------------------------------
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
 CODECS = ("brotli", "lzma", "ans")
@@ -2578,9 +2486,7 @@ def _unpack_stream(data: bytes, stream: str, parts: list[StoredArray], cfg: Conf
         start += part.size
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 13. Evaluation (SPEC section 6): standard, and phased score-first LoRA test-time training
-# ---------------------------------------------------------------------------------------------------------
+# ---- 13. Evaluation (SPEC section 6): standard, and phased score-first LoRA test-time training ---------
 
 
 class BpbMeter:
@@ -2704,13 +2610,8 @@ class TTTBatch(NamedTuple):
         return self.documents[-1][1][1] - 1
 
 
-class ChunkWindow(NamedTuple):
-    """Window of a chunk inside its document: first input, inputs, offset of the scored ones, their number."""
-
-    start: int
-    length: int
-    offset: int
-    targets: int
+# Window of a chunk inside its document: first input, inputs, offset of the scored ones, and their number.
+ChunkWindow = namedtuple("ChunkWindow", "start length offset targets")
 
 
 def select_documents(documents: Sequence[Span], fraction: float, seed: int) -> list[Span]:
@@ -3110,9 +3011,7 @@ class BaseTraining:
             return model(*batch, looping=self.looping)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 14. Main: the stages of a run
-# ---------------------------------------------------------------------------------------------------------
+# ---- 14. Main: the stages of a run ---------------------------------------------------------------------
 
 
 class Run:
@@ -3150,7 +3049,6 @@ class Run:
         self.model = self._first_model(artifact, checkpoint)
         self.watch.see("model", run=self)
         self.log = RunLog(self.cfg, ranks, self.watch)
-        self._log_head()
         self.watch.see("opened", run=self)
 
     def _first_model(self, artifact: Path | None, checkpoint: Path | None) -> GPT:
@@ -3183,26 +3081,6 @@ class Run:
         """A freshly initialised model."""
         torch.manual_seed(cfg.seed)
         return self.backends.move_and_compile(GPT(cfg, self.backends), self.ranks.device)
-
-    def _log_head(self) -> None:
-        """What a reader needs to trust the log: settings, sources, versions and device."""
-        if COUNTED:
-            return
-        source, text = self.sources["train_gpt.py"], show_settings(self.cfg)
-        self.log.text(f"{text}\n{'=' * 80}\n{source.decode(errors='backslashreplace')}\n{'=' * 80}")
-        self.result["environment"] = environment = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if self.ranks.on_gpu else platform.machine(),
-            "threads": torch.get_num_threads(),
-            "ranks": self.ranks.world_size,
-            **dataclasses.asdict(self.backends),
-            "source_sha256": hashlib.sha256(source).hexdigest(),
-        }
-        self.watch.see("head", run=self)
-        self.log.event("start", run=self.log.run_id, folder=str(self.log.folder), **environment)
-
-    # -- stages
 
     def once(self, stage: str, work: Callable[[], object]) -> None:
         """Do a stage, unless it was done before the run was resumed."""
@@ -3453,25 +3331,29 @@ class Run:
         return self.finish()
 
 
+PARTS = {  # setting -> the part of systems/ that other values than the default need, or what each value needs
+    "fit_bytes": "fit_bytes",
+    "caseops_enabled": "plain_text",
+    "ttt_cache_window": "cache",
+    "ttt_chunk_by_length": "chunks",
+    **dict.fromkeys(("plain_windows", "sliding_window_enabled", "ttt_sgd"), "stream"),
+    "compressor": {"ans": "ans"},
+    "attention_backend": {"fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"},
+    "triton_kernels": {Config.triton_kernels: "", "0": "", "": "", None: "kernels"},
+}
+
+
 def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
-    needed = {  # setting -> the part that it needs, if it needs one
-        "COMPRESSOR": "ans" * (cfg.compressor == "ans"),
-        "FIT_BYTES": "fit_bytes" * (cfg.fit_bytes > 0),
-        "CASEOPS_ENABLED": "plain_text" * (not cfg.caseops_enabled),
-        "PLAIN_WINDOWS": "stream" * cfg.plain_windows,
-        "SLIDING_WINDOW_ENABLED": "stream" * cfg.sliding_window_enabled,
-        "TTT_SGD": "stream" * cfg.ttt_sgd,
-        "TTT_CACHE_WINDOW": "cache" * (cfg.ttt_cache_window > 0),
-        "TTT_CHUNK_BY_LENGTH": "chunks" * (cfg.ttt_chunk_by_length > ""),
-        "TRITON_KERNELS": "kernels" * (cfg.triton_kernels not in ("", "0", Config.triton_kernels)),
-        "ATTENTION_BACKEND": {"fa4": "fa4", "torch_varlen": "varlen"}.get(cfg.attention_backend, ""),
-    }
-    for name, part in needed.items():
-        if part and not (Path(__file__).resolve().parent / "systems" / f"{part}.py").is_file():
-            value = cfg.as_env()[name]
+    for name, part in PARTS.items():
+        value = getattr(cfg, name)
+        if isinstance(part, dict):
+            part = part.get(value, part.get(None))
+        elif value == getattr(Config, name):
+            part = None
+        if part and not has_part(part):
             shown = int(value) if isinstance(value, bool) else value
-            raise ConfigError(f"{name}={shown}: needs systems/{part}.py beside train_gpt.py")
+            raise ConfigError(f"{name.upper()}={shown}: needs systems/{part}.py beside train_gpt.py")
 
 
 def find_file(cfg: Config, field: str, needed: bool = True) -> Path | None:

@@ -13,9 +13,9 @@ from harness.ledger import Ledger
 from harness.logfiles import LogFiles
 from harness.preflight import Preflight
 from harness.rules import check_ranks
-from harness.settings import help_text, read_settings
+from harness.settings import help_text, read_settings, show_settings
 from harness.tracking import Progress, Trackers
-from train_gpt import Config, ConfigError, Ranks, Run, RunError, Watch, execute, run_name, show_settings
+from train_gpt import Config, ConfigError, Ranks, Run, RunError, Watch, execute, run_name
 
 
 class Watches(Watch):
@@ -89,7 +89,7 @@ def watched_run(
     """Make a run with all that watches over it, and execute it. Exit code as `main`."""
     preflight = Preflight(cfg, ranks)
     backends, folder, checkpoints = preflight.backends(), None, None
-    watches: list[Watch] = [preflight, Guard(preflight), Progress(ranks)]
+    watches: list[Watch] = [Guard(preflight), preflight, Progress(ranks)]
     if cfg.preflight_only:  # a rehearsal leaves nothing
         folder = Path(closing.enter_context(tempfile.TemporaryDirectory()))
         (folder / "logs").mkdir()

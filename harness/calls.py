@@ -8,7 +8,7 @@ from harness.expressions import UNKNOWN, is_kernel, is_pure, literal
 from harness.scopes import COMPREHENSIONS, Analysis, Scope, become, clone, walk
 
 KEEPS_SIGNATURE = {  # decorators that hand all arguments on
-    "staticmethod", "classmethod", "torch.no_grad()", "functools.cache", "contextlib.contextmanager", "property",
+    "staticmethod", "classmethod", "torch.no_grad()", "functools.cache", "contextlib.contextmanager",
 }  # fmt: skip
 MISSING, VARIES = object(), object()
 
@@ -53,7 +53,7 @@ def known_functions(tree: ast.Module, foreign: frozenset[str], analysis: Analysi
 
 def _keeps_signature(node: ast.FunctionDef) -> bool:
     decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
-    return all(text in KEEPS_SIGNATURE for text in decorators) and "property" not in decorators
+    return all(text in KEEPS_SIGNATURE for text in decorators)
 
 
 def _nested(analysis: Analysis, calls: dict) -> Iterator[Function]:
@@ -62,9 +62,9 @@ def _nested(analysis: Analysis, calls: dict) -> Iterator[Function]:
     for scope in analysis.module.walk():
         for binding in scope.names.values() if not scope.is_class else ():
             node = binding.stores[0][0] if len(binding.stores) == 1 else None
-            if isinstance(node, ast.FunctionDef) and id(node) not in direct and not is_kernel(node):
-                if _keeps_signature(node) and binding.loads and all(use in calls for use in binding.loads):
-                    yield Function(node, [calls[use] for use in binding.loads], 0)
+            plain = isinstance(node, ast.FunctionDef) and id(node) not in direct and not is_kernel(node)
+            if plain and _keeps_signature(node) and binding.loads and all(u in calls for u in binding.loads):
+                yield Function(node, [calls[use] for use in binding.loads], 0)
 
 
 def _statements(node: ast.AST) -> list:
@@ -177,45 +177,44 @@ def drop_keywords(tree: ast.Module) -> None:
     Calls need not be known, only that no text says the name.
     """
     analysis = Analysis(tree)
-    given: dict[str, list[ast.expr]] = {}
-    takers: dict[str, list[ast.FunctionDef]] = {}
-    texts: set[str] = set()
-    for node in walk(tree):
-        if isinstance(node, ast.Call):
-            foreign = _is_foreign(node.func, analysis)
-            for part in node.keywords:
-                given.setdefault(part.arg, []).append(part.value)
-                texts.update([part.arg] if foreign else [])
-        elif isinstance(node, (ast.FunctionDef, ast.Lambda)):
-            for parameter in [*node.args.posonlyargs, *node.args.args]:
-                texts.add(parameter.arg)  # may be given by position
-            for parameter, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
-                takers.setdefault(parameter.arg, []).append(node)
-                given.setdefault(parameter.arg, []).extend([default] if default else [])
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            texts.add(node.value)
+    given, takers, closed = _keywords(tree, analysis)
     for name, functions in takers.items():
         bindings = [analysis.of[function].names[name] for function in functions]
         values = [v for v in given[name] if analysis.binding.get(v) not in bindings]
-        known = [literal(value) for value in values]
-        fixed = name not in texts and all(len(binding.stores) == 1 for binding in bindings)
-        if (
-            not fixed
-            or not values
-            or any(not isinstance(v, (bool, int, float, str, type(None))) for v in known)
-        ):
+        simple = all(isinstance(literal(v), (bool, int, float, str, type(None))) for v in values)
+        stored_once = all(len(binding.stores) == 1 for binding in bindings)
+        if name in closed or not simple or not stored_once or len({ast.dump(v) for v in values}) != 1:
             continue
-        if len({ast.dump(value) for value in values}) > 1:
-            continue
-        for binding in bindings:
-            for use in binding.loads:
-                become(use, values[0])
+        for use in [use for binding in bindings for use in binding.loads]:
+            become(use, values[0])
         for function in functions:
             index = [parameter.arg for parameter in function.args.kwonlyargs].index(name)
             del function.args.kwonlyargs[index], function.args.kw_defaults[index]
         for node in walk(tree):
             if isinstance(node, ast.Call):
                 node.keywords = [keyword for keyword in node.keywords if keyword.arg != name]
+
+
+def _keywords(tree: ast.Module, analysis: Analysis) -> tuple[dict, dict, set[str]]:
+    """What is given for keyword-only parameters (defaults too), who takes them, and names to leave alone."""
+    given: dict[str | None, list[ast.expr]] = {}
+    takers: dict[str, list[ast.FunctionDef]] = {}
+    closed: set[str] = set()
+    for node in walk(tree):
+        if isinstance(node, ast.Call):
+            foreign = _is_foreign(node.func, analysis)
+            for part in node.keywords:
+                given.setdefault(part.arg, []).append(part.value)
+                closed.update([part.arg] if foreign else [])
+        elif isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            a = node.args
+            closed.update(parameter.arg for parameter in [*a.posonlyargs, *a.args])  # given by position
+            for parameter, default in zip(a.kwonlyargs, a.kw_defaults, strict=True):
+                takers.setdefault(parameter.arg, []).append(node)
+                given.setdefault(parameter.arg, []).extend([default] if default else [])
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            closed.add(node.value)
+    return given, takers, closed
 
 
 def _is_foreign(function: ast.expr, analysis: Analysis) -> bool:
@@ -229,7 +228,7 @@ def _is_foreign(function: ast.expr, analysis: Analysis) -> bool:
 
 
 def _same(values: list[ast.expr], analysis: Analysis, scope: Scope) -> ast.expr | None:
-    """The one expression that all values are: a short literal, or a name of the module that is stored once."""
+    """The one expression that all values are: a literal, or a name of the module that is stored once."""
     if len({ast.dump(value) for value in values}) != 1:
         return None
     value = values[0]
@@ -249,7 +248,7 @@ def _same(values: list[ast.expr], analysis: Analysis, scope: Scope) -> ast.expr 
 
 
 def inline_functions(tree: ast.Module, impure: set[str], foreign: frozenset[str]) -> None:
-    """Calls of functions that only return an expression become it: where it is a literal, or is called once."""
+    """Calls of functions that only return an expression become it, if it is a literal or called once."""
     analysis = Analysis(tree)
     scopes = {}
     for scope in analysis.module.walk():
@@ -268,7 +267,7 @@ def inline_functions(tree: ast.Module, impure: set[str], foreign: frozenset[str]
 
 
 def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a scope that are in no scope inside it (nearly: what a scope's head holds may be in both)."""
+    """The nodes of a scope that are in no scope inside it; those of a scope's head may be in both."""
     parts = list(ast.iter_child_nodes(node))
     while parts:
         part = parts.pop()

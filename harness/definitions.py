@@ -139,9 +139,9 @@ class Reach:
             parts = [node]
         for part in parts:
             for child in walk(part):
-                if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Load):
-                    if self.analysis.binding.get(child) is self.analysis.module.names.get(child.id):
-                        self.names.add(child.id)
+                name = child.id if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Load) else ""
+                if name and self.analysis.binding.get(child) is self.analysis.module.names.get(name):
+                    self.names.add(name)
             self.words |= attribute_reads(part, owner)
 
     def _methods(self, node: ast.ClassDef) -> None:
@@ -243,8 +243,8 @@ class Attributes(ast.NodeTransformer):
 def _read_at_once(node: ast.AST) -> Iterator[str]:
     """Names that a statement of the module reads when it is executed: not those inside functions."""
     if isinstance(node, (ast.FunctionDef, ast.Lambda)):
-        outside = [*node.args.defaults, *filter(None, node.args.kw_defaults), *getattr(node, "decorator_list", ())]
-        for part in outside:
+        outside = [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+        for part in [*outside, *getattr(node, "decorator_list", ())]:
             yield from _read_at_once(part)
     elif isinstance(node, ast.Name):
         yield from [node.id] if isinstance(node.ctx, ast.Load) else []
@@ -258,7 +258,8 @@ def early_reads(tree: ast.Module) -> Iterator[str]:
     analysis, bound = Analysis(tree), set()
     later = analysis.module.names.keys()
     for statement in tree.body:
-        inside = {name.id for name in walk(statement) if isinstance(name, ast.Name) and name.ctx.__class__ is ast.Store}
+        stores = (n for n in walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+        inside = {name.id for name in stores}
         yield from (name for name in _read_at_once(statement) if name in later and name not in bound | inside)
         names = (a.asname or a.name.partition(".")[0] for a in walk(statement) if isinstance(a, ast.alias))
         bound |= {*names, *inside, getattr(statement, "name", "")}
@@ -275,7 +276,7 @@ def check(tree: ast.Module, own: set[str], foreign: Collection[str]) -> None:
     missing.update(f"{name} (as early as it is read)" for name in early_reads(tree))
     config = next((node for node in tree.body if getattr(node, "name", "") == "Config"), ast.Pass())
     settings = set(walk(config))  # the only names that are texts
-    left = own_attributes(tree) | {getattr(node, "value", None) for node in settings if type(node) is ast.Constant}
+    left = own_attributes(tree) | {node.value for node in settings if isinstance(node, ast.Constant)}
     for node in walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
@@ -283,9 +284,9 @@ def check(tree: ast.Module, own: set[str], foreign: Collection[str]) -> None:
             missing.update(f"{name} (line {node.lineno})" for name in own_parts)
         name = getattr(node, "id", getattr(node, "attr", None))
         if name in BY_NAME and node not in settings:
-            raise RunError(f"packing: {name} (line {node.lineno}) asks for names that a counted script has lost")
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and name in own:
-            if name not in left and name not in foreign and not DUNDER.fullmatch(name):
-                missing.add(f".{name} (line {node.lineno})")
+            raise RunError(f"packing: {name} (line {node.lineno}) asks for names that may be others now")
+        read = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and name in own
+        if read and name not in left and name not in foreign and not DUNDER.fullmatch(name):
+            missing.add(f".{name} (line {node.lineno})")
     if missing:
         raise RunError(f"packing: folding left nothing that is called {', '.join(sorted(missing))}")

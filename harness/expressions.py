@@ -2,7 +2,7 @@
 
 import ast
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from harness.scopes import walk
@@ -11,7 +11,7 @@ UNKNOWN = object()  # value of an expression that is none before the script runs
 PURE = (
     ast.Constant, ast.Name, ast.Attribute, ast.Tuple, ast.List, ast.Dict, ast.Set, ast.BinOp, ast.UnaryOp,
     ast.BoolOp, ast.Compare, ast.IfExp, ast.Subscript, ast.Slice, ast.JoinedStr, ast.FormattedValue,
-    ast.Lambda, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context,
+    ast.Lambda, ast.arguments, ast.arg, ast.Starred, ast.keyword,
 )  # fmt: skip
 PURE_CALLS = {"len", "int", "float", "str", "bool", "range", "min", "max", "abs", "round", "type", "Path"}
 BINARY = {
@@ -85,16 +85,14 @@ def _identity(value: object) -> object:
 def is_pure(node: ast.AST, impure: Collection[str] = ()) -> bool:
     """Whether an expression only reads.
 
-    `impure` are attributes whose reading does more and, with () behind them, classes whose making does nothing.
+    `impure` are attributes whose reading does more and, with () behind it, a class whose making does nothing.
     """
     for part in walk(node):
         if isinstance(part, ast.Call):
             name = part.func.id if isinstance(part.func, ast.Name) else ""
             if name not in PURE_CALLS and f"{name}()" not in impure:
                 return False
-        elif not isinstance(part, (*PURE, ast.Starred, ast.keyword, ast.arguments, ast.arg)):
-            return False
-        elif isinstance(part, ast.Attribute) and part.attr in impure:
+        elif not isinstance(part, PURE) or (isinstance(part, ast.Attribute) and part.attr in impure):
             return False
     return True
 
@@ -114,9 +112,10 @@ def is_boolean(node: ast.AST, names: Collection[ast.AST] = ()) -> bool:
 class Expressions(ast.NodeTransformer):
     """Folds every expression of a tree in place."""
 
-    def __init__(self, facts: Facts, impure: set[str], shadowed: Callable, booleans: Collection = ()):
-        self.facts, self.impure, self.shadowed, self.owner = facts, impure, shadowed, ""
-        self.booleans = booleans
+    def __init__(self, facts: Facts, impure: set[str], module: Collection, booleans: Collection):
+        """`module`: loads of the module's own names; `booleans`: of variables that are only such."""
+        self.facts, self.impure, self.module, self.booleans = facts, impure, module, booleans
+        self.owner = ""  # what `self` stands for
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:  # noqa: N802, D102
         before, self.owner = self.owner, {"Config": "cfg", "Backends": "backends"}.get(node.name, "")
@@ -128,7 +127,7 @@ class Expressions(ast.NodeTransformer):
         return node if is_kernel(node) else self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> ast.AST:  # noqa: N802, D102
-        known = isinstance(node.ctx, ast.Load) and node.id in self.facts.names and not self.shadowed(node)
+        known = isinstance(node.ctx, ast.Load) and node.id in self.facts.names and node in self.module
         return as_node(self.facts.names[node.id]) if known else node
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:  # noqa: N802, D102
@@ -207,10 +206,8 @@ class Expressions(ast.NodeTransformer):
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:  # noqa: N802, D102
         self.generic_visit(node)
         dicts = [part for part in (node.left, node.right) if isinstance(part, ast.Dict)]
-        if isinstance(node.op, ast.BitOr) and dicts:
-            if len(dicts) == 2:
-                keys, values = dicts[0].keys + dicts[1].keys, dicts[0].values + dicts[1].values
-                return ast.Dict(keys, values)
+        if isinstance(node.op, ast.BitOr) and len(dicts) == 2:
+            return ast.Dict(dicts[0].keys + dicts[1].keys, dicts[0].values + dicts[1].values)
         return self._shorter(node)
 
     def _shorter(self, node: ast.expr) -> ast.expr:

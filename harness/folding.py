@@ -51,10 +51,11 @@ def fold(
 
 def fold_once(tree: ast.Module, facts: Facts, impure: set[str], foreign: frozenset[str]) -> None:
     """One round of all rules."""
-    impure = impure | {f"{node.name}()" for node in tree.body if isinstance(node, ast.ClassDef) and _is_inert(node)}
+    classes = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    impure = impure | {f"{node.name}()" for node in classes if _is_inert(node)}
     bound = Analysis(tree)
-    shadowed = lambda node: bound.binding[node].scope is not bound.module if node in bound.binding else True  # noqa: E731
-    Expressions(facts, impure, shadowed, boolean_names(bound, tree)).visit(tree)
+    module = {node for binding in bound.module.names.values() for node in binding.loads}
+    Expressions(facts, impure, module, boolean_names(bound, tree)).visit(tree)
     members = Members(tree, impure, foreign)
     members.visit(tree)
     Statements(impure).visit(tree)
@@ -77,7 +78,7 @@ def _is_inert(node: ast.ClassDef) -> bool:
 
 
 def inline_parts(tree: ast.Module, parts: Mapping[str, bytes]) -> ast.Module:
-    """The core with all modules of systems/ that it (or one of them) imports. Names are unique: else RunError."""
+    """The core with all modules of systems/ that it, or one of them, imports; a name twice is a RunError."""
     trees, wanted = {"": tree}, [""]
     for name in wanted:
         for module in _parts_of(trees[name]):
@@ -128,7 +129,7 @@ def _is_guard(node: ast.stmt) -> bool:
 
 
 def _defined(statement: ast.stmt) -> Iterator[tuple[str, str | None]]:
-    """The names that a statement of a module defines; of imports with their text: the same twice is no clash."""
+    """The names that a statement of a module defines; of imports with their origin: the same is no clash."""
     if isinstance(statement, (ast.Import, ast.ImportFrom)):
         for alias in statement.names:
             origin = f"{getattr(statement, 'module', '')} {alias.name}"

@@ -13,8 +13,9 @@ import re
 import struct
 import subprocess
 import threading
+import types
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -27,22 +28,22 @@ TYPES = (
     slice, range, type, property, BaseException, OSError, pathlib.Path, io.BytesIO, io.TextIOWrapper,
     io.BufferedWriter, re.Pattern, re.Match, struct.Struct, random.Random, threading.Thread, threading.Event,
     concurrent.futures.Future, concurrent.futures.ThreadPoolExecutor, subprocess.CompletedProcess,
-    zipfile.ZipFile, np.ndarray, np.random.Generator, np.dtype, np.memmap, torch.Tensor, torch.Size, torch.device,
-    torch.dtype, torch.Generator, torch.nn.Module, torch.nn.Parameter, torch.nn.Linear, torch.nn.Embedding,
-    torch.nn.ModuleList, torch.optim.Optimizer, torch.optim.AdamW, torch.optim.SGD, torch.cuda.Event,
-    torch.autograd.function.FunctionCtx, torch.Tag, dist.Store, dist.Work, type(hashlib.sha256()),
+    zipfile.ZipFile, np.ndarray, np.random.Generator, np.dtype, np.memmap, torch.Tensor, torch.Size,
+    torch.device, torch.dtype, torch.Generator, torch.nn.Module, torch.nn.Parameter, torch.nn.Linear,
+    torch.nn.Embedding, torch.nn.ModuleList, torch.optim.Optimizer, torch.optim.AdamW, torch.optim.SGD,
+    torch.cuda.Event, torch.autograd.function.FunctionCtx, dist.Store, dist.Work, type(hashlib.sha256()),
     type(lambda: None), type(len), type(_ for _ in ()), type(open), type(functools.lru_cache(len)),
 )  # fmt: skip
 EXTRA = {  # of objects that no class here has
     "saved_tensors", "needs_input_grad", "save_for_backward", "register_autograd", "register_fake", "stream",
     "stack", "model", "Categorical", "AnsCoder", "encode_reverse", "decode", "get_compressed", "process",
     "is_finished", "eof", "unused_data", "decompress", "compress", "Decompressor", "shape", "grad",
-    "cu_seqlens_q", "constexpr", "jit",
+    "cu_seqlens_q", "constexpr", "jit", "block_shape",
 }  # fmt: skip
 
 
 def foreign_names(tree: ast.Module) -> frozenset[str]:
-    """What may be an attribute of an object that is not ours: of common types, and of all that is imported."""
+    """What may be an attribute of what is not ours: of common types, and of all that is imported."""
     modules = set()
     for node in tree.body:
         if isinstance(node, ast.Import):
@@ -50,8 +51,7 @@ def foreign_names(tree: ast.Module) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             modules.add(node.module)
             modules.update(f"{node.module}.{alias.name}" for alias in node.names)
-    own = ("train_gpt", "systems", "harness")
-    return _names(frozenset(name for name in modules if name.partition(".")[0] not in own)) | _of_imports(tree)
+    return _names(frozenset(modules)) | _of_imports(tree)
 
 
 def _of_imports(tree: ast.Module) -> set[str]:
@@ -74,8 +74,15 @@ def _of_imports(tree: ast.Module) -> set[str]:
 def _names(modules: frozenset[str]) -> frozenset[str]:
     found = set(EXTRA).union(dir(builtins), *map(dir, TYPES))
     for name in sorted(modules):
-        found.update(*map(dir, _objects(name)), name.split("."))
+        found.update(*map(_attributes, _objects(name)), name.split("."))
     return frozenset(found)
+
+
+def _attributes(thing: object) -> Iterable[str]:
+    """What `dir` tells; of a module all but its submodules: a library loads some only when they are used."""
+    if not isinstance(thing, types.ModuleType):
+        return dir(thing)
+    return [name for name, member in vars(thing).items() if not issubclass(type(member), types.ModuleType)]
 
 
 def _objects(name: str) -> Iterator[object]:

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from harness.backends import fit_memory
 from harness.preflight import Preflight
+from harness.settings import show_settings
 from train_gpt import (
     CPU,
     SIZE_LIMIT,
@@ -74,6 +76,33 @@ def command_output(*command: str) -> str:
         return ""
 
 
+def write_head(run: Run) -> None:
+    """What a reader needs to trust a log: settings, sources, hardware, versions, commit and hashes."""
+    log, (source, *_), hashes = run.log, run.sources.values(), {}
+    log.text(f"{show_settings(run.cfg)}\n{'=' * 80}\n{source.decode(errors='backslashreplace')}\n{'=' * 80}")
+    for name, text in list(run.sources.items())[1:]:
+        hashes[name] = hashlib.sha256(text).hexdigest()
+        log.text(f"==== {name} sha256:{hashes[name]}\n{text.decode(errors='backslashreplace')}")
+    hardware = command_output("nvidia-smi" if run.ranks.on_gpu else "lscpu")
+    log.text(f"==== end\n{hardware}")
+    cpu, manifest = re.search(r"Model name:\s*(.*)", hardware), run.cfg.data_folder / "manifest.json"
+    device = torch.cuda.get_device_name() if run.ranks.on_gpu else cpu[1] if cpu else platform.machine()
+    folder = str(Path(__file__).resolve().parents[1])
+    environment = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "ranks": run.ranks.world_size,
+        **dataclasses.asdict(run.backends),
+        "commit": command_output("git", "-C", folder, "rev-parse", "HEAD"),
+        "source_sha256": hashlib.sha256(source).hexdigest(),
+        "data_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else "",
+    }
+    log.event("start", run=log.run_id, folder=str(log.folder), **environment)
+    run.result["environment"] = environment | {"house_sha256": hashes}
+
+
 class Guard(Watch):
     """Completes the log's head, makes smaller what does not fit, and says what a user should know."""
 
@@ -86,29 +115,10 @@ class Guard(Watch):
         if step_in:
             step_in(**facts)
 
-    def _head(self, run: Run) -> None:
-        """The files beside the script, hardware, commit and hashes."""
-        for name, text in list(run.sources.items())[1:]:
-            run.log.text(f"==== {name} sha256:{hashlib.sha256(text).hexdigest()}")
-            run.log.text(text.decode(errors="backslashreplace"))
-        run.log.text("==== end")
-        hardware = command_output("nvidia-smi" if run.ranks.on_gpu else "lscpu")
-        run.log.text(hardware)
-        environment, manifest = run.result["environment"], run.cfg.data_folder / "manifest.json"
-        if (cpu := re.search(r"Model name:\s*(.*)", hardware)) and not run.ranks.on_gpu:
-            environment["device"] = cpu[1]
-        folder = str(Path(__file__).resolve().parents[1])
-        environment["commit"] = command_output("git", "-C", folder, "rev-parse", "HEAD")
-        data = manifest.read_bytes() if manifest.is_file() else b""
-        environment["data_sha256"] = hashlib.sha256(data).hexdigest() if data else ""
-
     def _opened(self, run: Run) -> None:
+        write_head(run)
         log, manifest, cfg = run.log, self._preflight.manifest, run.cfg
         self._log = log
-        names = list(run.sources.items())[1:]
-        run.result["environment"]["house_sha256"] = {
-            name: hashlib.sha256(text).hexdigest() for name, text in names
-        }
         if not manifest:
             log.event("notice", text=f"{cfg.data_folder} has no manifest.json: its split is not verified")
         if unverified := manifest.get("unverified"):

@@ -15,7 +15,7 @@ OBJECT = ("self", "cls", "super()")
 def named_in_texts(tree: ast.Module) -> set[str]:
     """Attributes that may be asked for by a text: in getattr and its like, and the settings of Config.
 
-    A text with gaps means all that it fits; where anything may be asked for, each text that is a name is meant.
+    A text with gaps means all that it fits. Where anything may be asked for, each text that is a name is.
     """
     found, texts, own, open_ended = set(), set(), set(), False
     for node in walk(tree):
@@ -41,7 +41,8 @@ def named_in_texts(tree: ast.Module) -> set[str]:
 
 
 def _texts(tree: ast.AST) -> set[str]:
-    return {node.value for node in walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    constants = (node.value for node in walk(tree) if isinstance(node, ast.Constant))
+    return {value for value in constants if isinstance(value, str)}
 
 
 def attribute_reads(tree: ast.AST, owner: str = "") -> set[str | tuple[str, str]]:
@@ -89,10 +90,12 @@ def pairs(node: ast.Assign) -> list[tuple[ast.expr, ast.expr]]:
     if len(node.targets) > 1:
         return [(target, node.value) for target in node.targets]
     target, value = node.targets[0], node.value
-    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
-        if not any(isinstance(part, ast.Starred) for part in [*target.elts, *value.elts]):
-            return list(zip(target.elts, value.elts, strict=True))
-    return [(target, value)]
+    tuples = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+    if not tuples or len(target.elts) != len(value.elts):
+        return [(target, value)]
+    if any(isinstance(part, ast.Starred) for part in [*target.elts, *value.elts]):
+        return [(target, value)]
+    return list(zip(target.elts, value.elts, strict=True))
 
 
 class Members(ast.NodeTransformer):

@@ -33,7 +33,7 @@ def packed_script(
 ) -> tuple[bytes, bool]:
     """The script as it is counted for a run, and whether it was minified (python-minifier is installed).
 
-    `house` holds the files by their paths: train_gpt.py and those of systems/. A packed script packs to itself.
+    `house` has the files by their paths: train_gpt.py, and those of systems/. A packed script stays itself.
     Raises RunError where folding leaves something that is not whole.
     """
     source = house["train_gpt.py"]
@@ -53,10 +53,10 @@ def folded_source(
 def folded_tree(cfg: Config, backends: Backends, house: Mapping[str, bytes], on_gpu: bool) -> ast.Module:
     """The folded script with short names."""
     parts = {name.removesuffix(".py").replace("/", "."): data for name, data in house.items()}
-    facts = facts_of(cfg, backends, on_gpu)
+    facts, config = facts_of(cfg, backends, on_gpu), run_time_config(run_time_settings(cfg, on_gpu))
     gc.disable()  # a tree is all cycles and no garbage: a third of the time
     try:
-        return rename(fold(parts.pop("train_gpt"), parts, facts, run_time_config(run_time_settings(cfg, on_gpu))))
+        return rename(fold(parts.pop("train_gpt"), parts, facts, config))
     finally:
         gc.enable()
 

@@ -99,7 +99,7 @@ class Words:
         self.new = self._name()
 
     def _texts(self) -> Iterator[str]:
-        """Words that a text may use as a name: whole texts, and parts of what is given to getattr and so on."""
+        """Words that a text may use as a name: whole texts, and what getattr and its like may mean."""
         yield from named_in_texts(self.tree)
         for node in walk(self.tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
@@ -197,6 +197,8 @@ class Words:
             return name
         if scope.is_class:
             return self.new.get(name, name)
+        if any(user is not scope and is_kernel(user.node) for user in binding.users):
+            return name  # Triton's interpreter knows `tl` by this name only
         for node, _ in binding.stores:
             if isinstance(node, ast.alias) and node.asname is None and "." in node.name:
                 return name

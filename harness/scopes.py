@@ -26,7 +26,7 @@ NO_NODES = {
 
 @functools.cache
 def _parts(kind: type[ast.AST]) -> tuple[str, ...]:
-    """The fields of a kind of node that may hold nodes (but for operators and contexts), the last one first."""
+    """The fields of a kind of node that may hold nodes, operators and contexts aside; the last one first."""
     return tuple(field for field in reversed(kind._fields) if field not in NO_NODES)
 
 
@@ -63,7 +63,7 @@ def become(node: ast.AST, value: ast.AST) -> None:
 
 
 class Binding:
-    """A name of one scope: the nodes that store it and those that load it, each with the field that holds it."""
+    """A name of one scope: the nodes that store it, with their field for the name, and those that load it."""
 
     def __init__(self, name: str, scope: "Scope"):
         self.name, self.scope = name, scope

@@ -184,3 +184,13 @@ def help_text(source: str) -> str:
     """What `--help` prints, by the source of train_gpt.py."""
     presets = f"Settings, as environment variables (PRESET one of {', '.join(PRESETS)}):"
     return f"{train_gpt.__doc__}\n{presets}\n\n{settings_table(source)}"
+
+
+def show_settings(cfg: Config) -> str:
+    """The resolved settings, one a line; what differs from the default is marked with its default."""
+    rows = []
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        mark = "" if value == field.default else f"    # default {field.default!r}"
+        rows.append(f"{field.name.upper()}={int(value) if isinstance(value, bool) else value}{mark}")
+    return "\n".join(rows)

@@ -129,7 +129,7 @@ class UnfinishedRun:
             self._find()
 
     def _identity(self, sources: Mapping[str, bytes]) -> dict[str, object]:
-        """What the result of a run depends on: settings, hashes of script, data and given files."""
+        """What the result of a run depends on: settings, hashes of the house, the data and given files."""
         cfg, settings = self.cfg, self.cfg.as_env()
         del settings["RESUME"]
         inputs = ["quantized_model_path"] * cfg.ttt_eval_only + ["model_path"] * cfg.quantize_only
@@ -140,9 +140,9 @@ class UnfinishedRun:
         files = [path for split in splits for path in shard_paths(cfg.data_folder, split)]
         files += [cfg.data_folder / "manifest.json", tokenizer_file(cfg)]
         files += [find_file(cfg, field, needed=False) for field in inputs]
-        script = hashlib.sha256(b"".join(hashlib.sha256(text).digest() for text in sources.values()))
-        known = {str(path): file_digest(path) for path in files if path}
-        return {"settings": settings, "files": known, "script": script.hexdigest()}
+        known = {name: hashlib.sha256(text).hexdigest() for name, text in sources.items()}
+        known |= {str(path): file_digest(path) for path in files if path}
+        return {"settings": settings, "files": known}
 
     @staticmethod
     def _is_unfinished(folder: Path) -> bool:
@@ -194,4 +194,4 @@ class UnfinishedRun:
             rows += [f"{name}={value} there {other}"] * (value != other)
         for name in sorted(now["files"].keys() | then["files"].keys()):
             rows += [f"{name} differs"] * (now["files"].get(name) != then["files"].get(name))
-        return rows + ["train_gpt.py differs"] * (now["script"] != then["script"])
+        return rows

@@ -10,7 +10,7 @@ from harness.scopes import Analysis, Binding, clone, walk
 
 
 class Locals(ast.NodeTransformer):
-    """Variables that are one literal become it; assignments that nobody reads go. The same for small globals."""
+    """Variables that are one literal become it, and assignments that nobody reads go; globals too."""
 
     def __init__(self, tree: ast.Module, impure: set[str], silent: Collection[str]):
         self.impure, self.silent, self.analysis = impure, silent, Analysis(tree)
@@ -39,8 +39,7 @@ class Locals(ast.NodeTransformer):
             self.values[binding] = value
             self.dead.update(stores)
         elif not binding.loads and not binding.is_parameter and not binding.name.startswith("__"):
-            if binding.scope.parent or binding.name not in keep:
-                self.dead.update(stores)
+            self.dead.update(stores if binding.scope.parent or binding.name not in keep else ())
 
     def _propagates(self, binding: Binding, value: ast.expr) -> bool:
         if isinstance(value, ast.Attribute) and value.attr in self.silent:

@@ -4,9 +4,11 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from systems.kernels import operator
+from train_gpt import BlockContext, project_together
 
 
 @functools.cache
@@ -104,6 +106,16 @@ def fused_qkv_norm_rope(
     tables = (table.to(x.dtype).flatten(1) for table in rope)
     parts = _qkv_norm_rope(x.flatten(0, -2).contiguous(), gain.to(x.dtype), *tables, groups)
     return tuple(part.unflatten(0, x.shape[:-1]) for part in parts)
+
+
+def fused_heads(n: Tensor, context: BlockContext, gain: Tensor, groups: int) -> tuple[Tensor, ...]:
+    """What `Attention._heads` makes of all positions of n [B, T, D], by one product and one kernel."""
+    w = context.weights
+    if context.adapt is None:
+        products = F.linear(n, torch.cat([w.q, w.k, w.v]))
+    else:
+        products = torch.cat(project_together(n, {"q": w.q, "k": w.k, "v": w.v}, context.adapt), -1)
+    return products[..., : len(w.q)], *fused_qkv_norm_rope(products, gain, context.rope, groups)
 
 
 @functools.cache

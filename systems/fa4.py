@@ -7,8 +7,9 @@ the two functions of the package that torch.nn.attention calls too.
 import torch
 from torch import Tensor
 
+from systems.fa3 import flash_segment_arguments
 from systems.kernels import operator
-from train_gpt import Segments, flash_segment_arguments
+from train_gpt import Segments
 
 
 def _fa4_options(cu_seqlens: Tensor | None, max_seqlen: int) -> dict[str, object]:

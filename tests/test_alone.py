@@ -34,10 +34,11 @@ REPLACED = {
     ("TTT_CACHE_WINDOW", 32): "cache",
     ("TTT_CHUNK_BY_LENGTH", "60:8"): "chunks",
     ("TRITON_KERNELS", "loss"): "kernels",
+    ("ATTENTION_BACKEND", "fa3"): "fa3",
     ("ATTENTION_BACKEND", "fa4"): "fa4",
     ("ATTENTION_BACKEND", "torch_varlen"): "varlen",
 }
-UNASKED = {"attention_kernels", "compiled"}  # used on a GPU where they stand, done without where not
+UNASKED = {"attention_kernels", "compiled", "prefetch"}  # used on a GPU where they stand
 NO_MATTER = {  # read in harness/ alone, and without effect on what a script alone does
     "RESUME": "nothing is kept from which it could go on",
     "ALLOW_UNVERIFIED_DATA": "no manifest is read",

@@ -364,6 +364,7 @@ ALL_KERNELS = "loss,mlp,qkv_norm_rope,xsa_gate"
         ({}, 9, {"flash_attn_interface", "triton"}, ("fa3", ALL_KERNELS, "inductor", 16)),
         ({}, 8, {"flash_attn_interface", "triton"}, ("flex", ALL_KERNELS, "inductor", 16)),
         ({}, 9, {"triton"}, ("flex", ALL_KERNELS, "inductor", 16)),
+        ({}, 9, {"flash_attn_interface", "triton", "alone"}, ("flex", "", "inductor", 16)),
         ({"attention_backend": "fa4"}, 9, set(), ("fa4", "", "inductor", 16)),
         (
             {"triton_kernels": "mlp,loss", "compile_backend": "off", "grad_accum_steps": 32},
@@ -380,7 +381,8 @@ ALL_KERNELS = "loss,mlp,qkv_norm_rope,xsa_gate"
     ],
 )
 def test_the_script_alone_chooses_by_what_is_there(tg, monkeypatch, settings, capability, packages, expected):
-    """Without harness/ nothing is tried: device, packages and settings decide."""
+    """Without harness/ nothing is tried: device, packages and settings decide; kernels are in systems/."""
+    monkeypatch.setattr(tg, "has_part", lambda name: "alone" not in packages)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in packages else None)
     assert tg.plain_backends(tg.Config(**settings), GPU) == tg.Backends(*expected)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import train_gpt
 from harness import packing, settings
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import audit  # noqa: E402
+
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 HOUSE = "harness|systems|tools|dataprep|experiments|bench|tests|docs"
@@ -123,6 +127,11 @@ def test_the_page_on_bytes_names_what_a_folded_script_reads():
     named = {name.lower() for row in section.splitlines() for name in re.findall(r"`([A-Z_]+)`", row)}
     configs = (train_gpt.Config(), train_gpt.Config(sliding_window_enabled=True, ttt_sgd=True))
     assert named == set().union(*(packing.run_time_settings(cfg, on_gpu=False) for cfg in configs))
+
+
+def test_the_page_on_the_audit_has_every_check():
+    assert re.findall(r"^\| ([A-Z]\d) \|", read(ROOT / "docs" / "audit.md"), re.M) == audit.ORDER
+    assert f"{len(audit.ORDER)} checks" in read(README)
 
 
 def test_the_glossary_knows_every_word_of_a_log():

@@ -5,11 +5,14 @@ import contextlib
 import io
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import packing_cases
 import pytest
 import test_smoke as smoke
 import torch
@@ -53,84 +56,14 @@ def counted(source: str, **facts: object) -> str:
     return text
 
 
-RULES = {  # source -> words that must have gone
-    "setting": ("def main():\n    print(cfg.width * 2)", "cfg width"),
-    "setting of an attribute": (
-        "class Run:\n    def __init__(self): self.cfg = cfg\n    def go(self): return self.cfg.width\n"
-        "def main(): print(Run().go())",
-        "cfg width",
-    ),
-    "branch": ("def main():\n    if cfg.on:\n        print(lost())\n    else:\n        print(1)", "lost"),
-    "elif": (
-        "def main():\n    if cfg.style == 'single': print(lost())\n    elif cfg.width > 2: print(2)\n"
-        "    else: print(lost())",
-        "lost",
-    ),
-    "conditional": ("def main(): print(lost() if cfg.on else 5, 6 if cfg.width else lost())", "lost"),
-    "boolean": ("def main(): print(cfg.on and lost(), cfg.width or lost(), not cfg.on)", "lost"),
-    "membership": ("def main():\n    if cfg.style in ('a', 'b'): lost()\n    print('x' in 'xyz')", "lost"),
-    "chain": ("def main():\n    for i in range(6): print(i, 0 < cfg.width <= i)", "cfg"),
-    "backend": ("def main():\n    if 'mlp' in backends.kernels: lost()\n    print(backends.attention)", "lost"),
-    "counted": ("COUNTED = False\ndef main():\n    if not COUNTED: lost()\n    print(1)", "lost COUNTED"),
-    "text": ("def main(): print(f'{cfg.width}-{cfg.rate:.2f}-{cfg.style!r}')", "cfg"),
-    "dictionary": ("def main():\n    x = 4\n    print({'lanes': x, 'single': x + 1}[cfg.style])", "single"),
-    "unpacked dictionary": (
-        "def f(a, b): return a - b\ndef main(): print(f(**{'a': 7, 'b': cfg.width}), {**{'k': 1}})",
-        "cfg",
-    ),
-    "star of a tuple": ("def f(*a): return a\ndef main(): print(f(*(1, cfg.width)), [*[2, 3]])", "cfg"),
-    "behind an end": ("def main():\n    print(1)\n    return\n    print(lost())", "lost"),
-    "assertion": ("def main():\n    assert cfg.width == 3\n    print(1)", "assert"),
-    "dead variable": ("def main():\n    dead = [cfg.width, 2]\n    dead2 = dead\n    print(1)", "dead dead2"),
-    "dead effect": ("def main():\n    dead = print('still')\n    print(1)", "dead"),
-    "parameter of one value": (
-        "def f(x, size, kind='a'): return x * size if kind == 'a' else lost()\n"
-        "def main(): print([f(i, cfg.width) for i in (1, 2)])",
-        "lost size kind",
-    ),
-    "unused parameter": ("def f(x, lost): return x + x\ndef main(): print(f(2, 3), f(4, 'b'))", "lost"),
-    "keyword handed on": (
-        "def inner(x, *, cache=None): return [x, 1] if cache is None else lost()\n"
-        "def outer(*a, cache=None, **o):\n    print(a)\n    return inner(*a, cache=cache, **o)\n"
-        "def main(): print(outer(1), outer(*(2,), cache=None))",
-        "cache lost",
-    ),
-    "constant function": (
-        "def f(x, name): return cfg.on and name in x\n"
-        "def main():\n    y = 'a'\n    if f(y, 'a'): print(lost())\n    print(f(y, 'b'))",
-        "lost",
-    ),
-    "silent methods": (
-        "class Watch:\n    def saw(self, kind, **facts): pass\n    def kept(self, stage): return None\n"
-        "class Run:\n    def __init__(self): self.watch = Watch()\n    def go(self):\n"
-        "        tell = self.watch.saw\n        tell('start', run=self)\n"
-        "        if (state := self.watch.kept('x')) is not None: self.lost(state)\n        print(1)\n"
-        "    def lost(self, state): print(state)\ndef main(): Run().go()",
-        "Watch watch saw kept lost",
-    ),
-    "attribute of one value": (
-        "class A:\n    def __init__(self, n): self.capped, self.n = cfg.on, n\n"
-        "    def go(self): print(self.n if not self.capped else lost())\ndef main(): A(4).go()",
-        "capped lost",
-    ),
-    "unreached definitions": (
-        "def lost(): pass\nclass Lost: pass\nLOST = {}\nclass A:\n    def used(self): return 1\n"
-        "    def lost(self): return 2\ndef main(): print(A().used())",
-        "lost Lost LOST",
-    ),
-    "docstrings and annotations": (
-        "class P:\n    'words'\n    x: int = 1\n    def f(self, a: 'lost') -> 'lost':\n        'words'\n"
-        "        y: lost = a\n        return y\ndef main(): print(P().f(2), P.x)",
-        "words lost",
-    ),
-    "errors": (
-        "class Wrong(ValueError): 'A fault.'\ndef f(x):\n    text = f'lost {x}'\n    if x > 2:\n"
-        "        raise Wrong(f'{x}: {text}') from None\ndef main():\n    f(1)\n    try: f(3)\n"
-        "    except Wrong as error: print('caught')",
-        "lost text",
-    ),
-    "imports that nothing needs": ("import json\nimport math as m\ndef main(): print(m.pi)", "json"),
-}
+def cases(text: str) -> dict[str, tuple[str, str]]:
+    """Source and words of each case by its name."""
+    parts = re.split(r"(?m)^# == (.*)\n", text)[1:]
+    heads = (head.partition(" | ") for head in parts[::2])
+    return {name: (source, lost) for (name, _, lost), source in zip(heads, parts[1::2], strict=True)}
+
+
+RULES, SAME = cases(packing_cases.RULES), cases(packing_cases.SAME)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -139,105 +72,18 @@ def test_rule(rule):
     assert not set(lost.split()) & set(words(counted(source)))
 
 
-SAME = {  # what must stay as it is
-    "shadowed": "size = 5\ndef f(size): return size\ndef main():\n    print(f(2), size, [size for size in (7, 8)])",
-    "shadowed constant": "COUNTED = False\ndef f(COUNTED): return COUNTED\ndef main(): print(f(0), f(2))",
-    "walrus": "def main():\n    print([y for x in (1, 2, 3) if (y := x * 2) > 2], y)\n    while (z := y) > 9: pass",
-    "comprehension": "x = 1\ndef main():\n    y = 2\n    print([x + y for x in range(y)], {x: y for y in (x,)}, x)",
-    "closure": (
-        "def make(n):\n    total = 0\n    def add(k):\n        nonlocal total\n        total += k * n\n"
-        "        return total\n    return add\ndef main():\n    f, g = make(1), make(2)\n    print(f(1), f(1), g(3))"
-    ),
-    "late closure": "def main():\n    fs = [lambda: i for i in range(3)]\n    print([f() for f in fs])",
-    "global": "count = 0\ndef up():\n    global count\n    count += 1\ndef main():\n    up(), up()\n    print(count)",
-    "keywords of a dictionary": (
-        "def f(*, alpha, beta=2): return alpha - beta\n"
-        "def main():\n    options = {'alpha': 5}\n    print(f(**options), f(alpha=1, **{'beta': 4}))"
-    ),
-    "collected keywords": (
-        "def event(stage, **values): return stage, sorted(values)\n"
-        "def f(seconds): return seconds\ndef main(): print(event('x', seconds=f(seconds=3), size=1))"
-    ),
-    "attribute by name": (
-        "class A:\n    def __init__(self): self.left_side, self.right_side = 1, 2\n"
-        "    def get(self, side): return getattr(self, f'{side}_side')\n"
-        "def main(): print(A().get('left'), getattr(A(), 'right_side'), hasattr(A(), 'other'))"
-    ),
-    "decorators": (
-        "import contextlib, functools\n@functools.cache\ndef f(x):\n    print('once')\n    return x\n"
-        "@contextlib.contextmanager\ndef block(name):\n    print('in', name)\n    yield\n    print('out')\n"
-        "class A:\n    @property\n    def p(self): return self.go(1)\n    @staticmethod\n    def s(x): return x\n"
-        "    @classmethod\n    def c(cls, x): return cls().go(x)\n    @functools.cached_property\n"
-        "    def q(self):\n        print('made')\n        return 8\n    def go(self, x): return x + 1\n"
-        "def main():\n    a = A()\n    print(f(1), f(1), a.p, a.s(3), A.c(4), a.q, a.q)\n    with block('b'): pass"
-    ),
-    "inheritance": (
-        "class A:\n    kind = 'a'\n    def __init__(self, x): self.x = x\n    def run(self): return self.step() * 2\n"
-        "    def step(self): raise NotImplementedError\nclass B(A):\n    kind = 'b'\n    def __init__(self, x, y):\n"
-        "        super().__init__(x)\n        self.y = y\n    def step(self): return self.x - self.y\n"
-        "class C(B):\n    def step(self): return super().step() + 100\n"
-        "def main():\n    for kind in (B, C): print(kind(5, 3).run(), kind.kind)"
-    ),
-    "overridden silence": (
-        "class A:\n    def told(self): pass\nclass B(A):\n    def told(self): print('b')\n"
-        "def main():\n    for k in (A, B): k().told()"
-    ),
-    "defaults": (
-        "def f(a, b=[], *, c=1 + 1):\n    b.append(a)\n    return b, c\n"
-        "def main(): print(f(1), f(2), f(3, []), f(4, c=9))"
-    ),
-    "stars": (
-        "def f(a, b, *rest, **more): return a, b, rest, more\n"
-        "def main():\n    l, d = [2, 3], {'k': 4}\n    print(f(1, *l, 5), f(*l, **d), f(*[1], b=2))"
-    ),
-    "named tuple": (
-        "from typing import NamedTuple\nclass P(NamedTuple):\n    first: int\n    second: int = 7\n\n    @property\n"
-        "    def both(self): return self.first + self.second\n"
-        "def main():\n    p = P(first=1)\n    q = p._replace(first=5)\n    a, b = q\n    print(q.both, a, b, p[1])"
-    ),
-    "data class": (
-        "import dataclasses\nfrom dataclasses import dataclass\n@dataclass(frozen=True)\nclass D:\n    one: int\n"
-        "    many: list = dataclasses.field(default_factory=list)\n"
-        "def main():\n    d = D(1)\n    d.many.append(2)\n    print(d.one, d.many, D(one=1) == D(1, []))"
-    ),
-    "order of effects": (
-        "def say(x):\n    print(x)\n    return x\ndef pair(a, b): return say(3), b, a\n"
-        "def second(a, b): return b - a\ndef main(): print(pair(say(1), say(2)), second(say(4), say(5)))"
-    ),
-    "generator": (
-        "class W:\n    def units(self):\n        if cfg.on:\n            yield 1\n        print('end')\n"
-        "def main():\n    print([*W().units()])"
-    ),
-    "loop": (
-        "def main():\n    n = 0\n    while True:\n        n += 1\n        if n > cfg.width: break\n"
-        "        if n == 2: continue\n        print(n)\n    else: print('no')\n"
-        "    for _ in range(1): print('once')"
-    ),
-    "try": (
-        "def main():\n    try:\n        if cfg.on: raise ValueError\n        print(int('x'))\n"
-        "    except (KeyError, ValueError) as error:\n        print(type(error).__name__)\n"
-        "    else: print('none')\n    finally: print('end')"
-    ),
-    "arithmetic": "def main(): print(2 ** -cfg.width, -7 // 2, (-3) ** 2, 1 << 20, 1 / 3, 0.1 + 0.2, 2.0 ** -24)",
-    "swap": "def main():\n    a, b = cfg.width, 4\n    a, b = b, a\n    print(a, b)",
-    "chained": "def main():\n    a = b = [1]\n    a.append(2)\n    print(b)",
-    "library's names": (
-        "class Box:\n    def __init__(self): self.items, self.append = 3, 4\n"
-        "def main():\n    b, l = Box(), []\n    l.append(b.items)\n    print(l, b.append, {'k': 1}.items())"
-    ),
-}
-
-
 @pytest.mark.parametrize("case", SAME)
 def test_what_stays_the_same(case):
-    counted(SAME[case])
+    counted(SAME[case][0])
 
 
 def test_parts_become_one():
-    core = "WIDTH = 2\ndef main():\n    if cfg.width == 3:\n        from systems.a import area\n        print(area(4))"
+    core = "WIDTH = 2\ndef main():\n    if cfg.width == 3:\n        from systems.a import area"
+    core += "\n        print(area(4))"
     parts = {
         "systems.a": '"""A."""\nimport math\nfrom train_gpt import WIDTH\nfrom systems.b import half\n'
-        "FIRST = half(6)\ndef area(x): return half(x) * WIDTH * math.floor(1.5) + FIRST\ndef unused(): pass\n",
+        "FIRST = half(6)\ndef area(x): return half(x) * WIDTH * math.floor(1.5) + FIRST\n"
+        "def unused(): pass\n",
         "systems.b": "import math\ndef half(x): return math.ceil(x / 2)\nHALVES = [half(9)]\n",
     }
     tree = folded(core, parts)
@@ -259,7 +105,8 @@ WRONG = {  # source and parts -> what the error names
     ),
     "a name that nothing binds": ("def main(): print(undefined_name)", {}, "undefined_name"),
     "a name that is bound too late": (
-        "first = second + 1\nsecond = 2\nfirst = [first]\nsecond = [second]\ndef main(): print(first, second)",
+        "first = second + 1\nsecond = 2\nfirst = [first]\nsecond = [second]\n"
+        "def main(): print(first, second)",
         {},
         "second .as early",
     ),
@@ -296,7 +143,8 @@ def test_attributes_of_the_device():
 
 def test_parts_of_a_network_keep_their_names():
     source = (
-        "from torch import nn\nclass Net(nn.Module):\n    def __init__(self, wide):\n        super().__init__()\n"
+        "from torch import nn\nclass Net(nn.Module):\n"
+        "    def __init__(self, wide):\n        super().__init__()\n"
         "        self.layer_width = wide\n        self.first_layer = nn.Linear(wide, 2, bias=False)\n"
         "    def forward(self, tokens): return self.first_layer(tokens)[:, : self.layer_width]\n"
         "def main():\n    for wide in (2, 3): print([*Net(wide).state_dict()])"
@@ -327,13 +175,54 @@ def main():
 
 
 def test_a_kernels_source_can_be_read(tg, tmp_path):
-    """Triton reads its functions' source; parameters keep their names and annotations, local names need not."""
+    """Triton reads its functions' source; parameters keep names and annotations, other names need not."""
     pytest.importorskip("triton")
     text, _ = packing.minify(rename(folded(KERNEL)))
     path = tmp_path / "packed.py"
     path.write_bytes(packing.wrap(text.encode(), tg.Config(compressor="lzma")))
     process = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True)
     assert "(source,result,LENGTH:" in process.stdout.replace(", ", ",") and "places" not in process.stdout
+
+
+OPERATORS = {  # inputs of the fused kernels' operators
+    "head_loss": lambda r: (r(5, 16), r(40, 16), torch.arange(5), 30.0),
+    "mlp": lambda r: (r(5, 32), r(64, 32), r(32, 64)),
+    "qkv_norm_rope": lambda r: (r(6, 8 * 16), r(4), r(6, 4), r(6, 4), 2),
+    "xsa_gate": lambda r: (r(6, 4, 16), r(6, 2, 16), r(6, 4)),
+}
+
+
+def test_kernels_of_the_counted_script_give_the_same_numbers(tg, tmp_path):
+    """Forward and backward of every operator, by Triton's interpreter."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU")
+    backends = tg.Backends("plain", tg.Config.triton_kernels, "", 2)
+    path = tmp_path / "packed.py"
+    path.write_bytes(packing.packed_script(tg.Config(compressor="lzma"), backends, tg.read_sources())[0])
+    packed = operators(runpy.run_path(str(path)))
+    whole = operators({name: getattr(tg, name) for name in dir(tg)})
+    assert set(OPERATORS) <= set(packed) and set(packed) <= set(whole)
+    generator = torch.Generator().manual_seed(0)
+    for name, make in OPERATORS.items():
+        inputs = make(lambda *shape: torch.randn(shape, generator=generator))
+        ours, theirs = (forward_and_backward(ops[name], inputs) for ops in (packed, whole))
+        assert len(ours) > 1 and all(map(torch.equal, ours, theirs)), name
+
+
+def operators(names: dict) -> dict:
+    """Torch's operators among the names of a module, by the names that they have for torch."""
+    return {value._name: value for value in names.values() if type(value).__name__ == "CustomOpDef"}
+
+
+def forward_and_backward(operator, inputs) -> list[torch.Tensor]:
+    """Results of an operator, and the gradients of its first result's sum of squares."""
+    inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+    learned = [x.requires_grad_() for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    results = operator(*inputs)
+    results = results if isinstance(results, tuple) else (results,)
+    learned = learned[:2] if operator._name == "qkv_norm_rope" else learned  # tables have no gradient
+    return [*results, *torch.autograd.grad(results[0].square().sum(), learned)]
 
 
 # -- whole scripts
@@ -400,9 +289,9 @@ PRESETS = ("demo", "pr1851-demo", "pr1868-demo", "pr1855-demo", "pr1667-demo", "
 VARIANTS = {
     **{name: {} for name in (*PRESETS, "pr1485-demo")},
     "other gates, lzma": {
-        "SPARSE_ATTN_GATE_ENABLED": 0, "GATED_ATTN_ENABLED": 1, "GATED_ATTN_QUANT_GATE": 1, "TIE_EMBEDDINGS": 0,
-        "CLIP_GLOBAL": 1, "LQER_ASYM_ENABLED": 0, "COMPRESSOR": "lzma", "TTT_GRAD_STEPS": 2,
-        "TTT_CACHE_WINDOW": 32, "TTT_CHUNK_BY_LENGTH": "20:8", "TTT_WARM_START_A": 1,
+        "SPARSE_ATTN_GATE_ENABLED": 0, "GATED_ATTN_ENABLED": 1, "GATED_ATTN_QUANT_GATE": 1,
+        "TIE_EMBEDDINGS": 0, "CLIP_GLOBAL": 1, "LQER_ASYM_ENABLED": 0, "COMPRESSOR": "lzma",
+        "TTT_GRAD_STEPS": 2, "TTT_CACHE_WINDOW": 32, "TTT_CHUNK_BY_LENGTH": "20:8", "TTT_WARM_START_A": 1,
     },
 }  # fmt: skip
 

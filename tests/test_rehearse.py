@@ -70,6 +70,16 @@ def test_kernels_pass_their_trial_and_serve_a_whole_run(work):
     assert result["environment"]["kernels"] == "loss,mlp,qkv_norm_rope,xsa_gate"
     for stage, values in plain["stages"].items():
         assert abs(result["stages"][stage]["val_bpb"] - values["val_bpb"]) < 0.005
+    (work / "alone").mkdir()
+    shutil.copy(work / "kernels" / "train_gpt.packed.py", work / "alone")
+    env = os.environ | {"ARTIFACT_DIR": "run", "OMP_NUM_THREADS": "1", "DATA_PATH": str(work / "data")}
+    alone = [*command(), "train_gpt.packed.py"]
+    done = subprocess.run(alone, cwd=work / "alone", env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counted = json.loads((work / "alone" / "run" / "result.json").read_text())
+    for stage, values in counted["stages"].items():
+        assert values["val_bpb"] == result["stages"][stage]["val_bpb"], "the counted script does the same"
+    assert counted["model_bytes"] == result["model_bytes"]
 
 
 def test_two_ranks_on_cuda_score_as_one(work, plain):

@@ -107,7 +107,7 @@ def cut_off(tg, monkeypatch, run):
 
 
 PLACES = [  # what is being done for the n-th time when the run is killed: before it, or behind it
-    ("Run._log_head", 1, False),
+    ("Guard._opened", 1, False),
     ("Trainer.state", 1, False),
     ("Trainer.step", 8, False),  # two of them are the warm-up's
     ("final_model.pt", 1, False),
@@ -191,7 +191,7 @@ def test_resume_after_sigkill(work, processes, ranks, kills):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("place", ["Trainer.step", "ScoreFirstTTT._score_batch"])
+@pytest.mark.parametrize("place", ["Trainer.step", "Run.evaluate", "ScoreFirstTTT._score_batch"])
 def test_resume_after_a_signal(tg, work, reference, run, monkeypatch, number, code, place):
     """Told to stop: the state is kept and nothing is computed twice."""
     owner, method = place.split(".")
@@ -199,7 +199,7 @@ def test_resume_after_a_signal(tg, work, reference, run, monkeypatch, number, co
 
     def told(*arguments: object, **options: object) -> object:
         calls.append(1)
-        if len(calls) == {"step": 4, "_score_batch": 2}[method]:
+        if len(calls) == {"step": 4, "evaluate": 2, "_score_batch": 2}[method]:
             os.kill(os.getpid(), number)
         return original(*arguments, **options)
 
@@ -209,8 +209,8 @@ def test_resume_after_a_signal(tg, work, reference, run, monkeypatch, number, co
     done = len(calls)
     ended, output, _ = run(name, CHECKPOINT_SECONDS=1000)
     assert ended == 0 and "resumed" in output
-    again = {"Trainer.step": 2, "ScoreFirstTTT._score_batch": 0}[place]  # its warm-up
-    whole = {"Trainer.step": 2 + 6, "ScoreFirstTTT._score_batch": 4}[place]
+    again = {"step": 2, "evaluate": 0, "_score_batch": 0}[method]  # its warm-up
+    whole = {"step": 2 + 6, "evaluate": 4, "_score_batch": 4}[method]
     assert len(calls) - again == whole > done
     assert difference(work / name, reference) == []
 
@@ -273,6 +273,45 @@ def contents_of(tree: object) -> object:
     return (tree.shape, tree.flatten().tolist()) if isinstance(tree, torch.Tensor) else tree
 
 
+def test_resume_within_adaptation_reads_nothing_that_training_wrote(work, reference, cut_off, run):
+    """Check S4 of the audit: what a resumed run takes up is read before its evaluation begins."""
+    cut_off("within", "ScoreFirstTTT._score_batch", 4)
+    code, output, _ = run("within")
+    assert code == 0 and "\nresumed within ttt\n" in output
+    assert difference(work / "within", reference) == []
+    head = json.loads((work / "within/ledger.jsonl").read_text().splitlines()[0])
+    written = {Path(name).name.strip(".") for _, kind, name, _ in head["accesses"] if kind == "write"}
+    read = {Path(name).name for stage, kind, name, _ in head["accesses"] if kind == "read" and stage == "ttt"}
+    assert "metrics.jsonl" in written and not {name.removesuffix(".tmp") for name in written} & read
+
+
+ONLY = {
+    "QUANTIZE_ONLY": ("MODEL_PATH", "final_model.pt", ["Run.evaluate", "Run.quantise", "Run.adapt"]),
+    "TTT_EVAL_ONLY": (
+        "QUANTIZED_MODEL_PATH",
+        "final_model.int6.ptz",
+        ["Run.count_bytes", "Run.adapt", "ScoreFirstTTT._global_phase"],
+    ),
+}
+
+
+@pytest.mark.parametrize("only", ONLY)
+def test_resume_of_a_run_that_begins_later(work, reference, cut_off, run, only):
+    """With another run's weights or artifact: cut off before each stage, it ends with that run's scores."""
+    setting, file, places = ONLY[only]
+    settings = {only: 1, setting: f"undisturbed/{file}"}
+    for place in places:
+        cut_off(only, place, 1, **settings)
+    code, output, errors = run(only, **settings)
+    assert (code, errors) == (0, "") and f"resumed {only} after" in output
+    result = json.loads((work / only / "result.json").read_text())
+    assert result["val_bpb"] == reference["val_bpb"] and "train" not in result["seconds"]
+    made = work / only / "final_model.int6.ptz"
+    assert made.exists() == (only == "QUANTIZE_ONLY") and not (work / only / "final_model.pt").exists()
+    if made.exists():
+        assert made.read_bytes() == (work / "undisturbed/final_model.int6.ptz").read_bytes()
+
+
 # -- which run goes on
 
 
@@ -313,13 +352,18 @@ def test_resume_of_a_run_that_only_trains(work, cut_off, run):
     assert code == 0 and "prequant val_loss" in output and (work / "only+2/result.json").is_file()
 
 
-def test_resume_with_other_settings_or_data_is_refused(work, cut_off, run):
+def test_resume_with_other_settings_script_or_data_is_refused(tg, work, cut_off, run, monkeypatch):
     shutil.copytree(work / "data", work / "copy")
     cut_off("fixed", "Trainer.step", 6, DATA_PATH="copy")
     before = {p: p.read_bytes() for p in (work / "fixed").rglob("*") if p.is_file()}
     code, output, errors = run("fixed", DATA_PATH="copy", MATRIX_LR=0.5, SEED=1)
     assert (code, output, len(errors.splitlines())) == (2, "", 1)
     assert "SEED=1 there 42; MATRIX_LR=0.5 there 0.026" in errors and "RESUME=0" in errors
+    sources = tg.read_sources() | {"systems/cache.py": b"changed"}
+    with monkeypatch.context() as patch:
+        patch.setattr(tg, "read_sources", lambda: sources)
+        code, output, errors = run("fixed", DATA_PATH="copy")
+    assert (code, output) == (2, "") and "other settings or data: systems/cache.py differs (" in errors
     manifest = json.loads((work / "copy/manifest.json").read_text())
     (work / "copy/manifest.json").write_text(json.dumps(manifest))
     code, output, errors = run("fixed", DATA_PATH="copy")

@@ -344,7 +344,9 @@ def test_fitted_artifact_of_levels_gives_the_score_alone(tg, finished, eval_data
     in_process(work, **evaluation, ARTIFACT_DIR="refitted", QUANTIZED_MODEL_PATH=artifact)
     again = read_result(work / "refitted")
     made = {name.lower(): value for name, value in first["settings"].items()}
-    counted, _ = tg.packed_script(tg.Config(**made), tg.Backends("plain", "", "", 2), tg.read_sources(), False)
+    counted, _ = tg.packed_script(
+        tg.Config(**made), tg.Backends("plain", "", "", 2), tg.read_sources(), False
+    )
     assert again["code_bytes"] == len(counted), "the code that makes such an artifact, whatever is set now"
     shutil.copy(work / "fitted" / "train_gpt.packed.py", tmp_path)
     shutil.copy(artifact, tmp_path)

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_gpt  # noqa: E402
+from harness.rules import allowed  # noqa: E402
 from harness.settings import setting_comments  # noqa: E402
 from marked import MarkError, with_part, write_part  # noqa: E402
 
@@ -37,7 +38,7 @@ def table() -> str:
         cells = [
             f"`{field.name.upper()}`",
             f"`{default}`" if default != "" else "",
-            train_gpt.allowed(field.type),
+            allowed(field.type),
         ]
         rows.append("| " + " | ".join([*cells, helps[field.name]]) + " |")
     return "\n".join(rows) + "\n\n"

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts import FILE_LINE, LOGGED_SCRIPT, RULE, script_hash, sha256_of
+from scripts import FILE_LINE, LOGGED_SCRIPT, RULE, hash_told, sha256_of
 
 TRAIN_LIMIT = EVAL_LIMIT = 600.0  # seconds
 SIZE_LIMIT = 16_000_000  # decimal bytes, code plus model
@@ -107,8 +107,7 @@ class RunRecord:
     @property
     def script_sha256(self) -> str | None:
         """Checksum of the script that ran, with its house."""
-        core = self.environment.get("source_sha256")
-        return script_hash(core, self.environment.get("house_sha256", {})) if core else None
+        return hash_told(self.environment)
 
     @property
     def data_sha256(self) -> str | None:

@@ -41,6 +41,12 @@ def script_hash(core: str, house: Mapping[str, str]) -> str:
     return sha256_of(json.dumps([core, *sorted(house.items())]).encode()) if house else core
 
 
+def hash_told(environment: Mapping) -> str | None:
+    """`script_hash` of what a run says of its environment; None where it does not tell."""
+    core = environment.get("source_sha256")
+    return script_hash(core, environment.get("house_sha256", {})) if core else None
+
+
 def hash_on_disk(script: Path) -> str:
     """`script_hash` of a script and what lies beside it."""
     house = {name: sha256_of(path) for name, path in house_beside(script).items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from auditing.run import Audit, AuditError, NotChecked, check, read_json, require, short
 from runs import NAMES_AND_PLACES, config_hash
+from scripts import hash_told
 
 
 @check("R1", "val_bpb = sum of nats / ln 2 / sum of bytes")
@@ -98,12 +99,12 @@ def r3_seeds(audit: Audit) -> str:
 
 def _siblings(audit: Audit) -> dict[Path, dict]:
     """Results of the runs in the same parent folder that have the same settings and script, by folder."""
-    mine = config_hash(audit.result["settings"]), audit.result["environment"]["source_sha256"]
+    mine = config_hash(audit.result["settings"]), audit.script_sha256
     found = {}
     for path in sorted(audit.folder.resolve().parent.glob("*/result.json")):
         with contextlib.suppress(AuditError, KeyError):
             other = read_json(path)
-            if (config_hash(other["settings"]), other["environment"]["source_sha256"]) == mine:
+            if (config_hash(other["settings"]), hash_told(other["environment"])) == mine:
                 found[path.parent] = other
     return found
 
@@ -112,7 +113,7 @@ def _siblings(audit: Audit) -> dict[Path, dict]:
 def r4_one_configuration(audit: Audit) -> str:
     """Hash of the settings without the seed: in log, ledger and result, and in the runs of --seeds."""
     mine = config_hash(audit.result["settings"])
-    script = audit.result["environment"]["source_sha256"]
+    script = audit.script_sha256
     logged = dict(
         re.findall(r"^([A-Z][A-Z0-9_]*)=(.*?)(?:    # default .*)?$", audit.log.partition("=" * 80)[0], re.M)
     )
@@ -129,7 +130,7 @@ def r4_one_configuration(audit: Audit) -> str:
         other = read_json(folder / "result.json")
         same = config_hash(other["settings"]) == mine
         require(same, f"{folder}: other settings ({_difference(audit, other)})")
-        require(other["environment"]["source_sha256"] == script, f"{folder}: another script")
+        require(hash_told(other["environment"]) == script, f"{folder}: another script")
     count = len(audit.seeds) + 1
     return f"config {short(mine)}, script {short(script)}: {count} run{'s' * (count > 1)}"
 

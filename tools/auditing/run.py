@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import lossless_caps  # noqa: E402
 from auditing.house import AuditedHouse  # noqa: E402
 from command import Mistake  # noqa: E402
-from scripts import CORE, HouseError, house_beside, logged_house, script_hash  # noqa: E402
+from scripts import CORE, HouseError, hash_told, house_beside, logged_house  # noqa: E402
 
 BOS, HEADER_BYTES, SHARD_MAGIC = 1, 1024, 20240520
 SAMPLE_DOCUMENTS = 10_000  # of which bytes are counted and round trips made
@@ -220,8 +220,7 @@ class Audit:
     @property
     def script_sha256(self) -> str:
         """The checksum of the script and its house, as `RunRecord` has it."""
-        told = self.result["environment"]
-        return script_hash(told["source_sha256"], told["house_sha256"])
+        return hash_told(self.result["environment"])
 
     @property
     def strange_files(self) -> list[str]:
