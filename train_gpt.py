@@ -2745,9 +2745,8 @@ class ScoreFirstTTT(Evaluation):
         documents = select_documents(val.documents, cfg.val_doc_fraction, cfg.seed)
         self.total = len(documents) / self.ranks.world_size
         self.batches = ttt_batches(list(enumerate(documents)), cfg)
-        self.boundaries = phase_boundaries(
-            cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, len(documents)
-        )
+        phases = cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases
+        self.boundaries = phase_boundaries(*phases, len(documents))
         self.phases = self.diverged = self._constructed = 0
         self._batches = 0  # This rank has done so many in the current phase.
         self._reusable: BatchedLoRA | None = None  # With a warm start its A factors go from batch to batch.
@@ -2957,13 +2956,8 @@ class BaseTraining:
     """
 
     def __init__(self, model: GPT, cfg: Config, by_document: bool, looping: bool, ranks: Ranks):
-        self.model, self.cfg, self.by_document, self.looping, self.ranks = (
-            model,
-            cfg,
-            by_document,
-            looping,
-            ranks,
-        )
+        self.model, self.cfg, self.ranks = model, cfg, ranks
+        self.by_document, self.looping = by_document, looping
 
     def train(
         self, tokens: Tensor, optimizer: torch.optim.Optimizer, rate: float, epochs: int
@@ -3331,27 +3325,20 @@ class Run:
         return self.finish()
 
 
-PARTS = {  # setting -> the part of systems/ that other values than the default need, or what each value needs
-    "fit_bytes": "fit_bytes",
-    "caseops_enabled": "plain_text",
-    "ttt_cache_window": "cache",
-    "ttt_chunk_by_length": "chunks",
-    **dict.fromkeys(("plain_windows", "sliding_window_enabled", "ttt_sgd"), "stream"),
-    "compressor": {"ans": "ans"},
-    "attention_backend": {"fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"},
-    "triton_kernels": {Config.triton_kernels: "", "0": "", "": "", None: "kernels"},
-}
-
-
 def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
-    for name, part in PARTS.items():
-        value = getattr(cfg, name)
-        if isinstance(part, dict):
-            part = part.get(value, part.get(None))
-        elif value == getattr(Config, name):
-            part = None
+    parts = dict.fromkeys(("plain_windows", "sliding_window_enabled", "ttt_sgd"), "stream")
+    parts |= {"fit_bytes": "fit_bytes", "ttt_cache_window": "cache", "ttt_chunk_by_length": "chunks"}
+    parts |= {"caseops_enabled": "plain_text"}
+    needed = {name: part for name, part in parts.items() if getattr(cfg, name) != getattr(Config, name)}
+    needed["compressor"] = {"ans": "ans"}.get(cfg.compressor)
+    needed["attention_backend"] = {"fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"}.get(
+        cfg.attention_backend
+    )
+    needed["triton_kernels"] = cfg.triton_kernels not in ("", "0", Config.triton_kernels) and "kernels"
+    for name, part in needed.items():
         if part and not has_part(part):
+            value = getattr(cfg, name)
             shown = int(value) if isinstance(value, bool) else value
             raise ConfigError(f"{name.upper()}={shown}: needs systems/{part}.py beside train_gpt.py")
 
