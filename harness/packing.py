@@ -18,9 +18,9 @@ from harness.settings import PRESETS
 from train_gpt import Backends, Config, compress
 
 WRAPPER = b'#coding:l1\nimport %s as c\nexec(c.decompress("""%s""".encode("l1")))\n'
-KERNEL_WRAPPER = (  # Triton reads a kernel's source from where linecache has it
+KERNEL_WRAPPER = (  # Triton reads a kernel's source where linecache has it: under the name that exec gives
     b'#coding:l1\nimport %s as c,linecache as l\ns=c.decompress("""%s""".encode("l1")).decode()\n'
-    b'l.cache["k"]=1,None,s.splitlines(1),"k"\nexec(compile(s,"k","exec"))\n'
+    b'l.cache["<string>"]=1,None,s.splitlines(1),""\nexec(s)\n'
 )
 RUN_TIME = (
     "seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "model_path",
