@@ -2591,9 +2591,7 @@ class StandardEvaluation(Evaluation):
         self.meter.sum_over(self.ranks)
 
 
-# -- the plan of test-time training: documents -> batches -> chunks -> phases, pure functions
-
-
+# The plan of test-time training: documents -> batches -> chunks -> phases, all of it pure functions.
 Span = tuple[int, int]  # where a document starts in the stream, and its tokens
 Document = tuple[int, Span]  # its number comes first
 
@@ -2721,9 +2719,6 @@ def chunk_batch(
     valid = within < torch.tensor([w.targets for w in windows])[:, None]
     trains = torch.tensor([(chunk + 1) * size < length - 1 for _, (_, length) in alive])
     return ChunkBatch([number for number, _ in alive], x, y, scored, valid, trains, spans)
-
-
-# -- score, then adapt
 
 
 class ScoreFirstTTT(Evaluation):
@@ -2907,9 +2902,6 @@ class ScoreFirstTTT(Evaluation):
         norms, rates = global_sgd(self.model, tokens, self.cfg, looping=self.looping, ranks=self.ranks)
         facts = {"tokens": tokens, "grad_norms": norms, "lr_used": rates, "model": self.model}
         self.watch.see("global_sgd", phase=self.phases, **facts)
-
-
-# -- the base weights, trained by SGD on what has been scored
 
 
 def cosine_rate(peak: float, step: int, steps: int) -> float:
