@@ -11,9 +11,8 @@ been scored.
     PRESET=pr1667 SCALE=demo python train_gpt.py                 # another published system at that size
     python train_gpt.py --help | --show [--json]                 # every setting | the resolved ones
 
-Sections: 1 constants and errors, 2 configuration, 3 runtime, 4 data, 5 attention, 6 kernels, 7 model,
-8 LoRA adapters, 9 optimisers, 10 training, 11 quantisation, 12 artifact, 13 evaluation, 14 main.
-A reader can stop at any banner and have understood what is above it.
+A reader can stop at any banner (# ----) and have understood what is above it. harness/ watches over a run,
+systems/ has parts that some settings use; copied alone, this file still does the record and the demo.
 
 Shapes: B rows, T tokens of a row, D model dim, H query heads, G key/value heads, d = D/H, F MLP width,
 V vocabulary, L physical layers, S skips, r rank. A linear map is y = x W^T with W [out, in], never a bias.
@@ -3268,7 +3267,18 @@ class Run:
             "calibrate_seconds": seconds.get("calibrate", 0.0),
             "eval_seconds": seconds[final],
         }
-        broken = self._broken_limits(summary)
+        fraction, size = self.cfg.val_doc_fraction, summary["artifact_bytes"]
+        training, evaluation = (
+            summary["train_seconds"] + summary["calibrate_seconds"],
+            summary["eval_seconds"],
+        )
+        limits = {
+            f"training and calibration took {training:.1f} s, limit {TRAIN_LIMIT:g}": training > TRAIN_LIMIT,
+            f"evaluation took {evaluation:.1f} s, limit {EVAL_LIMIT:g}": evaluation > EVAL_LIMIT,
+            f"artifact has {size} bytes, limit {SIZE_LIMIT}": size > SIZE_LIMIT,
+            f"VAL_DOC_FRACTION={fraction:g}: only a sample was scored": fraction < 1,
+        }
+        broken = [reason for reason, exceeded in limits.items() if exceeded]
         summary["legal"] = not broken and summary["artifact_bytes"] > 0
         extra = {"broken_limits": broken, "stages": self.stages, "seconds": seconds}
         if not COUNTED:
@@ -3281,18 +3291,6 @@ class Run:
             self.log.event("limit", text=reason)
         self.log.event("final", **summary)
         return 3 if broken else 0
-
-    def _broken_limits(self, summary: Mapping[str, float]) -> list[str]:
-        training = summary["train_seconds"] + summary["calibrate_seconds"]
-        evaluation, size = summary["eval_seconds"], summary["artifact_bytes"]
-        fraction = self.cfg.val_doc_fraction
-        checks = {
-            f"training and calibration took {training:.1f} s, limit {TRAIN_LIMIT:g}": training > TRAIN_LIMIT,
-            f"evaluation took {evaluation:.1f} s, limit {EVAL_LIMIT:g}": evaluation > EVAL_LIMIT,
-            f"artifact has {size} bytes, limit {SIZE_LIMIT}": size > SIZE_LIMIT,
-            f"VAL_DOC_FRACTION={fraction:g}: only a sample was scored": fraction < 1,
-        }
-        return [reason for reason, broken in checks.items() if broken]
 
     def execute(self) -> int:
         """All stages asked for, in order. Returns the exit code."""
@@ -3395,7 +3393,10 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         backends = Backends() if COUNTED else plain_backends(cfg, ranks)
         return execute(Run(cfg, ranks, backends, sources))
     except UserError as error:
-        return say_mistake(error, environ)
+        if environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(2)  # torchrun ends this rank meanwhile, if rank 0 has met the same mistake
+        print(f"train_gpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
 
 
 def check_alone(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
@@ -3405,14 +3406,6 @@ def check_alone(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     if arguments or asked:
         text = " ".join([*arguments, *(f"{name}={environ[name]}" for name in asked)])
         raise ConfigError(f"{text}: needs harness/ beside train_gpt.py")
-
-
-def say_mistake(error: UserError, environ: Mapping[str, str]) -> int:
-    """One line on standard error; exit code 2."""
-    if environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(2)  # torchrun ends this rank meanwhile, if rank 0 has met the same mistake
-    print(f"train_gpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":
