@@ -1311,7 +1311,7 @@ class GPT(nn.Module):
         lora: "BatchedLoRA | None" = None,
         on_input: OnInput | None = None,
         wanted: Tensor | None = None,
-        cache: "KeyValueCache | None" = None,
+        cache: object | None = None,
     ) -> Tensor:
         """The traversal: ids [B, T] -> final normed hidden states [B, T, D], or [B, n, D] at `wanted` [B, n].
 
@@ -1383,7 +1383,7 @@ class GPT(nn.Module):
         looping: bool,
         lora: "BatchedLoRA | None" = None,
         scored: Tensor | None = None,
-        cache: "KeyValueCache | None" = None,
+        cache: object | None = None,
     ) -> Tensor:
         """Cross entropy (nats) of each target [B, T]; with `scored` [B, n] only at those positions."""
         h = self.hidden(input_ids, segments, looping=looping, lora=lora, wanted=scored, cache=cache)
@@ -2875,7 +2875,7 @@ class ScoreFirstTTT(Evaluation):
         byte_sum = sum(int(self.val.target_bytes[start : start + n].sum()) for start, n in part.spans)
         return scored.double().sum(), byte_sum, int(part.valid.sum())
 
-    def _losses(self, part: ChunkBatch, lora: BatchedLoRA, cache: "KeyValueCache | None") -> Tensor:
+    def _losses(self, part: ChunkBatch, lora: BatchedLoRA, cache: object | None) -> Tensor:
         x, y, scored = (self.ranks.put(tensor) for tensor in (part.x, part.y, part.scored))
         with self.ranks.autocast():
             if self.model.backends.compiler and torch.is_grad_enabled() and not cache:
@@ -2885,7 +2885,7 @@ class ScoreFirstTTT(Evaluation):
             return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache)
 
     def _adapt(
-        self, part: ChunkBatch, optimizer: LoRAOptimizer, losses: Tensor, cache: "KeyValueCache | None"
+        self, part: ChunkBatch, optimizer: LoRAOptimizer, losses: Tensor, cache: object | None
     ) -> None:
         """Optimiser steps on a scored chunk; the first takes the gradient of the scoring pass itself."""
         trains = self.ranks.put(part.trains)
@@ -3052,7 +3052,7 @@ class Run:
         self.loader = self.new_loader()
         return self.new_model(self.cfg)
 
-    def new_loader(self) -> "PackedLoader | WindowLoader":
+    def new_loader(self) -> PackedLoader:
         """The training batches of this rank, from the first on."""
         cfg, ranks, paths = self.cfg, self.ranks, shard_paths(self.cfg.data_folder, "train")
         on_rank, tokens = micro_batches(cfg, self.backends, ranks.world_size)
