@@ -11,9 +11,8 @@ been scored.
     PRESET=pr1667 SCALE=demo python train_gpt.py                 # another published system at that size
     python train_gpt.py --help | --show [--json]                 # every setting | the resolved ones
 
-Sections: 1 constants and errors, 2 configuration, 3 runtime, 4 data, 5 attention, 6 kernels, 7 model,
-8 LoRA adapters, 9 optimisers, 10 training, 11 quantisation, 12 artifact, 13 evaluation, 14 main.
-A reader can stop at any banner and have understood what is above it.
+A reader can stop at any banner (# ----) and have understood what is above it. harness/ watches over a run,
+systems/ has parts that some settings use; copied alone, this file still does the record and the demo.
 
 Shapes: B rows, T tokens of a row, D model dim, H query heads, G key/value heads, d = D/H, F MLP width,
 V vocabulary, L physical layers, S skips, r rank. A linear map is y = x W^T with W [out, in], never a bias.
@@ -353,11 +352,8 @@ def parse_setting(name: str, text: str, annotation: object) -> object:
 
 def parse_settings(text: str) -> dict[str, object]:
     """Settings as on a command line, NAME=value with white space between -> values by field."""
-    pairs = (pair.split("=") for pair in text.split())
-    return {
-        name.lower(): parse_setting(name, value, Config.__annotations__[name.lower()])
-        for name, value in pairs
-    }
+    pairs = ((name.lower(), value) for name, value in (pair.split("=") for pair in text.split()))
+    return {name: parse_setting(name, value, Config.__annotations__[name]) for name, value in pairs}
 
 
 _NAMES = [field.name for field in dataclasses.fields(Config)]
@@ -1037,9 +1033,7 @@ Adapt = Callable[[str, Tensor], Tensor | float]  # (role of a projection, its in
 OnInput = Callable[[str, Tensor], None]  # is told the flat name of each matrix and the input of its product
 
 
-LayerWeights = namedtuple(
-    "LayerWeights", "q k v o up down"
-)  # the six matrices of a layer, slices of the banks
+LayerWeights = namedtuple("LayerWeights", "q k v o up down")  # the matrices of a layer: slices of banks
 
 
 class BlockContext(NamedTuple):
@@ -1310,7 +1304,7 @@ class GPT(nn.Module):
         lora: "BatchedLoRA | None" = None,
         on_input: OnInput | None = None,
         wanted: Tensor | None = None,
-        cache: "KeyValueCache | None" = None,
+        cache: object | None = None,
     ) -> Tensor:
         """The traversal: ids [B, T] -> final normed hidden states [B, T, D], or [B, n, D] at `wanted` [B, n].
 
@@ -1382,7 +1376,7 @@ class GPT(nn.Module):
         looping: bool,
         lora: "BatchedLoRA | None" = None,
         scored: Tensor | None = None,
-        cache: "KeyValueCache | None" = None,
+        cache: object | None = None,
     ) -> Tensor:
         """Cross entropy (nats) of each target [B, T]; with `scored` [B, n] only at those positions."""
         h = self.hidden(input_ids, segments, looping=looping, lora=lora, wanted=scored, cache=cache)
@@ -1444,7 +1438,7 @@ class BatchedLoRA(nn.Module):
         batch: int,
         slots: int,
         generator: torch.Generator | None = None,
-        seeds: Sequence[int] = (),
+        seeds: Sequence = (),
     ):
         super().__init__()
         self.batch, self._generator = batch, generator
@@ -1601,12 +1595,7 @@ class Muon(torch.optim.Optimizer):
         return [(b, self._ranks.reduce_scatter(b.grad.bfloat16() if half else b.grad)) for b in banks]
 
     @torch.no_grad()
-    def apply(
-        self,
-        slices: Sequence[tuple[nn.Parameter, Pending]],
-        factor: float | Tensor = 1.0,
-        finite: bool | Tensor = True,
-    ) -> None:
+    def apply(self, slices: Sequence, factor: float | Tensor = 1.0, finite: bool | Tensor = True) -> None:
         """Orthogonalise this rank's slices of the gradients, scaled by `factor` (or zero unless `finite`).
 
         While the update of one bank travels to the other ranks the next one is computed.
@@ -1648,11 +1637,8 @@ def parameter_table(cfg: Config, model: GPT) -> dict[str, dict]:
     shapes = {name: p.shape for name, p in model.named_parameters()}
     banks = sorted((n for n in shapes if n.endswith("_bank")), key=lambda n: -shapes[n].numel())
     muon = {"optimizer": "muon", "lr": cfg.matrix_lr, "weight_decay": cfg.muon_wd}
-    muon |= {
-        "row_normalize": cfg.muon_row_normalize,
-        "momentum": cfg.muon_momentum,
-        "steps": cfg.muon_backend_steps,
-    }
+    muon |= {"momentum": cfg.muon_momentum, "row_normalize": cfg.muon_row_normalize}
+    muon["steps"] = cfg.muon_backend_steps
     adam = {"betas": [cfg.beta1, cfg.beta2], "eps": cfg.adam_eps}
     rate = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
     embed = {"lr": rate, "weight_decay": cfg.embed_wd} | adam
@@ -1919,12 +1905,10 @@ class Trainer(Worker):
 
     def _log_step(self, report: StepReport, elapsed: float) -> None:
         report.elapsed  # noqa: B018 - raises if the step was not finite
-        speed = {
-            "train_seconds": elapsed,
-            "tokens_per_second": report.step * self.cfg.train_batch_tokens / elapsed,
-        }
         values = {"train_loss": report.train_loss, "grad_norm": report.grad_norm}
-        self.run.log.event("train", step=report.step, **values, lr_multiplier=report.lr_multiplier, **speed)
+        values |= {"lr_multiplier": report.lr_multiplier, "train_seconds": elapsed}
+        speed = report.step * self.cfg.train_batch_tokens / elapsed
+        self.run.log.event("train", step=report.step, **values, tokens_per_second=speed)
 
     def state(self) -> dict:
         """All that later steps depend on, on the CPU; the same on all ranks, which call this together."""
@@ -2583,9 +2567,7 @@ class StandardEvaluation(Evaluation):
         self.meter.sum_over(self.ranks)
 
 
-# -- the plan of test-time training: documents -> batches -> chunks -> phases, pure functions
-
-
+# The plan of test-time training: documents -> batches -> chunks -> phases, all of it pure functions.
 Span = tuple[int, int]  # where a document starts in the stream, and its tokens
 Document = tuple[int, Span]  # its number comes first
 
@@ -2713,9 +2695,6 @@ def chunk_batch(
     valid = within < torch.tensor([w.targets for w in windows])[:, None]
     trains = torch.tensor([(chunk + 1) * size < length - 1 for _, (_, length) in alive])
     return ChunkBatch([number for number, _ in alive], x, y, scored, valid, trains, spans)
-
-
-# -- score, then adapt
 
 
 class ScoreFirstTTT(Evaluation):
@@ -2873,7 +2852,7 @@ class ScoreFirstTTT(Evaluation):
         byte_sum = sum(int(self.val.target_bytes[start : start + n].sum()) for start, n in part.spans)
         return scored.double().sum(), byte_sum, int(part.valid.sum())
 
-    def _losses(self, part: ChunkBatch, lora: BatchedLoRA, cache: "KeyValueCache | None") -> Tensor:
+    def _losses(self, part: ChunkBatch, lora: BatchedLoRA, cache: object | None) -> Tensor:
         x, y, scored = (self.ranks.put(tensor) for tensor in (part.x, part.y, part.scored))
         with self.ranks.autocast():
             if self.model.backends.compiler and torch.is_grad_enabled() and not cache:
@@ -2883,7 +2862,7 @@ class ScoreFirstTTT(Evaluation):
             return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache)
 
     def _adapt(
-        self, part: ChunkBatch, optimizer: LoRAOptimizer, losses: Tensor, cache: "KeyValueCache | None"
+        self, part: ChunkBatch, optimizer: LoRAOptimizer, losses: Tensor, cache: object | None
     ) -> None:
         """Optimiser steps on a scored chunk; the first takes the gradient of the scoring pass itself."""
         trains = self.ranks.put(part.trains)
@@ -2899,9 +2878,6 @@ class ScoreFirstTTT(Evaluation):
         norms, rates = global_sgd(self.model, tokens, self.cfg, looping=self.looping, ranks=self.ranks)
         facts = {"tokens": tokens, "grad_norms": norms, "lr_used": rates, "model": self.model}
         self.watch.see("global_sgd", phase=self.phases, **facts)
-
-
-# -- the base weights, trained by SGD on what has been scored
 
 
 def cosine_rate(peak: float, step: int, steps: int) -> float:
@@ -3008,12 +2984,7 @@ class Run:
     """
 
     def __init__(
-        self,
-        cfg: Config,
-        ranks: Ranks,
-        backends: Backends,
-        sources: Mapping[str, bytes],
-        watch: Watch | None = None,
+        self, cfg: Config, ranks: Ranks, backends: Backends, sources: Mapping, watch: Watch | None = None
     ):
         self.cfg, self.ranks, self.backends, self.sources = cfg, ranks, backends, sources
         self.watch, self.clock = watch or Watch(), Stopwatch(ranks)
@@ -3053,7 +3024,7 @@ class Run:
         self.loader = self.new_loader()
         return self.new_model(self.cfg)
 
-    def new_loader(self) -> "PackedLoader | WindowLoader":
+    def new_loader(self) -> PackedLoader:
         """The training batches of this rank, from the first on."""
         cfg, ranks, paths = self.cfg, self.ranks, shard_paths(self.cfg.data_folder, "train")
         on_rank, tokens = micro_batches(cfg, self.backends, ranks.world_size)
@@ -3268,7 +3239,16 @@ class Run:
             "calibrate_seconds": seconds.get("calibrate", 0.0),
             "eval_seconds": seconds[final],
         }
-        broken = self._broken_limits(summary)
+        fraction, size = self.cfg.val_doc_fraction, summary["artifact_bytes"]
+        training = summary["train_seconds"] + summary["calibrate_seconds"]
+        evaluation = summary["eval_seconds"]
+        limits = {
+            f"training and calibration took {training:.1f} s, limit {TRAIN_LIMIT:g}": training > TRAIN_LIMIT,
+            f"evaluation took {evaluation:.1f} s, limit {EVAL_LIMIT:g}": evaluation > EVAL_LIMIT,
+            f"artifact has {size} bytes, limit {SIZE_LIMIT}": size > SIZE_LIMIT,
+            f"VAL_DOC_FRACTION={fraction:g}: only a sample was scored": fraction < 1,
+        }
+        broken = [reason for reason, exceeded in limits.items() if exceeded]
         summary["legal"] = not broken and summary["artifact_bytes"] > 0
         extra = {"broken_limits": broken, "stages": self.stages, "seconds": seconds}
         if not COUNTED:
@@ -3281,18 +3261,6 @@ class Run:
             self.log.event("limit", text=reason)
         self.log.event("final", **summary)
         return 3 if broken else 0
-
-    def _broken_limits(self, summary: Mapping[str, float]) -> list[str]:
-        training = summary["train_seconds"] + summary["calibrate_seconds"]
-        evaluation, size = summary["eval_seconds"], summary["artifact_bytes"]
-        fraction = self.cfg.val_doc_fraction
-        checks = {
-            f"training and calibration took {training:.1f} s, limit {TRAIN_LIMIT:g}": training > TRAIN_LIMIT,
-            f"evaluation took {evaluation:.1f} s, limit {EVAL_LIMIT:g}": evaluation > EVAL_LIMIT,
-            f"artifact has {size} bytes, limit {SIZE_LIMIT}": size > SIZE_LIMIT,
-            f"VAL_DOC_FRACTION={fraction:g}: only a sample was scored": fraction < 1,
-        }
-        return [reason for reason, broken in checks.items() if broken]
 
     def execute(self) -> int:
         """All stages asked for, in order. Returns the exit code."""
@@ -3324,9 +3292,8 @@ def check_systems(cfg: Config) -> None:
     parts |= {"caseops_enabled": "plain_text"}
     needed = {name: part for name, part in parts.items() if getattr(cfg, name) != getattr(Config, name)}
     needed["compressor"] = {"ans": "ans"}.get(cfg.compressor)
-    needed["attention_backend"] = {"fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"}.get(
-        cfg.attention_backend
-    )
+    flash = {"fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"}
+    needed["attention_backend"] = flash.get(cfg.attention_backend)
     needed["triton_kernels"] = cfg.triton_kernels not in ("", "0", Config.triton_kernels) and "kernels"
     for name, part in needed.items():
         if part and not has_part(part):
@@ -3395,7 +3362,10 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         backends = Backends() if COUNTED else plain_backends(cfg, ranks)
         return execute(Run(cfg, ranks, backends, sources))
     except UserError as error:
-        return say_mistake(error, environ)
+        if environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(2)  # torchrun ends this rank meanwhile, if rank 0 has met the same mistake
+        print(f"train_gpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
 
 
 def check_alone(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
@@ -3405,14 +3375,6 @@ def check_alone(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     if arguments or asked:
         text = " ".join([*arguments, *(f"{name}={environ[name]}" for name in asked)])
         raise ConfigError(f"{text}: needs harness/ beside train_gpt.py")
-
-
-def say_mistake(error: UserError, environ: Mapping[str, str]) -> int:
-    """One line on standard error; exit code 2."""
-    if environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(2)  # torchrun ends this rank meanwhile, if rank 0 has met the same mistake
-    print(f"train_gpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":
