@@ -421,8 +421,7 @@ class Backends:
         return {"backend": self.compiler, "fullgraph": True, "dynamic": False}
 
 
-COLLECTIVE_SECONDS = 600  # a rank that does not answer a collective for so long has failed
-BARRIER_SECONDS = 3600  # and one that has not finished a stage so long after another
+BARRIER_SECONDS = 3600  # a rank that has not finished a stage so long after another has failed
 TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what it sets, and what holds without it
 
 
@@ -455,7 +454,7 @@ class Ranks:
 
     def _join(self, backend: str) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # renamed since
-        limit = timedelta(seconds=COLLECTIVE_SECONDS)
+        limit = timedelta(minutes=10)  # a rank that does not answer a collective for so long has failed
         try:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
@@ -676,9 +675,8 @@ class Stopwatch:
     """Seconds spent in each named stage; a stage inside another stops the outer one's clock meanwhile."""
 
     def __init__(self, ranks: Ranks):
-        self._ranks = ranks
+        self._ranks, self._since = ranks, time.perf_counter()
         self._open: list[str] = []
-        self._since = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -2029,10 +2027,7 @@ class HessianCollector:
 def calibrate(
     model: GPT, cfg: Config, loader: ShuffledLoader, *, looping: bool, ranks: Ranks = CPU
 ) -> dict[str, Tensor]:
-    """Hessians over `gptq_calibration_batches` batches of plain training windows, without segments.
-
-    `loader` is that of a single rank: all ranks draw the same windows and take micro-batches in turn.
-    """
+    """Hessians over GPTQ_CALIBRATION_BATCHES batches: all ranks draw all of them and read in turn."""
     collector = HessianCollector()
     on_rank, tokens = micro_batches(cfg, model.backends, ranks.world_size)
     rows = tokens // cfg.train_seq_len
@@ -2133,10 +2128,7 @@ class HessianFactor(NamedTuple):
 
 
 def factorise(hessian: Tensor) -> HessianFactor:
-    """Damp, sort and factorise a Hessian [n, n]; damp ten times more while it is not positive definite.
-
-    Raises RunError beyond 10^7 times.
-    """
+    """Damp, sort and factorise a Hessian [n, n]; damp tenfold while that fails, to 10^7 times (RunError)."""
     h = hessian.float().clone()
     dead = h.diagonal() == 0
     h.diagonal()[dead] = 1
