@@ -430,7 +430,7 @@ class Ranks:
 
     def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1):
         self.device, self.rank, self.world_size = device, rank, world_size
-        self.is_main = rank == 0  # writes the outputs
+        self.is_main, self.on_gpu = rank == 0, device.type == "cuda"  # rank 0 writes the outputs
         self._store, self._barriers = None, 0
         self.stop_signal, self.stage_handles_stop = 0, False  # the harness sets both
 
@@ -462,11 +462,6 @@ class Ranks:
             text = f"ranks cannot meet ({error}); use torchrun"
             raise ConfigError(f"WORLD_SIZE={self.world_size}: {text}") from None
         self._store = dist.PrefixStore("barrier", store)
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether this process computes on a CUDA device."""
-        return self.device.type == "cuda"
 
     def wait_for_all(self, stage: str) -> None:
         """Wait for the slowest rank: no collective, it may take its time. RunError after an hour."""
