@@ -11,9 +11,8 @@ been scored.
     PRESET=pr1667 SCALE=demo python train_gpt.py                 # another published system at that size
     python train_gpt.py --help | --show [--json]                 # every setting | the resolved ones
 
-Sections: 1 constants and errors, 2 configuration, 3 runtime, 4 data, 5 attention, 6 kernels, 7 model,
-8 LoRA adapters, 9 optimisers, 10 training, 11 quantisation, 12 artifact, 13 evaluation, 14 main.
-A reader can stop at any banner and have understood what is above it.
+A reader can stop at any banner (# ----) and have understood what is above it. harness/ watches over a run,
+systems/ has parts that some settings use; copied alone, this file still does the record and the demo.
 
 Shapes: B rows, T tokens of a row, D model dim, H query heads, G key/value heads, d = D/H, F MLP width,
 V vocabulary, L physical layers, S skips, r rank. A linear map is y = x W^T with W [out, in], never a bias.
@@ -353,11 +352,8 @@ def parse_setting(name: str, text: str, annotation: object) -> object:
 
 def parse_settings(text: str) -> dict[str, object]:
     """Settings as on a command line, NAME=value with white space between -> values by field."""
-    pairs = (pair.split("=") for pair in text.split())
-    return {
-        name.lower(): parse_setting(name, value, Config.__annotations__[name.lower()])
-        for name, value in pairs
-    }
+    pairs = ((name.lower(), value) for name, value in (pair.split("=") for pair in text.split()))
+    return {name: parse_setting(name, value, Config.__annotations__[name]) for name, value in pairs}
 
 
 _NAMES = [field.name for field in dataclasses.fields(Config)]
@@ -410,10 +406,7 @@ class Backends:
         return torch.compile(function, **self._options) if self.compiler else function
 
     def move_and_compile(self, model: "GPT", device: torch.device) -> "GPT":
-        """Move the model; on CUDA the embedding is kept in bfloat16, everything else in float32.
-
-        Calls of the model are compiled, one graph for each form of call; its methods remain as they are.
-        """
+        """Move the model (on CUDA the embedding to bfloat16), and compile its calls, but not its methods."""
         model.to(device)
         if device.type == "cuda":
             model.tok_emb.to(torch.bfloat16)
@@ -428,44 +421,32 @@ class Backends:
         return {"backend": self.compiler, "fullgraph": True, "dynamic": False}
 
 
-COLLECTIVE_SECONDS = 600  # a rank that does not answer a collective for so long has failed
-BARRIER_SECONDS = 3600  # and one that has not finished a stage so long after another
-TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+BARRIER_SECONDS = 3600  # a rank that has not finished a stage so long after another has failed
+TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what it sets, and what holds without it
 
 
 class Ranks:
-    """This process among all of them: device, precision and every collective (each does nothing alone).
-
-    Launched by torchrun; NCCL on GPUs, gloo on CPUs. The only place that knows device and precision.
-    """
+    """This process among all: device, precision and every collective (each does nothing alone)."""
 
     def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1):
         self.device, self.rank, self.world_size = device, rank, world_size
+        self.is_main, self.on_gpu = rank == 0, device.type == "cuda"  # rank 0 writes the outputs
         self._store, self._barriers = None, 0
         self.stop_signal, self.stage_handles_stop = 0, False  # the harness sets both
 
     @classmethod
     def from_env(cls, cfg: Config, environ: Mapping[str, str]) -> "Ranks":
-        """Pick the device; join the process group if torchrun started several processes."""
-        given = {name: environ.get(name, default) for name, default in TORCHRUN.items()}
-        for name, text in given.items():
-            if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) == 0):
-                raise ConfigError(f"{name}={text!r}: must be a whole number, as torchrun sets it")
-        rank, local_rank, world_size = map(int, given.values())
-        if not local_rank <= rank < world_size:
-            raise ConfigError(f"RANK={rank}: must be below WORLD_SIZE={world_size}, LOCAL_RANK at most RANK")
+        """Pick the device; join the process group (NCCL, on CPUs gloo) if torchrun started several."""
+        rank, local_rank, world_size = (int(environ.get(name, alone)) for name, alone in TORCHRUN.items())
         check_micro_batches(cfg, world_size)
-        cuda, devices = cfg.device != "cpu" and torch.cuda.is_available(), torch.cuda.device_count()
+        cuda = cfg.device != "cpu" and torch.cuda.is_available()
         if cfg.device == "cuda" and not cuda:
             raise ConfigError("DEVICE=cuda: torch sees no CUDA device; must be auto or cpu here")
-        if cuda and local_rank >= devices:
-            raise ConfigError(f"LOCAL_RANK={local_rank}: this machine has {devices} CUDA devices")
         if cfg.cpu_threads:
             torch.set_num_threads(cfg.cpu_threads)
-        device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-        ranks = cls(device, rank, world_size)
+        ranks = cls(torch.device("cuda", local_rank) if cuda else torch.device("cpu"), rank, world_size)
         if ranks.on_gpu:
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(ranks.device)
             torch.backends.cuda.enable_cudnn_sdp(False)  # plans every shape anew; adaptation has thousands
         if world_size > 1:
             ranks._join("nccl" if ranks.on_gpu else "gloo")
@@ -473,31 +454,17 @@ class Ranks:
 
     def _join(self, backend: str) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # renamed since
-        options = {"timeout": timedelta(seconds=COLLECTIVE_SECONDS)}
+        limit = timedelta(minutes=10)  # a rank that does not answer a collective for so long has failed
         try:
-            store, *_ = next(dist.rendezvous("env://", **options))
-            options |= {"rank": self.rank, "world_size": self.world_size}
-            dist.init_process_group(backend, store=store, **options)
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
         except (ValueError, RuntimeError) as error:
             text = f"ranks cannot meet ({error}); use torchrun"
             raise ConfigError(f"WORLD_SIZE={self.world_size}: {text}") from None
         self._store = dist.PrefixStore("barrier", store)
 
-    @property
-    def is_main(self) -> bool:
-        """Rank 0 writes the outputs."""
-        return self.rank == 0
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether this process computes on a CUDA device."""
-        return self.device.type == "cuda"
-
     def wait_for_all(self, stage: str) -> None:
-        """Wait until all ranks have come here. This is no collective: the slowest rank may take its time.
-
-        Raises RunError after an hour. Where a rank has died, torchrun ends the others long before that.
-        """
+        """Wait for the slowest rank: no collective, it may take its time. RunError after an hour."""
         if self.world_size == 1:
             return
         self._barriers += 1
@@ -513,11 +480,6 @@ class Ranks:
     def say(self, text: str) -> None:
         """A line on standard error that names the rank."""
         print(f"train_gpt.py: rank {self.rank} of {self.world_size}, {text}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave the process group."""
-        if self.world_size > 1:
-            dist.destroy_process_group()
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
@@ -536,18 +498,18 @@ class Ranks:
     def reduce_scatter(self, bank: Tensor) -> "Pending":
         """Start the sum of a bank over ranks; each gets its slice of the first axis, padded with zeros."""
         if self.world_size == 1:
-            return Pending(bank, None)
+            return Pending(bank)
         per_rank = -(-len(bank) // self.world_size)
         padded = F.pad(bank, [0, 0] * (bank.ndim - 1) + [0, per_rank * self.world_size - len(bank)])
         shard = padded.new_empty(per_rank, *bank.shape[1:])
-        return Pending(shard, dist.reduce_scatter_tensor(shard, padded.contiguous(), async_op=True))
+        return Pending(shard, dist.reduce_scatter_tensor(shard, padded.contiguous(), async_op=True).wait)
 
     def all_gather(self, shard: Tensor) -> "Pending":
         """Start the inverse of `reduce_scatter`: all slices, still padded."""
         if self.world_size == 1:
-            return Pending(shard, None)
+            return Pending(shard)
         whole = shard.new_empty(self.world_size * len(shard), *shard.shape[1:])
-        return Pending(whole, dist.all_gather_into_tensor(whole, shard.contiguous(), async_op=True))
+        return Pending(whole, dist.all_gather_into_tensor(whole, shard.contiguous(), async_op=True).wait)
 
     def gather(self, item: object) -> list:
         """The objects of all ranks (tensors on the CPU), on every rank."""
@@ -568,12 +530,12 @@ class Ranks:
     def to_host(self, tensor: Tensor) -> "Pending":
         """Start the copy of a small tensor to the host; what is launched after it does not delay it."""
         if not self.on_gpu:
-            return Pending(tensor.clone(), None)
+            return Pending(tensor.clone())
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         copy.copy_(tensor, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        return Pending(copy, event)
+        return Pending(copy, event.synchronize)
 
     def put(self, tensor: Tensor) -> Tensor:
         """The tensor on the device. From pinned memory: nothing waits for what was launched before."""
@@ -593,14 +555,12 @@ class Pending(NamedTuple):
     """Result of a collective, or of a copy to the host, that may still be under way."""
 
     tensor: Tensor
-    work: object | None
+    end: Callable[[], object] | None = None  # returns once the tensor is there
 
     def wait(self) -> Tensor:
         """The result, once it is there."""
-        if isinstance(self.work, torch.cuda.Event):
-            self.work.synchronize()
-        elif self.work is not None:
-            self.work.wait()
+        if self.end:
+            self.end()
         return self.tensor
 
 
@@ -644,16 +604,13 @@ def write_whole(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-OUTPUTS = ("metrics.jsonl", "result.json", "train_gpt.packed.py")
-
-
 def run_name(cfg: Config) -> str:
     """RUN_ID or, without one, a name of preset, seed and time."""
     return cfg.run_id or f"{cfg.preset}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 class Watch:
-    """What looks on while a run goes. These methods do nothing; the watches of harness/ keep, record and show."""
+    """What looks on while a run goes. These methods do nothing; those of harness/ keep, record and show."""
 
     def saved(self, stage: str) -> "dict | None":
         """The state from which a stage goes on; None: from its beginning."""
@@ -685,10 +642,7 @@ class Worker:
 
 
 class RunLog:
-    """What a run tells, a line at a time: to rank 0's console, and to the watch, which may keep it in files.
-
-    `folder` is that of the run's outputs; another than was asked for where the watch says so.
-    """
+    """What a run tells, line by line, on rank 0's console and to the watch. `folder` is for its outputs."""
 
     def __init__(self, cfg: Config, ranks: Ranks = CPU, watch: Watch | None = None):
         self.is_main, self._watch, self.run_id = ranks.is_main, watch or Watch(), run_name(cfg)
@@ -716,9 +670,8 @@ class Stopwatch:
     """Seconds spent in each named stage; a stage inside another stops the outer one's clock meanwhile."""
 
     def __init__(self, ranks: Ranks):
-        self._ranks = ranks
+        self._ranks, self._since = ranks, time.perf_counter()
         self._open: list[str] = []
-        self._since = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -762,9 +715,8 @@ class Segments(NamedTuple):
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
     """Shards of a split ("train", "val" or "val_bytes") in name order."""
-    return sorted(
-        p for p in folder.glob(f"fineweb_{split}_*.bin") if split != "val" or "_bytes_" not in p.name
-    )
+    paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
+    return [path for path in paths if split != "val" or "_bytes_" not in path.name]
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -793,18 +745,14 @@ def document_segments(
     bos_positions: Sequence[int] | Tensor, total_len: int, max_doc_len: int, bucket: int = SEGMENT_BUCKET
 ) -> Segments:
     """Segments of a row of `total_len` tokens: one a document, cut every `max_doc_len` tokens (0: never)."""
-    starts = np.union1d([0], np.asarray(bos_positions, np.int64))
-    lengths = np.diff(starts, append=total_len)
+    boundaries = np.union1d([0, total_len], np.asarray(bos_positions, np.int64))
     if max_doc_len:
-        pieces = -(-lengths // max_doc_len)
-        within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        starts = np.repeat(starts, pieces) + within * max_doc_len
-        lengths = np.diff(starts, append=total_len)
-    boundaries = np.append(starts, total_len)
+        pieces = [np.arange(*ends, max_doc_len) for ends in itertools.pairwise(boundaries)]
+        boundaries = np.append(np.concatenate(pieces), total_len)
     padding = -len(boundaries) % bucket
     cu_seqlens = np.pad(boundaries, (0, padding), constant_values=total_len).astype(np.int32)
     bound = min(max_doc_len or total_len, total_len)
-    return Segments(torch.from_numpy(cu_seqlens), int(lengths.max()), bound)
+    return Segments(torch.from_numpy(cu_seqlens), int(np.diff(boundaries).max()), bound)
 
 
 def packed_row(tokens: Tensor, max_doc_len: int, plain: bool = False) -> tuple[Tensor, Tensor, Segments]:
@@ -817,42 +765,30 @@ def packed_row(tokens: Tensor, max_doc_len: int, plain: bool = False) -> tuple[T
 class PackedLoader:
     """Training batches: consecutive tokens of the shards, in order and cyclic, with document segments.
 
-    Spans of `micro_tokens + 1` tokens are drawn in groups (of `world_size` unless `group` says more), a group
-    always from one shard; rank r gets the spans r, r + world_size, ... of each. So any number of ranks that
-    divides the group sees the same stream. A shard begins at its first BOS; what does not fill a group at its
-    end is dropped.
+    Spans of `micro_tokens + 1` tokens are drawn in groups (one for each rank unless `group` says more), a
+    group always from one shard; rank r gets the spans r, r + world_size, ... of each. So any number of ranks
+    that divides the group sees the same stream. A shard begins at its first BOS; what does not fill a group
+    at its end is dropped.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        world_size: int,
-        rank: int,
-        micro_tokens: int,
-        max_doc_len: int,
-        vocab_size: int = 1 << 16,
-        group: int = 0,
-    ):
-        self._paths, self._max_doc_len, self._vocab_size = list(paths), max_doc_len, vocab_size
-        self._rank, self._world_size, self._group = rank, world_size, group or world_size
-        self._span = micro_tokens + 1
+    def __init__(self, paths: Sequence[Path], cfg: Config, ranks: Ranks, micro_tokens: int, group: int = 0):
+        self.cfg, self._ranks, self._paths = cfg, ranks, list(paths)
+        self._span, self._group = micro_tokens + 1, group or ranks.world_size
         self._need = self._group * self._span
-        largest = max((self._usable(read_shard(path)) for path in self._paths), default=0)
+        shards = map(read_shard, self._paths)
+        largest = max((len(tokens) - self._first_bos(tokens) for tokens in shards), default=0)
         if largest < self._need:
             where = self._paths[0].with_name("fineweb_train_*") if self._paths else "no shards"
             text = f"TRAIN_BATCH_TOKENS takes {self._need} consecutive tokens, the largest has {largest}"
             raise DataError(f"{where}: {text}")
         self._open(0)
-        check_vocabulary(self._tokens, vocab_size, self._paths[0])  # all of it while no clock runs
+        check_vocabulary(self._tokens, cfg.vocab_size, self._paths[0])  # all of it while no clock runs
 
     @staticmethod
     def _first_bos(tokens: np.ndarray) -> int:
         hits = np.flatnonzero(tokens[: 1 << 20] == BOS)
         hits = hits if len(hits) else np.flatnonzero(tokens == BOS)
         return int(hits[0]) if len(hits) else len(tokens)
-
-    def _usable(self, tokens: np.ndarray) -> int:
-        return len(tokens) - self._first_bos(tokens)
 
     def _open(self, shard: int) -> None:
         self._shard = shard % len(self._paths)
@@ -863,13 +799,13 @@ class PackedLoader:
         """The next micro-batch of this rank: inputs [1, n], targets [1, n], segments."""
         while not self._taken and self._cursor + self._need > len(self._tokens):
             self._open(self._shard + 1)
-        start = self._cursor + (self._taken + self._rank) * self._span
-        self._taken += self._world_size
+        start = self._cursor + (self._taken + self._ranks.rank) * self._span
+        self._taken += self._ranks.world_size
         if self._taken == self._group:
             self._cursor, self._taken = self._cursor + self._need, 0
         span = self._tokens[start : start + self._span]
-        check_vocabulary(span, self._vocab_size, self._paths[self._shard])
-        return packed_row(torch.from_numpy(span.astype(np.int64)), self._max_doc_len)
+        check_vocabulary(span, self.cfg.vocab_size, self._paths[self._shard])
+        return packed_row(torch.from_numpy(span.astype(np.int64)), self.cfg.train_seq_len)
 
     def state(self) -> tuple[int, int, int]:
         """Position: shard number, start of the group in it, spans taken of the group."""
@@ -882,46 +818,34 @@ class PackedLoader:
 
 
 class ShuffledLoader:
-    """Calibration batches: plain windows of `seq_len` tokens, without documents, in a random order per shard.
+    """Calibration batches: plain windows of TRAIN_SEQ_LEN tokens in a random order, without documents.
 
-    Rank r owns the files r, r + world_size, ...; PCG64 seeded by the rank draws a phase and a permutation for
-    each shard and then, window by window, a shard with probability proportional to the windows it has left.
+    PCG64 draws a phase and a permutation for each shard and then, window by window, a shard with probability
+    proportional to the windows it has left.
     """
 
-    def __init__(
-        self, paths: Sequence[Path], world_size: int, rank: int, seq_len: int, vocab_size: int = 1 << 16
-    ):
-        self._seq_len, self._vocab_size, self._paths = seq_len, vocab_size, paths[rank::world_size]
-        self._shards = [read_shard(path) for path in self._paths]
-        self._rng = np.random.Generator(np.random.PCG64(rank))
+    def __init__(self, paths: Sequence[Path], cfg: Config, seed: int = 0):
+        self.cfg, self._paths, self._shards = cfg, paths, [read_shard(path) for path in paths]
+        self._rng = np.random.Generator(np.random.PCG64(seed))
         self._reset()
-        if not sum(map(len, self._windows)):
-            raise DataError(
-                f"rank {rank} of {world_size}: no calibration window of {seq_len} tokens in its shards"
-            )
+        if not any(self._windows):
+            raise DataError(f"TRAIN_SEQ_LEN={cfg.train_seq_len}: no training shard holds such a window")
 
     def _reset(self) -> None:
-        self._windows = [self._draw_windows(len(tokens)) for tokens in self._shards]
-
-    def _draw_windows(self, num_tokens: int) -> list[int]:
-        room = min(self._seq_len - 1, max(0, num_tokens - self._seq_len - 1))
-        phase = int(self._rng.integers(room + 1)) if room else 0
-        count = max(0, (num_tokens - 1 - phase) // self._seq_len)
-        return (phase + self._rng.permutation(count) * self._seq_len).tolist()
+        self._windows, length = [], self.cfg.train_seq_len
+        for tokens in self._shards:
+            room = min(length - 1, max(0, len(tokens) - length - 1))
+            phase = int(self._rng.integers(room + 1)) if room else 0
+            count = max(0, (len(tokens) - 1 - phase) // length)
+            self._windows.append((phase + self._rng.permutation(count) * length).tolist())
 
     def _draw(self) -> tuple[int, int]:
         """Shard and start of the next window."""
-        left = np.array([len(windows) for windows in self._windows], np.float64)
-        if not left.sum():
+        if not any(self._windows):
             self._reset()
-            return self._draw()
+        left = np.array([len(windows) for windows in self._windows], np.float64)
         shard = int(self._rng.choice(len(left), p=left / left.sum()))
         return shard, self._windows[shard].pop()
-
-    def _read(self, shard: int, start: int) -> np.ndarray:
-        window = self._shards[shard][start : start + self._seq_len + 1]
-        check_vocabulary(window, self._vocab_size, self._paths[shard])
-        return window
 
     def skip(self, rows: int) -> None:
         """Leave a batch to another rank, unread: windows lie all over the files."""
@@ -929,9 +853,12 @@ class ShuffledLoader:
             self._draw()
 
     def next(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, each [rows, seq_len]."""
-        windows = np.stack([self._read(*self._draw()) for _ in range(rows)]).astype(np.int64)
-        tokens = torch.from_numpy(windows)
+        """Inputs and targets, each [rows, TRAIN_SEQ_LEN]."""
+        windows = []
+        for shard, start in (self._draw() for _ in range(rows)):
+            windows.append(self._shards[shard][start : start + self.cfg.train_seq_len + 1])
+            check_vocabulary(windows[-1], self.cfg.vocab_size, self._paths[shard])
+        tokens = torch.from_numpy(np.stack(windows).astype(np.int64))
         return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -957,15 +884,9 @@ class ValidationSet(NamedTuple):
     def from_sidecar(cls, tokens: Tensor, sidecar: Tensor) -> "ValidationSet":
         """Bytes from the parallel sidecar (CaseOps)."""
         if len(sidecar) != len(tokens):
-            raise DataError(
-                f"fineweb_val_bytes_*: {len(sidecar)} entries, must be one a validation token ({len(tokens)})"
-            )
+            given = f"fineweb_val_bytes_*: {len(sidecar)} entries"
+            raise DataError(f"{given}, must be one a validation token ({len(tokens)})")
         return cls(tokens, sidecar[1:].long(), find_documents(tokens))
-
-    @classmethod
-    def from_tables(cls, tokens: Tensor, tables: "ByteTables") -> "ValidationSet":
-        """Bytes from the tokenizer's pieces (plain text)."""
-        return cls(tokens, tables.target_bytes(tokens), find_documents(tokens))
 
     @property
     def num_targets(self) -> int:
@@ -981,7 +902,7 @@ def _read_stream(folder: Path, split: str) -> Tensor:
 
 
 def load_validation(cfg: Config) -> ValidationSet:
-    """The whole validation split with its byte counts. Raises DataError where it is missing or does not fit."""
+    """The validation split with its byte counts. Raises DataError where it is missing or does not fit."""
     folder = cfg.data_folder
     tokens = _read_stream(folder, "val")
     check_vocabulary(tokens, cfg.vocab_size, folder / "fineweb_val_*")
@@ -991,9 +912,8 @@ def load_validation(cfg: Config) -> ValidationSet:
         return ValidationSet.from_sidecar(tokens, _read_stream(folder, "val_bytes"))
     from systems.plain_text import ByteTables, load_tokenizer
 
-    return ValidationSet.from_tables(
-        tokens, ByteTables.from_sentencepiece(load_tokenizer(cfg), cfg.vocab_size)
-    )
+    tables = ByteTables.from_sentencepiece(load_tokenizer(cfg), cfg.vocab_size)
+    return ValidationSet(tokens, tables.target_bytes(tokens), find_documents(tokens))
 
 
 # ---- 5. Attention --------------------------------------------------------------------------------------
@@ -1108,9 +1028,7 @@ Adapt = Callable[[str, Tensor], Tensor | float]  # (role of a projection, its in
 OnInput = Callable[[str, Tensor], None]  # is told the flat name of each matrix and the input of its product
 
 
-LayerWeights = namedtuple(
-    "LayerWeights", "q k v o up down"
-)  # the six matrices of a layer, slices of the banks
+LayerWeights = namedtuple("LayerWeights", "q k v o up down")  # the matrices of a layer: slices of banks
 
 
 class BlockContext(NamedTuple):
@@ -1381,7 +1299,7 @@ class GPT(nn.Module):
         lora: "BatchedLoRA | None" = None,
         on_input: OnInput | None = None,
         wanted: Tensor | None = None,
-        cache: "KeyValueCache | None" = None,
+        cache: object | None = None,
     ) -> Tensor:
         """The traversal: ids [B, T] -> final normed hidden states [B, T, D], or [B, n, D] at `wanted` [B, n].
 
@@ -1453,7 +1371,7 @@ class GPT(nn.Module):
         looping: bool,
         lora: "BatchedLoRA | None" = None,
         scored: Tensor | None = None,
-        cache: "KeyValueCache | None" = None,
+        cache: object | None = None,
     ) -> Tensor:
         """Cross entropy (nats) of each target [B, T]; with `scored` [B, n] only at those positions."""
         h = self.hidden(input_ids, segments, looping=looping, lora=lora, wanted=scored, cache=cache)
@@ -1515,7 +1433,7 @@ class BatchedLoRA(nn.Module):
         batch: int,
         slots: int,
         generator: torch.Generator | None = None,
-        seeds: Sequence[int] = (),
+        seeds: Sequence = (),
     ):
         super().__init__()
         self.batch, self._generator = batch, generator
@@ -1672,12 +1590,7 @@ class Muon(torch.optim.Optimizer):
         return [(b, self._ranks.reduce_scatter(b.grad.bfloat16() if half else b.grad)) for b in banks]
 
     @torch.no_grad()
-    def apply(
-        self,
-        slices: Sequence[tuple[nn.Parameter, Pending]],
-        factor: float | Tensor = 1.0,
-        finite: bool | Tensor = True,
-    ) -> None:
+    def apply(self, slices: Sequence, factor: float | Tensor = 1.0, finite: bool | Tensor = True) -> None:
         """Orthogonalise this rank's slices of the gradients, scaled by `factor` (or zero unless `finite`).
 
         While the update of one bank travels to the other ranks the next one is computed.
@@ -1719,11 +1632,8 @@ def parameter_table(cfg: Config, model: GPT) -> dict[str, dict]:
     shapes = {name: p.shape for name, p in model.named_parameters()}
     banks = sorted((n for n in shapes if n.endswith("_bank")), key=lambda n: -shapes[n].numel())
     muon = {"optimizer": "muon", "lr": cfg.matrix_lr, "weight_decay": cfg.muon_wd}
-    muon |= {
-        "row_normalize": cfg.muon_row_normalize,
-        "momentum": cfg.muon_momentum,
-        "steps": cfg.muon_backend_steps,
-    }
+    muon |= {"momentum": cfg.muon_momentum, "row_normalize": cfg.muon_row_normalize}
+    muon["steps"] = cfg.muon_backend_steps
     adam = {"betas": [cfg.beta1, cfg.beta2], "eps": cfg.adam_eps}
     rate = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
     embed = {"lr": rate, "weight_decay": cfg.embed_wd} | adam
@@ -1990,12 +1900,10 @@ class Trainer(Worker):
 
     def _log_step(self, report: StepReport, elapsed: float) -> None:
         report.elapsed  # noqa: B018 - raises if the step was not finite
-        speed = {
-            "train_seconds": elapsed,
-            "tokens_per_second": report.step * self.cfg.train_batch_tokens / elapsed,
-        }
         values = {"train_loss": report.train_loss, "grad_norm": report.grad_norm}
-        self.run.log.event("train", step=report.step, **values, lr_multiplier=report.lr_multiplier, **speed)
+        values |= {"lr_multiplier": report.lr_multiplier, "train_seconds": elapsed}
+        speed = report.step * self.cfg.train_batch_tokens / elapsed
+        self.run.log.event("train", step=report.step, **values, tokens_per_second=speed)
 
     def state(self) -> dict:
         """All that later steps depend on, on the CPU; the same on all ranks, which call this together."""
@@ -2016,7 +1924,7 @@ class Trainer(Worker):
             entry["momentum_buffer"] = torch.cat([entire, padding]).split(per_rank)[ranks.rank]
         torch.set_rng_state(state["rng"])
         self.restore(state | {"ema": copy_tensors(state["ema"], lambda tensor: tensor.to(ranks.device))})
-        measured = [Pending(torch.tensor([0.0, 0.0, clock, 0.0, 0.0]), None) for clock in state["clocks"]]
+        measured = [Pending(torch.tensor([0.0, 0.0, clock, 0.0, 0.0])) for clock in state["clocks"]]
         self.reports = [StepReport(state["step"], values, 1.0, 0.0, self.looping) for values in measured]
         self.steps, self.seconds = state["step"], state["clocks"][0]
 
@@ -2107,21 +2015,14 @@ class HessianCollector:
     def hessians(self, num_batches: int, ranks: Ranks = CPU) -> dict[str, Tensor]:
         """The sums over all ranks, divided by the number of batches. K and V share the Hessian of Q."""
         hessians = {name: ranks.sum_(total) / num_batches for name, total in self._sums.items()}
-        for name in list(hessians):
-            if name.endswith("c_q.weight"):
-                for other in ("c_k", "c_v"):
-                    hessians[name.replace("c_q", other)] = hessians[name]
-        return hessians
+        return {name.replace("c_q", c): h for name, h in hessians.items() for c in ("c_q", "c_k", "c_v")}
 
 
 @torch.no_grad()
 def calibrate(
     model: GPT, cfg: Config, loader: ShuffledLoader, *, looping: bool, ranks: Ranks = CPU
 ) -> dict[str, Tensor]:
-    """Hessians over `gptq_calibration_batches` batches of plain training windows, without segments.
-
-    `loader` is that of a single rank: all ranks draw the same windows and take micro-batches in turn.
-    """
+    """Hessians over GPTQ_CALIBRATION_BATCHES batches: all ranks draw all of them and read in turn."""
     collector = HessianCollector()
     on_rank, tokens = micro_batches(cfg, model.backends, ranks.world_size)
     rows = tokens // cfg.train_seq_len
@@ -2139,31 +2040,16 @@ def calibrate(
     return collector.hessians(cfg.gptq_calibration_batches, ranks)
 
 
-# These two tables say how tensors are stored; quantiser, artifact and readers go by them. A stored tensor has
-# one of the first three forms, and a GPTQ matrix may have one of the others on top of it: its correction.
-FORMS = {  # form -> its name in published artifacts, the keys of its arrays
-    "fp16": ("passthrough (float16)", ("",)),
-    "int8_rows": ("gate_int8_row", ("gq", "gs")),
-    "gptq": ("gptq (int{})", ("q", "scale")),
-    "columns": ("+columns", ("columns",)),
-    "asym": ("+lqer_asym", ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")),
-    "sym": ("+lqer", ("lqA", "lqAs", "lqB", "lqBs")),
-}
-ARRAYS = {  # key -> type; a letter per dimension (rows, columns, k the rank, groups); largest level, 0: by bits
-    "": ("<f2", "", 0),  # a tensor of any shape
-    "gq": ("|i1", "rc", 127),
-    "gs": ("<f2", "r", 0),
-    "q": ("|i1", "rc", 0),
-    "scale": ("<f2", "r", 0),
-    "columns": ("<f2", "c", 0),
-    "lqA_a": ("|i1", "rk", 1),
-    "lqAs_a": ("<f2", "", 0),
-    "lqB_a": ("|i1", "kc", 7),
-    "lqBs_a": ("<f2", "g", 0),
-    "lqA": ("|i1", "rk", 127),
-    "lqAs": ("<f2", "r", 0),
-    "lqB": ("|i1", "kc", 127),
-    "lqBs": ("<f2", "k", 0),
+# How tensors are stored: quantiser, artifact and readers go by this table. A tensor has one of the first
+# three forms; a GPTQ matrix may have one of the others on top of it, its correction. An array has a letter
+# for each dimension (rows, columns, k the rank, groups) and its largest level: -1 by the bits, 0 if float16.
+FORMS = {  # form -> its name in published artifacts, its arrays by key
+    "fp16": ("passthrough (float16)", {"": ("", 0)}),  # of any shape
+    "int8_rows": ("gate_int8_row", {"gq": ("rc", 127), "gs": ("r", 0)}),
+    "gptq": ("gptq (int{})", {"q": ("rc", -1), "scale": ("r", 0)}),
+    "columns": ("+columns", {"columns": ("c", 0)}),
+    "asym": ("+lqer_asym", {"lqA_a": ("rk", 1), "lqAs_a": ("", 0), "lqB_a": ("kc", 7), "lqBs_a": ("g", 0)}),
+    "sym": ("+lqer", {"lqA": ("rk", 127), "lqAs": ("r", 0), "lqB": ("kc", 127), "lqBs": ("k", 0)}),
 }
 
 
@@ -2237,10 +2123,7 @@ class HessianFactor(NamedTuple):
 
 
 def factorise(hessian: Tensor) -> HessianFactor:
-    """Damp, sort and factorise a Hessian [columns, columns]: one Cholesky, one triangular inverse.
-
-    While it is not positive definite, it is damped ten times more. Raises RunError beyond 10^7 times.
-    """
+    """Damp, sort and factorise a Hessian [n, n]; damp tenfold while that fails, to 10^7 times (RunError)."""
     h = hessian.float().clone()
     dead = h.diagonal() == 0
     h.diagonal()[dead] = 1
@@ -2248,15 +2131,12 @@ def factorise(hessian: Tensor) -> HessianFactor:
     h.diagonal().add_(damping * mean)
     order = torch.argsort(h.diagonal(), descending=True)
     h = h[order][:, order]
-    while True:
-        root, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
-        if not failed:
-            break
+    while (cholesky := torch.linalg.cholesky_ex(h.flip(0, 1))).info:
         if damping > 1e4:
             raise RunError(f"calibration: a Hessian cannot be factorised (mean of its diagonal {mean:g})")
         h.diagonal().add_(9 * damping * mean)
         damping *= 10
-    root = root.flip(0, 1)  # upper, H = root root^T, so that U = root^-1
+    root = cholesky.L.flip(0, 1)  # upper, H = root root^T, so that U = root^-1
     identity = torch.eye(len(h), device=h.device)
     return HessianFactor(order, dead, torch.linalg.solve_triangular(root, identity, upper=True), damping)
 
@@ -2273,12 +2153,9 @@ def gptq(
 ) -> tuple[Tensor, Tensor, float]:
     """GPTQ (arXiv 2210.17323) of a weight [rows, columns] at given row scales [rows].
 
-    Columns go by falling diagonal of the Hessian; the rounding error of each is spread over the later ones.
-    Here columns lie as rows, so that each step reads whole ones. The errors of a block reach the columns of
-    the block as each is read, and those behind the block as one matrix product.
-
-    Returns:
-        levels int8 [rows, columns], scales float16 [rows], and the error tr(E H E^T) with H damped.
+    Columns go by falling diagonal of the Hessian; the rounding error of each is spread over the later ones:
+    in its block as they are read, behind the block as one matrix product. Columns lie as rows here, which
+    reads whole ones. Returns int8 levels [rows, columns], float16 scales [rows], error tr(E H E^T), H damped.
     """
     order, dead, upper, _ = factor
     q_max = 2 ** (bits - 1) - 1
@@ -2300,10 +2177,7 @@ def gptq(
 
 
 def round_to_scales(x: Tensor, runs: int, low: int, high: int, top: float) -> tuple[Tensor, Tensor]:
-    """Levels low..high of x, int8, and a float16 scale for each of `runs` equal runs of its values.
-
-    The largest magnitude of a run would lie at the level `top`.
-    """
+    """Int8 levels low..high of x; a float16 scale for each of `runs` runs, whose largest value is `top`."""
     values = x.float().reshape(runs, -1)
     scale = (values.abs().amax(1) / top).clamp_min(SMALLEST_HALF).half()
     return (values / scale.float()[:, None]).round().clamp(low, high).to(torch.int8).view(x.shape), scale
@@ -2320,13 +2194,11 @@ def low_rank_factors(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u[:, :rank] * s[:rank], vh[:rank]
 
 
-def pack_low_rank(
-    a: Tensor, b: Tensor, group: int, bits: int
-) -> tuple[tuple[str, int, int], dict[str, Tensor]]:
-    """The correction A B as a record keeps it: form, rank and group, and its arrays.
+def pack_low_rank(a: Tensor, b: Tensor, group: int, bits: int) -> tuple[tuple, dict[str, Tensor]]:
+    """The correction A B as a record keeps it: (form, rank, group), and its arrays.
 
     If `group` divides B, A is in int2 with one scale, B in int4 with a scale per `group` values (PR #1797).
-    Otherwise, or if it is 0, both factors are in integers of `bits`, with one scale per row.
+    Otherwise, or if it is 0, both are in integers of `bits`, with one scale per row.
     """
     if group and b.numel() % group == 0:
         form, (levels, scale) = "asym", round_to_scales(a, 1, -2, 1, 1.5)
@@ -2374,15 +2246,9 @@ def gather_by_name(part: Mapping[str, object], order: Iterable[str], ranks: Rank
 
 
 def quantize_state(
-    flat: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor | HessianFactor],
-    cfg: Config,
-    ranks: Ranks = CPU,
+    flat: dict[str, Tensor], hessians: dict[str, Tensor | HessianFactor], cfg: Config, ranks: Ranks = CPU
 ) -> dict[str, QuantizedTensor]:
-    """Store every tensor of a flat state dict, then correct the matrices with the largest errors (LQER).
-
-    The ranks share the tensors, and every rank gets all results, on the CPU.
-    """
+    """Store every tensor of a flat state dict, then correct the worst matrices (LQER): on all ranks' CPUs."""
     mine = tensors_of_rank(flat, ranks)
     schemes = {name: scheme_of(name, flat[name], cfg) for name in mine}
     if not cfg.tie_embeddings:  # the inputs of an untied embedding are one-hot: all columns weigh the same
@@ -2438,15 +2304,11 @@ def byte_unshuffle(data: bytes) -> bytes:
     """The inverse of `byte_shuffle`; data without its header are returned as they are."""
     if not data.startswith(SHUFFLE_MAGIC) or len(data) < 5:
         return data
-    stride, body = data[4], memoryview(data)[5:]
-    if stride < 2:
-        return bytes(body)
-    out, start = bytearray(len(body)), 0
-    for i in range(stride):
-        length = len(range(i, len(body), stride))
-        out[i::stride] = body[start : start + length]
-        start += length
-    return bytes(out)
+    stride, body = max(data[4], 1), np.frombuffer(data, np.uint8, offset=5)
+    out = np.empty_like(body)
+    for i, part in enumerate(np.array_split(body, stride)):
+        out[i::stride] = part
+    return out.tobytes()
 
 
 def check_codec(codec: str) -> None:
@@ -2469,10 +2331,7 @@ def compress(data: bytes, cfg: Config) -> bytes:
 
 
 def decompress(data: bytes, cfg: Config, limit: int = 1 << 30) -> bytes:
-    """The inverse of `compress`. Raises ArtifactError, or an error of the codec, on damaged data.
-
-    Reading stops where `limit` bytes of output are exceeded, which is an error too.
-    """
+    """The inverse of `compress`. ArtifactError, or the codec's, for damage or more than `limit` bytes."""
     if cfg.compressor == "lzma":
         decoder = lzma.LZMADecompressor(memlimit=2 * limit + (1 << 24))
         out = decoder.decompress(data, limit + 1)
@@ -2510,10 +2369,11 @@ def stored_arrays(
     rank, group = correction[1:] or (0, 0)
     counts = (*shape, rank, rank * shape[-1] // (group or 1)) if kind != "fp16" else ()
     sizes = dict(zip("rckg", counts, strict=False))
-    for key in itertools.chain.from_iterable(FORMS[form][1] for form in (kind, *correction[:1])):
-        dtype, dims, top = ARRAYS[key]
-        dims = tuple(sizes[letter] for letter in dims) if key else tuple(shape)
-        yield StoredArray(name, key, dtype, dims, top or 2 ** (bits - 1) - 1)
+    for form in (kind, *correction[:1]):
+        for key, (letters, top) in FORMS[form][1].items():
+            dims = tuple(sizes[letter] for letter in letters) if key else tuple(shape)
+            dtype, top = "|i1" if top else "<f2", top if top > 0 else 2 ** (bits - 1) - 1
+            yield StoredArray(name, key, dtype, dims, top)
 
 
 def artifact_streams(tensors: Iterable[Sequence], cfg: Config) -> dict[str, list[StoredArray]]:
@@ -2565,10 +2425,7 @@ def read_header(artifact: bytes, cfg: Config) -> tuple[dict[str, object], int]:
 
 
 def unpack_artifact(artifact: bytes, cfg: Config) -> tuple[dict[str, object], dict[str, QuantizedTensor]]:
-    """The artifact -> the settings of its model and its codec, and stored tensors. Raises ArtifactError.
-
-    The header is trusted; harness/readers.py looks at one of unknown origin first.
-    """
+    """The artifact -> model settings and codec, stored tensors. harness/readers.py judges headers first."""
     if not COUNTED:  # the counted script has one codec and one model
         cfg = dataclasses.replace(cfg, compressor=codec_of(artifact))
     header, start = read_header(artifact, cfg)
@@ -2581,9 +2438,7 @@ def unpack_artifact(artifact: bytes, cfg: Config) -> tuple[dict[str, object], di
     return header["model"] | {"compressor": cfg.compressor}, records
 
 
-def _unpack_stream(
-    data: bytes, stream: str, parts: Sequence[StoredArray], cfg: Config
-) -> Iterator[np.ndarray]:
+def _unpack_stream(data: bytes, stream: str, parts: list[StoredArray], cfg: Config) -> Iterator[np.ndarray]:
     """The arrays of a stream, each in memory of its own."""
     if cfg.compressor == "ans" and stream == LEVELS:
         from systems.ans import decode_levels
@@ -2707,9 +2562,7 @@ class StandardEvaluation(Evaluation):
         self.meter.sum_over(self.ranks)
 
 
-# -- the plan of test-time training: documents -> batches -> chunks -> phases, pure functions
-
-
+# The plan of test-time training: documents -> batches -> chunks -> phases, all of it pure functions.
 Span = tuple[int, int]  # where a document starts in the stream, and its tokens
 Document = tuple[int, Span]  # its number comes first
 
@@ -2837,9 +2690,6 @@ def chunk_batch(
     valid = within < torch.tensor([w.targets for w in windows])[:, None]
     trains = torch.tensor([(chunk + 1) * size < length - 1 for _, (_, length) in alive])
     return ChunkBatch([number for number, _ in alive], x, y, scored, valid, trains, spans)
-
-
-# -- score, then adapt
 
 
 class ScoreFirstTTT(Evaluation):
@@ -2997,7 +2847,7 @@ class ScoreFirstTTT(Evaluation):
         byte_sum = sum(int(self.val.target_bytes[start : start + n].sum()) for start, n in part.spans)
         return scored.double().sum(), byte_sum, int(part.valid.sum())
 
-    def _losses(self, part: ChunkBatch, lora: BatchedLoRA, cache: "KeyValueCache | None") -> Tensor:
+    def _losses(self, part: ChunkBatch, lora: BatchedLoRA, cache: object | None) -> Tensor:
         x, y, scored = (self.ranks.put(tensor) for tensor in (part.x, part.y, part.scored))
         with self.ranks.autocast():
             if self.model.backends.compiler and torch.is_grad_enabled() and not cache:
@@ -3007,7 +2857,7 @@ class ScoreFirstTTT(Evaluation):
             return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache)
 
     def _adapt(
-        self, part: ChunkBatch, optimizer: LoRAOptimizer, losses: Tensor, cache: "KeyValueCache | None"
+        self, part: ChunkBatch, optimizer: LoRAOptimizer, losses: Tensor, cache: object | None
     ) -> None:
         """Optimiser steps on a scored chunk; the first takes the gradient of the scoring pass itself."""
         trains = self.ranks.put(part.trains)
@@ -3023,9 +2873,6 @@ class ScoreFirstTTT(Evaluation):
         norms, rates = global_sgd(self.model, tokens, self.cfg, looping=self.looping, ranks=self.ranks)
         facts = {"tokens": tokens, "grad_norms": norms, "lr_used": rates, "model": self.model}
         self.watch.see("global_sgd", phase=self.phases, **facts)
-
-
-# -- the base weights, trained by SGD on what has been scored
 
 
 def cosine_rate(peak: float, step: int, steps: int) -> float:
@@ -3132,12 +2979,7 @@ class Run:
     """
 
     def __init__(
-        self,
-        cfg: Config,
-        ranks: Ranks,
-        backends: Backends,
-        sources: Mapping[str, bytes],
-        watch: Watch | None = None,
+        self, cfg: Config, ranks: Ranks, backends: Backends, sources: Mapping, watch: Watch | None = None
     ):
         self.cfg, self.ranks, self.backends, self.sources = cfg, ranks, backends, sources
         self.watch, self.clock = watch or Watch(), Stopwatch(ranks)
@@ -3177,7 +3019,7 @@ class Run:
         self.loader = self.new_loader()
         return self.new_model(self.cfg)
 
-    def new_loader(self) -> "PackedLoader | WindowLoader":
+    def new_loader(self) -> PackedLoader:
         """The training batches of this rank, from the first on."""
         cfg, ranks, paths = self.cfg, self.ranks, shard_paths(self.cfg.data_folder, "train")
         on_rank, tokens = micro_batches(cfg, self.backends, ranks.world_size)
@@ -3185,9 +3027,7 @@ class Run:
             from systems.stream import WindowLoader
 
             return WindowLoader(paths, cfg, ranks, tokens)
-        group = on_rank * ranks.world_size
-        options = {"vocab_size": cfg.vocab_size, "group": group}
-        return PackedLoader(paths, ranks.world_size, ranks.rank, tokens, cfg.train_seq_len, **options)
+        return PackedLoader(paths, cfg, ranks, tokens, on_rank * ranks.world_size)
 
     def new_model(self, cfg: Config) -> GPT:
         """A freshly initialised model."""
@@ -3280,7 +3120,7 @@ class Run:
         cfg, ranks, seconds = self.cfg, self.ranks, self.clock.seconds
         with self.clock.stage("calibrate"):
             paths = shard_paths(cfg.data_folder, "train")
-            loader = ShuffledLoader(paths, 1, 0, cfg.train_seq_len, cfg.vocab_size)
+            loader = ShuffledLoader(paths, cfg)
             hessians = calibrate(self.model, cfg, loader, looping=self.looping, ranks=ranks)
         flat = flatten_banks(self.model.state_dict(), cfg.num_layers)
         with self.clock.stage("quantise"):
@@ -3394,7 +3234,16 @@ class Run:
             "calibrate_seconds": seconds.get("calibrate", 0.0),
             "eval_seconds": seconds[final],
         }
-        broken = self._broken_limits(summary)
+        fraction, size = self.cfg.val_doc_fraction, summary["artifact_bytes"]
+        training = summary["train_seconds"] + summary["calibrate_seconds"]
+        evaluation = summary["eval_seconds"]
+        limits = {
+            f"training and calibration took {training:.1f} s, limit {TRAIN_LIMIT:g}": training > TRAIN_LIMIT,
+            f"evaluation took {evaluation:.1f} s, limit {EVAL_LIMIT:g}": evaluation > EVAL_LIMIT,
+            f"artifact has {size} bytes, limit {SIZE_LIMIT}": size > SIZE_LIMIT,
+            f"VAL_DOC_FRACTION={fraction:g}: only a sample was scored": fraction < 1,
+        }
+        broken = [reason for reason, exceeded in limits.items() if exceeded]
         summary["legal"] = not broken and summary["artifact_bytes"] > 0
         extra = {"broken_limits": broken, "stages": self.stages, "seconds": seconds}
         if not COUNTED:
@@ -3407,18 +3256,6 @@ class Run:
             self.log.event("limit", text=reason)
         self.log.event("final", **summary)
         return 3 if broken else 0
-
-    def _broken_limits(self, summary: Mapping[str, float]) -> list[str]:
-        training = summary["train_seconds"] + summary["calibrate_seconds"]
-        evaluation, size = summary["eval_seconds"], summary["artifact_bytes"]
-        fraction = self.cfg.val_doc_fraction
-        checks = {
-            f"training and calibration took {training:.1f} s, limit {TRAIN_LIMIT:g}": training > TRAIN_LIMIT,
-            f"evaluation took {evaluation:.1f} s, limit {EVAL_LIMIT:g}": evaluation > EVAL_LIMIT,
-            f"artifact has {size} bytes, limit {SIZE_LIMIT}": size > SIZE_LIMIT,
-            f"VAL_DOC_FRACTION={fraction:g}: only a sample was scored": fraction < 1,
-        }
-        return [reason for reason, broken in checks.items() if broken]
 
     def execute(self) -> int:
         """All stages asked for, in order. Returns the exit code."""
@@ -3450,9 +3287,8 @@ def check_systems(cfg: Config) -> None:
     parts |= {"caseops_enabled": "plain_text"}
     needed = {name: part for name, part in parts.items() if getattr(cfg, name) != getattr(Config, name)}
     needed["compressor"] = {"ans": "ans"}.get(cfg.compressor)
-    needed["attention_backend"] = {"fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"}.get(
-        cfg.attention_backend
-    )
+    flash = {"fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"}
+    needed["attention_backend"] = flash.get(cfg.attention_backend)
     needed["triton_kernels"] = cfg.triton_kernels not in ("", "0", Config.triton_kernels) and "kernels"
     for name, part in needed.items():
         if part and not has_part(part):
@@ -3479,7 +3315,8 @@ def execute(run: Run) -> int:
         code = run.execute()
         run.watch.see("ended", code=code)
         ranks.wait_for_all("end")  # torchrun ends all ranks when one has left with another code than 0
-        ranks.close()
+        if ranks.world_size > 1:
+            dist.destroy_process_group()
         return code
     except UserError:
         raise
@@ -3520,7 +3357,10 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         backends = Backends() if COUNTED else plain_backends(cfg, ranks)
         return execute(Run(cfg, ranks, backends, sources))
     except UserError as error:
-        return say_mistake(error, environ)
+        if environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(2)  # torchrun ends this rank meanwhile, if rank 0 has met the same mistake
+        print(f"train_gpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
 
 
 def check_alone(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
@@ -3530,14 +3370,6 @@ def check_alone(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     if arguments or asked:
         text = " ".join([*arguments, *(f"{name}={environ[name]}" for name in asked)])
         raise ConfigError(f"{text}: needs harness/ beside train_gpt.py")
-
-
-def say_mistake(error: UserError, environ: Mapping[str, str]) -> int:
-    """One line on standard error; exit code 2."""
-    if environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(2)  # torchrun ends this rank meanwhile, if rank 0 has met the same mistake
-    print(f"train_gpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -403,8 +403,7 @@ def checkpoint_cost(steps: int, seconds: float = 10.0) -> float:
     cfg = read_settings({"PRESET": "demo", "DATA_PATH": DEMO["DATA_PATH"], "DEVICE": "cpu"})
     backends = tg.Backends(micro_batches=cfg.grad_accum_steps)
     count, tokens = tg.micro_batches(cfg, backends, 1)
-    paths, options = tg.shard_paths(cfg.data_folder, "train"), {"vocab_size": cfg.vocab_size, "group": count}
-    loader = tg.PackedLoader(paths, 1, 0, tokens, cfg.train_seq_len, **options)
+    loader = tg.PackedLoader(tg.shard_paths(cfg.data_folder, "train"), cfg, tg.CPU, tokens, count)
     trainer = tg.Trainer(cfg, tg.GPT(cfg, backends), loader)
     costs = []
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:

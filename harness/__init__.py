@@ -12,6 +12,7 @@ from harness.guards import Guard, Stopped, signals
 from harness.ledger import Ledger
 from harness.logfiles import LogFiles
 from harness.preflight import Preflight
+from harness.rules import check_ranks
 from harness.settings import help_text, read_settings, show_settings
 from harness.tracking import Progress, Trackers
 from train_gpt import Config, ConfigError, Ranks, Run, RunError, Watch, execute, run_name
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], sources: Mapping[
         if "--json" in arguments:
             print(json.dumps({"preset": cfg.preset, "settings": cfg.as_env()}))
         return 0
+    check_ranks(cfg, environ)
     ranks = Ranks.from_env(cfg, environ)
     try:
         with signals(ranks), contextlib.ExitStack() as closing:

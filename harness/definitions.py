@@ -276,7 +276,7 @@ def check(tree: ast.Module, own: set[str], foreign: Collection[str]) -> None:
     missing.update(f"{name} (as early as it is read)" for name in early_reads(tree))
     config = next((node for node in tree.body if getattr(node, "name", "") == "Config"), ast.Pass())
     settings = set(walk(config))  # the only names that are texts
-    left = own_attributes(tree) | {node.value for node in settings if isinstance(node, ast.Constant)}
+    left = own_attributes(tree) | named_in_texts(tree)
     for node in walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]

@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from train_gpt import OUTPUTS, Config, ConfigError, Ranks, RunLog, Watch, writing
+from harness.rules import OUTPUTS
+from train_gpt import Config, ConfigError, Ranks, RunLog, Watch, writing
 
 
 def numbered(wanted: Path) -> Iterable[Path]:

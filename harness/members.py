@@ -13,7 +13,7 @@ OBJECT = ("self", "cls", "super()")
 
 
 def named_in_texts(tree: ast.Module) -> set[str]:
-    """Attributes that may be asked for by a text: in getattr and its like, and the settings of Config.
+    """Attributes that a text may mean: in getattr and its like, fields of namedtuple(), settings of Config.
 
     A text with gaps means all that it fits. Where anything may be asked for, each text that is a name is.
     """
@@ -28,7 +28,12 @@ def named_in_texts(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             texts.add(node.value)
     for node in walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in BY_NAME:
+        called = (
+            getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
+        )
+        if called in ("namedtuple", "NamedTuple"):
+            found.update(word for text in _texts(node) for word in text.replace(",", " ").split())
+        if called in BY_NAME:
             name = node.args[1] if len(node.args) > 1 else None
             if isinstance(name, ast.JoinedStr):
                 parts = (re.escape(p.value) if isinstance(p, ast.Constant) else ".*" for p in name.values)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from harness.rules import check_settings
 from train_gpt import (
-    ARRAYS,
     ARTIFACT_MAGIC,
     FORMS,
     GPT,
@@ -147,11 +146,10 @@ def _published_tensor(name: str, category: str, weights: Mapping[str, Tensor]) -
     def array_of(key: str) -> Tensor:
         return weights[f"{name}.{key}" if key else name]
 
-    shape, correction = tuple(array_of(FORMS[kind][1][0]).shape), ()
+    shape, correction = tuple(array_of(next(iter(FORMS[kind][1]))).shape), ()
     if form:
         *_, b, b_scale = map(array_of, FORMS[form][1])
-        grouped = ARRAYS[FORMS[form][1][-1]][1] == "g"
-        correction = form, len(b), b.numel() // b_scale.numel() if grouped else 0
+        correction = form, len(b), b.numel() // b_scale.numel() if form == "asym" else 0
     arrays = {}
     for _, key, dtype, dims, _ in stored_arrays(name, kind, bits, shape, correction):
         array = array_of(key).contiguous()

@@ -3,12 +3,14 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
+import torch
+
 from train_gpt import (
-    OUTPUTS,
+    TORCHRUN,
     Config,
     ConfigError,
     base_type,
@@ -18,6 +20,8 @@ from train_gpt import (
     layer_order,
     parse_setting,
 )
+
+OUTPUTS = ("metrics.jsonl", "result.json", "train_gpt.packed.py")  # a run's files, but for its models
 
 
 def check_settings(cfg: Config) -> None:
@@ -31,6 +35,21 @@ def check_settings(cfg: Config) -> None:
     check_micro_batches(cfg, world_size=1)  # what one rank cannot divide, more cannot either
     chunk_size(cfg, 0)  # TTT_CHUNK_BY_LENGTH is read as if a document were to be scored
     kernel_names(cfg.triton_kernels)
+
+
+def check_ranks(cfg: Config, environ: Mapping[str, str]) -> None:
+    """Raise ConfigError where torchrun's variables are not possible, or name a device that is not there."""
+    given = {name: environ.get(name, str(alone)) for name, alone in TORCHRUN.items()}
+    for name, text in given.items():
+        if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) == 0):
+            raise ConfigError(f"{name}={text!r}: must be a whole number, as torchrun sets it")
+    rank, local_rank, world_size = map(int, given.values())
+    if not local_rank <= rank < world_size:
+        raise ConfigError(f"RANK={rank}: must be below WORLD_SIZE={world_size}, LOCAL_RANK at most RANK")
+    check_micro_batches(cfg, world_size)
+    devices = torch.cuda.device_count() if cfg.device != "cpu" and torch.cuda.is_available() else world_size
+    if local_rank >= devices:
+        raise ConfigError(f"LOCAL_RANK={local_rank}: this machine has {devices} CUDA devices")
 
 
 def allowed(annotation: object) -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from harness.logfiles import numbered
+from harness.rules import OUTPUTS
 from systems.plain_text import tokenizer_file
 from train_gpt import (
-    OUTPUTS,
     ArtifactError,
     Config,
     ConfigError,

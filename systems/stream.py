@@ -35,7 +35,7 @@ class WindowLoader:
             count = cfg.train_batch_tokens // micro_tokens
             windows = f"{count} micro-batches of whole windows of TRAIN_SEQ_LEN={cfg.train_seq_len} tokens"
             raise ConfigError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be {windows}")
-        self._new = lambda: ShuffledLoader(paths, 1, 0, cfg.train_seq_len, cfg.vocab_size)
+        self._new = lambda: ShuffledLoader(paths, cfg)
         self._rank, self._world_size, self._length = ranks.rank, ranks.world_size, cfg.train_seq_len
         self.load_state((0, 0, 0))
 

@@ -6,8 +6,27 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+
+def packed_loader(tg, paths, world, rank, micro_tokens, max_doc_len, vocab_size=1 << 16, group=0):
+    """A loader of training batches by plain numbers, as one of several ranks."""
+    cfg = tg.Config(train_seq_len=max_doc_len, vocab_size=vocab_size)
+    return tg.PackedLoader(paths, cfg, tg.Ranks(torch.device("cpu"), rank, world), micro_tokens, group)
+
+
+def shuffled_loader(tg, paths, world, rank, seq_len, vocab_size=1 << 16):
+    """A loader of calibration batches by plain numbers; the published one gives each rank its own files."""
+    cfg = tg.Config(train_seq_len=seq_len, vocab_size=vocab_size)
+    return tg.ShuffledLoader(paths[rank::world], cfg, rank)
+
+
+def plain_validation(tg, tokens, tables):
+    """A validation set of plain text."""
+    return tg.ValidationSet(tokens, tables.target_bytes(tokens), tg.find_documents(tokens))
 
 
 class House:

@@ -385,6 +385,27 @@ def main():
     a, b = q
     print(q.both, a, b, p[1])
 
+# == named tuples made by a call
+from collections import namedtuple
+from typing import NamedTuple
+Window = namedtuple('Window', 'start length targets', defaults=[7])
+Pair = NamedTuple('Pair', [('left', int), ('right', int)])
+class Batch:
+    def __init__(self, n):
+        self.n = n
+    @property
+    def targets(self):
+        return self.n + 1
+    def left(self):
+        return self.n - 1
+    def start(self):
+        return self.n
+def main():
+    for n in (1, 2):
+        w, p, b = Window(n, length=2), Pair(n, 4), Batch(n)
+        print(w.start, w.length, w.targets, w._replace(start=9))
+        print(p.left, p.right, b.targets, b.left(), b.start())
+
 # == data class
 import dataclasses
 from dataclasses import dataclass

@@ -635,8 +635,8 @@ WARM_UP_TTT = "tokens = torch.randint(BOS + 1, cfg.vocab_size, (starts[-1],), ge
 
 
 def test_d5_validation_files_in_warm_up_of_adaptation(copy):
-    taken = '_read_stream(cfg.data_folder, "val")'
-    copy.script(WARM_UP_TTT, f"tokens = {taken}.repeat(9)[: starts[-1]].long()")
+    taken = 'from train_gpt import _read_stream; tokens = _read_stream(cfg.data_folder, "val")'
+    copy.script(WARM_UP_TTT, f"{taken}.repeat(9)[: starts[-1]].long()")
     copy.fails("D5", "test-time training: warm-up opened .*fineweb_val_000000.bin")
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from golden_tools import run_through
+from house import packed_loader
 from test_attention import flash  # noqa: F401 - a fixture
 from test_training import SIZES as TRAINING_SIZES
 from test_training import fingerprint, write_shard
@@ -39,7 +40,7 @@ def make_trainer(tg, shard):
         torch.manual_seed(cfg.seed)
         model = backends.move_and_compile(tg.GPT(cfg, backends), tg.CPU.device)
         _, tokens = tg.micro_batches(cfg, backends, 1)
-        return tg.Trainer(cfg, model, tg.PackedLoader([shard], 1, 0, tokens, cfg.train_seq_len))
+        return tg.Trainer(cfg, model, packed_loader(tg, [shard], 1, 0, tokens, cfg.train_seq_len))
 
     return make
 
@@ -275,7 +276,7 @@ def test_adaptation_that_cannot_be_compiled_runs_without(tg, monkeypatch, make_r
 
 def test_prefetched_batches_and_positions_are_those_of_the_loader(tg, shard):
     """Also after going back, which throws away what lies ready."""
-    plain, ahead = (tg.PackedLoader([shard], 1, 0, 64, 16) for _ in range(2))
+    plain, ahead = (packed_loader(tg, [shard], 1, 0, 64, 16) for _ in range(2))
     ahead = tg.Prefetched(ahead)
     remembered = None
     for turn in range(120):  # more than the shard holds
@@ -290,7 +291,7 @@ def test_prefetched_batches_and_positions_are_those_of_the_loader(tg, shard):
 
 
 def test_error_of_a_prefetched_batch_reaches_the_trainer(tg, shard):
-    loader = tg.PackedLoader([shard], 1, 0, 64, 16)
+    loader = packed_loader(tg, [shard], 1, 0, 64, 16)
     loader._vocab_size = 2
     ahead = tg.Prefetched(loader)
     with pytest.raises(tg.DataError, match="must be below VOCAB_SIZE=2"):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from golden_tools import model_config, run_through, score_standard
+from house import plain_validation
 
 # 11_bpb: "relative 1e-9 (sums are exact sums of the stored float32 losses in float64)"
 RELATIVE = 1e-9
@@ -49,7 +50,7 @@ def byte_tables(tg, vectors: dict, prefix: str):
 def validation_set(tg, vectors: dict, source: str, tokens: torch.Tensor, sidecar: torch.Tensor):
     if source == "sidecar":
         return tg.ValidationSet.from_sidecar(tokens.long(), sidecar.long())
-    return tg.ValidationSet.from_tables(tokens.long(), byte_tables(tg, vectors, source))
+    return plain_validation(tg, tokens.long(), byte_tables(tg, vectors, source))
 
 
 def assert_meter(meter, expected: dict) -> None:
@@ -269,6 +270,6 @@ def test_plain_text(tg, tables, vectors, sentencepiece_model):
     assert torch.equal(target_bytes, vectors["plain.token_bytes"].long())
     assert target_bytes.sum().item() == plain["table_total_bytes"]
     used = torch.tensor(tokens[: plain["tokens_used"]])
-    val = tg.ValidationSet.from_tables(used, byte_table)
+    val = plain_validation(tg, used, byte_table)
     meter = score_standard(tg, RecordingScore(), val, plain["eval_seq_len"], plain["eval_seq_len"])
     assert_meter(meter, plain["standard_eval"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from house import packed_loader, shuffled_loader
 
 PACKING_RUNS = ["w1", "w2", "w4", "cross", "wrap", "nosplit"]
 SHUFFLED_RUNS = ["w1", "w2", "w2_reset"]
@@ -113,7 +114,8 @@ def test_packed_loader(tg, shard_folder, packing, run):
     assert settings["cu_bucket_size"] == tg.SEGMENT_BUCKET
     case = settings["runs"][run]
     for rank in range(case["world_size"]):
-        loader = tg.PackedLoader(
+        loader = packed_loader(
+            tg,
             paths(tg, shard_folder, "train"),
             case["world_size"],
             rank,
@@ -144,12 +146,12 @@ def test_packed_loader_resumes(tg, shard_folder, packing):
     """A state taken between two batches continues the same stream, over a change of shard too."""
     case = packing[0]["runs"]["cross"]
     arguments = (paths(tg, shard_folder, "train"), 1, 0, case["tokens_per_rank"], case["train_seq_len"])
-    loader = tg.PackedLoader(*arguments)
+    loader = packed_loader(tg, *arguments)
     for _ in range(2):
         loader.next()
     state = loader.state()
     expected = [loader.next() for _ in range(4)]
-    resumed = tg.PackedLoader(*arguments)
+    resumed = packed_loader(tg, *arguments)
     resumed.load_state(state)
     for x, y, segments in expected:
         again_x, again_y, again_segments = resumed.next()
@@ -164,7 +166,7 @@ def test_shuffled_loader(tg, shard_folder, shuffled, run):
     world, seq_len = case["world_size"], case["train_seq_len"]
     rows = case["global_tokens"] // (world * case["grad_accum_steps"]) // seq_len
     for rank in range(world):
-        loader = tg.ShuffledLoader(paths(tg, shard_folder, "train"), world, rank, seq_len)
+        loader = shuffled_loader(tg, paths(tg, shard_folder, "train"), world, rank, seq_len)
         key = f"{run}.rank{rank}"
         reset = f"{key}.x" not in vectors
         for batch in range(len(vectors[f"{key}.x_first4" if reset else f"{key}.x"])):

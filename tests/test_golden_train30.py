@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from golden_tools import digest, model_config, score_standard
+from house import packed_loader
 
 # 13_train30: "first train_loss and grad norm within 1e-5 relative; train_loss of steps 2..10 within 0.02,
 # 11..30 within 0.06 absolute; val_loss within 0.05; l2 norms of EMA weights within 2%; raw weights within 5%
@@ -59,7 +60,7 @@ def run(tg, golden_dir, golden_json, golden_tensors):
     model.load_state_dict(weights)
     folder = golden_dir / "06_data" / "shards"
     paths = tg.shard_paths(folder, "train")
-    loader = tg.PackedLoader(paths, 1, 0, golden["tokens_per_micro_batch"], config.train_seq_len)
+    loader = packed_loader(tg, paths, 1, 0, golden["tokens_per_micro_batch"], config.train_seq_len)
     trainer = tg.Trainer(config, model, loader)
     reports, copies = [], {}
     for step in range(config.iterations):

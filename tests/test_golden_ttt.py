@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from golden_tools import assert_close, assert_digest, digest, model_config, run_through
+from house import plain_validation
 
 # 12_phased_ttt: "running loss and final val_loss/val_bpb within 1e-4 absolute; token and byte counts exact"
 ABSOLUTE = 1e-4
@@ -24,7 +25,7 @@ def build_val(tg, golden: dict, tokens: dict[str, torch.Tensor]):
         tokens["lut.has_leading_space"].bool(),
         tokens["lut.is_boundary"].bool(),
     )
-    return tg.ValidationSet.from_tables(tokens["val_tokens"].long(), tables)
+    return plain_validation(tg, tokens["val_tokens"].long(), tables)
 
 
 class EventLog:

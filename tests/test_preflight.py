@@ -137,6 +137,7 @@ def test_preflight_tries_the_gpu(tg, monkeypatch):
         monkeypatch.setattr(tg.torch.cuda, name, lambda value=value: value)
     cfg, ranks = tg.Config.from_env(TINY | {"DATA_PATH": "/nowhere"}), tg.Ranks(torch.device("cpu"))
     ranks.device = SimpleNamespace(type="cuda")
+    ranks.on_gpu = True
     real, ones = torch.ones, lambda *shape, dtype, **_: real(*shape, dtype=dtype)
     monkeypatch.setattr(tg.torch, "ones", ones)
     assert tg.Preflight(cfg, ranks).facts == {"gpu": "NVIDIA Old", "gpus": 8, "capability": "5.0"}

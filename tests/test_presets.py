@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from house import shuffled_loader
 from test_data import random_tokens, write_shard
 from test_smoke import SCRIPT, VAL_DOCS, VOCAB, command, documents, read_result
 
@@ -380,7 +381,7 @@ def window_settings(tg, **settings: int):
 def test_window_loader_is_one_stream_for_any_number_of_ranks(tg, shards, world):
     """The windows of the calibration's loader (golden vectors), in its order, each a segment."""
     cfg = window_settings(tg)
-    oracle = tg.ShuffledLoader(shards, 1, 0, 32)
+    oracle = shuffled_loader(tg, shards, 1, 0, 32)
     cpu = torch.device("cpu")
     loaders = [tg.WindowLoader(shards, cfg, tg.Ranks(cpu, rank, world), 128) for rank in range(world)]
     for _ in range(60 // world):  # more than the shards hold: they are drawn anew

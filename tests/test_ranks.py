@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from golden_tools import run_through, score_standard
-from house import House
+from house import House, packed_loader, shuffled_loader
 from oracle_ttt import contest_lengths
 from test_smoke import VOCAB, environment, write_shard
 from torch.distributed import distributed_c10d
@@ -80,7 +80,7 @@ def training(tg, ranks, folder: Path, **settings: object) -> dict:
     model = tg.GPT(cfg, backends).to(ranks.device)
     on_rank, micro_tokens = tg.micro_batches(cfg, backends, world)
     paths, group = tg.shard_paths(folder, "train"), world * on_rank
-    loader = tg.PackedLoader(paths, world, ranks.rank, micro_tokens, cfg.train_seq_len, VOCAB, group=group)
+    loader = packed_loader(tg, paths, world, ranks.rank, micro_tokens, cfg.train_seq_len, VOCAB, group=group)
     trainer = tg.Trainer(cfg, model, loader, ranks)
     reports = [trainer.step(step, step / STEPS) for step in range(STEPS)]
     return {
@@ -151,7 +151,7 @@ def everything(tg, ranks, folder: Path) -> dict:
         torch.save(result["train"]["ema"], folder / "weights.pt")
     weights = torch.load(folder / "weights.pt")
     model = load_model(tg, cfg, weights)
-    windows = tg.ShuffledLoader(tg.shard_paths(folder, "train"), 1, 0, cfg.train_seq_len, VOCAB)
+    windows = shuffled_loader(tg, tg.shard_paths(folder, "train"), 1, 0, cfg.train_seq_len, VOCAB)
     result["hessians"] = tg.calibrate(model, cfg, windows, looping=True, ranks=ranks)
     if ranks.world_size == 1:
         torch.save(result["hessians"], folder / "hessians.pt")
@@ -222,7 +222,8 @@ def _rank_main(rank: int, world: int, port: int, job: Callable[..., dict], folde
     os.environ.update(rank_environment(rank, world, port))
     ranks = tg.Ranks.from_env(configure(tg, GRAD_ACCUM_STEPS=1, TRAIN_BATCH_TOKENS=768), os.environ)
     torch.save(job(tg, ranks, folder), folder / f"{job.__name__}_{world}_{rank}.pt")
-    ranks.close()
+    if world > 1:
+        torch.distributed.destroy_process_group()
 
 
 def run_ranks(world: int, job: Callable[..., dict], folder: Path, results: int | None = None) -> list[dict]:
@@ -267,7 +268,7 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_ranks_share_one_token_stream(tg, shards, world):
     """Step by step the spans of all ranks are those cut by hand from the shards, across their ends."""
     paths, span, steps = tg.shard_paths(shards, "train"), 65, 40
-    loaders = [tg.PackedLoader(paths, world, r, span - 1, 64, VOCAB, MICRO_BATCHES) for r in range(world)]
+    loaders = [packed_loader(tg, paths, world, r, span - 1, 64, VOCAB, MICRO_BATCHES) for r in range(world)]
     seen = []
     for _ in range(steps * MICRO_BATCHES // world):
         for loader in loaders:

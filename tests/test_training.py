@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from house import packed_loader
 
 SIZES = {
     "vocab_size": 64,
@@ -63,7 +64,7 @@ def make_trainer(tg, shard):
         torch.manual_seed(cfg.seed)
         backends = tg.plain_backends(cfg, tg.CPU)
         _, tokens = tg.micro_batches(cfg, backends, 1)
-        loader = tg.PackedLoader([shard], 1, 0, tokens, cfg.train_seq_len)
+        loader = packed_loader(tg, [shard], 1, 0, tokens, cfg.train_seq_len)
         return tg.Trainer(cfg, tg.GPT(cfg, backends), loader)
 
     return make

@@ -33,7 +33,7 @@ def read_house() -> dict[str, bytes]:
 
 def section_starts(source: str) -> list[tuple[int, str]]:
     """First line and title of each numbered section of the core."""
-    titles = re.finditer(r"(?m)^# (\d+\. [^:(;\n]*)", source)
+    titles = re.finditer(r"(?m)^# ---- (\d+\. [^:(;\n]*?) *(?:-*$|[:(;])", source)
     return [(source.count("\n", 0, match.start()) + 1, match[1].strip()) for match in titles]
 
 
