@@ -315,11 +315,7 @@ class Config:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], presets: Mapping[str, Mapping] | None = None) -> "Config":
-        """Settings of a run: defaults, changed by PRESET, changed by explicit variables.
-
-        Raises:
-            ConfigError: a wrong type, choice, range or combination.
-        """
+        """Defaults, changed by PRESET, changed by explicit variables. Raises ConfigError."""
         presets = presets or PRESETS
         preset = environ.get("PRESET", cls.preset)
         if preset not in presets:
@@ -357,12 +353,9 @@ def parse_settings(text: str) -> dict[str, object]:
 
 
 _NAMES = [field.name for field in dataclasses.fields(Config)]
-MODEL_SETTINGS = (
-    "vocab_size",
-    "train_seq_len",
-    *_NAMES[_NAMES.index("num_layers") : _NAMES.index("gated_attn_enabled") + 1],
-    "fit_bytes",  # what made it counts, whatever a re-evaluation sets
-)
+# What rebuilds a model. With `fit_bytes`: what made an artifact counts, whatever a re-evaluation sets.
+_SHAPE = _NAMES[_NAMES.index("num_layers") : _NAMES.index("gated_attn_enabled") + 1]
+MODEL_SETTINGS = ("vocab_size", "train_seq_len", *_SHAPE, "fit_bytes")
 
 # A preset is a row of differences from the defaults; explicit variables win over it. The authority for a
 # published run is its log (SPEC section 8); harness/settings.py has the other systems.
@@ -370,11 +363,11 @@ _DEMO = """
 CPU_THREADS=1 DATA_PATH=data/demo VOCAB_SIZE=1024 TRAIN_SEQ_LEN=256 TRAIN_BATCH_TOKENS=4096 GRAD_ACCUM_STEPS=2
 NUM_LAYERS=6 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=3 NUM_LOOPS=1 LOOP_START=2 LOOP_END=3
 PARALLEL_START_LAYER=4 XSA_LAST_N=6 ITERATIONS=150 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=1 TRAIN_LOG_EVERY=20
-MUON_MOMENTUM_WARMUP_STEPS=50 VAL_LOSS_EVERY=150 EMA_DECAY=0.95 FLOAT16_MAX_ELEMENTS=4096 VAL_BATCH_TOKENS=32768
-GPTQ_CALIBRATION_BATCHES=4 EVAL_SEQ_LEN=256 TTT_EVAL_SEQ_LEN=256 TTT_BATCH_SIZE=16 TTT_LORA_RANK=8
+MUON_MOMENTUM_WARMUP_STEPS=50 VAL_LOSS_EVERY=150 EMA_DECAY=0.95 FLOAT16_MAX_ELEMENTS=4096
+VAL_BATCH_TOKENS=32768 GPTQ_CALIBRATION_BATCHES=4 EVAL_SEQ_LEN=256 TTT_EVAL_SEQ_LEN=256 TTT_BATCH_SIZE=16 TTT_LORA_RANK=8
 TTT_LORA_ALPHA=16 TTT_LORA_LR=1e-3 TTT_WARM_START_A=0 PHASED_TTT_PREFIX_DOCS=24 PHASED_TTT_NUM_PHASES=2
 GLOBAL_TTT_CHUNK_TOKENS=2048 GLOBAL_TTT_BATCH_SEQS=8 AUDIT=1
-"""  # every component, small enough for two CPU cores; new adapters for each batch: the same score on all ranks
+"""  # every component, small enough for two CPU cores; adapters begin anew: the score is any number of ranks'
 PRESETS: dict[str, dict[str, object]] = {"pr1851": {}, "demo": parse_settings(_DEMO)}
 
 
@@ -1068,10 +1061,7 @@ def num_skips(cfg: Config) -> int:
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, eps the machine epsilon of the type it works in.
-
-    Autocast on CUDA works in float32 and would leave the residual stream there: twice the memory traffic.
-    """
+    """x / sqrt(mean(x^2) + eps), in x's type: autocast would leave the residual stream in float32."""
     return F.rms_norm(x, (x.size(-1),)).to(x.dtype)
 
 
@@ -1454,10 +1444,7 @@ class BatchedLoRA(nn.Module):
         return (module for module in self.modules() if isinstance(module, LowRank))
 
     def draw_A(self, seeds: Sequence[int] = ()) -> None:
-        """Draw all A factors anew: in one go or, given a seed for each row, row by row.
-
-        A is uniform in +-1/sqrt(inputs), drawn on the CPU so that every device gets the same numbers.
-        """
+        """Draw A uniform in +-1/sqrt(inputs), on the CPU: in one go or, given seeds, row by row."""
         for row, seed in enumerate(seeds or [None]):
             if seed is not None:
                 self._generator.manual_seed(seed)
@@ -1591,10 +1578,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def apply(self, slices: Sequence, factor: float | Tensor = 1.0, finite: bool | Tensor = True) -> None:
-        """Orthogonalise this rank's slices of the gradients, scaled by `factor` (or zero unless `finite`).
-
-        While the update of one bank travels to the other ranks the next one is computed.
-        """
+        """Orthogonalise this rank's slices, scaled by `factor`; one bank's update travels under the next."""
         group, updates = self.param_groups[0], []
         for bank, pending in slices:
             gradient = pending.wait() * (factor / self._ranks.world_size)
@@ -1727,7 +1711,7 @@ def micro_batches(cfg: Config, backends: Backends, world_size: int) -> tuple[int
 class Trainer(Worker):
     """Model, loader, both optimisers and the EMA; `step` does one optimiser step, `units` all of them.
 
-    `run` has the log, the clock of the stage "train", and `validate(step, looping)` for every VAL_LOSS_EVERY steps.
+    `run` has the log, the clock, and `validate(step, looping)`, which is called every VAL_LOSS_EVERY steps.
     """
 
     kept_by = "rank 0"
@@ -1769,8 +1753,8 @@ class Trainer(Worker):
     ) -> StepReport:
         """Step number `step` at a fraction of training; batches come from the loader unless given.
 
-        `elapsed` is the training time so far: rank 0's travels with the gradients, so that all ranks decide
-        by the same clock. A gradient that is not finite is replaced by zeros; reading the report stops all.
+        Rank 0's `elapsed` travels with the gradients, so that all ranks decide by one clock. A gradient that
+        is not finite is replaced by zeros; reading the report stops all.
         """
         cfg = self.cfg
         self.looping = self.looping or (cfg.num_loops > 0 and frac >= cfg.enable_looping_at)
@@ -1828,10 +1812,7 @@ class Trainer(Worker):
 
     @torch.no_grad()
     def _exchange_gradients(self, measured: Tensor) -> tuple[list, Tensor | float]:
-        """Average gradients and measured values over the ranks: the banks sharded, all else as one buffer.
-
-        Returns this rank's slices of the banks' sums and the clip factor that is still to be applied to them.
-        """
+        """Average gradients and measured values; returns slices of banks and a clip factor for them."""
         ranks = self.ranks
         slices = self.muon.reduce_gradients()  # under way while the small ones are packed
         small = [p.grad for p in self._small if p.grad is not None]
@@ -1867,7 +1848,7 @@ class Trainer(Worker):
         self.restore(before)
 
     def units(self) -> Iterable[None]:
-        """Train until the wall clock or the number of steps is used up, then put the average into the model."""
+        """Train until clock or number of steps is used up, then put the average into the model."""
         cfg, run, compiled = self.cfg, self.run, self.model.backends.compiler
         graphs = compiled_graphs() if compiled else 0
         while self.steps < cfg.iterations and (frac := self._fraction()) < 1:
@@ -1965,7 +1946,7 @@ def copy_tensors(tree: object, copy: Callable[[Tensor], Tensor] = Tensor.clone) 
 
 
 def elapsed_at(rank0_seconds: float, step: int) -> float:
-    """Training time at the start of a step (from 0): rank 0's clock is known two steps later, and scaled up."""
+    """Training time at the start of a step (from 0), from rank 0's clock, which is two steps late."""
     return rank0_seconds * step / (step - 2) if step > 2 else 0.0
 
 
@@ -2522,10 +2503,7 @@ class Evaluation(Worker):
 
 
 def model_score(model: GPT, *, looping: bool, ranks: Ranks = CPU) -> Callable[..., Tensor]:
-    """The model as a function of inputs, targets and segments that returns the losses.
-
-    Rows of another length than the first (the last one of a stream) are not worth a graph of their own.
-    """
+    """The model as a function that returns losses. Rows of other lengths than the first are not compiled."""
     length = 0
 
     @torch.no_grad()
@@ -2540,10 +2518,7 @@ def model_score(model: GPT, *, looping: bool, ranks: Ranks = CPU) -> Callable[..
 
 
 class StandardEvaluation(Evaluation):
-    """Every target once, in rows of VAL_BATCH_TOKENS / 8 targets, the last one shorter; a unit is a row.
-
-    Documents attend to themselves, at most EVAL_SEQ_LEN tokens back. Ranks take rows in turn.
-    """
+    """Every target once, in rows of VAL_BATCH_TOKENS / 8 that ranks take in turn. A unit is a row."""
 
     def __init__(self, model: GPT, *arguments: object, **options: object):
         super().__init__(model, *arguments, **options)
@@ -2620,10 +2595,7 @@ def chunk_size(cfg: Config, targets: int) -> int:
 
 
 def chunk_window(chunk: int, targets: int, size: int, max_window: int, uncached: int = 0) -> ChunkWindow:
-    """The window that scores a chunk of a document: at most `max_window` inputs, up to the chunk's end.
-
-    None lies before place `uncached`: what precedes that place is cached.
-    """
+    """The inputs that score a chunk: at most `max_window`, up to its end, none before place `uncached`."""
     first, end = chunk * size, min((chunk + 1) * size, targets)
     start = max(uncached, end - max_window)
     return ChunkWindow(start, end - start, first - start, end - first)
@@ -2672,10 +2644,7 @@ class ChunkBatch(NamedTuple):
 def chunk_batch(
     tokens: Tensor, batch: TTTBatch, chunk: int, size: int, max_window: int, first: int = 0
 ) -> ChunkBatch:
-    """Gather the windows of a chunk of `size` targets; finished documents have left, so no row is empty.
-
-    Tokens before place `first` of a document are cached; the last cached one leads the inputs.
-    """
+    """Gather the windows of a chunk of `size` targets; tokens before place `first` are cached."""
     alive = [(number, span) for number, span in batch.documents if chunk * size < span[1] - 1]
     windows = [chunk_window(chunk, length - 1, size, max_window, first) for _, (_, length) in alive]
     lead = int(first > 0)
@@ -2834,8 +2803,7 @@ class ScoreFirstTTT(Evaluation):
     ) -> tuple[Tensor, int, int]:
         """Loss, bytes and targets of a chunk. Adapters of documents that have come to harm are switched off.
 
-        That is where the mean loss of a chunk exceeds that of the document's chunks so far by TTT_GUARD: from
-        the next chunk on the document is scored by the weights without them. What is scored stays as it is.
+        Harm: a chunk's mean loss is TTT_GUARD above that of the chunks before. What is scored stays as it is.
         """
         valid, rows = self.ranks.put(part.valid), len(part.documents)
         scored = losses.detach() * valid
@@ -2894,10 +2862,7 @@ def global_sgd_lr(chunk: int, num_chunks: int, cfg: Config) -> float:
 def global_sgd(
     model: GPT, tokens: Tensor, cfg: Config, *, looping: bool, ranks: Ranks = CPU
 ) -> tuple[list[float], list[float]]:
-    """One phase of SGD on all base weights over scored tokens [n+1]; as published, all chunks but the last.
-
-    Returns the gradient norm before clipping and the learning rate of every step.
-    """
+    """A phase of SGD over scored tokens [n+1] but for the last chunk: norm and rate of each step."""
     model.requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), cfg.global_ttt_lr, cfg.global_ttt_momentum)
     training = BaseTraining(model, cfg, cfg.global_ttt_respect_doc_boundaries, looping, ranks)
@@ -2912,11 +2877,7 @@ def global_sgd(
 
 
 class BaseTraining:
-    """Trains all base weights on scored tokens, in windows of EVAL_SEQ_LEN.
-
-    Attention stays inside documents (`by_document`) or inside windows. Each rank takes some of a step's
-    documents or windows; the gradients travel in one buffer.
-    """
+    """Trains all base weights on windows of EVAL_SEQ_LEN scored tokens, which the ranks share."""
 
     def __init__(self, model: GPT, cfg: Config, by_document: bool, looping: bool, ranks: Ranks):
         self.model, self.cfg, self.ranks = model, cfg, ranks
@@ -2972,11 +2933,7 @@ class BaseTraining:
 
 
 class Run:
-    """One run: its settings, device, log and clock, and what each stage measured.
-
-    `sources` are the files of the house by name, as they were when the run began. Everything that a mistake
-    could spoil is looked at before the folder of the run is made.
-    """
+    """One run: settings, device, log, clock, and what was measured. `sources`: files of the house."""
 
     def __init__(
         self, cfg: Config, ranks: Ranks, backends: Backends, sources: Mapping, watch: Watch | None = None
@@ -3103,14 +3060,9 @@ class Run:
         if (meter.tokens, meter.bytes) != (targets, byte_sum):
             counts = f"{meter.tokens:.0f} targets, {meter.bytes:.0f} bytes"
             raise RunError(f"{stage}: {counts} scored of {targets}, {byte_sum}")
-        self.stages[stage] = {
-            "val_loss": meter.val_loss,
-            "val_bpb": meter.val_bpb,
-            "documents": len(documents),
-            "targets": targets,
-            "bytes": int(meter.bytes),
-            "seconds": self.clock.seconds[stage],
-        }
+        facts = {"val_loss": meter.val_loss, "val_bpb": meter.val_bpb, "documents": len(documents)}
+        facts |= {"targets": targets, "bytes": int(meter.bytes), "seconds": self.clock.seconds[stage]}
+        self.stages[stage] = facts
         self.log.event(stage, **self.stages[stage])
         if not math.isfinite(meter.val_loss):
             raise RunError(f"{stage}: val_loss {meter.val_loss}: not finite")
@@ -3227,13 +3179,10 @@ class Run:
         """Write result.json and the final line; exit code 3 when a limit of the contest is exceeded."""
         final = next(name for name in ("ttt", "sliding", "quantised", "prequant") if name in self.stages)
         seconds = self.clock.seconds
-        summary = {
-            **{key: self.stages[final][key] for key in ("val_bpb", "val_loss")},
-            **{key: self.result.get(key, 0) for key in ("artifact_bytes", "code_bytes", "model_bytes")},
-            "train_seconds": seconds.get("train", 0.0),
-            "calibrate_seconds": seconds.get("calibrate", 0.0),
-            "eval_seconds": seconds[final],
-        }
+        summary = {key: self.stages[final][key] for key in ("val_bpb", "val_loss")}
+        summary |= {key: self.result.get(key, 0) for key in ("artifact_bytes", "code_bytes", "model_bytes")}
+        summary |= {f"{stage}_seconds": seconds.get(stage, 0.0) for stage in ("train", "calibrate")}
+        summary["eval_seconds"] = seconds[final]
         fraction, size = self.cfg.val_doc_fraction, summary["artifact_bytes"]
         training = summary["train_seconds"] + summary["calibrate_seconds"]
         evaluation = summary["eval_seconds"]
@@ -3298,7 +3247,7 @@ def check_systems(cfg: Config) -> None:
 
 
 def find_file(cfg: Config, field: str, needed: bool = True) -> Path | None:
-    """The input file of a setting: as given, or in ARTIFACT_DIR. Raises ConfigError where a needed one is not."""
+    """The input file of a setting, as given or in ARTIFACT_DIR. Raises ConfigError."""
     given = Path(getattr(cfg, field))
     places = (given, Path(cfg.artifact_dir) / given)
     found = next((path for path in places if os.path.isfile(path)), None)
