@@ -311,8 +311,6 @@ class Config:
         """The settings that rebuild the model: stored in the artifact."""
         return {name: getattr(self, name) for name in MODEL_SETTINGS}
 
-    # -- from the environment
-
     @classmethod
     def from_env(cls, environ: Mapping[str, str], presets: Mapping[str, Mapping] | None = None) -> "Config":
         """Defaults, changed by PRESET, changed by explicit variables. Raises ConfigError."""
@@ -360,13 +358,13 @@ MODEL_SETTINGS = ("vocab_size", "train_seq_len", *_SHAPE, "fit_bytes")
 # A preset is a row of differences from the defaults; explicit variables win over it. The authority for a
 # published run is its log (SPEC section 8); harness/settings.py has the other systems.
 _DEMO = """
-CPU_THREADS=1 DATA_PATH=data/demo VOCAB_SIZE=1024 TRAIN_SEQ_LEN=256 TRAIN_BATCH_TOKENS=4096 GRAD_ACCUM_STEPS=2
-NUM_LAYERS=6 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=3 NUM_LOOPS=1 LOOP_START=2 LOOP_END=3
-PARALLEL_START_LAYER=4 XSA_LAST_N=6 ITERATIONS=150 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=1 TRAIN_LOG_EVERY=20
-MUON_MOMENTUM_WARMUP_STEPS=50 VAL_LOSS_EVERY=150 EMA_DECAY=0.95 FLOAT16_MAX_ELEMENTS=4096
-VAL_BATCH_TOKENS=32768 GPTQ_CALIBRATION_BATCHES=4 EVAL_SEQ_LEN=256 TTT_EVAL_SEQ_LEN=256 TTT_BATCH_SIZE=16 TTT_LORA_RANK=8
-TTT_LORA_ALPHA=16 TTT_LORA_LR=1e-3 TTT_WARM_START_A=0 PHASED_TTT_PREFIX_DOCS=24 PHASED_TTT_NUM_PHASES=2
-GLOBAL_TTT_CHUNK_TOKENS=2048 GLOBAL_TTT_BATCH_SEQS=8 AUDIT=1
+CPU_THREADS=1 DATA_PATH=data/demo VOCAB_SIZE=1024 TRAIN_SEQ_LEN=256 TRAIN_BATCH_TOKENS=4096
+GRAD_ACCUM_STEPS=2 NUM_LAYERS=6 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=3 NUM_LOOPS=1 LOOP_START=2
+LOOP_END=3 PARALLEL_START_LAYER=4 XSA_LAST_N=6 ITERATIONS=150 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=1
+TRAIN_LOG_EVERY=20 MUON_MOMENTUM_WARMUP_STEPS=50 VAL_LOSS_EVERY=150 EMA_DECAY=0.95 FLOAT16_MAX_ELEMENTS=4096
+VAL_BATCH_TOKENS=32768 GPTQ_CALIBRATION_BATCHES=4 EVAL_SEQ_LEN=256 TTT_EVAL_SEQ_LEN=256 TTT_BATCH_SIZE=16
+TTT_LORA_RANK=8 TTT_LORA_ALPHA=16 TTT_LORA_LR=1e-3 TTT_WARM_START_A=0 PHASED_TTT_PREFIX_DOCS=24
+PHASED_TTT_NUM_PHASES=2 GLOBAL_TTT_CHUNK_TOKENS=2048 GLOBAL_TTT_BATCH_SEQS=8 AUDIT=1
 """  # every component, small enough for two CPU cores; adapters begin anew: the score is any number of ranks'
 PRESETS: dict[str, dict[str, object]] = {"pr1851": {}, "demo": parse_settings(_DEMO)}
 
@@ -616,22 +614,14 @@ class Watch:
 
 
 class Worker:
-    """A stage that goes on in units. It may be cut off between two of them and taken up again."""
+    """A stage whose `units()` works and yields after each unit; between two of them it may be cut off.
+
+    One that is kept has `state()`, of tensors and plain values, from which `load_state(state)` goes on.
+    """
 
     done, total = 0.0, 1.0  # how far it is
     kept_by = ""  # whose state is kept: "rank 0" for all, "each rank" its own; empty: nobody's
     seconds, stop_requested = 0.0, False  # by which all ranks decide together when "rank 0" keeps it
-
-    def units(self) -> Iterable[None]:
-        """Work, and yield after each unit."""
-        raise NotImplementedError
-
-    def state(self) -> dict:
-        """Tensors and plain values from which another worker goes on; {} where it can only begin anew."""
-        return {}
-
-    def load_state(self, state: Mapping) -> None:
-        """Go on from a state."""
 
 
 class RunLog:
@@ -858,8 +848,7 @@ class ShuffledLoader:
 def find_documents(tokens: Tensor) -> list[tuple[int, int]]:
     """(start, length) of each document; all but the last end with the next one's BOS as a target.
 
-    Tokens before the first BOS belong to no document; nor does a lone BOS at the end (it is the last target
-    of the document before it), so every token after the first BOS is a target exactly once.
+    So every token after the first BOS is a target exactly once. A lone BOS at the end begins no document.
     """
     starts = (tokens == BOS).nonzero().flatten().tolist()
     ends = [start + 1 for start in starts[1:]] + [len(tokens)] * bool(starts)
@@ -1411,10 +1400,9 @@ class LowRank(nn.Module):
 
 
 class BatchedLoRA(nn.Module):
-    """Adapters of a batch of documents: for each row one on the head and one per virtual layer and role.
+    """Adapters: for each document of a batch one on the head and one per virtual layer and role.
 
-    Roles q, k, v and o read the normed block input, mlp reads the normed MLP input (bypassing its hidden
-    layer). Their outputs, scaled by alpha / rank, are added to what the projection of the role gives.
+    Roles q, k, v and o read the normed block input, mlp the normed MLP input; alpha / rank scales outputs.
     """
 
     def __init__(
@@ -1519,10 +1507,7 @@ QUINTIC = ((3.4445, -4.775, 2.0315),) * 5  # the classic Muon coefficients
 def newton_schulz(
     matrices: Tensor, coefficients: Sequence[tuple[float, float, float]] = POLAR_EXPRESS, steps: int = 5
 ) -> Tensor:
-    """Orthogonalise each matrix [..., rows, columns] approximately, in bfloat16.
-
-    X <- a X + (b A + c A A) X with A = X X^T, once per triple (a, b, c) (PR #1344).
-    """
+    """Orthogonalise matrices [..., rows, columns] in bfloat16: X <- a X + (b A + c A A) X, A = X X^T."""
     x = matrices.bfloat16()
     tall = x.size(-2) > x.size(-1)
     if tall:
@@ -1610,8 +1595,7 @@ class Muon(torch.optim.Optimizer):
 def parameter_table(cfg: Config, model: GPT) -> dict[str, dict]:
     """Optimiser, learning rate and decay of every parameter, by name; each has exactly one row.
 
-    The four banks go to Muon, largest first; embedding (and untied head) to AdamW; all else, the control
-    tensors, to AdamW with the scalar rates.
+    The four banks go to Muon, largest first; all else to AdamW, control tensors with the scalar rates.
     """
     shapes = {name: p.shape for name, p in model.named_parameters()}
     banks = sorted((n for n in shapes if n.endswith("_bank")), key=lambda n: -shapes[n].numel())
@@ -1709,10 +1693,7 @@ def micro_batches(cfg: Config, backends: Backends, world_size: int) -> tuple[int
 
 
 class Trainer(Worker):
-    """Model, loader, both optimisers and the EMA; `step` does one optimiser step, `units` all of them.
-
-    `run` has the log, the clock, and `validate(step, looping)`, which is called every VAL_LOSS_EVERY steps.
-    """
+    """Model, loader, optimisers, EMA. `run` has the log, the clock, and `validate(step, looping)`."""
 
     kept_by = "rank 0"
 
@@ -2665,10 +2646,8 @@ class ScoreFirstTTT(Evaluation):
     """Phased score-first LoRA test-time training (PR #1530, #1610, #1626, #1767).
 
     Every chunk is scored with the weights as they are and only then trained on. Documents go longest first,
-    a batch side by side; when the documents scored reach a phase's boundary, the base weights are trained by
-    SGD on the first of those, and new adapters are made. The model is changed in place.
-
-    A unit is a batch of documents or a global phase. The watch sees all that happens, in order.
+    a batch side by side; at a phase's boundary the base weights are trained by SGD on the first documents
+    scored, and new adapters are made. A unit is a batch or a global phase. The model is changed in place.
     """
 
     kept_by = "each rank"
@@ -2735,10 +2714,7 @@ class ScoreFirstTTT(Evaluation):
             self.model.load_state_dict(state["weights"])
 
     def _adapters(self, batch: TTTBatch) -> BatchedLoRA:
-        """Adapters whose B is zero. Warm start: A as the last full batch of this rank and phase left it.
-
-        Otherwise A is drawn from the seed and the document's number: the same whoever computes it.
-        """
+        """Adapters with B zero; A of the last full batch (warm start), or of the seed and the document."""
         if not self.cfg.ttt_warm_start_a:
             seeds = [self.cfg.seed * 1_000_003 + number for number, _ in batch.documents]
             return self._new_lora(len(seeds), seeds)
@@ -3169,12 +3145,6 @@ class Run:
                 self.model.backends = dataclasses.replace(self.model.backends, compiler="")
             self.ranks.wait_for_all("ttt_warm_up")
 
-    def score_stream(self, stage: str) -> None:
-        """Sliding windows over the stream, or test-time training by SGD between its chunks."""
-        from systems.stream import ScoreFirstSGD, SlidingEvaluation
-
-        self.score(stage, ScoreFirstSGD if stage == "ttt" else SlidingEvaluation, self.looping)
-
     def finish(self) -> int:
         """Write result.json and the final line; exit code 3 when a limit of the contest is exceeded."""
         final = next(name for name in ("ttt", "sliding", "quantised", "prequant") if name in self.stages)
@@ -3221,9 +3191,13 @@ class Run:
         self.looping = self.model.cfg.num_loops > 0
         self.once("quantised", lambda: self.evaluate("quantised"))
         if cfg.sliding_window_enabled:
-            self.once("sliding", lambda: self.score_stream("sliding"))
+            from systems.stream import SlidingEvaluation
+
+            self.once("sliding", lambda: self.score("sliding", SlidingEvaluation, self.looping))
         if cfg.ttt_enabled and cfg.ttt_sgd:
-            self.once("ttt", lambda: self.score_stream("ttt"))
+            from systems.stream import ScoreFirstSGD
+
+            self.once("ttt", lambda: self.score("ttt", ScoreFirstSGD, self.looping))
         elif cfg.ttt_enabled:
             self.once("ttt", self.adapt)
         return self.finish()

@@ -1,4 +1,4 @@
-"""Settings for people: presets of the published systems, older names, help, and names that are almost right."""
+"""Settings for people: presets of published systems, older names, help, and names that are almost right."""
 
 import dataclasses
 import difflib

@@ -1,4 +1,4 @@
-"""Test-time training compiled: one graph for any number of rows and tokens. On CUDA, unless COMPILE_BACKEND=off."""
+"""Test-time training compiled: one graph for any number of rows and tokens (COMPILE_BACKEND, on CUDA)."""
 
 import itertools
 from collections.abc import Iterable

@@ -62,7 +62,6 @@ def run_on_import_top(tree: ast.Module) -> Iterator[ast.AST]:
 # -- sizes
 
 
-@pytest.mark.xfail(reason="sections of the core are still being shortened", strict=False)
 def test_the_script_can_be_read_in_one_sitting():
     assert len(SOURCES[CORE].splitlines()) <= CORE_LINES
 
