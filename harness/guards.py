@@ -160,6 +160,11 @@ class Guard(Watch):
             run.result["environment"]["micro_batches"] = fitted.micro_batches
             run.loader = run.new_loader()
 
+    def _warmed(self, run: Run) -> None:
+        """Pack the script before the clock starts: after training is too late to find that it fails."""
+        if run.ranks.is_main and not run.cfg.prequant_only:
+            run.packed_code  # noqa: B018 - kept by the run
+
     def _artifact(self, run: Run, flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> None:
         """An artifact over the limit is made again, smaller."""
         if run.cfg.fit_bytes or len(run.artifact) <= SIZE_LIMIT - (1 << 16):  # more than any code
