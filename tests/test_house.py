@@ -5,8 +5,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 CORE, HARNESS, SYSTEMS = "train_gpt.py", "harness", "systems"
 CORE_LINES, PART_LINES, FUNCTION_LINES = 3300, 400, 60
