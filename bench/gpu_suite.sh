@@ -59,7 +59,7 @@ if [ "$DRY" != --dry-run ]; then
 fi
 
 step machine "nvidia-smi; nvidia-smi topo -m; $PYTHON -m pip list 2>/dev/null | grep -iE '^(torch|triton|flash|numpy|nvidia-cu)'; lscpu | head -20"
-step tests "$PYTHON -m pytest -q --durations 10 tests/test_kernels.py tests/test_attention.py tests/test_compile.py"
+step tests "$PYTHON -m pytest -q --durations 10 tests/systems/test_kernels.py tests/core/test_attention.py tests/core/test_compile.py"
 step step "$PYTHON bench/train_step.py --device $DEVICE --json"
 peer() {  # NAME: both scripts once; the second round comes last
     if [ -n "${PEER_SCRIPT:-}" ] || [ "$DRY" = --dry-run ]; then

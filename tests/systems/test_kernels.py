@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def logits(rows: int, vocabulary: int, scale: float, dtype=torch.float32) -> torch.Tensor:

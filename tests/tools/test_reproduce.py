@@ -16,7 +16,7 @@ import test_smoke as smoke
 from scipy import integrate
 from test_tracking import scalars
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import reproduce  # noqa: E402

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from test_smoke import environment, make_data
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import sweep  # noqa: E402

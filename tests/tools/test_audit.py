@@ -15,7 +15,7 @@ import pytest
 from test_smoke import SCRIPT, command, make_data, write_shard
 from test_two_ranks import ONE_NODE, launch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import audit  # noqa: E402

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from harness.settings import PRESETS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # What the published log of PR #1851, seed 42, prints under "Hyperparameters", less paths and names of the
 # run, GRAD_ACCUM_STEPS (derived there from 8 ranks) and VAL_LOSS_EVERY (4000 there; off the clock, 0 here).

@@ -24,7 +24,7 @@ from harness.expressions import Facts
 from harness.folding import fold
 from harness.renaming import rename
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"width": 3, "on": False, "style": "lanes", "rate": 0.5}
 BACKENDS = {"attention": "plain", "kernels": "", "compiler": ""}
 END = '\nif __name__ == "__main__":\n    main()\n'

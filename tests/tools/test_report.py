@@ -14,7 +14,7 @@ import torch
 from golden_tools import score_standard
 from test_smoke import SCRIPT, command, make_data
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import report  # noqa: E402

@@ -16,7 +16,7 @@ import sentencepiece
 import prepare_caseops_data as prepare
 from bench.fuzz_artifact import published_artifact
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train_gpt.py"
 VOCAB = 320
 CODE_LIMIT = 31_250  # bytes of the counted code of PR #1851

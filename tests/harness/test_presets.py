@@ -20,7 +20,7 @@ import prepare_caseops_data as prepare
 from dataprep.checking import check_folder
 from dataprep.encoding import Encoder, tokenise_validation
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LOGS = Path(os.environ.get("PUBLISHED_LOGS", ROOT / "../shared/published_logs"))
 
 # Which preset a published log is of. The first runs of PR #1868 kept back 0.5 s, as PR #1851 did.

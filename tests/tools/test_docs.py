@@ -10,7 +10,7 @@ import pytest
 import train_gpt
 from harness import packing, settings
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import audit  # noqa: E402
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CORE, HARNESS, SYSTEMS = "train_gpt.py", "harness", "systems"
 CORE_LINES, PART_LINES, FUNCTION_LINES = 3300, 400, 60
 

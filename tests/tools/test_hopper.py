@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="pretends a GPU; here is a real one")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 4096
 SIZES = {
     "NUM_LAYERS": 2,

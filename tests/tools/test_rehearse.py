@@ -13,7 +13,7 @@ import torch
 
 from bench.settings import TINY, make_data
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CUDA = {"DEVICE": "cuda", "ATTENTION_BACKEND": "plain", "COMPILE_BACKEND": "off", "OMP_NUM_THREADS": "1"}
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),

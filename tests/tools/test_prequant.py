@@ -14,7 +14,7 @@ from test_ppm import tiny_model
 from test_presets import plain_data  # noqa: F401 - a fixture
 from test_smoke import environment
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "tools")]
 
 import prequant_ttt as prequant  # noqa: E402

@@ -18,7 +18,7 @@ import torch
 
 from bench.settings import TINY, make_data
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
