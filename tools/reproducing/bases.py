@@ -1,4 +1,4 @@
-"""Published base lines with what their logs say; tests/harness/test_presets.py compares both."""
+"""Published runs to compare with, taken from their logs (8 x H100; tests/tools/test_reproduce.py checks it).
 
 PR #1868 is a support record of PR #1851: its three seeds are PR #1851's own log (42) and two repetitions by
 another person (314, 1234). Its re-run keeps 8 s for the calibration. PR #1493's seed 42 ran another script,
