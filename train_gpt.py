@@ -539,7 +539,7 @@ class Ranks:
         x, y, cu_seqlens = (self.put(part) for part in (x, y, segments.cu_seqlens))
         if compiler:
             torch._dynamo.mark_dynamic(cu_seqlens, 0)
-        return x, y, Segments(cu_seqlens, segments.bound or segments.max_seqlen)
+        return x, y, Segments(cu_seqlens, segments.max_seqlen_bound or segments.max_seqlen)
 
 
 class Pending(NamedTuple):
@@ -693,7 +693,9 @@ class Segments(NamedTuple):
 
     cu_seqlens: Tensor
     max_seqlen: int
-    bound: int = 0  # a limit of max_seqlen that is the same for all rows, so that they share a graph
+    max_seqlen_bound: int = (
+        0  # a limit of max_seqlen that is the same for all rows, so that they share a graph
+    )
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
@@ -1675,7 +1677,6 @@ class StepReport(NamedTuple):
         """Whether any rank had been told to stop when the step began."""
         return float(self.measured.wait()[3]) > 0
 
-    @property
     def elapsed(self) -> float:
         """Rank 0's training time when the step began, seconds. Raises RunError unless all is finite."""
         finite = torch.isfinite(self.measured.wait())
@@ -1844,11 +1845,11 @@ class Trainer(Worker):
             if self.steps <= 5 or self.steps % cfg.train_log_every == 0:
                 self._log_step(report, run.clock.elapsed("train"))
             if len(self.reports) == 2:
-                self.seconds, self.stop_requested = self.reports[0].elapsed, self.reports[0].stop_requested
+                self.seconds, self.stop_requested = self.reports[0].elapsed(), self.reports[0].stop_requested
             self.done = self.seconds if self.capped else self.steps
             yield
         for report in self.reports:
-            report.elapsed  # noqa: B018 - raises if the step was not finite
+            report.elapsed()  # raises if the step was not finite
         if compiled:
             memory, again = torch.cuda.max_memory_allocated() >> 20, compiled_graphs() - graphs
             run.log.event("graphs", warm_up=graphs, recompiled=again, peak_memory_mib=memory)
@@ -1861,7 +1862,7 @@ class Trainer(Worker):
         return elapsed_at(self.seconds, self.steps) / self.total
 
     def _log_step(self, report: StepReport, elapsed: float) -> None:
-        report.elapsed  # noqa: B018 - raises if the step was not finite
+        report.elapsed()  # raises if the step was not finite
         values = {"train_loss": report.train_loss, "grad_norm": report.grad_norm}
         values |= {"lr_multiplier": report.lr_multiplier, "train_seconds": elapsed}
         speed = report.step * self.cfg.train_batch_tokens / elapsed
@@ -1870,7 +1871,7 @@ class Trainer(Worker):
     def state(self) -> dict:
         """All that later steps depend on, on the CPU; the same on all ranks, which call this together."""
         state = self.snapshot() | {"step": self.steps, "rng": torch.get_rng_state()}
-        state["clocks"] = [report.elapsed for report in self.reports]
+        state["clocks"] = [report.elapsed() for report in self.reports]
         banks = self.muon.param_groups[0]["params"]
         for number, entry in state["muon"]["state"].items():
             entire = self.ranks.all_gather(entry["momentum_buffer"]).wait()
@@ -2989,7 +2990,7 @@ class Run:
         slots = lora_slots(self.cfg, looping=True)
         self.log.event("model", parameters=parameters, layers=self.cfg.num_layers, virtual_layers=slots)
         self.watch.see("memory", run=self)
-        trainer = self.new_trainer()
+        trainer = Trainer(self.cfg, self.model, self.loader, self.ranks, self)
         trainer.warm_up(self.cfg.warmup_steps, self.watch)
         self.ranks.wait_for_all("warm-up")
         self.watch.see("warmed", run=self)
@@ -3001,10 +3002,6 @@ class Run:
             write_whole(self.output("model_path"), buffer.getvalue())
         seconds = self.clock.seconds["train"]
         self.log.event("saved", file=str(self.output("model_path")), train_seconds=seconds)
-
-    def new_trainer(self) -> Trainer:
-        """A trainer of the run's model."""
-        return Trainer(self.cfg, self.model, self.loader, self.ranks, self)
 
     def validate(self, step: int, looping: bool) -> None:
         """Evaluate between two training steps, unless that was done before the run was resumed."""

@@ -15,7 +15,7 @@ from harness.preflight import Preflight
 from harness.rules import check_ranks
 from harness.settings import help_text, read_settings, show_settings
 from harness.tracking import Progress, Trackers
-from train_gpt import Config, ConfigError, Ranks, Run, RunError, Watch, execute, run_name
+from train_gpt import Config, ConfigError, Ranks, Run, RunError, Trainer, Watch, execute, run_name
 
 
 class Watches(Watch):
@@ -48,7 +48,8 @@ class Rehearsal(Run):
         with self.clock.stage("rehearsal"):
             if self.trains:
                 self.watch.see("memory", run=self)
-                self.new_trainer().warm_up(self.cfg.warmup_steps, self.watch)
+                trainer = Trainer(self.cfg, self.model, self.loader, self.ranks, self)
+                trainer.warm_up(self.cfg.warmup_steps, self.watch)
                 self.watch.see("warmed", run=self)
         self.log.event("passed", seconds=self.clock.seconds["rehearsal"])
         return 0

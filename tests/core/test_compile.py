@@ -81,7 +81,7 @@ def test_rows_differ_in_their_segments(make_trainer):
     batches = [trainer.loader.next()[2] for _ in range(12)]
     assert len({len(segments.cu_seqlens) for segments in batches}) > 1
     assert len({segments.max_seqlen for segments in batches}) > 1
-    assert {segments.bound for segments in batches} == {32}
+    assert {segments.max_seqlen_bound for segments in batches} == {32}
 
 
 def test_recompilation_is_counted(tg, make_trainer):

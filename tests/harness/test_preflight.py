@@ -388,7 +388,7 @@ def test_preflight_guard_leaves_an_artifact_that_fits_alone(tg, run, work, unlim
 def test_preflight_guard_says_whose_loss_was_not_finite(tg, own, words):
     measured = tg.Pending(torch.tensor([torch.nan, torch.nan, 1.0, 0.0, own]), None)
     with pytest.raises(tg.RunError, match=f"step 7: .*not finite .{words}"):
-        tg.StepReport(7, measured, 1.0, 0.9, False).elapsed  # noqa: B018
+        tg.StepReport(7, measured, 1.0, 0.9, False).elapsed()
 
 
 def test_preflight_guard_stops_at_a_score_that_is_not_finite(tg, run, monkeypatch):

@@ -390,7 +390,7 @@ def test_window_loader_is_one_stream_for_any_number_of_ranks(tg, shards, world):
             inputs, targets = oracle.next(4)
             assert x.tolist() == [inputs.flatten().tolist()] and y.tolist() == [targets.flatten().tolist()]
             assert segments.cu_seqlens[:6].tolist() == [0, 32, 64, 96, 128, 128]
-            assert segments.max_seqlen == segments.bound == 32
+            assert segments.max_seqlen == segments.max_seqlen_bound == 32
 
 
 def test_window_loader_goes_back(tg, shards):

@@ -96,7 +96,7 @@ def test_rows_look_like_text(tg):
     _, _, segments = common.text_row(cfg, 98_304)
     lengths = segments.cu_seqlens.diff()
     assert 80 < int((lengths > 0).sum()) < 180
-    assert segments.bound == 2048
+    assert segments.max_seqlen_bound == 2048
     assert common.mean_context(tg.Segments(torch.tensor([0, 1, 4]), 3)) == (1 + 6) / 4
 
 

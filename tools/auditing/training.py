@@ -175,7 +175,7 @@ def warm_up(audit: Audit) -> WarmUp:
     if not audit.trained:
         raise NotChecked("this run did not train")
     run = _small_run(audit, _small_data(audit, "warm-up", scramble=False))
-    trainer = run.new_trainer()
+    trainer = audit.script.Trainer(run.cfg, run.model, run.loader, run.ranks, run)
 
     def state() -> str:
         parts = [trainer.model, trainer.muon, trainer.adamw]
