@@ -159,7 +159,8 @@ class Counting:
 def test_progress_of_a_stage_within_another(tg, settings, tmp_path, monkeypatch):
     """The inner one begins anew each time, the outer one goes on from its own beginning."""
     clock = iter(range(100))
-    monkeypatch.setattr(tg.time, "perf_counter", lambda: float(next(clock)))
+    seconds = types.SimpleNamespace(perf_counter=lambda: float(next(clock)))
+    monkeypatch.setattr("harness.tracking.time", seconds)  # not the module's own, which pytest uses too
     progress, files = tg.Progress(tg.CPU), tg.LogFiles(tg.CPU)
     log = tg.RunLog(settings(), watch=files)
     progress.see("opened", run=types.SimpleNamespace(log=log))
