@@ -750,10 +750,9 @@ def packed_row(tokens: Tensor, max_doc_len: int, plain: bool = False) -> tuple[T
 class PackedLoader:
     """Training batches: consecutive tokens of the shards, in order and cyclic, with document segments.
 
-    Spans of `micro_tokens + 1` tokens are drawn in groups (one for each rank unless `group` says more), a
-    group always from one shard; rank r gets the spans r, r + world_size, ... of each. So any number of ranks
-    that divides the group sees the same stream. A shard begins at its first BOS; what does not fill a group
-    at its end is dropped.
+    Spans of `micro_tokens + 1` tokens are drawn in groups (one a rank unless `group` says more) from one shard;
+    rank r gets the spans r, r + world_size, ... of each: any number of ranks that divides it sees one stream.
+    A shard begins at its first BOS; what fills no group at its end is dropped.
     """
 
     def __init__(self, paths: Sequence[Path], cfg: Config, ranks: Ranks, micro_tokens: int, group: int = 0):
@@ -805,8 +804,7 @@ class PackedLoader:
 class ShuffledLoader:
     """Calibration batches: plain windows of TRAIN_SEQ_LEN tokens in a random order, without documents.
 
-    PCG64 draws a phase and a permutation for each shard and then, window by window, a shard with probability
-    proportional to the windows it has left.
+    PCG64 draws a phase and a permutation for each shard, then shards by the windows that they have left.
     """
 
     def __init__(self, paths: Sequence[Path], cfg: Config, seed: int = 0):
@@ -3150,16 +3148,7 @@ class Run:
         summary |= {key: self.result.get(key, 0) for key in ("artifact_bytes", "code_bytes", "model_bytes")}
         summary |= {f"{stage}_seconds": seconds.get(stage, 0.0) for stage in ("train", "calibrate")}
         summary["eval_seconds"] = seconds[final]
-        fraction, size = self.cfg.val_doc_fraction, summary["artifact_bytes"]
-        training = summary["train_seconds"] + summary["calibrate_seconds"]
-        evaluation = summary["eval_seconds"]
-        limits = {
-            f"training and calibration took {training:.1f} s, limit {TRAIN_LIMIT:g}": training > TRAIN_LIMIT,
-            f"evaluation took {evaluation:.1f} s, limit {EVAL_LIMIT:g}": evaluation > EVAL_LIMIT,
-            f"artifact has {size} bytes, limit {SIZE_LIMIT}": size > SIZE_LIMIT,
-            f"VAL_DOC_FRACTION={fraction:g}: only a sample was scored": fraction < 1,
-        }
-        broken = [reason for reason, exceeded in limits.items() if exceeded]
+        broken = self._broken_limits(summary)
         summary["legal"] = not broken and summary["artifact_bytes"] > 0
         extra = {"broken_limits": broken, "stages": self.stages, "seconds": seconds}
         if not COUNTED:
@@ -3172,6 +3161,21 @@ class Run:
             self.log.event("limit", text=reason)
         self.log.event("final", **summary)
         return 3 if broken else 0
+
+    def _broken_limits(self, summary: Mapping[str, float]) -> list[str]:
+        size, evaluation, fraction = (
+            summary["artifact_bytes"],
+            summary["eval_seconds"],
+            self.cfg.val_doc_fraction,
+        )
+        training = summary["train_seconds"] + summary["calibrate_seconds"]
+        limits = {
+            f"training and calibration took {training:.1f} s, limit {TRAIN_LIMIT:g}": training > TRAIN_LIMIT,
+            f"evaluation took {evaluation:.1f} s, limit {EVAL_LIMIT:g}": evaluation > EVAL_LIMIT,
+            f"artifact has {size} bytes, limit {SIZE_LIMIT}": size > SIZE_LIMIT,
+            f"VAL_DOC_FRACTION={fraction:g}: only a sample was scored": fraction < 1,
+        }
+        return [reason for reason, exceeded in limits.items() if exceeded]
 
     def execute(self) -> int:
         """All stages asked for, in order. Returns the exit code."""

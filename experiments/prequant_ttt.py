@@ -183,7 +183,7 @@ def run(cfg: tg.Config, ranks: tg.Ranks, options: argparse.Namespace) -> int:
     """The run and what watches over it. Exit code as `main`."""
     preflight, ledger = Preflight(cfg, ranks), Ledger(ranks)
     with contextlib.closing(LogFiles(ranks)) as files:
-        watch = Watches([files, preflight, Guard(preflight), Progress(ranks), ledger])
+        watch = Watches([files, Guard(preflight), preflight, Progress(ranks), ledger])
         inputs = cfg, ranks, preflight.backends(), tg.read_sources(), watch
         return tg.execute(PrequantRun(*inputs, options=options, ledger=ledger))
 

@@ -292,7 +292,7 @@ def test_prefetched_batches_and_positions_are_those_of_the_loader(tg, shard):
 
 def test_error_of_a_prefetched_batch_reaches_the_trainer(tg, shard):
     loader = packed_loader(tg, [shard], 1, 0, 64, 16)
-    loader._vocab_size = 2
+    loader.cfg = dataclasses.replace(loader.cfg, vocab_size=2)
     ahead = tg.Prefetched(loader)
     with pytest.raises(tg.DataError, match="must be below VOCAB_SIZE=2"):
         ahead.next()

@@ -218,7 +218,7 @@ def test_model_that_the_compiler_fails_on_is_trained_without(tg, work, monkeypat
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     with monkeypatch.context() as patch:
         patch.setattr(tg, "fit_memory", fit)
-        patch.setattr(tg.Ranks, "on_gpu", property(lambda _: True))  # for the guard alone
+        patch.setattr(run.ranks, "on_gpu", True)  # for the guard alone
         if not goes_on:
             with pytest.raises(RuntimeError, match="a bug"):
                 guard.see("memory", run=run)
