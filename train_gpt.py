@@ -750,7 +750,7 @@ def packed_row(tokens: Tensor, max_doc_len: int, plain: bool = False) -> tuple[T
 class PackedLoader:
     """Training batches: consecutive tokens of the shards, in order and cyclic, with document segments.
 
-    Spans of `micro_tokens + 1` tokens are drawn in groups (one a rank unless `group` says more) from one shard;
+    Spans of `micro_tokens + 1` tokens are drawn in groups (one a rank, or `group`) from one shard;
     rank r gets the spans r, r + world_size, ... of each: any number of ranks that divides it sees one stream.
     A shard begins at its first BOS; what fills no group at its end is dropped.
     """
