@@ -198,7 +198,7 @@ def environment(record, **values):
 
 DIFFERENCES = {
     "other settings: MATRIX_LR 0.026 and 0.03": lambda r: {"settings": {**r.settings, "MATRIX_LR": 0.03}},
-    "script d.* and eeeeeeeeeeee": lambda r: environment(r, source_sha256="e" * 64),
+    "script [0-9a-f]{12} and [0-9a-f]{12}": lambda r: environment(r, source_sha256="e" * 64),
     "data aaaaaaaaaaaa and bbbbbbbbbbbb": lambda r: environment(r, data_sha256="b" * 64),
     "different evaluators: ttt, quantised": lambda r: {"final_stage": "quantised"},
     "scored targets 44999 and 7": lambda r: {"stages": {"ttt": {**r.stages["ttt"], "targets": 7}}},

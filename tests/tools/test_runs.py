@@ -156,6 +156,7 @@ def test_the_house_in_a_log_is_part_of_the_script(tmp_path):
     """Its lines are no events, and it has the checksum that the result of the same run has."""
     text, log = DEMO.read_text(encoding="utf-8"), tmp_path / "house.txt"
     head, source, rest = text.split(f"{runs.RULE}\n")
+    rest = rest.partition("==== end\n")[2]  # without the house of that run
     house = {"harness/a.py": '"""\nstep loss:1\n"""\n', "systems/b.py": "final legal:0\n"}
     digests = {path: sha256_of(text.encode()) for path, text in house.items()}
     files = "".join(f"==== {path} sha256:{digests[path]}\n{text}" for path, text in house.items())
