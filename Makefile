@@ -40,7 +40,7 @@ data/demo/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dat
 data/demo_plain/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dataprep/*.py) | $(RUN)
 	$(BIN)/python prepare_caseops_data.py --demo --plain --overwrite
 
-test: $(DEV)  ## all tests (CPU, 8 minutes on 2 cores)
+test: $(DEV)  ## all tests (CPU, 14 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -n 2 --durations 5
 
 lint: $(DEV)  ## style, formatting, spelling, README and docs up to date
