@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# torch's fused CPU optimisers read a gradient as if it lay in memory like its parameter.
+# torch's fused SGD on a CPU reads a gradient as if it lay in memory like its parameter.
 #
 # Seen with torch 2.13.0 (CPU build, Python 3.11): a gradient that is assigned to `.grad` as a transposed view,
 # with the right shape and values, is applied in the order of its memory. SGD(fused=True) then adds the numbers
