@@ -134,6 +134,7 @@ class Guard(Watch):
             log.event("notice", text=f"{run.ranks.world_size} of {gpus} GPUs used; all: {start}")
         if importlib.util.find_spec("python_minifier") is None:
             log.event("notice", text="python-minifier is missing: the code will count in full")
+        self._preflight.report(run)
 
     def _memory(self, run: Run) -> None:
         """Smaller micro-batches, and a loader for them, where the device's memory asks for them.

@@ -27,6 +27,7 @@ from train_gpt import (
     ConfigError,
     DataError,
     Ranks,
+    Run,
     RunLog,
     ValidationSet,
     Watch,
@@ -194,17 +195,19 @@ class Preflight(Watch):
             if run.cfg.ttt_eval_only:  # the artifact knows the model's sizes
                 self.check_memory(run.model.cfg, run.backends, False, run.val)
             self.check_disk(run.trains, run.val.num_targets)
-        elif kind == "opened":
-            run.log.event("preflight", **self.facts)
-            if self.cfg.attention_backend == "auto" and run.ranks.on_gpu:
-                self.notices += unused_attention(run.cfg, run.backends, run.ranks)
-            for text in self.notices:
-                run.log.event("notice", text=text)
         elif kind == "warm_up":
             self._time_step(facts["steps_left"], facts["steps"])
         elif kind == "warmed":
             self.wait_for_hashes()
             self.log_speed(run.log, run.backends)
+
+    def report(self, run: Run) -> None:
+        """Say in the run's log what was found before there was one."""
+        run.log.event("preflight", **self.facts)
+        if self.cfg.attention_backend == "auto" and run.ranks.on_gpu:
+            self.notices += unused_attention(run.cfg, run.backends, run.ranks)
+        for text in self.notices:
+            run.log.event("notice", text=text)
 
     def _time_step(self, left: int, steps: int) -> None:
         """Measure the last ten steps of a warm-up, or half of them."""
