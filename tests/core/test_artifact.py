@@ -10,35 +10,16 @@ import brotli
 import pytest
 import torch
 
-TINY = {
-    "vocab_size": 64,
-    "num_layers": 2,
-    "model_dim": 32,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "mlp_mult": 2.0,
-    "rope_dims": 4,
-    "num_loops": 0,
-    "parallel_start_layer": 1,
-    "xsa_last_n": 2,
-}
+from bench.fuzz_artifact import TINY, small_records
+
 CODECS = ["brotli", "lzma", "ans"]
-
-
-def tiny_records(tg, config) -> dict:
-    model = tg.GPT(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return tg.quantize_state(tg.flatten_banks(model.state_dict(), config.num_layers), {}, config)
 
 
 @pytest.fixture(scope="module", params=CODECS)
 def packed(request, tg):
     """(config, records, artifact bytes) for each codec."""
     config = tg.Config(**TINY, compressor=request.param)
-    records = tiny_records(tg, config)
+    records = small_records(config)
     return config, records, tg.pack_artifact(records, config)
 
 
@@ -55,8 +36,9 @@ def test_round_trip(tg, packed):
     config, records, artifact = packed
     settings, unpacked = tg.read_artifact(artifact, tg.Config())
     assert same(records, unpacked)
-    for key, value in TINY.items():
-        assert settings[key] == value
+    of_tensors = {"float16_max_elements", "gated_attn_quant_gate"}  # each tensor's entry tells them
+    assert settings == {key: getattr(config, key) for key in settings}
+    assert TINY.keys() - settings.keys() == of_tensors
     assert isinstance(artifact, bytes)
 
 
@@ -72,13 +54,13 @@ def test_settings_that_are_not_a_models(tg, packed, monkeypatch):
 
 def test_same_weights_same_bytes(tg, packed):
     config, _, artifact = packed
-    assert tg.pack_artifact(tiny_records(tg, config), config) == artifact
+    assert tg.pack_artifact(small_records(config), config) == artifact
 
 
 def test_other_weights_other_bytes(tg, packed):
     config, records, artifact = packed
     name = next(iter(records))
-    changed = tiny_records(tg, config)
+    changed = small_records(config)
     changed[name].arrays[""].view(-1)[0] += 1
     assert tg.pack_artifact(changed, config) != artifact
 
