@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := .venv/run.installed
 DEV := .venv/dev.installed
 
-.PHONY: help demo audit submission sweep-demo report systems ablations data test lint format docs bench clean
+.PHONY: help demo audit submission sweep-demo report systems ablations data test stress lint format docs bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,13 +40,17 @@ data/demo/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dat
 data/demo_plain/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dataprep/*.py) | $(RUN)
 	$(BIN)/python prepare_caseops_data.py --demo --plain --overwrite
 
-test: $(DEV)  ## all tests (CPU, 14 minutes on 2 cores)
+test: $(DEV)  ## all tests (CPU, 21 minutes on 2 slow cores)
 	$(BIN)/python -m pytest -q -n 2 --durations 5
 
-lint: $(DEV)  ## style, formatting, spelling, README and docs up to date
+stress: $(DEV)  ## fuzzers, every preset packed, cheats audited (an hour on 2 cores); STRESS_SEED=2 draws other cases, STRESS_CASES=10 ten times as many
+	$(BIN)/python -m pytest -q -n 2 --durations 5 tests/stress
+
+lint: $(DEV)  ## style, formatting, spelling, imports, README and docs up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/python tools/imports.py
 	$(BIN)/python tools/readme_settings.py --check
 	$(BIN)/python tools/reproduce.py --check
 

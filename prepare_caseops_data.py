@@ -6,7 +6,8 @@
     python prepare_caseops_data.py --check DIR                # is a folder whole, right and free of leaks?
     python prepare_caseops_data.py --demo        # small real-text data set in data/demo, nothing to download
 
-With --plain: text as it is, for CASEOPS_ENABLED=0 (--demo --plain writes data/demo_plain).
+With --plain: text as it is, for CASEOPS_ENABLED=0 (--demo --plain writes data/demo_plain; --download --plain
+fetches SP8192, or with --vocab 1024 SP1024).
 
 Documents: JSONL (plain, .xz, .gz, .zst, or - for standard input), one a line, {"text": ...} or a bare
 string, or the column `text` of Parquet files; blank lines are skipped. The first --val-docs documents are
@@ -29,21 +30,22 @@ import hashlib
 import itertools
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from dataprep.checking import check_folder, report_table, split_report
-from dataprep.crew import EXAMPLES, Crew, HeldOut, Result
-from dataprep.demo import DEMO_OUT, DEMO_PLAIN_OUT, DEMO_VAL_DOCS, DEMO_VOCAB, demo_documents
+from dataprep.crew import EXAMPLES, Crew, HeldOut, Result, Worker
+from dataprep.demo import DEMO_VAL_DOCS, DEMO_VOCAB, demo_documents
 from dataprep.download import download
 from dataprep.encoding import MAX_VOCAB, Tokenizer, make_tokenizer, tokenizer_texts, train_tokenizer
 from dataprep.leaks import NearIndex
+from dataprep.progress import Progress
 from dataprep.reading import Block, Document, Reader, document_blocks, make_document, parse_block
 from dataprep.shards import (
     BYTES_SHARD,
@@ -57,6 +59,7 @@ from dataprep.shards import (
     DataFolder,
     ShardWriter,
 )
+from systems.layout import DEMO_OUT, DEMO_PLAIN_OUT, SOURCES
 
 CANONICAL_VAL_DOCS = 50_000  # the contest's validation split; fewer would train on validation documents
 SHARD_TOKENS = 10_000_000
@@ -156,7 +159,8 @@ class Preparation:
     def __init__(self, blocks: Iterable[Block], tokenizer: Tokenizer, folder: DataFolder, job: Job) -> None:
         self._tokenizer, self._folder, self._job = tokenizer, folder, job
         self._source = iter(blocks)
-        self._progress = Progress(blocks)
+        reader = blocks if isinstance(blocks, Reader) else None
+        self._progress = Progress(reader.total, lambda: reader.position) if reader else Progress()
         self._input = hashlib.sha256()  # of what the workers have been given
         names = (VAL_SHARD, BYTES_SHARD, TRAIN_SHARD)
         val, val_bytes, train = (ShardWriter(folder, name, job.shard_tokens) for name in names)
@@ -246,8 +250,8 @@ class Preparation:
                 self._progress.update(0, size)
             self._val.resume(self._state["val"])
             return
-        with Crew(self._tokenizer, None, self._job.workers) as crew:
-            for (_, size, _), result in crew.map(self._tagged(blocks)):
+        with self._crew(None) as crew:
+            for (_, size, _), result in crew.map(self._tagged(blocks), attrgetter("size")):
                 self._take(self._val, result, size)
                 self._hold_out(result.digests, result.keys)
         if not self._val.counts["documents"]:
@@ -255,6 +259,9 @@ class Preparation:
                 raise DataError(f"--val-docs {self._job.val_docs}: all these documents are empty")
             raise DataError("the input holds no documents")
         self._val.flush()
+
+    def _crew(self, held_out: HeldOut | None) -> Crew:
+        return Crew(partial(Worker, self._tokenizer, held_out), self._job.workers)
 
     def _hold_out(self, digests: list[bytes], keys: list[bytes]) -> None:
         self._digests += digests
@@ -274,8 +281,8 @@ class Preparation:
             self._save(0, self._input.hexdigest())
         near = NearIndex.of_folder(self._folder.path)
         held_out = HeldOut(set(self._digests), self._keys, near, self._job.drop_near)
-        with Crew(self._tokenizer, held_out, self._job.workers) as crew:
-            for (number, size, digest), result in crew.map(tagged):
+        with self._crew(held_out) as crew:
+            for (number, size, digest), result in crew.map(tagged, attrgetter("size")):
                 if self._take(self._train, result, size):
                     self._save(number, digest)
         if not self._train.counts["documents"]:
@@ -365,42 +372,6 @@ def prepare(
         raise
 
 
-class Progress:
-    """On a terminal a bar, else a line a minute on stderr; remaining time goes by compressed bytes read."""
-
-    def __init__(self, source: object) -> None:
-        self._reader = source if isinstance(source, Reader) else None
-        total = self._reader.total if self._reader else 0
-        self._bar = tqdm(total=total or None, unit="B", unit_scale=True, disable=None)
-        self._start = self._said = time.monotonic()
-        self._bytes = 0
-
-    def update(self, documents: int, size: int) -> None:
-        """`size` more bytes of input are done, `documents` in all."""
-        self._bytes += size
-        now = time.monotonic()
-        rate = self._bytes / 1e6 / max(now - self._start, 1e-9)
-        position = self._reader.position if self._reader else self._bytes
-        if not self._bar.disable:
-            self._bar.set_postfix_str(f"documents={documents} MB/s={rate:.1f}", refresh=False)
-            self._bar.update(position - self._bar.n)
-        elif now - self._said >= 60:
-            self._said = now
-            line = f"documents:{documents} megabytes:{self._bytes / 1e6:.0f} megabytes_per_second:{rate:.1f}"
-            if self._reader and self._reader.total and position:
-                left = (now - self._start) * (self._reader.total / position - 1)
-                line += f" remaining_minutes:{left / 60:.0f}"
-            print(line, file=sys.stderr, flush=True)
-
-    def say(self, text: str) -> None:
-        """A remark that does not disturb the bar."""
-        tqdm.write(text, file=sys.stdout)
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self._bar.close()
-
-
 # ---- Command line ------------------------------------------------------------------------------------------
 
 
@@ -435,8 +406,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--report", action="store_true", help="print a table of what the data is")
     add("--write-manifest", action="store_true", help="with --check: for a right folder that has none")
     add("--shards", metavar="N", type=_count, help="with --download: only the first N training shards")
+    add("--vocab", metavar="N", type=_count, help="with --download: pieces of the tokenizer (default: 8192)")
+    add("--sp", metavar="MODEL", help="use this SentencePiece model; with --check: it is the tokenizer")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--sp", metavar="MODEL", help="use this CaseOps SentencePiece model")
     add("--train-tokenizer", metavar="VOCAB", type=_count, help="train one, lossless, on the training split")
     add("--demo", action="store_true", help="small data set from Python's own documentation")
     add("--download", action="store_true", help="the contest's ready-made data, into data/ (or --out)")
@@ -444,25 +416,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-MAKING = ("docs", "val_docs", "shard_tokens", "workers", "max_bad", "drop_near_duplicates")
+MAKING = ("docs", "val_docs", "shard_tokens", "max_bad", "drop_near_duplicates", "overwrite")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line with every default filled in; prints one line and exits with 2 if it makes no sense."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.shards is not None and not options.download:
-        parser.error("--shards: only with --download")
-    if options.write_manifest and not options.check:
-        parser.error("--write-manifest: only with --check")
-    making = (*MAKING, "plain")
-    barred = {"demo": MAKING[:1], "download": making, "check": (*making, "out", "overwrite")}
+    for name, mode in {"shards": "download", "vocab": "download", "write_manifest": "check"}.items():
+        if getattr(options, name) and not getattr(options, mode):
+            parser.error(f"--{name.replace('_', '-')}: only with --{mode}")
+    barred = {"demo": ("docs", "sp"), "download": (*MAKING, "sp"), "check": (*MAKING, "out", "plain")}
+    barred["train_tokenizer"] = ("sp",)
     mode = next((name for name in barred if getattr(options, name)), "")
     for name in barred.get(mode, ()):
         if getattr(options, name):
-            parser.error(f"--{name.replace('_', '-')}: not allowed with --{mode}")
-    if not mode:
+            parser.error(f"--{name.replace('_', '-')}: not allowed with --{mode.replace('_', '-')}")
+    if mode in ("", "train_tokenizer"):
         _check_making(parser, options)
+    if options.download:
+        _check_source(parser, options)
     if options.demo:
         options.out = options.out or (DEMO_PLAIN_OUT if options.plain else DEMO_OUT)
         options.train_tokenizer = DEMO_VOCAB
@@ -488,6 +461,14 @@ def _check_making(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     if (options.train_tokenizer or 0) > MAX_VOCAB:
         limit = f"a shard can hold at most {MAX_VOCAB} pieces"
         parser.error(f"--train-tokenizer {options.train_tokenizer}: {limit}")
+
+
+def _check_source(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    options.vocab = options.vocab or 8192
+    known = [vocab for plain, vocab in SOURCES if plain == options.plain]
+    if options.vocab not in known:
+        kind = "plain text" if options.plain else "CaseOps text (see --plain)"
+        parser.error(f"--vocab {options.vocab}: must be {' or '.join(map(str, known))} for {kind}")
 
 
 def make_data(options: argparse.Namespace) -> dict:
@@ -536,7 +517,10 @@ def training_texts(blocks: Iterable[Block], val_docs: int, max_bad: int) -> Iter
                 else:
                     yield from parsed.documents
 
-    yield from tokenizer_texts(training(), held_out, TOKENIZER_TRAINING_BYTES)
+    left_out = yield from tokenizer_texts(training(), held_out, TOKENIZER_TRAINING_BYTES)
+    if left_out:
+        limit = f"the tokenizer learns from {TOKENIZER_TRAINING_BYTES} bytes at most"
+        print(f"note: {limit}; {left_out.origin} and all that follows is left out")
     if place <= val_docs:
         raise DataError(f"--val-docs {val_docs}: leaves nothing for training, the input has {place}")
 
@@ -544,7 +528,8 @@ def training_texts(blocks: Iterable[Block], val_docs: int, max_bad: int) -> Iter
 def run(options: argparse.Namespace) -> int:
     """Do what the options say; returns the exit code. Raises DataError."""
     if options.check:
-        problems, manifest = check_folder(options.check, options.write_manifest)
+        tokenizer = Path(options.sp) if options.sp else None
+        problems, manifest = check_folder(options.check, options.write_manifest, tokenizer, options.workers)
         for problem in problems:
             print(f"problem: {problem}")
         if options.report:
@@ -552,7 +537,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"checked {options.check} problems:{len(problems)}")
         return 2 if problems else 0
     if options.download:
-        folder, manifest = download(options.out, options.shards)
+        source = SOURCES[options.plain, options.vocab]
+        folder, manifest = download(source, options.out, options.shards, options.workers)
     else:
         if not options.demo and options.val_docs != CANONICAL_VAL_DOCS:
             print(f"note: --val-docs {options.val_docs} is not the canonical split ({CANONICAL_VAL_DOCS})")

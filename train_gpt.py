@@ -89,9 +89,8 @@ def one_line(error: Exception) -> str:
 
 # ---- 2. Configuration ----------------------------------------------------------------------------------
 #
-# Every setting is a field of `Config`: type and range, default, and one line of help behind it (`--help`
-# prints these comments). Its environment variable is the field's name in capitals. Defaults are the record,
-# PR #1851.
+# Every setting is a field of `Config`: type and range, default, and a line of help (`--help` prints it). Its
+# environment variable is the field's name in capitals. Defaults are the record, PR #1851.
 
 
 class Range(NamedTuple):
@@ -164,7 +163,7 @@ class Config:
     logit_softcap: Positive = 30.0  # logits are cap * tanh(z / cap)
     rope_base: Positive = 10_000.0  # rotary base
     rope_dims: Whole = 16  # rotated dimensions of each head; 0: all
-    rope_yarn: bool = False  # stretch the rotary base for rows longer than TRAIN_SEQ_LEN
+    rope_yarn: bool = False  # stretch the rotary base where documents are evaluated longer than trained on
     ln_scale: bool = True  # scale normed inputs of layer i by 1/sqrt(i+1)
     num_loops: Loops = 2  # extra passes through layers LOOP_START..LOOP_END (depth recurrence)
     loop_start: Whole = 3  # first looped layer
@@ -205,6 +204,8 @@ class Config:
     muon_coefficients: Literal["polar_express", "quintic"] = "polar_express"  # their coefficients (PR #1344)
     muon_row_normalize: bool = True  # unit rows before the orthogonalisation (MuonEq-R)
     muon_wd: Rate = 0.095  # decoupled weight decay of the banks
+    wd_taper_start_frac: Beta = 0.7  # fraction of training from which it falls linearly (PR #1729)
+    wd_taper_final_mult: Share = 1.0  # to this share of MUON_WD at the end; 1: it does not fall
     tied_embed_lr: Rate = 0.03  # AdamW, tied embedding
     embed_lr: Rate = 0.6  # AdamW, embedding and head when TIE_EMBEDDINGS=0
     embed_wd: Rate = 0.085  # weight decay of the embedding
@@ -263,7 +264,7 @@ class Config:
     ttt_beta2: Beta = 0.999  # its decay of the mean squared gradient
     ttt_weight_decay: Rate = 1.0  # its decoupled weight decay
     ttt_grad_steps: Count = 1  # optimiser steps per chunk
-    ttt_guard: Amount = 4.0  # nats above its mean so far at which a document loses its adapters; 0: off
+    ttt_guard: Amount = 96.0  # nats of evidence, in all, at which a document loses its adapters; 0: off
     ttt_q_lora: bool = True  # adapters on the queries
     ttt_v_lora: bool = True  # adapters on the values
     ttt_k_lora: bool = True  # adapt key projections
@@ -314,8 +315,7 @@ class Config:
     @classmethod
     def from_env(cls, environ: Mapping[str, str], presets: Mapping[str, Mapping] | None = None) -> "Config":
         """Defaults, changed by PRESET, changed by explicit variables. Raises ConfigError."""
-        presets = presets or PRESETS
-        preset = environ.get("PRESET", cls.preset)
+        presets, preset = presets or PRESETS, environ.get("PRESET", cls.preset)
         if preset not in presets:
             raise ConfigError(f"PRESET={preset!r}: must be one of {', '.join(presets)}")
         values = {"preset": preset, **presets[preset]}
@@ -450,8 +450,8 @@ class Ranks:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
         except (ValueError, RuntimeError) as error:
-            text = f"ranks cannot meet ({error}); use torchrun"
-            raise ConfigError(f"WORLD_SIZE={self.world_size}: {text}") from None
+            text = f"WORLD_SIZE={self.world_size}: ranks cannot meet ({error}); use torchrun"
+            raise ConfigError(text) from None
         self._store = dist.PrefixStore("barrier", store)
 
     def wait_for_all(self, stage: str) -> None:
@@ -693,9 +693,7 @@ class Segments(NamedTuple):
 
     cu_seqlens: Tensor
     max_seqlen: int
-    max_seqlen_bound: int = (
-        0  # a limit of max_seqlen that is the same for all rows, so that they share a graph
-    )
+    max_seqlen_bound: int = 0  # a limit of max_seqlen for all rows, so that they share a graph
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
@@ -866,8 +864,7 @@ class ValidationSet(NamedTuple):
     def from_sidecar(cls, tokens: Tensor, sidecar: Tensor) -> "ValidationSet":
         """Bytes from the parallel sidecar (CaseOps)."""
         if len(sidecar) != len(tokens):
-            given = f"fineweb_val_bytes_*: {len(sidecar)} entries"
-            raise DataError(f"{given}, must be one a validation token ({len(tokens)})")
+            raise DataError(f"fineweb_val_bytes_*: {len(sidecar)} entries, must be {len(tokens)}, as tokens")
         return cls(tokens, sidecar[1:].long(), find_documents(tokens))
 
     @property
@@ -885,8 +882,7 @@ def _read_stream(folder: Path, split: str) -> Tensor:
 
 def load_validation(cfg: Config) -> ValidationSet:
     """The validation split with its byte counts. Raises DataError where it is missing or does not fit."""
-    folder = cfg.data_folder
-    tokens = _read_stream(folder, "val")
+    folder, tokens = cfg.data_folder, _read_stream(cfg.data_folder, "val")
     check_vocabulary(tokens, cfg.vocab_size, folder / "fineweb_val_*")
     if len(tokens) < 2 or tokens[0] != BOS:  # some targets would belong to no document
         raise DataError(f"{folder}/fineweb_val_*: must be at least 2 tokens, the first a BOS ({BOS})")
@@ -1057,8 +1053,9 @@ def rms_norm(x: Tensor) -> Tensor:
 def rope_tables(cfg: Config, length: int, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [T, 1, r/2], of positions first, first + 1, ... in their row."""
     dims, base = cfg.rope_dims or cfg.head_dim, cfg.rope_base
-    if cfg.rope_yarn and length > cfg.train_seq_len:
-        base *= (length / cfg.train_seq_len) ** (dims / (dims - 2))
+    context = max(cfg.eval_seq_len, cfg.ttt_eval_seq_len)  # One base for all rows, however long they are.
+    if cfg.rope_yarn and context > cfg.train_seq_len:
+        base *= (context / cfg.train_seq_len) ** (dims / (dims - 2))
     frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims)
     positions = torch.arange(first, first + length, dtype=torch.float32, device=device)
     angles = positions[:, None, None] * frequencies
@@ -1406,12 +1403,7 @@ class BatchedLoRA(nn.Module):
     """
 
     def __init__(
-        self,
-        cfg: Config,
-        batch: int,
-        slots: int,
-        generator: torch.Generator | None = None,
-        seeds: Sequence = (),
+        self, cfg: Config, batch: int, slots: int, generator: torch.Generator = None, seeds: Sequence = ()
     ):
         super().__init__()
         self.batch, self._generator = batch, generator
@@ -1465,17 +1457,28 @@ class BatchedLoRA(nn.Module):
 
 
 class LoRAOptimizer:
-    """AdamW on the adapters of a batch. Dropped rows rest: neither they nor their moments change any more."""
+    """AdamW on the adapters of a batch. Rows of finished documents rest; they decay when the batch ends."""
 
     def __init__(self, cfg: Config, lora: BatchedLoRA):
         self.cfg, self.lora, self.factors = cfg, lora, lora.use_last(lora.batch)
+        self._finished: list[tuple[slice, Tensor]] = []  # rows at rest, and the steps that they have taken
         self._moments = [[torch.zeros_like(factor) for factor in self.factors] for _ in range(2)]
         self._steps = [torch.zeros((), dtype=torch.float32, device=factor.device) for factor in self.factors]
 
     def drop_finished_rows(self, rows: int) -> None:
         """Leave all but the last rows to rest."""
+        self._finished.append((slice(-len(self.factors[0]), -rows), self._steps[0].clone()))
         self.factors = self.lora.use_last(rows)
         self._moments = [[moment[-rows:] for moment in moments] for moments in self._moments]
+
+    def decay_finished_rows(self) -> None:
+        """Give A of rows at rest the weight decay of the steps since: their gradient has been 0."""
+        keep = 1 - self.cfg.ttt_lora_lr * self.cfg.ttt_weight_decay
+        factors = torch.ones(self.lora.batch, 1, 1, device=self._steps[0].device)
+        for rows, taken in self._finished:
+            factors[rows] = keep ** (self._steps[0] - taken)
+        for low_rank in self.lora.maps():
+            low_rank.A.data *= factors
 
     def step(self, loss: Tensor) -> None:
         """One step on the rows in use, down the gradient of a loss."""
@@ -1699,8 +1702,7 @@ class Trainer(Worker):
     def __init__(
         self, cfg: Config, model: GPT, loader: PackedLoader, ranks: Ranks = CPU, run: "Run | None" = None
     ):
-        self.cfg, self.model, self.ranks, self.run = cfg, model, ranks, run
-        self.loader = loader
+        self.cfg, self.model, self.loader, self.ranks, self.run = cfg, model, loader, ranks, run
         if ranks.on_gpu and has_part("prefetch"):
             from systems.prefetch import Prefetched
 
@@ -1744,6 +1746,10 @@ class Trainer(Worker):
         for group in self._groups():
             group["lr"] = group["base_lr"] * factor
         self.muon.param_groups[0]["momentum"] = momentum
+        if cfg.wd_taper_final_mult != 1:
+            late = max(0.0, frac - cfg.wd_taper_start_frac) / (1 - cfg.wd_taper_start_frac)
+            decay = self.muon.defaults["weight_decay"] * (1 - late * (1 - cfg.wd_taper_final_mult))
+            self.muon.param_groups[0]["weight_decay"] = decay
         loss, norm = self._accumulate_gradients(batches)
         clock = torch.full_like(loss, elapsed if self.ranks.is_main else 0.0)
         stop = torch.full_like(loss, float(self.ranks.stop_signal > 0))
@@ -1766,9 +1772,8 @@ class Trainer(Worker):
         Each micro-batch is clipped by itself, as on each of eight published ranks, so that the number of
         ranks does not matter (or none is, CLIP_GLOBAL=1).
         """
-        device = self.ranks.device
         limit = math.inf if self.cfg.clip_global else self.cfg.grad_clip_norm or math.inf
-        loss_sum, norm_sum = torch.zeros(2, device=device)
+        loss_sum, norm_sum = torch.zeros(2, device=self.ranks.device)
         sums: list[Tensor] = []
         for micro in range(self.micro_batches):
             x, y, segments = self.loader.next() if batches is None else batches[micro]
@@ -1841,9 +1846,11 @@ class Trainer(Worker):
                 encoder, decoder = layer_order(cfg, looping=True)
                 run.log.event("looping", step=self.steps, encoder=encoder, decoder=decoder)
             if self.steps <= 5 or self.steps % cfg.train_log_every == 0:
-                self._log_step(report, run.clock.elapsed("train"))
+                self._log_step(report)
             if len(self.reports) == 2:
                 self.seconds, self.stop_requested = self.reports[0].elapsed(), self.reports[0].stop_requested
+            if self.capped and self.steps <= 2:  # The clock of the reports still says 0.
+                self.seconds = self.ranks.gather(run.clock.elapsed("train"))[0]
             self.done = self.seconds if self.capped else self.steps
             yield
         for report in self.reports:
@@ -1855,12 +1862,13 @@ class Trainer(Worker):
 
     def _fraction(self) -> float:
         """Share of the training that is over: of the steps or, by the clock of all ranks, of the time."""
-        if not self.capped:
-            return self.steps / self.cfg.iterations
-        return elapsed_at(self.seconds, self.steps) / self.total
+        late = 2 * (self.steps > 2)  # The clock is so many steps late.
+        seconds = self.seconds * self.steps / max(self.steps - late, 1)
+        return seconds / self.total if self.capped else self.steps / self.cfg.iterations
 
-    def _log_step(self, report: StepReport, elapsed: float) -> None:
-        report.elapsed()  # raises if the step was not finite
+    def _log_step(self, report: StepReport) -> None:
+        report.elapsed()  # waits for the end of the step; raises if it was not finite
+        elapsed = self.run.clock.elapsed("train")
         values = {"train_loss": report.train_loss, "grad_norm": report.grad_norm}
         values |= {"lr_multiplier": report.lr_multiplier, "train_seconds": elapsed}
         speed = report.step * self.cfg.train_batch_tokens / elapsed
@@ -1923,11 +1931,6 @@ def copy_tensors(tree: object, copy: Callable[[Tensor], Tensor] = Tensor.clone) 
     if isinstance(tree, dict):
         return {key: copy_tensors(value, copy) for key, value in tree.items()}
     return [copy_tensors(item, copy) for item in tree] if isinstance(tree, list) else tree
-
-
-def elapsed_at(rank0_seconds: float, step: int) -> float:
-    """Training time at the start of a step (from 0), from rank 0's clock, which is two steps late."""
-    return rank0_seconds * step / (step - 2) if step > 2 else 0.0
 
 
 # ---- 11. Quantisation (SPEC section 5): Hessians, GPTQ, LQER -------------------------------------------
@@ -2346,8 +2349,9 @@ def artifact_streams(tensors: Iterable[Sequence], cfg: Config) -> dict[str, list
     return streams
 
 
-def pack_artifact(records: Mapping[str, QuantizedTensor], cfg: Config) -> bytes:
+def pack_artifact(records: Mapping[str, QuantizedTensor], cfg: Config, looping: bool = True) -> bytes:
     """Stored tensors and the settings that rebuild the model -> the artifact. Same weights, same bytes."""
+    never = {} if looping and cfg.enable_looping_at < 1 or not cfg.num_loops else {"enable_looping_at": 1.0}
     tensors = [[name, r.kind, r.bits, [*r.shape], [*r.correction]] for name, r in records.items()]
     packed = {}
     for stream, parts in artifact_streams(tensors, cfg).items():
@@ -2360,7 +2364,7 @@ def pack_artifact(records: Mapping[str, QuantizedTensor], cfg: Config) -> bytes:
             data = b"".join(array.tobytes() for array in arrays)
             packed[stream] = compress(byte_shuffle(data, arrays[0].itemsize), cfg)
     index = [[stream, len(data)] for stream, data in packed.items()]
-    header = {"model": cfg.model_settings(), "tensors": tensors, "streams": index}
+    header = {"model": cfg.model_settings() | never, "tensors": tensors, "streams": index}
     head = compress(json.dumps(header, separators=(",", ":")).encode(), cfg)
     body = head + b"".join(packed.values())
     codec, digest = CODECS.index(cfg.compressor), hashlib.sha256(body).digest()
@@ -2463,14 +2467,7 @@ class Evaluation(Worker):
     """A worker that scores. Its meter has the sums of this rank and, behind the last unit, those of all."""
 
     def __init__(
-        self,
-        model: GPT,
-        val: ValidationSet,
-        cfg: Config,
-        *,
-        looping: bool,
-        ranks: Ranks = CPU,
-        watch: Watch | None = None,
+        self, model: GPT, val: ValidationSet, cfg: Config, *, looping: bool, ranks=CPU, watch: Watch = None
     ):
         self.model, self.val, self.cfg, self.looping, self.ranks = model, val, cfg, looping, ranks
         self.watch, self.meter, self.total = watch or Watch(), BpbMeter(), val.num_targets
@@ -2650,6 +2647,7 @@ class ScoreFirstTTT(Evaluation):
     """
 
     kept_by = "each rank"
+    slack = 3.0  # nats a target that a document may become harder, for good, without any harm
 
     def __init__(self, *arguments: object, generator: torch.Generator | None = None, **options: object):
         super().__init__(*arguments, **options)
@@ -2745,8 +2743,8 @@ class ScoreFirstTTT(Evaluation):
 
             cache = KeyValueCache()
         rows, sums = lora.batch, []
-        chunk_loss_sum = torch.zeros(rows, device=self.ranks.device)  # Each document adds its chunks' means.
-        lora.active = torch.ones_like(chunk_loss_sum, dtype=torch.bool)
+        evidence = torch.zeros(3, rows, device=self.ranks.device)  # Losses, targets, nats of harm.
+        lora.active = torch.ones_like(evidence[0], dtype=torch.bool)
         for chunk in range(-(-batch.targets // size)):
             if cfg.ttt_cache_window:
                 first = cache.advance((chunk + 1) * size, cfg)
@@ -2758,11 +2756,13 @@ class ScoreFirstTTT(Evaluation):
             learns = bool(part.trains.any())
             with torch.set_grad_enabled(learns):
                 losses = self._losses(part, lora, cache)
-            sums.append(self._sums(part, losses, chunk_loss_sum, chunk, lora))
+            sums.append(self._sums(part, losses, evidence, chunk, lora))
             self.watch.see("scored", losses=losses, **event)
             if learns:
                 self.watch.see("trained", **event)
                 self._adapt(part, optimizer, losses, cache)
+        if cfg.ttt_warm_start_a:
+            optimizer.decay_finished_rows()  # The next batch inherits A.
         lora.use_last(lora.batch)
         chunks = [[float(loss_sum), byte_sum, tokens] for loss_sum, byte_sum, tokens in sums]
         for chunk in chunks:
@@ -2774,19 +2774,21 @@ class ScoreFirstTTT(Evaluation):
         self.watch.see("batch_done", batch_number=batch.index, **facts)
 
     def _sums(
-        self, part: ChunkBatch, losses: Tensor, chunk_loss_sum: Tensor, chunk: int, lora: BatchedLoRA
+        self, part: ChunkBatch, losses: Tensor, evidence: Tensor, chunk: int, lora: BatchedLoRA
     ) -> tuple[Tensor, int, int]:
         """Loss, bytes and targets of a chunk. Adapters of documents that have come to harm are switched off.
 
-        Harm: a chunk's mean loss is TTT_GUARD above that of the chunks before. What is scored stays as it is.
+        Harm is TTT_GUARD nats of evidence: what targets in a row cost above the document's mean so far and
+        the slack (a cumulative sum, so chunks may have any size). What is scored stays as it is.
         """
         valid, rows = self.ranks.put(part.valid), len(part.documents)
-        scored = losses.detach() * valid
-        mean, before = scored.sum(1) / valid.sum(1), chunk_loss_sum[-rows:]
-        if self.cfg.ttt_guard and chunk:
+        scored, targets = losses.detach() * valid, valid.sum(1)
+        loss_sum, before, harm = evidence[:, -rows:]
+        if self.cfg.ttt_guard and chunk and (going := int(part.trains.sum())):  # The last rows go on.
+            harm.add_(scored.sum(1) - targets * (loss_sum / before + self.slack)).clamp_(min=0)
             lora.active = lora.active.clone()  # The graph of the losses holds the old mask.
-            lora.active[-rows:] &= mean <= before / chunk + self.cfg.ttt_guard
-        before += mean
+            lora.active[-going:] &= harm[-going:] <= self.cfg.ttt_guard
+        evidence[:2, -rows:] += torch.stack([scored.sum(1), targets])
         byte_sum = sum(int(self.val.target_bytes[start : start + n].sum()) for start, n in part.spans)
         return scored.double().sum(), byte_sum, int(part.valid.sum())
 
@@ -2825,12 +2827,10 @@ def cosine_rate(peak: float, step: int, steps: int) -> float:
 
 def global_sgd_lr(chunk: int, num_chunks: int, cfg: Config) -> float:
     """Learning rate of a chunk: linear warm-up, then a cosine to 0 at the last chunk."""
-    warmup = 0
-    if cfg.global_ttt_warmup_chunks:
-        warmup = min(cfg.global_ttt_warmup_chunks, num_chunks - 1)
-        if chunk < warmup:
-            share, start = chunk / max(warmup - 1, 1), cfg.global_ttt_warmup_start_lr
-            return start + share * (cfg.global_ttt_lr - start)
+    warmup = min(cfg.global_ttt_warmup_chunks, num_chunks - 1)
+    if chunk < warmup:
+        share, start = chunk / max(warmup - 1, 1), cfg.global_ttt_warmup_start_lr
+        return start + share * (cfg.global_ttt_lr - start)
     return cosine_rate(cfg.global_ttt_lr, chunk - warmup, num_chunks - warmup)
 
 
@@ -2868,9 +2868,9 @@ class BaseTraining:
         windows = (len(tokens) - 1) // window
         for start in list(range(0, windows, cfg.global_ttt_batch_seqs)) * epochs:
             count = window * min(cfg.global_ttt_batch_seqs, windows - start)
-            part = self._part(tokens[start * window : start * window + count + 1])
-            if len(part) > 1:
-                (self.losses(part).sum() / count).backward()
+            part, lead = self._part(tokens[start * window : start * window + count + 1])
+            if len(part) > 1 + lead:
+                (self.losses(part, lead).sum() / count).backward()
             for parameter in parameters:  # A rank without windows still takes part in the sum.
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             self.ranks.sum_packed_([parameter.grad for parameter in parameters])
@@ -2879,29 +2879,33 @@ class BaseTraining:
             optimizer.zero_grad(set_to_none=True)
         return norms
 
-    def _part(self, row: Tensor) -> Tensor:
-        """This rank's part of a row, cut where no context is lost: between segments, or between windows."""
+    def _part(self, row: Tensor) -> tuple[Tensor, int]:
+        """This rank's part, cut between segments or windows; 1 if the token before is in it (SmearGate)."""
         starts, ranks = range(0, len(row), self.cfg.eval_seq_len), self.ranks
         if self.by_document:
             starts = packed_row(row, self.cfg.eval_seq_len)[2].cu_seqlens.tolist()
         even = ((len(row) - 1) * (ranks.rank + i) // ranks.world_size for i in (0, 1))
         low, high = (starts[bisect.bisect_left(starts, cut)] for cut in even)
-        return row[low : high + 1]
+        lead = int(self.by_document and 0 < low < high)
+        return row[low - lead : high + 1], lead
 
-    def losses(self, tokens: Tensor) -> Tensor:
-        """Losses of consecutive windows [n+1]: as one row with document segments, or as plain rows."""
+    def losses(self, tokens: Tensor, lead: int = 0) -> Tensor:
+        """Losses of consecutive windows [n+1] behind `lead` tokens: one row of segments, or plain rows."""
         model, ranks, window = self.model, self.ranks, self.cfg.eval_seq_len
-        x, y, segments = packed_row(tokens, window)
+        x, y, segments = packed_row(tokens[lead:], window)
+        if lead:  # a segment of its own
+            x, y = (torch.cat([tokens[None, :1], part], 1) for part in (x, y))
+            segments = segments._replace(cu_seqlens=F.pad(segments.cu_seqlens + 1, (1, 0)))
         with ranks.autocast():
             if not self.by_document:
                 x, y = (ranks.put(part.view(-1, window)) for part in (x, y))
                 return model.losses(x, y, looping=self.looping)
             batch = ranks.send(x, y, segments, model.backends.compiler)
             if not model.backends.compiler:
-                return model.losses(*batch, looping=self.looping)
+                return model.losses(*batch, looping=self.looping)[:, lead:]
             for tensor in batch[:2]:
                 torch._dynamo.maybe_mark_dynamic(tensor, 1)
-            return model(*batch, looping=self.looping)
+            return model(*batch, looping=self.looping)[:, lead:]
 
 
 # ---- 14. Main: the stages of a run ---------------------------------------------------------------------
@@ -2915,7 +2919,6 @@ class Run:
     ):
         self.cfg, self.ranks, self.backends, self.sources = cfg, ranks, backends, sources
         self.watch, self.clock = watch or Watch(), Stopwatch(ranks)
-        self.looping = cfg.num_loops > 0  # a trained model is evaluated with its loops
         if not COUNTED:
             check_codec(cfg.compressor)  # missing: said before training, not after it
         self.stages: dict[str, dict[str, float]] = {}
@@ -2966,6 +2969,11 @@ class Run:
         torch.manual_seed(cfg.seed)
         return self.backends.move_and_compile(GPT(cfg, self.backends), self.ranks.device)
 
+    @property
+    def looping(self) -> bool:
+        """Whether the model is scored with its loops: as it was trained."""
+        return self.result.get("looping", self.cfg.num_loops > 0 and self.cfg.enable_looping_at < 1)
+
     def once(self, stage: str, work: Callable[[], object]) -> None:
         """Do a stage, unless it was done before the run was resumed."""
         if stage not in self.finished:
@@ -2993,7 +3001,7 @@ class Run:
         self.ranks.wait_for_all("warm-up")
         self.watch.see("warmed", run=self)
         self.stage("train", trainer)
-        self.result["steps"] = trainer.steps
+        self.result |= {"steps": trainer.steps, "looping": trainer.looping}
         if self.ranks.is_main:
             buffer = io.BytesIO()
             torch.save(copy_tensors(dict(self.model.state_dict()), Tensor.cpu), buffer)
@@ -3042,8 +3050,7 @@ class Run:
         """Calibrate, quantise, write the artifact."""
         cfg, ranks, seconds = self.cfg, self.ranks, self.clock.seconds
         with self.clock.stage("calibrate"):
-            paths = shard_paths(cfg.data_folder, "train")
-            loader = ShuffledLoader(paths, cfg)
+            loader = ShuffledLoader(shard_paths(cfg.data_folder, "train"), cfg)
             hessians = calibrate(self.model, cfg, loader, looping=self.looping, ranks=ranks)
         flat = flatten_banks(self.model.state_dict(), cfg.num_layers)
         with self.clock.stage("quantise"):
@@ -3057,7 +3064,7 @@ class Run:
             if record.report:
                 self.log.event("matrix", name=name, **record.report)
         with self.clock.stage("compress"):
-            artifact = pack_artifact(records, cfg) if ranks.is_main else b""
+            artifact = pack_artifact(records, cfg, self.looping) if ranks.is_main else b""
             ranks.wait_for_all("compress")
             self.artifact = ranks.gather(artifact)[0]
         self.watch.see("artifact", run=self, flat=flat, hessians=hessians)
@@ -3076,14 +3083,15 @@ class Run:
             if not COUNTED and "harness/readers.py" in self.sources:
                 from harness.readers import read_artifact as read
             settings, records = read(self.artifact, self.cfg)
+            if settings.pop("enable_looping_at", 0):  # It was trained without its loops.
+                self.result["looping"] = False
             model = self.new_model(self.cfg if COUNTED else dataclasses.replace(self.cfg, **settings))
             model.load_state_dict(dequantize_state(records, model.cfg.num_layers))
         except Exception as error:  # a foreign header may break anything
             reason = " ".join(str(error).split())[:200]
             raise ArtifactError(f"QUANTIZED_MODEL_PATH={path}: {reason}") from None
         if model.cfg.vocab_size != self.cfg.vocab_size:
-            made = f"{path} was made for {model.cfg.vocab_size}"
-            raise ConfigError(f"VOCAB_SIZE={self.cfg.vocab_size}: {made}")
+            raise ConfigError(f"VOCAB_SIZE={self.cfg.vocab_size}: {path} was made for {model.cfg.vocab_size}")
         return model
 
     @functools.cached_property
@@ -3153,8 +3161,8 @@ class Run:
         extra = {"broken_limits": broken, "stages": self.stages, "seconds": seconds}
         if not COUNTED:
             extra["settings"] = self.model.cfg.as_env()
-        result = {"run": self.log.run_id, "final_stage": final, **summary, **self.result, **extra}
         self.watch.see("result", run=self)
+        result = {"run": self.log.run_id, "final_stage": final, **summary, **self.result, **extra}
         if self.ranks.is_main:  # the last file: where it is, all are
             write_whole(self.log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
         for reason in broken:
@@ -3163,11 +3171,8 @@ class Run:
         return 3 if broken else 0
 
     def _broken_limits(self, summary: Mapping[str, float]) -> list[str]:
-        size, evaluation, fraction = (
-            summary["artifact_bytes"],
-            summary["eval_seconds"],
-            self.cfg.val_doc_fraction,
-        )
+        size, evaluation = summary["artifact_bytes"], summary["eval_seconds"]
+        fraction = self.cfg.val_doc_fraction
         training = summary["train_seconds"] + summary["calibrate_seconds"]
         limits = {
             f"training and calibration took {training:.1f} s, limit {TRAIN_LIMIT:g}": training > TRAIN_LIMIT,
@@ -3189,7 +3194,6 @@ class Run:
             self.once("quantise", self.quantise)
             self.model = self.model_of_artifact(self.output("quantized_model_path"))
         self.once("count_bytes", self.count_bytes)
-        self.looping = self.model.cfg.num_loops > 0
         self.once("quantised", lambda: self.evaluate("quantised"))
         if cfg.sliding_window_enabled:
             from systems.stream import SlidingEvaluation
@@ -3210,9 +3214,8 @@ def check_systems(cfg: Config) -> None:
     parts |= {"fit_bytes": "fit_bytes", "ttt_cache_window": "cache", "ttt_chunk_by_length": "chunks"}
     parts |= {"caseops_enabled": "plain_text"}
     needed = {name: part for name, part in parts.items() if getattr(cfg, name) != getattr(Config, name)}
-    needed["compressor"] = {"ans": "ans"}.get(cfg.compressor)
-    flash = {"fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"}
-    needed["attention_backend"] = flash.get(cfg.attention_backend)
+    chosen = {"ans": "ans", "fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"}
+    needed |= {name: chosen.get(getattr(cfg, name)) for name in ("compressor", "attention_backend")}
     needed["triton_kernels"] = cfg.triton_kernels not in ("", "0", Config.triton_kernels) and "kernels"
     for name, part in needed.items():
         if part and not has_part(part):
@@ -3224,11 +3227,9 @@ def check_systems(cfg: Config) -> None:
 def find_file(cfg: Config, field: str, needed: bool = True) -> Path | None:
     """The input file of a setting, as given or in ARTIFACT_DIR. Raises ConfigError."""
     given = Path(getattr(cfg, field))
-    places = (given, Path(cfg.artifact_dir) / given)
-    found = next((path for path in places if os.path.isfile(path)), None)
+    found = next(filter(os.path.isfile, (given, Path(cfg.artifact_dir) / given)), None)
     if needed and found is None:
-        places = f"no such file, nor in ARTIFACT_DIR={cfg.artifact_dir!r}"
-        raise ConfigError(f"{field.upper()}={given}: {places}")
+        raise ConfigError(f"{field.upper()}={given}: no such file, nor in ARTIFACT_DIR={cfg.artifact_dir!r}")
     return found
 
 
@@ -3256,9 +3257,8 @@ def read_sources() -> dict[str, bytes]:
     """The script and, where they stand beside it, all files of harness/ and systems/, by name."""
     script = Path(__file__).resolve()
     sources = {"train_gpt.py": script.read_bytes()}
-    for part in ("harness", "systems"):
-        for path in sorted((script.parent / part).glob("*.py")):
-            sources[f"{part}/{path.name}"] = path.read_bytes()
+    for path in sorted((*script.parent.glob("harness/*.py"), *script.parent.glob("systems/*.py"))):
+        sources[f"{path.parent.name}/{path.name}"] = path.read_bytes()
     return sources
 
 

@@ -2,6 +2,7 @@
 
     python bench/data_prep.py --docs FILE [--megabytes 60] [--json]
     python bench/data_prep.py --docs FILE --round-trips 1000000   # instead: decode(encode(s)) == s
+    python bench/data_prep.py --check-shards 24    # instead: what --check does, in one process and all
 
 CaseOps and the encoders are timed by the CPU time of one process; the pipeline, and SentencePiece alone with
 as many threads, by wall clock in turns, so that other work falls on both. Each is the best of --repeats.
@@ -9,8 +10,10 @@ as many threads, by wall clock in turns, so that other work falls on both. Each 
 """
 
 import argparse
+import functools
 import json
 import lzma
+import os
 import random
 import resource
 import string
@@ -20,18 +23,22 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import lossless_caps
 import prepare_caseops_data as prepare
+from dataprep.checking import scan_shards
 from dataprep.encoding import Encoder, make_tokenizer
 from dataprep.reading import Reader, parse_block
+from dataprep.shards import BOS_ID, shard_bytes
 
 CAPS = lossless_caps.TITLE, lossless_caps.ALLCAPS, lossless_caps.CAPNEXT, lossless_caps.ESC
 TOKENIZER = "../shared/tokenizer/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
 VAL_DOCS = 1800
+DOCUMENT_TOKENS = 500  # of invented documents
 
 
 def encode_by_character(text: str) -> str:
@@ -213,19 +220,43 @@ def document_round_trips(path: str) -> tuple[int, int]:
     return seen, wrong
 
 
+def check_shards(count: int) -> dict:
+    """Scan invented shards by one process and by one a core, A B B A: seconds, and their ratio."""
+    drawn, cores = np.random.default_rng(0), os.cpu_count()
+    seconds: dict[int, list[float]] = {1: [], cores: []}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"fineweb_train_{number:06d}.bin" for number in range(count)]
+        for path in paths:
+            tokens = drawn.integers(300, 8192, prepare.SHARD_TOKENS).astype(np.uint16)
+            tokens[::DOCUMENT_TOKENS] = BOS_ID
+            path.write_bytes(shard_bytes(tokens))
+        for workers in (1, cores, cores, 1):
+            seconds[workers].append(wall_and_cpu(functools.partial(scan_shards, paths, workers))[0])
+    told = {f"seconds_by_{workers}": [round(s, 2) for s in times] for workers, times in seconds.items()}
+    ratio = sum(seconds[cores]) / sum(seconds[1])
+    return {"shards": count, "tokens": count * prepare.SHARD_TOKENS, **told, "ratio": round(ratio, 3)}
+
+
 def main() -> int:
     """Print the table, or the result of the round trips; 1 if one of them fails."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--docs", required=True, metavar="FILE", help="documents")
+    parser.add_argument("--docs", metavar="FILE", help="documents")
     parser.add_argument("--sp", default=TOKENIZER, metavar="MODEL", help="CaseOps tokenizer")
     parser.add_argument("--megabytes", type=float, default=60, help="how much of the file (default: 60)")
     parser.add_argument("--repeats", type=int, default=3, help="of which the best counts (default: 3)")
     parser.add_argument("--round-trips", type=int, metavar="N", help="check N random texts and all documents")
+    parser.add_argument(
+        "--check-shards", type=int, metavar="N", help="check N invented shards, of 10 M tokens"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     options = parser.parse_args()
-    if options.round_trips is not None:
+    if not (options.docs or options.check_shards):
+        parser.error("--docs: needed, but for --check-shards N")
+    if options.check_shards:
+        table = check_shards(options.check_shards)
+    elif options.round_trips is not None:
         wrong = round_trips(options.round_trips)
         documents, lost = document_round_trips(options.docs)
         table = {"round_trips": options.round_trips, "wrong": wrong}

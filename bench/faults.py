@@ -37,13 +37,15 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "train_gpt.py"
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
 from bench.damage import run_damage  # noqa: E402
 from bench.fuzz_artifact import damaged  # noqa: E402
-from dataprep.shards import file_sha256  # noqa: E402
+from harness.chain import EVENTS  # noqa: E402
 from harness.settings import read_settings  # noqa: E402
 from harness.unfinished import CheckpointFolder, read_checkpoint, write_checkpoint  # noqa: E402
+from systems.layout import file_sha256  # noqa: E402
 
 DEMO = {
     "PRESET": "demo",
@@ -71,7 +73,7 @@ HANG_SECONDS = 900.0
 
 # A child whose write number COUNT to a file whose name holds NAME stops half-way: no space left on device.
 FULL_DISK = """
-import builtins, errno, os, sys
+import builtins, errno, os, runpy, sys
 name, count = os.environ.pop("FULL_DISK_NAME"), int(os.environ.pop("FULL_DISK_COUNT"))
 real, left = builtins.open, [count]
 
@@ -99,8 +101,7 @@ def filling(path, mode="r", *rest, **options):
 builtins.open = filling
 sys.argv[:] = [sys.argv[1]]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
-import train_gpt
-sys.exit(train_gpt.main([], os.environ))
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -120,8 +121,8 @@ class Outcome(NamedTuple):
 class Bench:
     """Runs of one command in folders of a working folder."""
 
-    def __init__(self, work: Path, settings: dict[str, str], ranks: int = 1):
-        self.work, self.ranks = work, ranks
+    def __init__(self, work: Path, settings: dict[str, str], ranks: int = 1, script: Path = SCRIPT):
+        self.work, self.ranks, self.script = work, ranks, script
         kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR")
         self.env = {name: os.environ[name] for name in kept if name in os.environ}
         self.env |= {"OMP_NUM_THREADS": "1"} | settings
@@ -130,9 +131,9 @@ class Bench:
     def process(self, name: str, **env: str) -> Iterator[subprocess.Popen]:
         """The command, with its outputs in the folder `name`; whatever is left of it is killed behind."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
-        command = [sys.executable, *(torchrun if self.ranks > 1 else []), str(ROOT / "train_gpt.py")]
+        command = [sys.executable, *(torchrun if self.ranks > 1 else []), str(self.script)]
         if "FULL_DISK_NAME" in env:
-            command = [sys.executable, "-c", FULL_DISK, str(ROOT / "train_gpt.py")]
+            command = [sys.executable, "-c", FULL_DISK, str(self.script)]
         with tempfile.TemporaryFile("w+") as errors:
             child = subprocess.Popen(
                 command,
@@ -206,12 +207,18 @@ def kill(pid: int, one: bool = False) -> None:
         kill(int(child))
 
 
+def timeless(rows: Sequence[dict]) -> list[dict]:
+    """Rows without what another run of the same command may have otherwise."""
+    other = ("order", "prev")  # the chain of the ledger, which also counts events and resumes
+    return [{k: v for k, v in row.items() if "second" not in k and k not in other} for row in rows]
+
+
 def contents(folder: Path) -> dict[str, object]:
     """What two runs must agree in: outputs, all scores, the records of the ledger; without times."""
     result = json.loads((folder / "result.json").read_text())
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()[1:]]
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timeless = lambda rows: [{k: v for k, v in row.items() if "second" not in k} for row in rows]  # noqa: E731
+    ledger = [row for row in ledger if row["kind"] not in EVENTS]  # those stand in "events"
     found = {name: file_sha256(folder / name) for name in OUTPUTS}
     found |= {"ledger": timeless(ledger), "stages": timeless([result["stages"][s] for s in result["stages"]])}
     hidden = ("folder", "file")
@@ -332,9 +339,9 @@ FULL = (  # part of the name of a file, the write to it that fails, a line that 
 )
 
 
-def full_disk(work: Path, settings: dict, cases: int) -> Counter:
+def full_disk(work: Path, settings: dict, cases: int, script: Path = SCRIPT) -> Counter:
     """Fail one write of each file, then resume: `full` cases, of which `lost` ended as they must not."""
-    bench, counts = Bench(work, settings), Counter()
+    bench, counts = Bench(work, settings, script=script), Counter()
     if not (work / "undisturbed-1").is_dir():
         bench.run("undisturbed-1")
     reference = contents(work / "undisturbed-1")

@@ -62,7 +62,6 @@ TINY = {
     "LQER_ASYM_GROUP": "16",
     "VAL_BATCH_TOKENS": "1024",
     "EVAL_SEQ_LEN": "32",
-    "EVAL_STRIDE": "16",
     "TTT_BATCH_SIZE": "2",
     "TTT_CHUNK_SIZE": "16",
     "TTT_EVAL_SEQ_LEN": "32",
@@ -85,9 +84,10 @@ COMPANIONS = {  # what gives a setting something to do
     "ITERATIONS": {"MAX_WALLCLOCK_SECONDS": "0.7"},
     "LQER_FACTOR_BITS": {"LQER_ASYM_ENABLED": "0"},
     "MAX_WALLCLOCK_SECONDS": {"GPTQ_RESERVE_SECONDS": "0"},
+    "SLIDING_WINDOW_ENABLED": {"EVAL_STRIDE": "16"},
     **dict.fromkeys(
-        ["TTT_LR", "TTT_EPOCHS", "TTT_MOMENTUM", "TTT_CHUNK_TOKENS"],
-        {"TTT_SGD": "1", "TTT_CHUNK_TOKENS": "128"},
+        ["TTT_SGD", "TTT_LR", "TTT_EPOCHS", "TTT_MOMENTUM", "TTT_CHUNK_TOKENS"],
+        {"TTT_SGD": "1", "TTT_CHUNK_TOKENS": "128", "EVAL_STRIDE": "16"},
     ),
 }
 ALSO = {  # whose refusal may name another setting: what it stands for or needs

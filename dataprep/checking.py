@@ -1,15 +1,21 @@
 """What a prepared or downloaded folder holds, whether it is whole and right, whether validation leaked."""
 
+import itertools
 import json
+import os
 import re
+import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
 
+from dataprep.crew import Crew
 from dataprep.leaks import token_values
+from dataprep.progress import Progress
 from dataprep.shards import (
     BOS_ID,
     FIRST_OPERATOR_ID,
@@ -20,80 +26,173 @@ from dataprep.shards import (
     TRANSFORM,
     UNFINISHED,
     DataError,
-    file_sha256,
     manifest_bytes,
     read_shard,
     shard_paths,
     write_whole,
 )
-from lossless_caps import TITLE
+from systems.layout import (
+    SOURCES,
+    download_command,
+    file_sha256,
+    find_tokenizer,
+    is_caseops,
+    prepare_command,
+)
 
+SPLITS = ("train", "val", "val_bytes")
 PERCENTILES = (1, 10, 50, 90, 99)
 CHUNK_TOKENS = 1 << 21
 ODD_BYTES_ALLOWED = 0.01  # share of pieces of letters that may carry other bytes: NFKC folds a few
-_PREPARE = "python prepare_caseops_data.py"
 
 
 class Scan:
-    """One pass over the shards of a split: counts, document lengths, a hash of each document's tokens."""
+    """What there is in a run of tokens: counts, document lengths, a hash of each document's tokens.
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    A document may have begun before the run, and go on behind it: its tokens are held until `append` or
+    `finish`.
+    """
+
+    def __init__(self) -> None:
         self.counts, self.lengths, self.highest = Counter(), Counter(), 0
-        self.starts_with_bos = True
-        hashes = [np.empty(0, np.uint64)]
-        held = np.empty(0, np.uint16)
-        for tokens in self._chunks(paths):
-            held = np.concatenate([held, tokens])
-            starts = np.flatnonzero(held == BOS_ID)
-            if len(starts) > 1:
-                hashes.append(self._documents(held[: starts[-1]], starts[:-1]))
-                held = held[starts[-1] :]
-        if len(held):
-            hashes.append(self._documents(held, np.flatnonzero(held == BOS_ID)))
-        self.hashes = np.concatenate(hashes)
+        self.first: int | None = None
+        """The first token."""
+        self._hashes: list[np.ndarray] = []
+        self._head = self._tail = np.empty(0, np.uint16)  # up to the first BOS; from the last BOS on
 
-    def _chunks(self, paths: Sequence[Path]) -> Iterator[np.ndarray]:
-        for path in paths:
-            shard = read_shard(path)
-            for start in range(0, len(shard), CHUNK_TOKENS):
-                chunk = np.array(shard[start : start + CHUNK_TOKENS])
-                if not self.counts["tokens"]:
-                    self.starts_with_bos = bool(chunk[0] == BOS_ID)
-                operator = chunk - np.uint16(FIRST_OPERATOR_ID) < OPERATOR_COUNT
-                self.counts.update(tokens=len(chunk), operator_tokens=int(np.count_nonzero(operator)))
-                self.highest = max(self.highest, int(chunk.max()))
-                yield chunk
+    @property
+    def hashes(self) -> np.ndarray:
+        """Hashes of the whole documents, in order, (n,) uint64."""
+        return np.concatenate([np.empty(0, np.uint64), *self._hashes])
 
-    def _documents(self, tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Count whole documents; their hashes, (n,) uint64: sum over the tokens of value * factor^place."""
-        self.counts["documents"] += len(starts)
+    def add(self, tokens: np.ndarray) -> None:
+        """Take tokens, (n,) uint16, that follow those before."""
+        if not len(tokens):
+            return
+        if self.first is None:
+            self.first = int(tokens[0])
+        operator = tokens - np.uint16(FIRST_OPERATOR_ID) < OPERATOR_COUNT
+        self.counts.update(tokens=len(tokens), operator_tokens=int(np.count_nonzero(operator)))
+        self.highest = max(self.highest, int(tokens.max()))
+        self._take(tokens)
+
+    def append(self, other: "Scan") -> None:
+        """Take another run, which follows this one."""
+        self.first = other.first if self.first is None else self.first
+        self.counts.update(tokens=other.counts["tokens"], operator_tokens=other.counts["operator_tokens"])
+        self.highest = max(self.highest, other.highest)
+        self._take(other._head)
+        if len(other._tail):
+            self.finish()
+            self.counts["documents"] += other.counts["documents"]
+            self.lengths.update(other.lengths)
+            self._hashes += other._hashes
+            self._tail = other._tail
+
+    def finish(self) -> None:
+        """What is held is a whole document."""
+        self._count(self._tail, np.flatnonzero(self._tail[:1] == BOS_ID))
+        self._tail = self._tail[:0]
+
+    def _take(self, tokens: np.ndarray) -> None:
+        tokens = np.concatenate([self._tail, tokens])
+        starts = np.flatnonzero(tokens == BOS_ID)
         if not len(starts):
-            return np.empty(0, np.uint64)
+            self._head = np.concatenate([self._head, tokens])
+            return
+        self._head = np.concatenate([self._head, tokens[: starts[0]]])
+        self._count(tokens[starts[0] : starts[-1]], starts[:-1] - starts[0])
+        self._tail = tokens[starts[-1] :]
+
+    def _count(self, tokens: np.ndarray, starts: np.ndarray) -> None:
+        """Count whole documents and hash each: sum over its tokens of value * factor^place."""
+        if not len(starts):
+            return
         lengths = np.diff(starts, append=len(tokens))
+        self.counts["documents"] += len(starts)
         self.lengths.update(lengths.tolist())
-        tokens = tokens[starts[0] :]
-        places = np.arange(len(tokens)) - np.repeat(starts - starts[0], lengths)
+        places = np.arange(len(tokens)) - np.repeat(starts, lengths)
         powers = np.full(lengths.max(), 0x9E3779B97F4A7C15, np.uint64)
         powers[0] = 1
         powers = np.multiply.accumulate(powers)
-        return np.add.reduceat(token_values(tokens) * powers[places], starts - starts[0])
+        self._hashes.append(np.add.reduceat(token_values(tokens) * powers[places], starts))
 
 
-def check_folder(folder: Path, write_manifest: bool = False) -> tuple[list[str], dict]:
+class ShardScan(NamedTuple):
+    """What a worker finds in a shard."""
+
+    sha256: str
+    scan: Scan
+    """Empty for byte counts."""
+
+
+def scan_shard(path: Path) -> ShardScan:
+    """Read a shard whole. DataError as `read_shard`."""
+    scan, shard = Scan(), read_shard(path)
+    for start in range(0, 0 if is_sidecar(path) else len(shard), CHUNK_TOKENS):
+        scan.add(np.array(shard[start : start + CHUNK_TOKENS]))
+    return ShardScan(file_sha256(path), scan)
+
+
+def is_sidecar(path: Path) -> bool:
+    """Whether a shard holds byte counts, not tokens."""
+    return path.name.startswith("fineweb_val_bytes_")
+
+
+def shard_scanner() -> Callable[[Path], ShardScan]:
+    """The worker of a crew that scans shards."""
+    return scan_shard
+
+
+def scan_shards(paths: Sequence[Path], workers: int) -> dict[str, ShardScan]:
+    """Scans of shards by file name, made in several processes; progress goes to stderr.
+
+    Raises:
+        DataError: as `scan_shard`, or a process was killed.
+    """
+    tagged = [(path.stat().st_size, path) for path in paths]
+    found, documents, progress = {}, 0, Progress(sum(size for size, _ in tagged))
+    try:
+        with Crew(shard_scanner, min(workers, len(paths) or 1)) as crew:
+            for path, (size, result) in zip(paths, crew.map(tagged), strict=True):
+                found[path.name] = result
+                documents += result.scan.counts["documents"]
+                progress.update(documents, size)
+    finally:
+        progress.close()
+    return found
+
+
+def joined(scans: Iterable[Scan]) -> Scan:
+    """The scan of shards that follow each other."""
+    whole = Scan()
+    for scan in scans:
+        whole.append(scan)
+    whole.finish()
+    return whole
+
+
+def check_folder(
+    folder: Path, write_manifest: bool = False, tokenizer: Path | None = None, workers: int = 1
+) -> tuple[list[str], dict]:
     """Everything that is wrong in a folder, each with what mends it, and a manifest of what is there.
 
     Args:
-        folder: holds shards, sidecar, manifest; the tokenizer too or beside it, as in the default layout.
+        folder: holds shards, manifest, for CaseOps text the sidecar.
         write_manifest: where nothing else is wrong than that there is none, write one.
+        tokenizer: the data's; None for the one that `find_tokenizer` finds.
+        workers: processes that read the shards.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: there is no such folder or tokenizer.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    check = Checker(folder)
+    if tokenizer and not tokenizer.is_file():
+        raise DataError(f"--sp {tokenizer}: no such file")
+    check = Checker(folder, tokenizer, workers)
     check.run()
-    if write_manifest and not check.manifest and check.problems == [check.no_manifest]:
+    if write_manifest and check.can_have_manifest:
         write_whole(folder / MANIFEST, manifest_bytes(check.scanned()))
         check.problems.clear()
     known = check.manifest if check.manifest.get("report") else check.scanned()
@@ -103,53 +202,73 @@ def check_folder(folder: Path, write_manifest: bool = False) -> tuple[list[str],
 class Checker:
     """Collects what is wrong in a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tokenizer: Path | None = None, workers: int = 1) -> None:
+        """Arguments as those of `check_folder`."""
         self.folder = folder
         self.problems: list[str] = []
         self.manifest: dict = {}
         self.scans: dict[str, Scan] = {}
         self.sha256: dict[str, str] = {}
         self.charged: int | None = None
-        self.no_manifest = (
-            f"{folder}: has no {MANIFEST}, so nothing says what it should hold; if you trust it: "
-            f"{_PREPARE} --check {folder} --write-manifest"
-        )
-        self._tokenizer = find_tokenizer(folder, {})
+        self._given, self._workers = tokenizer, workers
+        self._data_dir = os.environ.get("DATA_DIR", "./data/")  # as in train_gpt.py
         self._processor: sentencepiece.SentencePieceProcessor | None = None
 
-    def run(self, overlap: bool = True) -> None:
-        """All checks, cheap ones first; `overlap`: of validation with training too."""
+    def run(self, overlap: bool = True, new: bool = False) -> None:
+        """All checks, cheap ones first.
+
+        Args:
+            overlap: look for validation documents in training too.
+            new: no manifest is looked for: one is to be written.
+        """
         if (self.folder / UNFINISHED).exists():
             self._wrong(f"{self.folder}: was not finished", "repeat the command that prepared it")
-        self._read_manifest()
+        if not new:
+            self._read_manifest()
         self._load_tokenizer()
         self._shards()
-        if len(self.scans) == 3:
+        if {"train", "val"} <= self.scans.keys():
             self._documents()
-            self._sidecar()
-        if overlap and {"train", "val"} <= self.scans.keys():
-            self._overlap()
+            if "val_bytes" in self.scans:
+                self._sidecar()
+            if overlap:
+                self._overlap()
+
+    @property
+    def can_have_manifest(self) -> bool:
+        """There is none, and nothing else is wrong."""
+        return self.problems == [self.no_manifest] and self._processor is not None
+
+    @property
+    def no_manifest(self) -> str:
+        """The problem of a folder without a manifest, which may be all that there is to say of it."""
+        lacks = f"no {MANIFEST}" + " and no tokenizer" * (not self._tokenizer.is_file())
+        return (
+            f"{self.folder}: has {lacks}, so nothing says what it should hold; "
+            f"if you trust it: {self._write_command}"
+        )
+
+    @property
+    def _write_command(self) -> str:
+        """The command that writes a manifest of the folder."""
+        needed = self._given or not self._tokenizer.is_file()
+        model = f" --sp {shlex.quote(str(self._given or 'MODEL'))}" if needed else ""
+        folder = shlex.quote(str(self.folder))
+        return f"{prepare_command()} --check {folder} --write-manifest{model}"
 
     def scanned(self) -> dict:
         """A manifest of what the folder holds, as far as that can be seen."""
-        keys = ("documents", "tokens", *["operator_tokens"] * (not self._plain()))
-        splits = {
-            split: {key: scan.counts[key] for key in keys}
-            for split, scan in self.scans.items()
-            if split != "val_bytes"
-        }
+        keys = ("documents", "tokens", *["operator_tokens"] * (not self.is_plain))
+        splits = {split: {key: scan.counts[key] for key in keys} for split, scan in self.scans.items()}
+        splits.pop("val_bytes", None)
         if self.charged is not None and "val" in splits:
             splits["val"]["bytes"] = self.charged
-        names = {path.name: path for split in ("train", "val", "val_bytes") for path in self._paths(split)}
-        tokenizer, path = {}, self._tokenizer
-        if path and self._processor:
-            tokenizer = {"sha256": file_sha256(path), "vocab_size": self._processor.get_piece_size()}
-            tokenizer |= {"file": path.name} if path.parent == self.folder else {}
+        names = {path.name: path for split in SPLITS for path in self._paths(split)}
         return {
             "format": FORMAT,
-            "transform": NO_TRANSFORM if self._plain() else TRANSFORM,
+            "transform": NO_TRANSFORM if self.is_plain else TRANSFORM,
             "origin": "scanned",
-            "tokenizer": tokenizer,
+            "tokenizer": self._tokenizer_entry() if self._processor else {},
             "val_docs": splits.get("val", {}).get("documents", 0),
             "splits": splits,
             "report": {
@@ -161,15 +280,41 @@ class Checker:
             },
         }
 
-    def _plain(self) -> bool:
-        """The tokenizer knows no operators."""
-        return self._processor is not None and self._processor.encode(TITLE) != [FIRST_OPERATOR_ID]
+    def _tokenizer_entry(self) -> dict:
+        """The manifest's word on the tokenizer, with its path from the folder where that must be said."""
+        path, folder = self._tokenizer, self.folder
+        entry = {"sha256": file_sha256(path), "vocab_size": self._processor.get_piece_size()}
+        found = find_tokenizer(folder, {"tokenizer": entry}, self._data_dir)
+        if found.parent != folder and found.is_file() and file_sha256(found) == entry["sha256"]:
+            return entry
+        return entry | {"file": os.path.relpath(path.resolve(), folder.resolve())}
+
+    @property
+    def is_plain(self) -> bool:
+        """The tokenizer knows no operators; without one, the manifest says so, or there is no sidecar."""
+        if self._processor is not None:
+            return not is_caseops(self._processor)
+        if "transform" in self.manifest:
+            return self.manifest["transform"] == NO_TRANSFORM
+        return not self._paths("val_bytes")
+
+    @property
+    def _tokenizer(self) -> Path:
+        return self._given or find_tokenizer(self.folder, self.manifest, self._data_dir)
 
     def _wrong(self, what: str, mend: str = "") -> None:
-        again = f"{_PREPARE} --docs FILE --sp MODEL --out {self.folder} --overwrite"
-        if "repository" in self.manifest:
-            again = f"{_PREPARE} --download"
-        self.problems.append(f"{what}; mend: {mend or again}")
+        self.problems.append(f"{what}; mend: {mend or self._again()}")
+
+    def _again(self) -> str:
+        """The command that makes these data anew."""
+        folder = shlex.quote(str(self.folder))
+        for (plain, vocab), source in SOURCES.items():
+            made = self.manifest.get("repository"), self.manifest.get("dataset", SOURCES[False, 8192].dataset)
+            if made == (source.repository, source.dataset):
+                shards = sum(name.startswith("fineweb_train_") for name in self.manifest["files"])
+                return download_command(plain, vocab, self.folder, shards)
+        options = f"--docs FILE --sp MODEL --out {folder} --overwrite{' --plain' * self.is_plain}"
+        return f"{prepare_command()} {options}"
 
     def _paths(self, split: str) -> list[Path]:
         return shard_paths(self.folder, split)
@@ -184,21 +329,20 @@ class Checker:
         if not path.exists():
             self.problems.append(self.no_manifest)
             return
-        try:
-            manifest = json.loads(path.read_bytes())
-            known = manifest["format"] == FORMAT and isinstance(manifest["files"], dict)
-        except (ValueError, TypeError, KeyError):
-            known = False
-        if not known:
-            self._wrong(f"{path}: not a manifest of this program")
+        manifest = read_manifest(path)
+        if manifest is None:
+            names = (f"{path}.foreign{number or ''}" for number in itertools.count())
+            aside = next(name for name in names if not os.path.lexists(name))  # `mv` would replace it
+            move = f"mv {shlex.quote(str(path))} {shlex.quote(aside)}"
+            self._wrong(f"{path}: not a manifest of this program", f"{move} && {self._write_command}")
             return
         self.manifest = manifest
-        self._tokenizer = find_tokenizer(self.folder, manifest)
 
     def _load_tokenizer(self) -> None:
         path = self._tokenizer
-        if path is None:
-            self._wrong(f"{self.folder}: its tokenizer is missing")
+        if not path.is_file():
+            if self.no_manifest not in self.problems:
+                self._wrong(f"{path}: the tokenizer is missing")
         elif self.manifest.get("tokenizer", {}).get("sha256", file_sha256(path)) != file_sha256(path):
             self._wrong(f"{path}: is not the tokenizer that {MANIFEST} names")
         else:
@@ -210,46 +354,53 @@ class Checker:
     def _shards(self) -> None:
         """Names without gaps, headers, sizes; against the manifest tokens and hashes; then scan."""
         listed = dict(self.manifest.get("files", {}))
-        for split in ("train", "val", "val_bytes"):
-            paths, whole = self._paths(split), True
+        readable = {split: [*filter(self._is_readable, self._paths(split))] for split in SPLITS}
+        shards = scan_shards(sum(readable.values(), []), self._workers)
+        self.sha256 |= {name: shard.sha256 for name, shard in shards.items()}
+        for split in SPLITS:
+            paths = self._paths(split)
             if [path.name for path in paths] != [f"fineweb_{split}_{n:06d}.bin" for n in range(len(paths))]:
                 self._wrong(f"{self.folder}: fineweb_{split}_* are not numbered from 0 without gaps")
-            if not paths:
+            if not paths and not (split == "val_bytes" and self.is_plain):
                 self._wrong(f"{self.folder}: no fineweb_{split}_*.bin")
             for path in paths:
-                whole &= self._shard(path, listed.pop(path.name, None))
-            if paths and whole:
-                self.scans[split] = Scan(paths)
+                entry = listed.pop(path.name, None)
+                if self.manifest and path in readable[split]:
+                    self._compare(path, entry)
+            if paths and paths == readable[split]:
+                self.scans[split] = joined(shards[path.name].scan for path in paths)
         for name in listed:
             self._wrong(f"{self.folder / name}: is missing, the manifest lists it")
 
-    def _shard(self, path: Path, entry: dict | None) -> bool:
-        """Whether a shard can be read."""
+    def _is_readable(self, path: Path) -> bool:
         try:
-            tokens = len(read_shard(path))
+            read_shard(path)
         except DataError as error:
             self._wrong(str(error))
             return False
-        if not self.manifest:
-            return True
+        return True
+
+    def _compare(self, path: Path, entry: dict | None) -> None:
+        """A shard with its entry in the manifest."""
+        tokens = len(read_shard(path))
         if entry is None:
             self._wrong(f"{path}: is not in the manifest")
         elif entry.get("tokens") != tokens:
             self._wrong(f"{path}: holds {tokens} tokens, the manifest says {entry.get('tokens')}")
         elif entry.get("sha256") != self._sha256(path):
             self._wrong(f"{path}: SHA-256 differs from the manifest's")
-        return True
 
     def _documents(self) -> None:
         for split in ("train", "val"):
             scan, said = self.scans[split], self.manifest.get("splits", {}).get(split, {})
-            if not scan.starts_with_bos:
+            if scan.first != BOS_ID:
                 self._wrong(f"{self.folder}/fineweb_{split}_000000.bin: does not begin with BOS ({BOS_ID})")
             for key in ("documents", "tokens"):
                 if said.get(key, scan.counts[key]) != scan.counts[key]:
                     holds = f"holds {scan.counts[key]} {split} {key}"
                     self._wrong(f"{self.folder}: {holds}, the manifest says {said[key]}")
             vocab = self.manifest.get("tokenizer", {}).get("vocab_size", 1 << 16)
+            vocab = self._processor.get_piece_size() if self._processor else vocab
             if scan.highest >= vocab:
                 self._wrong(f"{self.folder}: {split} holds token {scan.highest}, the tokenizer has {vocab}")
 
@@ -284,20 +435,19 @@ class Checker:
         if leaked:
             self._wrong(
                 f"{self.folder}: {leaked} of {len(val)} validation documents are training documents too",
-                f"prepare from the documents, which drops them: {_PREPARE} --docs FILE --sp MODEL --out DIR",
+                f"prepare from the documents, which drops them: {prepare_command()} --docs FILE --sp MODEL "
+                f"--out DIR{' --plain' * self.is_plain}",
             )
 
 
-def find_tokenizer(folder: Path, manifest: dict) -> Path | None:
-    """The tokenizer: named by the manifest, else the one model in the folder or in the default layout."""
-    named = manifest.get("tokenizer", {}).get("file")
-    if named:
-        return folder / named if (folder / named).is_file() else None
-    for place in (folder, folder.parent.parent / "tokenizers"):
-        models = sorted(place.glob("*.model"))
-        if len(models) == 1:
-            return models[0]
-    return None
+def read_manifest(path: Path) -> dict | None:
+    """A manifest, None where the file is not one of this program."""
+    try:
+        manifest = json.loads(path.read_bytes())
+        known = manifest["format"] == FORMAT and isinstance(manifest["files"], dict)
+    except (ValueError, TypeError, KeyError):
+        known = False
+    return manifest if known else None
 
 
 def letter_lengths(processor: sentencepiece.SentencePieceProcessor | None) -> np.ndarray:

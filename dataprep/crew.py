@@ -1,18 +1,18 @@
-"""Work on blocks of documents, in one process or several: the same results in the same order."""
+"""Work in one process or several: the same results in the same order. What is done to blocks of documents."""
 
 import os
 import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from dataprep.encoding import Encoder, Tokenizer, make_tokenizer, tokenise_validation
+from dataprep.encoding import Encoder, Tokenizer, tokenise_validation
 from dataprep.leaks import NearIndex
 from dataprep.reading import Block, Document, parse_block
 from dataprep.shards import FIRST_OPERATOR_ID, OPERATOR_COUNT, DataError
@@ -123,15 +123,14 @@ def _lengths(parts: list[np.ndarray]) -> np.ndarray:
 
 
 class Crew:
-    """`workers` processes that apply a `Worker` to blocks; one worker is this process itself."""
+    """`workers` processes that each apply a worker of their own to items; one is this process itself."""
 
-    def __init__(self, tokenizer: Tokenizer, held_out: HeldOut | None, workers: int) -> None:
-        self._workers, self._pool, self._worker = workers, None, None
-        if workers == 1:
-            self._worker = Worker(tokenizer, held_out)
-        else:
-            arguments = (tokenizer._replace(processor=None), held_out, os.getpid())
-            self._pool = ProcessPoolExecutor(workers, initializer=_enter, initargs=arguments)
+    def __init__(self, make: Callable[[], Callable[[Any], Any]], workers: int) -> None:
+        """`make` gives the worker, a pure function of an item; it and the items must be picklable."""
+        self._workers = workers
+        self._work = make() if workers == 1 else None
+        enter = {"initializer": _enter, "initargs": (make, os.getpid())}
+        self._pool = ProcessPoolExecutor(workers, **enter) if workers > 1 else None
 
     def __enter__(self) -> "Crew":
         return self
@@ -140,27 +139,32 @@ class Crew:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 
-    def map(self, blocks: Iterable[tuple[Tag, Block]]) -> Iterator[tuple[Tag, Result]]:
-        """Result of each block with its tag, in order; reads ahead no further than the processes need.
+    def map(
+        self, items: Iterable[tuple[Tag, Any]], size: Callable[[Any], int] = lambda item: 0
+    ) -> Iterator[tuple[Tag, Any]]:
+        """Result of each item with its tag, in order; reads ahead no further than the processes need.
+
+        Args:
+            size: bytes of an item, of which BYTES_IN_FLIGHT may wait.
 
         Raises:
-            DataError: as `Worker`, or a process was killed.
+            DataError: as the worker, or a process was killed.
         """
-        if self._worker:
-            yield from ((tag, self._worker(block)) for tag, block in blocks)
+        if self._work:
+            yield from ((tag, self._work(item)) for tag, item in items)
             return
-        waiting: deque[tuple[Tag, int, Future[Result]]] = deque()
+        waiting: deque[tuple[Tag, int, Future]] = deque()
         in_flight = 0
         try:
-            for tag, block in blocks:
-                size = block.size
-                while waiting and (len(waiting) > 2 * self._workers or in_flight + size > BYTES_IN_FLIGHT):
-                    done, own, future = waiting.popleft()
-                    in_flight -= own
+            for tag, item in items:
+                own = size(item)
+                while waiting and (len(waiting) > 2 * self._workers or in_flight + own > BYTES_IN_FLIGHT):
+                    done, its, future = waiting.popleft()
+                    in_flight -= its
                     yield done, future.result()
-                waiting.append((tag, size, self._pool.submit(_work, block)))
-                in_flight += size
-                del block
+                waiting.append((tag, own, self._pool.submit(_work, item)))
+                in_flight += own
+                del item
             while waiting:
                 done, _, future = waiting.popleft()
                 yield done, future.result()
@@ -171,15 +175,14 @@ class Crew:
 class _Process:
     """The worker of this process, where it is one of a crew."""
 
-    worker: Worker | None = None
+    work: Callable[[Any], Any] | None = None
 
 
-def _enter(tokenizer: Tokenizer, held_out: HeldOut | None, parent: int) -> None:
+def _enter(make: Callable[[], Callable[[Any], Any]], parent: int) -> None:
     """First thing in a process: Ctrl-C is the parent's to handle, without a parent there is nothing to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    own = make_tokenizer(tokenizer.file_name, tokenizer.model, tokenizer.lossless, tokenizer.plain)
-    _Process.worker = Worker(own, held_out)
+    _Process.work = make()
 
 
 def _end_with(parent: int) -> None:
@@ -188,5 +191,5 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _work(block: Block) -> Result:
-    return _Process.worker(block)
+def _work(item: Any) -> Any:
+    return _Process.work(item)

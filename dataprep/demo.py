@@ -10,7 +10,6 @@ from pathlib import Path
 from dataprep.reading import Document, make_document
 from dataprep.shards import DataError
 
-DEMO_OUT, DEMO_PLAIN_OUT = Path("data/demo"), Path("data/demo_plain")
 DEMO_VAL_DOCS = 40  # about 110 kB
 DEMO_VOCAB = 1024
 DEMO_MIN_CHARACTERS = 200  # modules with less documentation are left out

@@ -1,27 +1,30 @@
-"""The contest's ready-made CaseOps data: shards, sidecar and tokenizer, verified, into the default layout."""
+"""The contest's ready-made data: shards, sidecar and tokenizer, verified, into the default layout.
+
+Nothing that is here is replaced or removed, but for a file that an earlier download wrote and that is damaged
+since. A file with the hub's content is kept, whoever put it here.
+"""
 
 import hashlib
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from dataprep.checking import Checker
+from dataprep.checking import Checker, read_manifest
 from dataprep.shards import (
     MANIFEST,
     SHARD_NAME,
+    UNFINISHED,
     DataError,
-    file_sha256,
     manifest_bytes,
     shard_paths,
     sync_folder,
     write_whole,
 )
+from systems.layout import Source, file_sha256, tokenizer_name
 
-REPOSITORY = "romeerp/parameter-golf-caseops-v1"
-LAYOUT = Path("data/datasets/fineweb10B_sp8192_caseops/datasets")  # where train_gpt.py looks
-SHARD_FOLDER = "datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
 TRIES = 3  # of a file whose content is not what the hub says
 
 
@@ -47,15 +50,17 @@ class Wanted(NamedTuple):
         return "" if found == said else f"hash {found[:16]} instead of {said[:16]}"
 
 
-def download(out: Path | None, shards: int | None) -> tuple[Path, dict]:
+def download(source: Source, out: Path | None, shards: int | None, workers: int = 1) -> tuple[Path, dict]:
     """Fetch what is not here yet, and write a manifest of it; returns the shards' folder and the manifest.
 
     Args:
         out: one folder for everything; None for the default layout under ./data.
         shards: how many training shards, from the first; None for all.
+        workers: processes that check what was fetched.
 
     Raises:
-        DataError: the hub (HF_ENDPOINT names another) cannot be reached, or sends other than it says.
+        DataError: the hub (HF_ENDPOINT names another) cannot be reached, or sends other than it says; the
+            folder holds other data, then nothing is written.
     """
     try:
         import huggingface_hub as hub
@@ -65,58 +70,114 @@ def download(out: Path | None, shards: int | None) -> tuple[Path, dict]:
     utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         utils.disable_progress_bars()
-    folder = out or LAYOUT / SHARD_FOLDER
-    tokenizers = out or LAYOUT / "tokenizers"
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizers.mkdir(parents=True, exist_ok=True)
-    staging = folder / ".download"
+    folder, tokenizers = out or source.folder, out or source.home / "tokenizers"
+    repository, staging = source.repository, folder / ".download"
+    own = _own_files(folder, source, tokenizers)
+    _refuse_other_staging(staging)
+    warnings.filterwarnings("ignore", "Not enough free disk space")  # the error itself is one line
     try:
-        revision = hub.HfApi().dataset_info(REPOSITORY).sha
-        tree = hub.HfApi().list_repo_tree(REPOSITORY, recursive=True, revision=revision, repo_type="dataset")
-        wanted = _wanted([entry for entry in tree if hasattr(entry, "size")], folder, tokenizers, shards)
-        for file in wanted:
-            _fetch(hub, file, revision, staging)
+        revision = hub.HfApi().dataset_info(repository).sha
+        tree = hub.HfApi().list_repo_tree(repository, recursive=True, revision=revision, repo_type="dataset")
+        files = [entry for entry in tree if hasattr(entry, "size")]
+        wanted = _wanted(source, files, folder, tokenizers, shards)
+        for file in _missing(folder, wanted, own):
+            _fetch(hub, repository, file, revision, staging)
     except (OSError, errors.HTTPError) as error:
         if isinstance(error, OSError) and error.errno:  # of this machine, a full disk for example
+            error.filename = error.filename or str(folder)
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{REPOSITORY}: cannot be fetched: {lines[0]}; run again to go on") from error
+        raise DataError(f"{repository}: cannot be fetched: {lines[0]}; run again to go on") from error
     shutil.rmtree(staging, ignore_errors=True)
-    return folder, _write_manifest(folder, wanted, revision)
+    check = Checker(folder, tokenizers / tokenizer_name(source.dataset), workers)
+    return folder, _write_manifest(check, source, revision)
 
 
-def _wanted(tree: list, folder: Path, tokenizers: Path, shards: int | None) -> list[Wanted]:
-    """Which files are needed; DataError unless there are some of every kind."""
-    wanted, kinds = [], {"tokenizer": 0, "train": 0, "val": 0, "val_bytes": 0}
+def _own_files(folder: Path, source: Source, tokenizers: Path) -> dict[str, str]:
+    """SHA-256 of the files that an earlier download wrote, and that no other data set may have replaced.
+
+    DataError where the folder holds other data.
+    """
+    path = folder / MANIFEST
+    if (folder / UNFINISHED).exists():
+        raise DataError(f"{folder}: holds an unfinished data set; nothing was changed, choose another --out")
+    if not os.path.lexists(path):
+        return {}
+    manifest = read_manifest(path) or {}
+    if (manifest.get("repository"), manifest.get("dataset", source.dataset)) != source[:2]:
+        raise DataError(f"{folder}: holds other data ({path}); nothing was changed, choose another --out")
+    files = {name: entry.get("sha256", "") for name, entry in manifest["files"].items()}
+    if tokenizers == folder:
+        files[tokenizer_name(source.dataset)] = manifest.get("tokenizer", {}).get("sha256", "")
+    return files
+
+
+def _refuse_other_staging(staging: Path) -> None:
+    """DataError where the folder in which files arrive, and which is removed, is not that of a download."""
+    if staging.is_dir() and any(staging.iterdir()) and not (staging / ".cache" / "huggingface").is_dir():
+        raise DataError(f"{staging}: is not of a download; nothing was changed, choose another --out")
+
+
+def _wanted(
+    source: Source, tree: list, folder: Path, tokenizers: Path, shards: int | None
+) -> dict[Path, Wanted]:
+    """Which files are needed, by place; DataError unless there are some of every kind, each once."""
+    wanted = {}
+    kinds = dict.fromkeys(("tokenizer", "train", "val", *["val_bytes"] * (not source.is_plain)), 0)
     for entry in sorted(tree, key=lambda entry: entry.path):
-        name = entry.path.rpartition("/")[2]
-        if shard := SHARD_NAME.fullmatch(name):
-            kind, target = shard[1], folder / name
-            if kind == "train" and shards is not None and int(name[-10:-4]) >= shards:
+        path = Path(entry.path)
+        shard = SHARD_NAME.fullmatch(path.name) if path.parent.name == source.dataset else None
+        if shard and shard[1] in kinds:
+            kind, target = shard[1], folder / path.name
+            if kind == "train" and shards is not None and int(path.stem[-6:]) >= shards:
                 continue
-        elif name.endswith(".model") and "caseops" in name:
-            kind, target = "tokenizer", tokenizers / name
-        elif name == MANIFEST and not kinds.get("manifest"):
-            kind, target = "manifest", folder / "published_manifest.json"  # of another form than ours
+        elif path.name == tokenizer_name(source.dataset):
+            kind, target = "tokenizer", tokenizers / path.name
         else:
             continue
-        kinds[kind] = kinds.get(kind, 0) + 1
+        if target in wanted and wanted[target].blob != entry.blob_id:
+            raise DataError(f"{source.repository}: holds two {path.name}: {wanted[target].remote}, {path}")
+        kinds[kind] += 1
         sha256 = entry.lfs.sha256 if entry.lfs else None
-        wanted.append(Wanted(entry.path, target, entry.size, sha256, entry.blob_id))
+        wanted[target] = Wanted(entry.path, target, entry.size, sha256, entry.blob_id)
     for kind, count in kinds.items():
-        if not count or (kind == "tokenizer" and count > 1):
-            raise DataError(f"{REPOSITORY}: holds {count} {kind} files")
+        if not count:
+            raise DataError(f"{source.repository}: holds 0 {kind} files of {source.dataset}")
     return wanted
 
 
-def _fetch(hub: object, file: Wanted, revision: str, staging: Path) -> None:
-    """Let the file appear in its place, whole and with the hub's hash; one that is there already is kept."""
-    if file.target.exists() and not file.fault(file.target):
-        return
+def _missing(folder: Path, wanted: dict[Path, Wanted], own: dict[str, str]) -> list[Wanted]:
+    """What is to be fetched: is not here, or was downloaded and is damaged.
+
+    Raises:
+        DataError: the folder holds a shard that is no part of the download, or a file of another content.
+    """
+    for split in ("train", "val", "val_bytes"):
+        for path in shard_paths(folder, split):
+            if path not in wanted:
+                raise DataError(f"{path}: is not part of this download; remove it, or fetch more --shards")
+    missing = []
+    for file in wanted.values():
+        if not os.path.lexists(file.target):
+            missing.append(file)
+        elif fault := file.fault(file.target):
+            downloaded = own.get(file.target.name)
+            if downloaded in (None, file_sha256(file.target)):
+                what = "the hub has changed it since" if downloaded else "is of other data"
+                hint = "nothing was changed, move it away or choose another --out"
+                raise DataError(f"{file.target}: {what} ({fault}); {hint}")
+            missing.append(file)
+    return missing
+
+
+def _fetch(hub: object, repository: str, file: Wanted, revision: str, staging: Path) -> None:
+    """Let the file appear in its place, whole and with the hub's hash."""
+    staging.mkdir(parents=True, exist_ok=True)
+    file.target.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(TRIES):
         got = Path(
             hub.hf_hub_download(
-                REPOSITORY, file.remote, repo_type="dataset", revision=revision, local_dir=staging
+                repository, file.remote, repo_type="dataset", revision=revision, local_dir=staging
             )
         )
         if not (fault := file.fault(got)):
@@ -131,19 +192,12 @@ def _fetch(hub: object, file: Wanted, revision: str, staging: Path) -> None:
     print(f"fetched {file.target} bytes:{file.size}", flush=True)
 
 
-def _write_manifest(folder: Path, wanted: list[Wanted], revision: str) -> dict:
-    """Scan and check the folder. DataError if anything but the missing manifest is wrong."""
-    names = {file.target.name for file in wanted}
-    for split in ("train", "val", "val_bytes"):
-        for path in shard_paths(folder, split):
-            if path.name not in names:
-                raise DataError(f"{path}: is not part of this download; remove it, or fetch more --shards")
-    (folder / MANIFEST).unlink(missing_ok=True)
-    check = Checker(folder)
-    check.run(overlap=False)
-    check.problems.remove(check.no_manifest)
+def _write_manifest(check: Checker, source: Source, revision: str) -> dict:
+    """Scan and check the folder. DataError if anything is wrong."""
+    check.run(overlap=False, new=True)
     if check.problems:
         raise DataError(check.problems[0])
-    manifest = check.scanned() | {"origin": "downloaded", "repository": REPOSITORY, "revision": revision}
-    write_whole(folder / MANIFEST, manifest_bytes(manifest))
+    origin = {"origin": "downloaded", "repository": source.repository, "dataset": source.dataset}
+    manifest = check.scanned() | origin | {"revision": revision}
+    write_whole(check.folder / MANIFEST, manifest_bytes(manifest))
     return manifest

@@ -4,7 +4,7 @@ import functools
 import io
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from dataprep.shards import BOS_ID, FIRST_OPERATOR_ID, DataError
 MAX_TOKEN_BYTES, MAX_VOCAB = 65_535, 65_536  # uint16 values
 OPERATORS = (lossless_caps.TITLE, lossless_caps.ALLCAPS, lossless_caps.CAPNEXT, lossless_caps.ESC)
 SPACE_PIECE = "\u2581"  # how SentencePiece writes a space
+RARE_MARK = "\u2585"  # what SentencePiece writes, in training, for a character that is in no piece
 WORDS_KEPT = 1 << 18  # two generations of this many: about 75 MB in each process
 LONGEST_WORD_KEPT = 24  # bytes; longer ones seldom come again
 CHUNK_BYTES = 1 << 20  # longer documents go through SentencePiece in parts: it takes 100 bytes for each
@@ -58,7 +59,8 @@ def make_tokenizer(path: str, model: bytes, lossless: bool = False, plain: bool 
         raise DataError(f"{path}: its BOS is {processor.bos_id()}; the data format needs {BOS_ID}")
     for token, operator in enumerate(() if plain else OPERATORS, FIRST_OPERATOR_ID):
         if processor.encode(operator) != [token]:
-            raise DataError(f"{path}: not a CaseOps tokenizer: U+{ord(operator):04X} is not token {token}")
+            what = f"U+{ord(operator):04X} is not token {token}"
+            raise DataError(f"{path}: not a CaseOps tokenizer: {what}; for text as it is: --plain")
     if processor.piece_to_id(SPACE_PIECE) == processor.unk_id():
         raise DataError(f"{path}: has no piece for a bare space (U+2581)")
     return Tokenizer(path.replace("\\", "/").rpartition("/")[2], model, processor, lossless, plain)
@@ -74,12 +76,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, plain: bool = False) 
             the byte tables of plain data count by that.
 
     Raises:
-        DataError: `vocab_size` does not suit the texts.
+        DataError: `vocab_size` does not suit the texts. What `texts` raises goes through.
     """
-    model = io.BytesIO()
+    model, failures = io.BytesIO(), []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(text if plain else lossless_caps.encode(text) for text in texts),
+            sentence_iterator=_sentences(texts, plain, failures),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -94,13 +96,28 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, plain: bool = False) 
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=not plain,
-            max_sentence_length=1 << 30,  # bytes; a "sentence" is a document, and longer ones are left out
+            max_sentence_length=1 << 30,  # bytes; longer texts would be skipped, there are none
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
         reason = str(error).rpartition("] ")[2].strip() or "no training text"
         raise DataError(f"--train-tokenizer {vocab_size}: {reason}") from error
     return model.getvalue()
+
+
+def _sentences(texts: Iterable[str], plain: bool, failures: list[BaseException]) -> Iterator[str]:
+    """What SentencePiece learns from. What ends it early goes to `failures`: it words that in its own way.
+
+    Texts are cut at U+2585: one that holds it would be skipped whole. That character can be in no piece.
+    """
+    try:
+        for text in texts:
+            yield from (text if plain else lossless_caps.encode(text)).split(RARE_MARK)
+    except (Exception, KeyboardInterrupt) as error:
+        failures.append(error)
+        raise
 
 
 def splits_at_spaces(processor: sentencepiece.SentencePieceProcessor) -> bool:
@@ -326,12 +343,19 @@ def _with_first(first: int, values: np.ndarray) -> np.ndarray:
     return np.concatenate([[first], values]).astype(np.uint16)
 
 
-def tokenizer_texts(documents: Iterator[Document], held_out: set[bytes], limit: int) -> Iterator[str]:
-    """What a tokenizer may learn from: the first `limit` bytes of documents not in `held_out` (keys)."""
+def tokenizer_texts(
+    documents: Iterator[Document], held_out: set[bytes], limit: int
+) -> Generator[str, None, Document | None]:
+    """What a tokenizer may learn from: the first `limit` bytes of documents not in `held_out` (keys).
+
+    Returns:
+        the first document that does not fit; it and those behind it are left out.
+    """
     for document in documents:
         if document.key in held_out:
             continue
         limit -= document.size
         if limit < 0:
-            return
+            return document
         yield document.text
+    return None

@@ -1,21 +1,25 @@
 """Documents from files, JSONL (plain, .xz, .gz, .zst, standard input) and Parquet, in blocks."""
 
-import gzip
 import hashlib
 import json
 import lzma
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
 
 from dataprep.shards import DataError
 
 BLOCK_BYTES = 1 << 20  # a block is about this much input, or one longer line
+READ_BYTES = 1 << 15  # of a compressed file at a time: one byte can stand for thousands
+TEXT_TYPES = (  # Arrow's, of a Parquet column; or a dictionary of such values
+    *("string", "large_string", "string_view"),
+    *("binary", "large_binary", "binary_view", "fixed_size_binary"),
+)
 _BOM = b"\xef\xbb\xbf"
 _SPACE = bytes([9, 10, 11, 12, 13, 28, 29, 30, 31, 32])  # what str.split() takes for white space in ASCII
 
@@ -174,9 +178,8 @@ class Reader:
                     lines, size, first = [], 0, number + 1
         except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
             where = f"{name} after line {number}" if number else name
-            raise DataError(
-                f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}"
-            ) from error
+            reason = str(getattr(error, "strerror", None) or error)
+            raise DataError(f"{where}: cannot be read: {' '.join(reason.split())}") from error
         if lines:
             yield Block(name, first, lines)
 
@@ -189,42 +192,108 @@ class Reader:
         self._before, self._file = self._before + os.path.getsize(path), None
 
 
-def _zst_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines of a .zst file. zstandard's own reader takes a file that is cut short for a complete one."""
-    frame, rest = None, []
-    while chunk := file.read(1 << 17):
-        while chunk:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            *lines, last = frame.decompress(chunk).split(b"\n")
+class _Packing(NamedTuple):
+    """A compressed format: a decompressor of one stream, and of what zeros behind a stream is a multiple."""
+
+    make: Callable[[], Any]
+    padding: int
+    """Bytes; 0: the format knows no padding."""
+
+    def lines(self, file: BinaryIO) -> Iterator[bytes]:
+        """Lines of a compressed file."""
+        rest: list[bytes] = []
+        for part in self._parts(file):
+            *lines, last = part.split(b"\n")
             if lines:
                 yield b"".join([*rest, lines[0], b"\n"])
                 yield from (line + b"\n" for line in lines[1:])
                 rest = []
             rest.append(last)
-            chunk, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame:
-        raise EOFError("the compressed file ends inside a frame")
-    if line := b"".join(rest):
-        yield line
+        if line := b"".join(rest):
+            yield line
+
+    def _parts(self, file: BinaryIO) -> Iterator[bytes]:
+        """What the streams hold, one after the other.
+
+        The readers of the standard library and of zstandard are not used: they take a file for complete that
+        is empty or cut short, or whose second stream is damaged.
+
+        Raises:
+            EOFError: the file ends inside a stream, or before the first.
+            OSError: zeros behind a stream that are no padding.
+        """
+        stream, zeros = self.make(), 0
+        while chunk := file.read(READ_BYTES):
+            while chunk:
+                if stream is None and self.padding:
+                    size = len(chunk)
+                    chunk = chunk.lstrip(b"\0")
+                    zeros += size - len(chunk)
+                    if not chunk:
+                        break
+                    self._check(zeros)
+                stream, zeros = stream or self.make(), 0
+                yield stream.decompress(chunk)
+                chunk, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
+        if stream:
+            raise EOFError("the compressed file is cut short")
+        self._check(zeros)
+
+    def _check(self, zeros: int) -> None:
+        if zeros and zeros % self.padding:
+            raise OSError(
+                0, f"{zeros} zero bytes behind a compressed stream, must be a multiple of {self.padding}"
+            )
 
 
 def _parquet_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Rows of a Parquet file's column `text`, as JSON lines."""
+    """Rows of a Parquet file's column `text`, as lines: see `_row_line`."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise OSError(0, "Parquet needs pyarrow: pip install pyarrow") from None
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        if "text" not in table.schema_arrow.names:
-            raise OSError(0, f"no column 'text' among {', '.join(table.schema_arrow.names)}")
+        _check_columns(table.schema_arrow)
         for batch in table.iter_batches(batch_size=256, columns=["text"]):
-            yield from (json.dumps(text).encode() + b"\n" for text in batch.column(0).to_pylist())
+            column = batch.column(0)
+            if pyarrow.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            # Strings are decoded here because Arrow neither checks them nor says which row is no UTF-8.
+            yield from map(_row_line, column.cast(pyarrow.large_binary()).to_pylist())
     except pyarrow.ArrowException as error:
-        raise OSError(0, str(error).splitlines()[0]) from error
+        raise OSError(0, str(error)) from error
 
 
-_OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".zst": _zst_lines, ".parquet": _parquet_lines}
+def _check_columns(schema: Any) -> None:
+    """OSError unless an Arrow schema has one column `text`, of text or bytes."""
+    from pyarrow.types import is_dictionary
+
+    names = ", ".join(schema.names)
+    if "text" not in schema.names:
+        raise OSError(0, f"no column 'text' among {names}")
+    if schema.names.count("text") > 1:
+        raise OSError(0, f"more than one column 'text' among {names}")
+    kind = schema.field("text").type
+    values = kind.value_type if is_dictionary(kind) else kind
+    if str(values).partition("[")[0] not in TEXT_TYPES:
+        raise OSError(0, f"column 'text' is of type {kind}, must be one of {', '.join(TEXT_TYPES)}")
+
+
+def _row_line(value: bytes | None) -> bytes:
+    """A row as a JSON line. One that is no UTF-8 stays as it is: `parse_line` refuses it and says where."""
+    try:
+        return json.dumps(None if value is None else value.decode("utf-8")).encode() + b"\n"
+    except UnicodeDecodeError:
+        return value + b"\n"
+
+
+_OPENERS = {
+    ".xz": _Packing(lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), padding=4).lines,
+    ".gz": _Packing(lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS), padding=1).lines,
+    ".zst": _Packing(lambda: zstandard.ZstdDecompressor().decompressobj(), padding=0).lines,
+    ".parquet": _parquet_lines,
+}
 
 
 def document_blocks(documents: Iterable[Document]) -> Iterator[Block]:

@@ -50,12 +50,6 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
     )
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_whole(path: Path, data: bytes) -> None:
     """Let a complete file appear under `path`, or none: temporary name, fsync, rename, fsync the folder."""
     temporary = path.with_name(f".{path.name}.tmp")

@@ -176,9 +176,14 @@ class Network(NamedTuple):
 def ask_network(
     model: tg.GPT, val: tg.ValidationSet, cfg: tg.Config, ranks: tg.Ranks, sample: int
 ) -> Network:
-    """Score the whole stream with the script's evaluator."""
-    places = np.unique(np.linspace(0, val.num_targets, max(sample, 1), endpoint=False).astype(int))
-    recorder, looping = Recorder(model, places), model.cfg.num_loops > 0
+    """Score the whole stream with the script's evaluator. UserError if no sampled target carries a byte."""
+    count = min(sample, val.num_targets)
+    places = np.unique(np.linspace(0, val.num_targets, count, endpoint=False).astype(int))
+    if not val.target_bytes[places].any():
+        carrying = f"{int(val.target_bytes.count_nonzero())} of all {val.num_targets} do"
+        raise tg.UserError(f"--sample {sample}: no target carries a byte, at least one must; {carrying}")
+    recorder = Recorder(model, places)
+    looping = model.cfg.num_loops > 0 and model.cfg.enable_looping_at < 1  # as the model was trained
     kind = SlidingEvaluation if cfg.sliding_window_enabled else tg.StandardEvaluation
     meter = kind(recorder, val, cfg, looping=looping, ranks=ranks).run()
     network = recorder.result()
@@ -279,7 +284,7 @@ def mix(vocabulary: Vocabulary, network: Network, targets: np.ndarray, byte_coun
         "original_bytes": int(byte_counts.sum()),
         "token_bytes": size,
         "bits_per_byte": _bits(sums, byte_counts),
-        "low_weight_share": low / size,
+        "low_weight_share": low / max(size, 1),
         "sample": {
             "targets": len(network.sample),
             "original_bytes": int(byte_counts[network.sample].sum()),

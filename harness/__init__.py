@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import os
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,14 +63,11 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], sources: Mapping[
     if unknown or ("--json" in arguments and "--show" not in arguments):
         raise ConfigError(f"{' '.join(arguments)}: unknown, must be --help or --show [--json]")
     if {"--help", "-h"} & set(arguments):
-        print(help_text(sources["train_gpt.py"].decode()))
-        return 0
+        return show(help_text(sources["train_gpt.py"].decode()))
     cfg = read_settings(environ)
     if "--show" in arguments:
-        print(show_settings(cfg))
-        if "--json" in arguments:
-            print(json.dumps({"preset": cfg.preset, "settings": cfg.as_env()}))
-        return 0
+        resolved = json.dumps({"preset": cfg.preset, "settings": cfg.as_env()})
+        return show("\n".join([show_settings(cfg), *[resolved] * ("--json" in arguments)]))
     check_ranks(cfg, environ)
     ranks = Ranks.from_env(cfg, environ)
     try:
@@ -84,6 +83,15 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], sources: Mapping[
         raise ConfigError(f"{error.filename}: cannot be used ({error.strerror})") from None
 
 
+def show(text: str) -> int:
+    """Print a text. Returns the exit code, also when its reader has had enough (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+    return 0
+
+
 def watched_run(
     cfg: Config, ranks: Ranks, sources: Mapping[str, bytes], closing: contextlib.ExitStack
 ) -> int:
@@ -95,7 +103,8 @@ def watched_run(
         folder = Path(closing.enter_context(tempfile.TemporaryDirectory()))
         (folder / "logs").mkdir()
     else:
-        watches += [Ledger(ranks)] * cfg.audit
+        if cfg.audit:
+            watches.append(closing.enter_context(contextlib.closing(Ledger(ranks))))
         if cfg.checkpoint_seconds:
             checkpoints = closing.enter_context(contextlib.closing(Checkpoints(cfg, ranks, sources, watches)))
             if checkpoints.ended is not None:

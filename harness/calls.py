@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from harness.expressions import UNKNOWN, is_kernel, is_pure, literal
-from harness.scopes import COMPREHENSIONS, Analysis, Scope, become, clone, walk
+from harness.scopes import COMPREHENSIONS, Analysis, Scope, Transformer, become, children, clone, walk
 
 KEEPS_SIGNATURE = {  # decorators that hand all arguments on
     "staticmethod", "classmethod", "torch.no_grad()", "functools.cache", "contextlib.contextmanager",
@@ -28,13 +28,15 @@ class Function(NamedTuple):
 
 def known_functions(tree: ast.Module, foreign: frozenset[str], analysis: Analysis) -> Iterator[Function]:
     """Functions and methods that are only ever called, with all those calls."""
-    calls = {call.func: call for call in walk(tree) if isinstance(call, ast.Call)}
+    calls: dict[ast.expr, ast.Call] = {}
     attributes: dict[str, list[ast.Attribute]] = {}
     texts: set[str] = set()
     methods: dict[str, int] = {}
     for node in walk(tree):
         if isinstance(node, ast.Attribute):
             attributes.setdefault(node.attr, []).append(node)
+        elif isinstance(node, ast.Call):
+            calls[node.func] = node
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             texts.add(node.value)
         elif isinstance(node, ast.ClassDef):
@@ -58,11 +60,11 @@ def _keeps_signature(node: ast.FunctionDef) -> bool:
 
 def _nested(analysis: Analysis, calls: dict) -> Iterator[Function]:
     """Functions inside functions that do not stand directly in the body."""
-    direct = {id(part) for scope in analysis.module.walk() for part in _statements(scope.node)}
+    direct = {part for scope in analysis.module.walk() for part in _statements(scope.node)}
     for scope in analysis.module.walk():
         for binding in scope.names.values() if not scope.is_class else ():
             node = binding.stores[0][0] if len(binding.stores) == 1 else None
-            plain = isinstance(node, ast.FunctionDef) and id(node) not in direct and not is_kernel(node)
+            plain = isinstance(node, ast.FunctionDef) and node not in direct and not is_kernel(node)
             if plain and _keeps_signature(node) and binding.loads and all(u in calls for u in binding.loads):
                 yield Function(node, [calls[use] for use in binding.loads], 0)
 
@@ -252,7 +254,7 @@ def inline_functions(tree: ast.Module, impure: set[str], foreign: frozenset[str]
     analysis = Analysis(tree)
     scopes = {}
     for scope in analysis.module.walk():
-        scopes |= {id(node): scope for node in _own_nodes(scope.node)}
+        scopes |= {node: scope for node in _own_nodes(scope.node)}
     for function in list(known_functions(tree, foreign, analysis)):
         node, body = function.node, function.node.body
         if node.name == "__init__" or len(body) != 1 or not isinstance(body[0], ast.Return):
@@ -263,20 +265,20 @@ def inline_functions(tree: ast.Module, impure: set[str], foreign: frozenset[str]
         if a.vararg or a.kwarg or body[0].value is None:
             continue
         for call in function.calls:
-            _inline(function, call, analysis, scopes.get(id(call)), impure)
+            _inline(function, call, analysis, scopes.get(call), impure)
 
 
 def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:
     """The nodes of a scope that are in no scope inside it; those of a scope's head may be in both."""
-    parts = list(ast.iter_child_nodes(node))
+    parts = children(node)
     while parts:
         part = parts.pop()
         yield part
         if not isinstance(part, (ast.FunctionDef, ast.Lambda, ast.ClassDef, *COMPREHENSIONS)):
-            parts += ast.iter_child_nodes(part)
+            parts += children(part)
 
 
-class _Substitute(ast.NodeTransformer):
+class _Substitute(Transformer):
     def __init__(self, values: dict[str, ast.expr]):
         self.values = values
 
@@ -293,7 +295,7 @@ def _in_order(expression: ast.expr, names: list[str]) -> bool:
             return True
         if isinstance(node, ast.Name) and node.id in left:
             return left.pop(0) == node.id
-        parts = list(ast.iter_child_nodes(node))
+        parts = children(node)
         if isinstance(node, (ast.BoolOp, ast.IfExp, ast.Compare)):  # the rest may not be evaluated
             return visit(parts[0]) and not left
         return all(map(visit, parts)) and (not left or not isinstance(node, (ast.Call, ast.Await)))

@@ -54,7 +54,7 @@ class Checkpoints(Watch):
         self.ledger = next((watch for watch in watches if isinstance(watch, Ledger)), None)
         self._pool, self._writing, self._lock = ThreadPoolExecutor(1), None, None
         self._outputs: dict[str, str] = {}  # stage -> SHA-256 of the file that it has left
-        self._last_path, self._told, self._told_from = "", None, 0  # metrics.jsonl since a stage began
+        self._last_path, self._told, self._told_from = "", None, 0  # metrics.jsonl since the last of "run"
         self._began, self._kept_at = 0.0, 0.0  # when the stage began; its clock at the last checkpoint
         self._epoch, self._epoch_kept = 0, False  # how often the weights were changed; whether just now
         ranks.wait_for_all("start")
@@ -125,11 +125,12 @@ class Checkpoints(Watch):
             self._keep()
             return
         self._cut_metrics(before["metrics"])
+        self._told_from = before["metrics"]
         run.stages, run.finished = before["stages"], before["finished"]
         run.result = before["result"] | {"environment": run.result["environment"]}
         run.result["resumed"] = run.result.get("resumed", 0) + 1
         run.clock.seconds |= before["seconds"]
-        self._load_ledger(before["ledgers"][ranks.rank :: ranks.world_size])
+        self._load_ledgers(before["ledgers"])
         self._load_outputs()
         if ranks.is_main:
             for path in [*self._checkpoints.parent.glob(".*.tmp"), *self._checkpoints.glob(".*.tmp")]:
@@ -174,10 +175,9 @@ class Checkpoints(Watch):
         if before and before["stage"] == stage:
             _, state = next(iter(CheckpointFolder(self._checkpoints, "run").readable({})))
             self._cut_metrics(before["metrics"])
+            self._load_ledgers(before["ledgers"])  # what has been told since is told again
             self._before, self._kept_at = {}, before["clock"]
             return state
-        if self.ranks.is_main:
-            self._told_from = self._metrics.stat().st_size
         return self._own_state(stage) if stage in self._own_stages else None
 
     def unit(self, stage: str, worker: Worker) -> None:
@@ -254,6 +254,7 @@ class Checkpoints(Watch):
             "outputs": self._outputs,
             "ledgers": ledgers,
         }
+        self._told_from = values["metrics"]
         return self._write("run", values | more, state, wait)
 
     def _position(self) -> dict[str, object]:
@@ -274,7 +275,7 @@ class Checkpoints(Watch):
         return {"artifact": artifact, "world": self.ranks.world_size}
 
     def _events(self) -> str:
-        """Rank 0's lines of metrics.jsonl since the stage began."""
+        """Rank 0's lines of metrics.jsonl since the last checkpoint of "run", when the stage before ended."""
         if not self.ranks.is_main:
             return ""
         self._told.seek(self._told_from)
@@ -328,7 +329,9 @@ class Checkpoints(Watch):
         values, state = states[self._epoch]
         if self._epoch:
             state["weights"] = weights[self._epoch][1]
-        self._load_ledger([values["ledger"]])
+        if self.ledger:
+            self.ledger.load_states([values["ledger"]], values["ledger"]["head"])
+        self._cut_metrics(self._told_from)
         if ranks.is_main:
             with open(self._metrics, "a", encoding="utf-8") as file:
                 file.write(values["events"])
@@ -350,6 +353,8 @@ class Checkpoints(Watch):
     def _ledger_state(self) -> dict[str, object]:
         return self.ledger.state() if self.ledger else {}
 
-    def _load_ledger(self, states: Sequence[dict]) -> None:
-        if self.ledger and any(states):
-            self.ledger.load_states(states)
+    def _load_ledgers(self, states: Sequence[dict]) -> None:
+        """Let the ledger go on from what those of all ranks said, however many there were."""
+        if self.ledger:
+            own = states[self.ranks.rank :: self.ranks.world_size]
+            self.ledger.load_states(own, states[0]["head"])

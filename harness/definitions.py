@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 
 from harness.expressions import is_pure
 from harness.members import attribute_reads, families, is_read, named_in_texts, pairs
-from harness.scopes import Analysis, walk
+from harness.scopes import Analysis, Transformer, children, walk
 from train_gpt import RunError
 
 DUNDER = re.compile("__.*__")
@@ -181,7 +181,7 @@ def prune_definitions(tree: ast.Module) -> None:
     tree.body = [node for node in tree.body if getattr(node, "names", True)]
 
 
-class Attributes(ast.NodeTransformer):
+class Attributes(Transformer):
     """Stores of attributes that nothing reads go, in objects and in classes."""
 
     def __init__(self, tree: ast.Module, impure: set[str], foreign: frozenset[str]):
@@ -249,7 +249,7 @@ def _read_at_once(node: ast.AST) -> Iterator[str]:
     elif isinstance(node, ast.Name):
         yield from [node.id] if isinstance(node.ctx, ast.Load) else []
     else:
-        for part in ast.iter_child_nodes(node):
+        for part in children(node):
             yield from _read_at_once(part)
 
 

@@ -5,7 +5,7 @@ import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from harness.scopes import walk
+from harness.scopes import Transformer, walk
 
 UNKNOWN = object()  # value of an expression that is none before the script runs
 PURE = (
@@ -109,7 +109,7 @@ def is_boolean(node: ast.AST, names: Collection[ast.AST] = ()) -> bool:
     return negated or isinstance(node, ast.Constant) and isinstance(node.value, bool)
 
 
-class Expressions(ast.NodeTransformer):
+class Expressions(Transformer):
     """Folds every expression of a tree in place."""
 
     def __init__(self, facts: Facts, impure: set[str], module: Collection, booleans: Collection):

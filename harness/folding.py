@@ -12,7 +12,7 @@ from harness.definitions import Attributes, check, impure_properties, own_attrib
 from harness.expressions import UNKNOWN, Expressions, Facts, is_kernel, is_pure, literal
 from harness.foreign import foreign_names
 from harness.members import Members
-from harness.scopes import FUNCTIONS, Analysis, walk
+from harness.scopes import FUNCTIONS, Analysis, Transformer, children, walk
 from harness.variables import Locals, boolean_names
 from train_gpt import RunError
 
@@ -45,7 +45,7 @@ def fold(
         raise RunError("packing: folding comes to no end")
     if config:
         drop_unread_settings(tree, config)
-    check(tree, own, foreign)
+    check(ast.fix_missing_locations(tree), own, foreign)
     return tree
 
 
@@ -65,7 +65,6 @@ def fold_once(tree: ast.Module, facts: Facts, impure: set[str], foreign: frozens
     drop_parameters(tree, impure, foreign)
     drop_keywords(tree)
     inline_functions(tree, impure, foreign)
-    ast.fix_missing_locations(tree)
 
 
 def _is_inert(node: ast.ClassDef) -> bool:
@@ -143,7 +142,7 @@ def _defined(statement: ast.stmt) -> Iterator[tuple[str, str | None]]:
                     yield node.id, None
 
 
-class Parts(ast.NodeTransformer):
+class Parts(Transformer):
     """Imports of the house's own modules go: all names are in one."""
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | None:  # noqa: N802, D102
@@ -196,7 +195,7 @@ def drop_unread_settings(tree: ast.Module, config: ast.ClassDef) -> None:
 # -- what only readers need
 
 
-class Stripper(ast.NodeTransformer):
+class Stripper(Transformer):
     """Docstrings, annotations and the texts of errors go."""
 
     def __init__(self, tree: ast.Module):
@@ -262,7 +261,7 @@ class Stripper(ast.NodeTransformer):
 # -- statements
 
 
-class Statements(ast.NodeTransformer):
+class Statements(Transformer):
     """Branches that are never taken, and what stands behind an end or does nothing."""
 
     def __init__(self, impure: set[str]):
@@ -363,5 +362,5 @@ def _yields(function: ast.FunctionDef) -> bool:
         if isinstance(part, (ast.Yield, ast.YieldFrom)):
             return True
         if not isinstance(part, (*FUNCTIONS, ast.ClassDef)):
-            parts += ast.iter_child_nodes(part)
+            parts += children(part)
     return False

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from harness.backends import fit_memory
+from harness.manifest import check_command
 from harness.preflight import Preflight
 from harness.settings import show_settings
 from train_gpt import (
@@ -120,7 +121,8 @@ class Guard(Watch):
         log, manifest, cfg = run.log, self._preflight.manifest, run.cfg
         self._log = log
         if not manifest:
-            log.event("notice", text=f"{cfg.data_folder} has no manifest.json: its split is not verified")
+            lacks = f"{cfg.data_folder} has no manifest.json: its split is not verified"
+            log.event("notice", text=f"{lacks}; to verify it: {check_command(cfg, manifest)}")
         if unverified := manifest.get("unverified"):
             run.result["unverified_data"] = unverified
             log.event("notice", text=f"unverified data: {unverified}")
@@ -174,8 +176,9 @@ class Guard(Watch):
         budget = SIZE_LIMIT - run.ranks.gather(code)[0]
         if len(run.artifact) > budget:
             with run.clock.stage("fallback"):
+                options = {"looping": run.looping, "ranks": run.ranks}
                 run.artifact, said = fall_back(
-                    flat, hessians, run.cfg, budget, run.artifact, run.log, run.ranks
+                    flat, hessians, run.cfg, budget, run.artifact, run.log, **options
                 )
             run.result |= said
 
@@ -213,6 +216,8 @@ def fall_back(
     budget: int,
     artifact: bytes,
     log: RunLog,
+    *,
+    looping: bool,
     ranks: Ranks = CPU,
 ) -> tuple[bytes, dict[str, object]]:
     """An artifact of at most `budget` bytes: coarser and coarser steps, then without correction.
@@ -229,7 +234,7 @@ def fall_back(
         attempt = dataclasses.replace(cfg, lqer_enabled=lqer, **clips)
         records = quantize_state(flat, factors, attempt, ranks)
         ranks.wait_for_all("fall back")
-        smaller = ranks.gather(pack_artifact(records, attempt) if ranks.is_main else b"")[0]
+        smaller = ranks.gather(pack_artifact(records, attempt, looping) if ranks.is_main else b"")[0]
         said = {"clip_factor": factor, "lqer": int(lqer)}
         log.event("fallback", bytes_left=budget - len(smaller), **said)
         if len(smaller) <= budget:

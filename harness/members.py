@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from harness.expressions import UNKNOWN, as_node, is_pure, literal
-from harness.scopes import walk
+from harness.scopes import Transformer, children, walk
 
 BY_NAME = ("getattr", "setattr", "hasattr", "attrgetter", "methodcaller")
 OBJECT = ("self", "cls", "super()")
@@ -18,30 +18,33 @@ def named_in_texts(tree: ast.Module) -> set[str]:
     A text with gaps means all that it fits. Where anything may be asked for, each text that is a name is.
     """
     found, texts, own, open_ended = set(), set(), set(), False
+    asked: list[ast.expr | None] = []  # what getattr and its like are given
     for node in walk(tree):
         if isinstance(node, ast.ClassDef):
             found.update(_texts(node) if node.name == "Config" else ())
-            own.update(n.id for part in node.body for n in walk(part) if isinstance(n, ast.Name))
-            own.update(part.name for part in node.body if isinstance(part, ast.FunctionDef))
+            for part in node.body:
+                if isinstance(part, ast.FunctionDef):
+                    own.add(part.name)
+                else:
+                    own.update(n.id for n in walk(part) if isinstance(n, ast.Name))
         elif isinstance(node, ast.Attribute):
             own.add(node.attr)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             texts.add(node.value)
-    for node in walk(tree):
-        called = (
-            getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
-        )
-        if called in ("namedtuple", "NamedTuple"):
-            found.update(word for text in _texts(node) for word in text.replace(",", " ").split())
-        if called in BY_NAME:
-            name = node.args[1] if len(node.args) > 1 else None
-            if isinstance(name, ast.JoinedStr):
-                parts = (re.escape(p.value) if isinstance(p, ast.Constant) else ".*" for p in name.values)
-                found.update(filter(re.compile("".join(parts)).fullmatch, own))
-            elif isinstance(name, ast.Constant):
-                found.add(name.value)
-            else:
-                open_ended = True
+        elif isinstance(node, ast.Call):
+            called = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            if called in ("namedtuple", "NamedTuple"):
+                found.update(word for text in _texts(node) for word in text.replace(",", " ").split())
+            elif called in BY_NAME:
+                asked.append(node.args[1] if len(node.args) > 1 else None)
+    for name in asked:
+        if isinstance(name, ast.JoinedStr):
+            parts = (re.escape(p.value) if isinstance(p, ast.Constant) else ".*" for p in name.values)
+            found.update(filter(re.compile("".join(parts)).fullmatch, own))
+        elif isinstance(name, ast.Constant):
+            found.add(name.value)
+        else:
+            open_ended = True
     return found | {text for text in texts if text.isidentifier() and open_ended}
 
 
@@ -65,7 +68,7 @@ def attribute_reads(tree: ast.AST, owner: str = "") -> set[str | tuple[str, str]
                 receiver = "super()"
             found.add((owner, node.attr) if owner and receiver in OBJECT else node.attr)
         inner = node.name if isinstance(node, ast.ClassDef) else owner
-        stack += [(part, inner) for part in ast.iter_child_nodes(node)]
+        stack += [(part, inner) for part in children(node)]
     return found
 
 
@@ -103,7 +106,7 @@ def pairs(node: ast.Assign) -> list[tuple[ast.expr, ast.expr]]:
     return list(zip(target.elts, value.elts, strict=True))
 
 
-class Members(ast.NodeTransformer):
+class Members(Transformer):
     """Replaces attributes and calls of methods by the literal that they are."""
 
     def __init__(self, tree: ast.Module, impure: set[str], foreign: frozenset[str]):
@@ -140,17 +143,17 @@ class Members(ast.NodeTransformer):
         known = {}
         for node in walk(tree):
             if isinstance(node, ast.Assign):
-                known |= {id(target): literal(value) for target, value in pairs(node)}
+                known |= {target: literal(value) for target, value in pairs(node)}
             if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
-                yield node.attr, known.get(id(node), UNKNOWN)
+                yield node.attr, known.get(node, UNKNOWN)
             elif isinstance(node, ast.ClassDef):
                 for part in node.body:
                     if isinstance(part, ast.Assign):
-                        values = {id(target): literal(value) for target, value in pairs(part)}
+                        values = {target: literal(value) for target, value in pairs(part)}
                         for target in part.targets:
                             for name in walk(target):
                                 if isinstance(name, ast.Name):
-                                    yield name.id, values.get(id(name), UNKNOWN)
+                                    yield name.id, values.get(name, UNKNOWN)
                     elif isinstance(part, ast.AnnAssign):
                         yield part.target.id, UNKNOWN
 

@@ -81,8 +81,11 @@ def minify(tree: ast.Module) -> tuple[str, bool]:
         import python_minifier
     except ImportError:
         return text, False
-    options = {"rename_locals": False, "hoist_literals": False, "remove_annotations": False}
-    return python_minifier.minify(text, **options), True
+    folded = (  # what folding and renaming have done
+        "rename_locals", "hoist_literals", "remove_annotations", "remove_explicit_return_none",
+        "remove_object_base", "convert_posargs_to_args", "remove_builtin_exception_brackets",
+    )  # fmt: skip
+    return python_minifier.minify(text, **dict.fromkeys(folded, False)), True
 
 
 # -- what is known of a run

@@ -1,7 +1,6 @@
 """What a run needs, compared with what is there."""
 
 import contextlib
-import hashlib
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from harness.backends import (
     unused_attention,
 )
 from harness.manifest import check_data
+from systems.layout import file_sha256
 from train_gpt import (
     CONTEST_MICRO_BATCHES,
     Backends,
@@ -105,12 +105,6 @@ def free_memory(ranks: Ranks) -> int:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         free.append(limit - used)
     return min(free)
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Preflight(Watch):
@@ -200,6 +194,9 @@ class Preflight(Watch):
         elif kind == "warmed":
             self.wait_for_hashes()
             self.log_speed(run.log, run.backends)
+        elif kind == "finished" and facts["stage"] == "train" and run.cfg.num_loops and not run.looping:
+            told = "training ended before the loops turned on, so the model is scored without them"
+            run.log.event("notice", text=f"{told} (so that others do: ENABLE_LOOPING_AT=1)")
 
     def report(self, run: Run) -> None:
         """Say in the run's log what was found before there was one."""
@@ -225,7 +222,7 @@ class Preflight(Watch):
         if not self.ranks.is_main:
             return
         weights, ended = bank_parameters(cfg), not cfg.prequant_only
-        sizes = {"log": 1 << 20, cfg.model_path: 4 * weights * trains, "ledger": 6 * targets * cfg.audit}
+        sizes = {"log": 1 << 20, cfg.model_path: 4 * weights * trains, "ledger": 12 * targets * cfg.audit}
         sizes[cfg.quantized_model_path] = weights * ended * (not cfg.ttt_eval_only)
         sizes["checkpoints"] = 3 * 16 * weights * trains * bool(cfg.checkpoint_seconds)
         wanted = Path(cfg.artifact_dir or "runs")
@@ -298,7 +295,7 @@ class Preflight(Watch):
         """Collect what is wrong."""
         for path in paths:
             try:
-                if sha256_of(path) != expected[path]:
+                if file_sha256(path) != expected[path]:
                     manifest = path.with_name("manifest.json")
                     self._wrong.append(f"{path}: its contents differ from the SHA-256 in {manifest}")
             except OSError as error:

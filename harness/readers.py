@@ -81,7 +81,7 @@ def check_header(header: Mapping, file_bytes: int, stream_bytes: int, cfg: Confi
         raise ArtifactError(f"artifact declares {declared} bytes: more than such a file holds")
     if list(index) != list(streams) or min(index.values()) < 0 or sum(index.values()) != stream_bytes:
         raise ArtifactError("artifact streams do not fit its tensors")
-    if not settings.keys() <= {*MODEL_SETTINGS}:
+    if not settings.keys() <= {*MODEL_SETTINGS, "enable_looping_at"}:
         raise ArtifactError("artifact has settings that no model has")
     try:
         check_settings(dataclasses.replace(cfg, **settings))

@@ -21,6 +21,10 @@ from train_gpt import (
     parse_setting,
 )
 
+EXCLUSIVE = (  # settings of which at most one may be on
+    ("SPARSE_ATTN_GATE_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED"),
+    ("PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY"),
+)
 OUTPUTS = ("metrics.jsonl", "result.json", "train_gpt.packed.py")  # a run's files, but for its models
 
 
@@ -35,6 +39,14 @@ def check_settings(cfg: Config) -> None:
     check_micro_batches(cfg, world_size=1)  # what one rank cannot divide, more cannot either
     chunk_size(cfg, 0)  # TTT_CHUNK_BY_LENGTH is read as if a document were to be scored
     kernel_names(cfg.triton_kernels)
+
+
+def check_training(cfg: Config) -> None:
+    """Raise ConfigError where a run that trains could never do what its settings say."""
+    trains = not (cfg.prequant_only or cfg.quantize_only or cfg.ttt_eval_only)
+    if trains and cfg.num_loops and cfg.enable_looping_at >= 1:
+        text = "the loops would never turn on; must be below 1 (NUM_LOOPS=0 trains without loops)"
+        raise ConfigError(f"ENABLE_LOOPING_AT={cfg.enable_looping_at:g}: {text}")
 
 
 def check_ranks(cfg: Config, environ: Mapping[str, str]) -> None:
@@ -115,7 +127,7 @@ def _shape_rules(cfg: Config) -> Iterable[tuple[bool, str, str]]:
     rotated = (cfg.rope_dims or cfg.head_dim) > 2
     yield rotated or not cfg.rope_yarn, "ROPE_DIMS", "ROPE_YARN=1 needs more than 2 rotated dimensions"
     yield cfg.gate_window <= cfg.model_dim, "GATE_WINDOW", f"must be at most {pair(cfg, 'MODEL_DIM')}"
-    yield cfg.mlp_dim >= 1, "MLP_MULT", "leaves an MLP without hidden units"
+    yield cfg.mlp_dim >= 2, "MLP_MULT", "must leave the MLP at least 2 hidden units (rows need a deviation)"
     limit = cfg.ttt_eval_seq_len
     yield cfg.ttt_chunk_size <= limit, "TTT_CHUNK_SIZE", f"must be at most {pair(cfg, 'TTT_EVAL_SEQ_LEN')}"
     fits = cfg.global_ttt_chunk_tokens >= cfg.eval_seq_len
@@ -160,7 +172,6 @@ def _other_rules(cfg: Config) -> Iterable[tuple[bool, str, str]]:
     text = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"
     adapts = cfg.ttt_enabled and not cfg.ttt_sgd
     yield cfg.val_doc_fraction == 1 or adapts, "VAL_DOC_FRACTION", text
-    gates = ("SPARSE_ATTN_GATE_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED")
-    for names in (gates, ("PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY")):
+    for names in EXCLUSIVE:
         chosen = [name for name in names if getattr(cfg, name.lower())]
         yield len(chosen) < 2, " ".join(chosen), "exclude each other: set at most one"

@@ -1,7 +1,6 @@
 """Which name of a source is bound where: what folding and renaming know about names."""
 
 import ast
-import functools
 from collections.abc import Iterator
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
@@ -9,39 +8,84 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 NO_NODES = {
-    "ctx",
-    "op",
-    "ops",
-    "id",
-    "attr",
-    "arg",
-    "name",
-    "level",
-    "module",
-    "type_comment",
-    "kind",
-    "simple",
+    "ctx", "op", "ops", "id", "attr", "arg", "name", "asname", "level", "module", "kind", "simple",
+    "conversion", "is_async", "type_comment",
+}  # fmt: skip
+LEAVES = {ast.Constant, ast.Global, ast.Nonlocal}
+PARTS = {  # the fields of a kind of node that may hold nodes, contexts and operators aside
+    kind: () if kind in LEAVES else tuple(field for field in kind._fields if field not in NO_NODES)
+    for kind in vars(ast).values()
+    if isinstance(kind, type) and issubclass(kind, ast.AST)
 }
+LAST_FIRST = {kind: fields[::-1] for kind, fields in PARTS.items()}
 
 
-@functools.cache
-def _parts(kind: type[ast.AST]) -> tuple[str, ...]:
-    """The fields of a kind of node that may hold nodes, operators and contexts aside; the last one first."""
-    return tuple(field for field in reversed(kind._fields) if field not in NO_NODES)
+def children(node: ast.AST) -> list[ast.AST]:
+    """The nodes directly below one, in the order of its fields."""
+    found = []
+    for field in PARTS[node.__class__]:
+        value = getattr(node, field, None)
+        if value.__class__ is list:
+            found += value
+        else:
+            found.append(value)
+    return [part for part in found if part is not None]
 
 
-def walk(node: ast.AST) -> Iterator[ast.AST]:
+def walk(node: ast.AST) -> list[ast.AST]:
     """A node and all below it, as `ast.walk`, but quicker and in the order of the text."""
-    stack = [node]
+    found, stack = [], [node]
     while stack:
         node = stack.pop()
-        yield node
-        for field in _parts(node.__class__):
-            value = getattr(node, field, None)
-            if isinstance(value, list):
-                stack.extend([part for part in reversed(value) if isinstance(part, ast.AST)])
-            elif isinstance(value, ast.AST):
-                stack.append(value)
+        if node is not None:  # a default that is missing, the key of `**`
+            found.append(node)
+            for field in LAST_FIRST[node.__class__]:
+                value = getattr(node, field, None)
+                if value.__class__ is list:
+                    stack += value[::-1]
+                elif value is not None:
+                    stack.append(value)
+    return found
+
+
+class Visitor:
+    """`ast.NodeVisitor`, but quicker: contexts and operators are not visited."""
+
+    def __init_subclass__(cls):
+        found = [name for name in dir(cls) if name.startswith("visit_")]
+        cls.methods = {getattr(ast, name.removeprefix("visit_")): getattr(cls, name) for name in found}
+
+    def visit(self, node: ast.AST) -> ast.AST | list | None:
+        """Call the method `visit_KIND` of a node, or visit what is below it."""
+        method = self.methods.get(node.__class__)
+        return method(self, node) if method else self.generic_visit(node)
+
+    def generic_visit(self, node: ast.AST) -> object:
+        """Visit all nodes below one."""
+        for part in children(node):
+            self.visit(part)
+        return node
+
+
+class Transformer(Visitor):
+    """`ast.NodeTransformer`: a visit returns what stands in a node's place, a node, several or None."""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        """Visit all nodes below one, and put what they become in their place."""
+        for field in PARTS[node.__class__]:
+            old = getattr(node, field, None)
+            if old.__class__ is list:
+                new = []
+                for part in old:
+                    result = self.visit(part) if part is not None else None
+                    if result.__class__ is list:
+                        new += result
+                    elif result is not None or part is None:
+                        new.append(result)
+                old[:] = new
+            elif old is not None:
+                setattr(node, field, self.visit(old))
+        return node
 
 
 def clone(node: object) -> object:
@@ -132,7 +176,7 @@ class Scope:
             yield from child.walk()
 
 
-class Analysis(ast.NodeVisitor):
+class Analysis(Visitor):
     """All scopes of a module; `undefined` are the names that nothing binds, builtins among them."""
 
     def __init__(self, tree: ast.Module):
@@ -229,7 +273,7 @@ class Analysis(ast.NodeVisitor):
             if isinstance(part, (ast.Global, ast.Nonlocal)):
                 self.scope.outer |= dict.fromkeys(part.names, type(part).__name__.lower())
             if not isinstance(part, (*FUNCTIONS, ast.ClassDef, ast.expr)):
-                declared += ast.iter_child_nodes(part)
+                declared += children(part)
         for part in [*parameters, *body]:
             self.visit(part)
         self.scope = self.scope.parent

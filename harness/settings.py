@@ -4,10 +4,12 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import train_gpt
-from harness.rules import allowed, check_settings, check_text
+from harness.lineage import OF_LORA, OF_SGD, VOCABULARY, in_our_names, same
+from harness.manifest import find_data
+from harness.rules import EXCLUSIVE, allowed, check_settings, check_text, check_training
 from train_gpt import Config, ConfigError
 
 _WINDOWS = {  # PR #1493 and its descendants
@@ -33,6 +35,46 @@ _WINDOWS = {  # PR #1493 and its descendants
     "sliding_window_enabled": True,
     "ttt_sgd": True,
 }
+_LOOPS_45 = _WINDOWS | {  # PR #1394 and what came of it before PR #1493
+    "loop_start": 4,
+    "enable_looping_at": 0.5,
+    "ema_decay": 0.997,
+    "matrix_lr": 0.02,
+    "muon_wd": 0.085,
+    "warmdown_frac": 0.667,
+    "qk_gain_init": 4.0,
+    "parallel_start_layer": 0,
+}
+_DOCUMENTS = {  # PR #1530 and its descendants
+    "caseops_enabled": False,
+    "smear_gate_enabled": False,
+    "sparse_attn_gate_enabled": False,
+    "min_lr": 0.0,
+    "muon_coefficients": "quintic",
+    "lqer_enabled": False,
+    "gptq_reserve_seconds": 4.0,
+    "ttt_weight_decay": 0.5,
+    "ttt_lora_alpha": 96.0,
+    "ttt_warm_start_a": False,
+}
+_VARLEN = _DOCUMENTS | {  # PR #1530 itself
+    "embed_bits": 8,
+    "embed_clip_sigmas": 20.0,
+    "attn_clip_sigmas": 12.85,
+    "mlp_clip_sigmas": 12.85,
+    "matrix_lr": 0.022,
+    "warmdown_frac": 0.72,
+    "gptq_calibration_batches": 64,
+    "gptq_reserve_seconds": 13.0,
+    "ttt_chunk_size": 32,
+    "phased_ttt_prefix_docs": 0,
+}
+_GATED = _DOCUMENTS | {  # PR #1736
+    "caseops_enabled": True,
+    "gated_attn_enabled": True,
+    "gated_attn_init_std": 0.005,
+    "gated_attn_quant_gate": True,
+}
 _SYSTEMS = {
     "pr1851": {},
     "pr1868": {"gptq_reserve_seconds": 8.0},
@@ -50,35 +92,58 @@ _SYSTEMS = {
         "phased_ttt_prefix_docs": 2500,
         "gated_attn_quant_gate": True,
     },
-    "pr1667": {
-        "caseops_enabled": False,
+    "pr1787": {"smear_gate_enabled": False, "lqer_enabled": False, "gated_attn_quant_gate": True},
+    "pr1769": _GATED,
+    "pr1736": _GATED,
+    "pr1729": _DOCUMENTS | {"caseops_enabled": True, "wd_taper_final_mult": 0.5},
+    "pr1667": _DOCUMENTS
+    | {
+        "smear_gate_enabled": True,
         "smear_bos_mask": False,
-        "sparse_attn_gate_enabled": False,
         "attn_out_gate_enabled": True,
         "qk_gain_init": 5.25,
-        "min_lr": 0.0,
-        "lqer_enabled": False,
         "gptq_calibration_batches": 64,
         "gptq_reserve_seconds": 13.0,
-        "muon_coefficients": "quintic",
         "phased_ttt_prefix_docs": 0,
-        "ttt_weight_decay": 0.5,
-        "ttt_lora_alpha": 96.0,
-        "ttt_warm_start_a": False,
     },
+    "pr1626": _DOCUMENTS,
+    "pr1610": _VARLEN
+    | {
+        "phased_ttt_prefix_docs": 2000,
+        "phased_ttt_num_phases": 1,
+        "global_ttt_epochs": 3,
+        "global_ttt_lr": 0.005,
+    },
+    "pr1530": _VARLEN,
     "pr1858": _WINDOWS | {"ttt_epochs": 2},
     "pr1493": _WINDOWS,
     "pr1485": _WINDOWS | {"qk_gain_init": 5.0, "ttt_enabled": False, "ttt_sgd": False},
+    "pr1514": _LOOPS_45
+    | {"loop_start": 3, "parallel_start_layer": 7, "qk_gain_init": 5.0, "muon_momentum": 0.97},
+    "pr1477": _LOOPS_45 | {"parallel_start_layer": 7},
+    "pr1413": _LOOPS_45 | {"qk_gain_init": 5.0},
+    "pr1412": _LOOPS_45
+    | {"parallel_start_layer": 7, "ttt_enabled": False, "ttt_sgd": False, "ttt_lr": 0.0005, "ttt_epochs": 4},
+    "pr1394": _LOOPS_45 | {"ttt_enabled": False, "ttt_sgd": False},
 }
-
+WITHOUT = {  # what a preset leaves out of the published system, which is not built here
+    "pr1514": "its n-gram tilt",
+    "pr1477": "its learned blend of two lanes: blocks from layer 7 on are parallel on one stream",
+    "pr1412": "its Hessian-aware clips and the later start of its second loop",
+}
 
 _DEMO = train_gpt.PRESETS["demo"]
 _DEMO_PLAIN = {"data_path": "data/demo_plain", "gptq_calibration_batches": 16}
 _DEMO_WINDOWS = _DEMO_PLAIN | {"ttt_chunk_tokens": 2048}
+_DEMO_LORA = {"ttt_lora_alpha": 8.0}
 _DEMO_SIZES = {  # where a system's own sizes are others than the record's, those of its demo are too
     "pr1855": {"ttt_lora_rank": 7, "phased_ttt_prefix_docs": 30},
-    "pr1667": _DEMO_PLAIN | {"ttt_lora_alpha": 8.0, "phased_ttt_prefix_docs": 0},
-    **dict.fromkeys(("pr1858", "pr1493", "pr1485"), _DEMO_WINDOWS),
+    **dict.fromkeys(("pr1769", "pr1736", "pr1729"), _DEMO_LORA),
+    "pr1626": _DEMO_LORA | {"data_path": "data/demo_plain"},
+    "pr1610": _DEMO_LORA | _DEMO_PLAIN | {"phased_ttt_num_phases": 1},
+    **dict.fromkeys(("pr1667", "pr1530"), _DEMO_LORA | _DEMO_PLAIN | {"phased_ttt_prefix_docs": 0}),
+    **dict.fromkeys(("pr1858", "pr1493", "pr1485", "pr1514", "pr1477", "pr1412"), _DEMO_WINDOWS),
+    **dict.fromkeys(("pr1413", "pr1394"), _DEMO_WINDOWS | {"parallel_start_layer": 0}),
 }
 PRESETS: dict[str, dict[str, object]] = {
     **_SYSTEMS,
@@ -87,67 +152,88 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 
 
-ALIASES = {  # names in published commands and logs -> ours
-    "SMEAR_GATE": "SMEAR_GATE_ENABLED",
-    "SMEAR_GATE_WIDTH": "GATE_WINDOW",
-    "GATE_WIDTH": "GATE_WINDOW",
-    "GATE_ATTN_OUT": "ATTN_OUT_GATE_ENABLED",
-    "GATE_ATTN_SRC": "ATTN_OUT_GATE_SRC",
-    "PARALLEL_RESIDUAL_START": "PARALLEL_START_LAYER",
-    "FUSED_CE_ENABLED": "TRITON_KERNELS",
-}
-
-
-UNREAD = ("PHASED_TTT_ENABLED", "ROPE_TRAIN_SEQ_LEN")  # of published commands and logs, read by no script
-
-
 def read_settings(environ: Mapping[str, str]) -> Config:
     """The settings of a run: those of `Config.from_env`, by older names too, and never by a mistyped one.
 
     Raises:
         ConfigError: as `Config.from_env` and `translate`, or a name that is almost one of ours.
+        DataError: a manifest that cannot be read, where it has to tell the tokenizer.
     """
     given = translate(environ)
-    _refuse_unknown_names(given, [field.name.upper() for field in dataclasses.fields(Config)])
+    _refuse_unknown_names(given, [*Config().as_env(), "SCALE"])
     for field in dataclasses.fields(Config):
         if (name := field.name.upper()) in given:
             check_text(name, given[name], field.type)
-    cfg = Config.from_env(given, PRESETS)
+    cfg = find_data(Config.from_env(given, PRESETS))
     check_settings(cfg)
+    check_training(cfg)
     return cfg
 
 
 def translate(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment in our names: older ones of published commands, and SCALE as part of PRESET.
+    """The environment in our names: those of published commands too, and SCALE as part of PRESET.
 
-    Rank 0 of a machine says on stderr what is taken for something else or for nothing.
+    What a preset switched on gives way to what a variable switches on. Rank 0 of a machine says on stderr
+    what is taken for something else or for nothing.
 
     Raises:
-        ConfigError: an older name beside the present one with another value, or a SCALE that is none.
+        ConfigError: as `in_our_names`, or a SCALE that is none.
     """
-    given, notices = dict(environ), []
-    for old, name in ALIASES.items():
-        if old in given:
-            value = given.pop(old)
-            if given.setdefault(name, value) != value:
-                clash = f"another name of {name}, which is {given[name]!r}: must be the same or unset"
-                raise ConfigError(f"{old}={value!r}: {clash}")
-    if given.get("COMPRESSOR") == "pergroup":
-        given["COMPRESSOR"] = "ans"
-        notices.append("COMPRESSOR=pergroup: COMPRESSOR=ans, this script's entropy coder (no lrzip needed)")
-    if given.get("TRITON_KERNELS") == "1":
-        given["TRITON_KERNELS"] = Config.triton_kernels
-    notices += [f"{name}={given.pop(name)}: no published script reads it" for name in UNREAD if name in given]
+    given = dict(environ)
     scale = given.pop("SCALE", "full")
     if scale not in ("full", "demo"):
         raise ConfigError(f"SCALE={scale!r}: must be one of full, demo")
     preset = given.get("PRESET", Config.preset)
     if scale == "demo" and f"{preset}-demo" in PRESETS:
         given["PRESET"] = f"{preset}-demo"
+    row = Config(**PRESETS.get(given.get("PRESET", preset), {}))
+    base = {name: str(value) for name, value in row.as_env().items()}
+    left_out = WITHOUT.get(preset.removesuffix("-demo"))
+    notices = [f"PRESET={preset}: without {left_out} (not built here)"] * bool(left_out)
+    notices += [
+        *in_our_names(given, base),
+        *_give_way(given, base, preset),
+        *_unread({**environ, **given}, base),
+    ]
+    notices += _in_lower_case(environ)
     if environ.get("LOCAL_RANK", "0") == "0":
         for notice in notices:
             print(f"train_gpt.py: notice: {notice}", file=sys.stderr)
     return given
+
+
+def _give_way(given: dict[str, str], base: Mapping[str, str], preset: str) -> Iterator[str]:
+    """Switch off what a preset has on and a variable excludes."""
+    for names in EXCLUSIVE:
+        wanted = [name for name in names if same(given.get(name, "0"), "1")]
+        for name in names:
+            if wanted and name not in given and same(base[name], "1"):
+                given[name] = "0"
+                yield f"{name}=1 of PRESET={preset} gives way to {wanted[0]}=1"
+
+
+def _unread(given: Mapping[str, str], base: Mapping[str, str]) -> Iterator[str]:
+    """Say of settings of an evaluation that it does not take place."""
+    names = ("TTT_ENABLED", "TTT_SGD", "SLIDING_WINDOW_ENABLED")
+    adapts, sgd, slides = (same({**base, **given}[name], "1") for name in names)
+    declined = same(given.get("TTT_ENABLED", "1"), "0")
+    lora = [name for name in sorted(OF_LORA) if not (declined or same(given.get(name, "0"), "0"))]
+    for names, is_read, needs in (
+        (OF_SGD, adapts and sgd, "TTT_SGD=1 and TTT_ENABLED=1"),
+        (lora, adapts and not sgd, "TTT_SGD=0 and TTT_ENABLED=1"),
+        (("EVAL_STRIDE",), slides or (adapts and sgd), "SLIDING_WINDOW_ENABLED=1 or TTT_SGD=1"),
+    ):
+        named = [f"{name}={given[name]}" for name in names if name in given]
+        if named and not is_read:
+            yield f"{' '.join(named)}: no effect without {needs}"
+
+
+def _in_lower_case(environ: Mapping[str, str]) -> Iterator[str]:
+    """Say of our names in lower case that they are not read, unless the right one is there too."""
+    ours = {*Config().as_env(), *VOCABULARY, "SCALE"} - environ.keys()
+    for name in sorted(environ):
+        if name.upper() in ours:
+            yield f"{name}={environ[name]}: not read; did you mean {name.upper()}?"
 
 
 # Variables with these beginnings are ours, so an unknown one is a mistake.
@@ -155,12 +241,16 @@ FAMILIES = re.compile("(TTT|GLOBAL_TTT|PHASED_TTT|GPTQ|LQER|MUON|SMEAR|SPARSE_AT
 
 
 def _refuse_unknown_names(environ: Mapping[str, str], known: Sequence[str]) -> None:
-    for name in sorted(environ.keys() - set(known)):
-        cutoff = 0.0 if FAMILIES.match(name) else 0.86
-        swapped = [other for other in known if sorted(other) == sorted(name)]
-        near = swapped or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
-        if near and name.isupper():
-            meant = f"did you mean {near[0]}? (unset it or see --help)"
+    for name in sorted(environ.keys() - set(known) - VOCABULARY):
+        near = [other for other in known if sorted(other) == sorted(name)]
+        for names in (known, sorted(VOCABULARY)):
+            near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.86)
+        if near and "/" in environ[name] and type(getattr(Config, near[0].lower(), "")) is not str:
+            continue  # a path, as MODEL_DIR of many a cluster, is not meant as MODEL_DIM
+        if name.isupper() and (near or FAMILIES.match(name)):
+            meant = (
+                f"did you mean {near[0]}? (unset it or see --help)" if near else "must be unset; see --help"
+            )
             raise ConfigError(f"{name}={environ[name]!r}: no such setting; {meant}")
 
 

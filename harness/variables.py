@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 
 from harness.expressions import is_boolean, is_kernel, is_pure, literal
 from harness.members import pairs
-from harness.scopes import Analysis, Binding, clone, walk
+from harness.scopes import Analysis, Binding, Transformer, clone, walk
 
 
-class Locals(ast.NodeTransformer):
+class Locals(Transformer):
     """Variables that are one literal become it, and assignments that nobody reads go; globals too."""
 
     def __init__(self, tree: ast.Module, impure: set[str], silent: Collection[str]):

@@ -166,8 +166,9 @@ class FitSearch:
         cfg: Config,
         budget: int,
         ranks: Ranks = CPU,
+        looping: bool = True,
     ):
-        self.flat, self.cfg, self.budget, self.ranks = flat, cfg, budget, ranks
+        self.flat, self.cfg, self.budget, self.ranks, self.looping = flat, cfg, budget, ranks, looping
         self.schemes = {name: scheme_of(name, tensor, cfg) for name, tensor in flat.items()}
         self.matrices = {name: w for name, w in flat.items() if self.schemes[name].kind == "gptq"}
         if not cfg.tie_embeddings:  # as in `quantize_state`
@@ -197,7 +198,7 @@ class FitSearch:
         mine = tensors_of_rank(self.flat, self.ranks)
         records = {name: self._store(name, 2.0**log2_step) for name in mine}
         records = gather_by_name(records, self.flat, self.ranks)
-        size = len(pack_artifact(records, self.cfg)) if self.ranks.is_main else 0
+        size = len(pack_artifact(records, self.cfg, self.looping)) if self.ranks.is_main else 0
         self.ranks.wait_for_all("fit")
         spare_bytes = self.budget - self.ranks.gather(size)[0]
         if spare_bytes >= 0 and (self.best is None or spare_bytes < self.best[0]):
@@ -223,7 +224,8 @@ def fit_run(
         options = {"looping": run.looping, "ranks": ranks}
         gradients = calibrate_gradients(run.model, cfg, loader, **options)
     code = len(run.packed_code[0]) if ranks.is_main else 0
-    search = FitSearch(flat, hessians, gradients, cfg, cfg.fit_bytes - ranks.gather(code)[0], ranks)
+    budget = cfg.fit_bytes - ranks.gather(code)[0]
+    search = FitSearch(flat, hessians, gradients, cfg, budget, ranks, run.looping)
     for trial, (log2_step, spare_bytes) in enumerate(search.trials()):
         run.log.event("fit", trial=trial, clip_factor=2.0**log2_step, bytes_left=spare_bytes)
     return search.best_records()

@@ -61,16 +61,14 @@ def load_tokenizer(cfg: Config) -> object:
 
     path = tokenizer_file(cfg)
     if not os.path.isfile(path):
-        raise DataError(f"TOKENIZER_PATH={path}: no such file, see {cfg.data_folder / 'manifest.json'}")
+        raise DataError(f"TOKENIZER_PATH={path}: no such file, must be the model that made {cfg.data_folder}")
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):
         raise DataError(f"TOKENIZER_PATH={path}: not a SentencePiece model") from None
     if processor.get_piece_size() != cfg.vocab_size:
         pieces = processor.get_piece_size()
-        raise DataError(
-            f"VOCAB_SIZE={cfg.vocab_size}: the tokenizer {path} has {pieces} pieces, must be equal"
-        )
+        raise DataError(f"VOCAB_SIZE={cfg.vocab_size}: must be {pieces}, the pieces of the tokenizer {path}")
     return processor
 
 

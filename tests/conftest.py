@@ -1,17 +1,22 @@
 """Shared fixtures: the script loaded by path, golden vectors, published tokenizers, tiny configurations."""
 
 import importlib.util
-import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from golden_tools import outside_folder, read_golden
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 ROOT = Path(__file__).resolve().parents[1]
+SHARES_RUNS = {
+    "test_alone", "test_audit", "test_cheats", "test_errors", "test_golden_train30", "test_hopper",
+    "test_ppm", "test_prequant", "test_ranks", "test_recompute", "test_rehearse", "test_report",
+    "test_resume", "test_smoke", "test_tampering", "test_two_ranks",
+}  # fmt: skip
 sys.path.insert(0, str(ROOT))
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     from bench import interpreter
@@ -21,11 +26,24 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
 def _outside_folder(variable: str, default: str) -> Path:
     """Folder named by an environment variable; tests that need it skip without it, but never in CI."""
-    folder = Path(os.environ.get(variable, ROOT / default)).resolve()
+    folder = outside_folder(variable, default)
     if not folder.is_dir():
         message = f"{variable}={folder} is not a folder"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
     return folder
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Of several processes, one gets all tests of a file that shares long runs; other tests go one by one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByRuns(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if Path(file).stem in SHARES_RUNS else nodeid
+
+    return ByRuns(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -41,17 +59,9 @@ def tokenizer_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden_json(golden_dir):
-    """Function: path below the golden folder -> parsed JSON."""
-    return lambda path: json.loads((golden_dir / path).read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="session")
-def golden_tensors(golden_dir):
-    """Function: path below the golden folder -> {name: torch tensor}."""
-    from safetensors.torch import load_file
-
-    return lambda path: load_file(golden_dir / path)
+def golden_file(golden_dir):
+    """Function: path below the golden folder -> parsed JSON, or {name: torch tensor}."""
+    return lambda path: read_golden(golden_dir, path)
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +71,25 @@ def tg():
 
     torch.set_num_threads(1)  # the vectors were made on one thread; tests run beside each other
     return House()
+
+
+@pytest.fixture(scope="module")
+def quick_packing(tg):
+    """Runs in this process fold no counted code: it takes seconds, and is another test's."""
+    import quick_run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg, "packed_script", quick_run.stub)
+        yield
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """AdamW's first steps have the size of the rate whatever the gradient's: rounding decides some signs."""
+    torch.set_default_dtype(torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="session")

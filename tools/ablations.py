@@ -21,6 +21,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from command import start
 from marked import MarkError, write_part, write_whole
 from reproducing.seeds import ROOT, RunFailed, SeedError, plan, run_missing
 from runs import ReadError, RunRecord
@@ -145,4 +146,4 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ))
+    start(main, sys.argv[1:], os.environ)

@@ -1,7 +1,10 @@
 """What the tools' command lines share: a mistake is one line on standard error and exit code 2."""
 
 import argparse
+import signal
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 
 class Mistake(ValueError):
@@ -17,6 +20,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """Raise what argparse would print."""
         raise Mistake(message)
+
+
+def start(main: Callable[..., int], *arguments: object) -> NoReturn:
+    """Run a tool and leave with its exit code; without a word where its reader has had enough (`| head`)."""
+    try:
+        sys.exit(main(*arguments))
+    except BrokenPipeError:
+        sys.exit(128 + signal.SIGPIPE)
+    finally:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for what Python writes at its end
 
 
 def complain(tool: str, error: Exception) -> int:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_gpt  # noqa: E402
+from command import start  # noqa: E402
 from harness import packing, settings  # noqa: E402
 
 SCRIPTS = {  # key -> preset, backends, whether on a GPU
@@ -86,4 +87,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    start(main, sys.argv[1:])

@@ -29,7 +29,7 @@ except ImportError as error:
     sys.exit(f"report.py: error: {error.name} is not installed: pip install -r requirements-dev.txt")
 
 import runs as reader  # noqa: E402
-from command import Mistake, Parser, complain  # noqa: E402
+from command import Mistake, Parser, complain, start  # noqa: E402
 
 MOST_RUNS = 8  # as many as there are colours
 
@@ -185,4 +185,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -1,23 +1,28 @@
-"""Read finished runs: their folders, their logs, and the published logs of the contest (PR #1493 to #1868).
+"""Read finished runs: their folders, their logs, and the published logs of the contest up to PR #1868.
 
     record = read("runs/demo-seed42")     # a run's folder, its result.json, or any log; see `RunRecord`
 
-Three formats of published logs are known; they differ in a few lines and lack hashes, hardware and often
-versions: `RunRecord.missing` says what. A file that is empty, cut off or foreign raises `ReadError`, a run
-that has not ended `Unfinished`; both messages are one line that names the file.
+Published logs lack hashes, hardware and often more: `RunRecord.missing` says what, `RunRecord.notices` what
+must not be passed over, as several runs in one log. `logbook/` reads them: the place to add a system.
+A file that is empty, cut off, foreign or mixed up raises `ReadError`, a run that has not ended `Unfinished`;
+both messages are one line that names the file.
 """
 
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from logbook import ours
+from logbook.lines import LogError, Value, cleaned, once
+from logbook.published import is_published, read_published
 from scripts import FILE_LINE, LOGGED_SCRIPT, RULE, hash_told, sha256_of
 
 TRAIN_LIMIT = EVAL_LIMIT = 600.0  # seconds
 SIZE_LIMIT = 16_000_000  # decimal bytes, code plus model
+LOG_SUFFIXES = (".txt", ".log")  # of our logs, and of the contest's
 
 # What may differ between the runs of one experiment: seed, names, places, and how it is watched.
 NAMES_AND_PLACES = {"SEED", "RUN_ID", "ARTIFACT_DIR", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "AUDIT"}
@@ -27,9 +32,10 @@ PUBLISHED_PLACES |= {"TRAIN_FILES", "VAL_FILES", "VAL_BYTES_FILES", "RANK", "LOC
 
 # What the script reads besides its settings: a part of PRESET, and their names in published commands.
 ALSO_READ = ("SCALE", "SMEAR_GATE", "SMEAR_GATE_WIDTH", "GATE_WIDTH", "GATE_ATTN_OUT", "GATE_ATTN_SRC")
-ALSO_READ += ("PARALLEL_RESIDUAL_START", "FUSED_CE_ENABLED")
-
-Value = bool | int | float | str
+ALSO_READ += ("PARALLEL_RESIDUAL_START", "FUSED_CE_ENABLED", "DATASETS_DIR", "MUON_WEIGHT_DECAY")
+ALSO_READ += ("WARMDOWN_FRACTION", "WARMDOWN_ITERS", "VAL_BATCH_SIZE", "SLIDING_EVAL", "SLIDING_EVAL_STRIDE")
+ALSO_READ += ("GPTQ_RESERVE_MS", "MLP_HIDDEN", "EMBEDDING_DIM", "EMBED_DIM", "USE_POLAR_EXPRESS")
+ALSO_READ += ("EVAL_ONLY_PATH", "EVAL_ONLY_QUANTIZED_PATH", "PHASED_TTT_ENABLED", "EMA_ENABLED")
 
 
 class ReadError(ValueError):
@@ -45,7 +51,7 @@ class RunRecord:
     """One finished run. What the source does not tell is None, an empty mapping, or named in `missing`."""
 
     path: Path  # folder or file that was read
-    form: str  # "run", "log", "pr1493 log", "pr1667 log" or "pr1851 log"
+    form: str  # "run", "log", or that of a published log, as "pr1851 log" (logbook/families.py)
     name: str
     seed: int | None
     steps: int | None
@@ -60,6 +66,7 @@ class RunRecord:
     broken_limits: tuple[str, ...]
     legal: bool | None  # limits kept and every target scored; of a published log: its limits
     missing: tuple[str, ...]
+    notices: tuple[str, ...] = ()  # what a reader of the numbers must know
     events: list[dict] = field(repr=False, default_factory=list)  # as in metrics.jsonl
     audit: Mapping | None = field(repr=False, default=None)  # audit.json
     result: Mapping = field(repr=False, default_factory=dict)  # result.json, {} of a log
@@ -141,14 +148,23 @@ def _hash(settings: Mapping[str, object]) -> str:
 
 
 def read(path: Path | str) -> RunRecord:
-    """A run's folder, its result.json (or a copy NAME.json beside NAME.txt), or a log."""
+    """A run's folder, its result.json (or a copy NAME.json beside its log), or a log.
+
+    Raises `ReadError` where there is no such thing, or only with numbers that may be wrong.
+    """
     path = Path(path)
     if path.is_dir():
         return read_run(path)
-    if path.suffix == ".txt":  # the result beside a log of ours tells more
+    if path.suffix in LOG_SUFFIXES:  # the result beside a log of ours tells more
         results = (path.with_suffix(".json"), path.parent.parent / "result.json")
         path = next((result for result in results if result.is_file()), path)
     return read_result(path) if path.suffix == ".json" else read_log(path)
+
+
+def log_beside(result: Path) -> Path:
+    """The log of a copied result: NAME.txt, or NAME.log in a record folder."""
+    logs = [result.with_suffix(suffix) for suffix in LOG_SUFFIXES]
+    return next((log for log in logs if log.is_file()), logs[0])
 
 
 def read_run(folder: Path | str) -> RunRecord:
@@ -160,25 +176,28 @@ def read_run(folder: Path | str) -> RunRecord:
     if not folder.is_dir():
         raise ReadError(f"{folder}: no such folder")
     if not (folder / "result.json").is_file():
+        if not (folder / "metrics.jsonl").is_file() and any(folder.iterdir()):
+            raise Unfinished(f"{folder}: no run's folder, without result.json; name its logs one by one")
         raise Unfinished(f"{folder}: holds no result.json, the run has not ended")
     return read_result(folder / "result.json")
 
 
 def read_result(path: Path | str) -> RunRecord:
-    """A result: `result.json` in its folder, or a copy NAME.json with NAME.txt and NAME_audit.json beside it.
+    """A result: `result.json` in its folder, or a copy NAME.json with its log and NAME_audit.json beside it.
 
     The log, where there is one, must say the same as the result.
     """
     path = Path(path)
     result = _read_json(path)
     stages, settings = result.get("stages"), result.get("settings")
-    if not (isinstance(stages, dict) and isinstance(settings, dict) and result.get("final_stage") in stages):
+    scored = isinstance(stages, dict) and all(isinstance(stage, dict) for stage in stages.values())
+    if not (scored and isinstance(settings, dict) and result.get("final_stage") in stages):
         raise ReadError(f"{path}: not the result of a run")
     in_folder = path.name == "result.json"
     stem = path.with_name(path.stem)
     audit = path.with_name("audit.json") if in_folder else stem.with_name(f"{stem.name}_audit.json")
     metrics = path.with_name("metrics.jsonl")
-    log = path.parent / "logs" / f"{result.get('run')}.txt" if in_folder else path.with_suffix(".txt")
+    log = path.parent / "logs" / f"{result.get('run')}.txt" if in_folder else log_beside(path)
     events = read_events(metrics) if in_folder and metrics.is_file() else []
     if log.is_file():
         logged = read_log(log)
@@ -186,9 +205,9 @@ def read_result(path: Path | str) -> RunRecord:
         final = next(event for event in reversed(logged.events) if event["stage"] == "final")
         for key, value in [("SEED", logged.seed), *final.items()]:
             told = settings.get("SEED") if key == "SEED" else result.get(key, value)
-            if _shown(told) != _shown(value):
+            if ours.shown(told) != ours.shown(value):
                 raise ReadError(f"{path}: says {key} {told}, its log {log} {value}")
-    return RunRecord(
+    return _checked(
         path=path.parent if in_folder else path,
         form="run",
         audit=_read_json(audit) if audit.is_file() else None,
@@ -198,9 +217,24 @@ def read_result(path: Path | str) -> RunRecord:
     )
 
 
-def _shown(value: Value) -> str:
-    """A value as a log shows it."""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+def _checked(**fields: object) -> RunRecord:
+    """A record with a score that is a number, and with a notice where its name says another seed.
+
+    Raises `ReadError` where the final score is no positive number.
+    """
+    record = RunRecord(**fields)
+    for key in ("val_loss", "val_bpb"):
+        score = record.stages[record.final_stage].get(key)
+        if not isinstance(score, int | float) or not 0 < score < math.inf:
+            raise ReadError(f"{record.path}: its score {key} of {record.final_stage} is {score}")
+    named = re.findall(r"(?i)(?<!\d)seed[ _-]?(\d+)", record.path.name)
+    seed = int(named[-1]) if named else record.seed
+    if record.seed == seed:
+        return record
+    told = f"its name says seed {seed}, its run had {record.seed}"
+    if record.seed is None:
+        record, told = replace(record, seed=seed), f"its seed, {seed}, is told by its name only"
+    return replace(record, notices=(*record.notices, told))
 
 
 def _fields(result: Mapping) -> dict[str, object]:
@@ -249,10 +283,14 @@ def read_log(path: Path | str) -> RunRecord:
     text = _read_text(path)
     if not text.strip():
         raise ReadError(f"{path}: empty")
-    if "\nHyperparameters:\n" in f"\n{text}":
-        return _read_published(path, text)
-    if re.match(r"PRESET=\w", text) and f"\n{RULE}\n" in text:
+    whole = ours.is_ours(text)
+    text = text if whole else cleaned(text)  # nothing in a script that was logged may pass for a prefix
+    if whole or ours.is_ours(text):
         return _read_ours(path, text)
+    if log := ours.console(text):
+        raise ReadError(f"{path}: lacks the beginning of a log, as what a console showed; the log is {log}")
+    if is_published(text):
+        return _read_published(path, text)
     raise ReadError(f"{path}: neither a log of train_gpt.py nor a published one")
 
 
@@ -264,9 +302,10 @@ def _read_text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict:
+    text = _read_text(path)
     try:
-        value = json.loads(_read_text(path))
-    except ValueError as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ReadError(f"{path}: not JSON, or cut off ({error})") from None
     if not isinstance(value, dict):
         raise ReadError(f"{path}: not a JSON object")
@@ -278,48 +317,41 @@ def _cut_off(path: Path, text: str, wanted: str) -> ReadError:
     return ReadError(f"{path}: cut off, without {wanted}; its last line is {last!r}")
 
 
-def parse_value(text: str) -> Value:
-    """A number, True or False where the text is one, else the text."""
-    if text in ("True", "False"):
-        return text == "True"
-    if re.fullmatch(r"-?\d{1,19}", text):
-        return int(text)
-    if re.fullmatch(r"-?\d+(\.\d+)?(e[+-]?\d{1,3})?|nan|-?inf", text):
-        return float(text)
-    return text
-
-
 # -- our logs
-
-
-EVENT = re.compile(r"([a-z]\w*) (\w+:.*)")
-PAIR = re.compile(r"(\w+):(.*?)(?= \w+:|$)")
 
 
 def _read_ours(path: Path, text: str) -> RunRecord:
     head, _, rest = text.partition(f"{RULE}\n")
     source, whole, rest = rest.partition(f"\n{RULE}\n")
+    times = once(text)[1]
+    if times > 1:
+        raise ReadError(f"{path}: every line stands there {times} times; a log has each once")
     if not whole:
         raise _cut_off(path, text, "the end of the script's source")
-    settings = _our_settings(head)
+    settings = ours.settings_of(head)
     files = rest.partition("\n==== end\n")[0]
     rest = LOGGED_SCRIPT.sub("", f"{RULE}\n{RULE}\n{rest}")  # also where a resumed run logged it once more
-    events = [event for line in rest.splitlines() if (event := _event(line))]
-    final = next((event for event in reversed(events) if event["stage"] == "final"), None)
-    if final is None or not isinstance(final.get("legal"), bool) or not text.endswith("\n"):
+    events = ours.events_of(rest)
+    finals = [event for event in events if event["stage"] == "final"]
+    if not finals or not isinstance(finals[-1].get("legal"), bool):
         raise _cut_off(path, text, "a whole line `final val_bpb:... legal:...`")
-    stages = _scores(events)
-    environment = _start(events)
+    stages, final = ours.scores_of(events), finals[-1]
+    scored = next((name for name in ("ttt", "sliding", "quantised", "prequant") if name in stages), "")
+    try:
+        ours.check_one_run(f"{head}{rest}", settings, len(finals))
+        ours.check_final(events, stages.get(scored, {}))
+    except LogError as error:
+        raise ReadError(f"{path}: {error}") from None
+    environment = ours.environment_of(events)
     environment.setdefault("source_sha256", sha256_of(source.encode()))
     environment["house_sha256"] = dict(FILE_LINE.findall(files))
     seconds = {name: stage["seconds"] for name, stage in stages.items()}
     seconds |= {"train": final["train_seconds"], "calibrate": final["calibrate_seconds"]}
-    scored = next(name for name in ("ttt", "sliding", "quantised", "prequant") if name in stages)
-    return RunRecord(
+    return _checked(
         path=path,
         form="log",
         name=path.stem,
-        seed=settings.get("SEED"),
+        seed=_seed(path, settings),
         steps=None,
         final_stage=scored,
         stages=stages,
@@ -334,6 +366,14 @@ def _read_ours(path: Path, text: str) -> RunRecord:
     )
 
 
+def _seed(path: Path, settings: Mapping[str, Value]) -> int:
+    """The seed among the settings of a log. Raises `ReadError` where it is no number, or lost."""
+    seed = settings.get("SEED")
+    if not isinstance(seed, int):
+        raise ReadError(f"{path}: its seed is {str(seed)[:60]!r}, no number")
+    return seed
+
+
 def read_unfinished(folder: Path | str) -> RunRecord:
     """What there is of a run without result.json: one under way, or dead. It has no final stage."""
     folder = Path(folder)
@@ -341,8 +381,8 @@ def read_unfinished(folder: Path | str) -> RunRecord:
         raise ReadError(f"{folder}: holds no metrics.jsonl, not the folder of a run")
     events = read_events(folder / "metrics.jsonl")
     logs = sorted((folder / "logs").glob("*.txt"))
-    settings = _our_settings(_read_text(logs[0]).partition(f"{RULE}\n")[0]) if logs else {}
-    stages, environment = _scores(events), _start(events)
+    settings = ours.settings_of(_read_text(logs[0]).partition(f"{RULE}\n")[0]) if logs else {}
+    stages, environment = ours.scores_of(events), ours.environment_of(events)
     trained = [event for event in events if event["stage"] == "train"]
     size = next((event for event in events if event["stage"] == "size"), {})
     seconds = {name: stage["seconds"] for name, stage in stages.items()}
@@ -366,156 +406,32 @@ def read_unfinished(folder: Path | str) -> RunRecord:
     )
 
 
-def _our_settings(head: str) -> dict[str, Value]:
-    lines = (line.partition("    # default ")[0].partition("=") for line in head.splitlines())
-    return {name: parse_value(value) for name, _, value in lines}
-
-
-def _scores(events: Iterable[dict]) -> dict[str, dict]:
-    return {e["stage"]: e for e in events if {"val_loss", "val_bpb", "targets"} <= e.keys()}
-
-
-def _start(events: Iterable[dict]) -> dict[str, Value]:
-    """The environment that the event of the start tells."""
-    starts = [event for event in events if event["stage"] == "start"]
-    return {k: v for k, v in starts[-1].items() if k not in ("stage", "run", "folder")} if starts else {}
-
-
-def _event(line: str) -> dict | None:
-    """`stage key:value key:value` as in metrics.jsonl; None for any other line."""
-    found = EVENT.fullmatch(line)
-    if not found:
-        return None
-    stage, pairs = found.groups()
-    if pairs.startswith("text:"):
-        return {"stage": stage, "text": pairs.removeprefix("text:")}
-    return {"stage": stage} | {key: parse_value(value) for key, value in PAIR.findall(pairs)}
-
-
 # -- published logs
-
-# Their names of what we call prequant, quantised, sliding and ttt.
-SCORES = {
-    "pre-quantization post-ema": "prequant",
-    "quantized": "quantised",
-    "quantized_sliding_window": "sliding",
-    "quantized_ttt": "ttt",
-    "quantized_ttt_lora": "ttt",
-    "quantized_ttt_phased": "ttt",
-}
-SCORE = re.compile(r"(?m)^(?:diagnostic )?([\w -]+?) val_loss:([\d.]+) val_bpb:([\d.]+) eval_time:(\d+)ms$")
-STEP = re.compile(r"(?m)^(\d+)/\d+ train_loss: ([\d.]+) train_time: ([\d.]+)m tok/s: (\d+)$")
-VALIDATION = re.compile(r"(?m)^(\d+)/\d+ val_loss: ([\d.]+) val_bpb: ([\d.]+)$")
-# After the adaptation there is a last line with its time; PR #1493's logs end with the score itself.
-FORMATS = {
-    "quantized_ttt": "pr1493 log",
-    "quantized_ttt_lora": "pr1667 log",
-    "quantized_ttt_phased": "pr1851 log",
-}
 
 
 def _read_published(path: Path, text: str) -> RunRecord:
-    settings = _published_settings(text)
-    form, final, stages = _published_scores(path, text, settings)
-    code = _number(text, r"^Code size(?: \(compressed\))?: (\d+) bytes$", int)
-    size = _number(text, r"^Total submission size quantized\+\w+: (\d+) bytes$", int)
-    times = {
-        "train": _number(text, r"^stopping_early: wallclock_cap train_time: (\d+)ms ", int, 1000),
-        "calibrate": _number(text, r"^GPTQ:collected \d+ Hessians in ([\d.]+)s$", float),
-        "quantise": _number(text, r"^GPTQ:quantized in ([\d.]+)s$", float),
-        "compress": _number(text, r"^GPTQ:compressed\+saved in ([\d.]+)s$", float),
-    }
-    seconds = {name: stage["seconds"] for name, stage in stages.items()}
-    seconds |= {name: value for name, value in times.items() if value is not None}
-    environment = _published_environment(text, settings)
-    figures = {"training seconds": times["train"], "calibration seconds": times["calibrate"]}
-    figures |= {"artifact bytes": size, "code bytes": code}
-    missing = [name for name, value in figures.items() if value is None]
-    broken = _broken_limits(seconds, final, size)
-    return RunRecord(
+    try:
+        reading = read_published(text)
+    except ValueError as error:  # LogError, or a number with thousands of digits
+        raise ReadError(f"{path}: {error}") from None
+    broken = _broken_limits(reading.seconds, reading.final_stage, reading.artifact_bytes)
+    untold = [name for name in reading.missing if name.endswith(("seconds", "bytes"))]
+    told = vars(reading) | {"missing": (*reading.missing, *_missing(reading.environment, False))}
+    return _checked(
         path=path,
-        form=form,
-        name=str(settings.get("RUN_ID", path.stem)),
-        seed=settings.get("SEED"),
-        steps=_number(text, r"^stopping_early: .* step: (\d+)/", int),
-        final_stage=final,
-        stages=stages,
-        seconds=seconds,
-        artifact_bytes=size,
-        code_bytes=code,
-        model_bytes=size - code if size and code else None,
-        settings=settings,
-        environment=environment,
+        name=str(reading.settings.get("RUN_ID", path.stem)),
         broken_limits=tuple(broken),
-        legal=None if missing else not broken,
-        missing=(*missing, *_missing(environment, False)),
-        events=_published_events(text),
+        legal=False if broken else None if untold else True,
+        **told,
     )
-
-
-def _published_scores(path: Path, text: str, settings: Mapping) -> tuple[str, str, dict[str, dict]]:
-    """Format, name of the final stage, and the stages. Raises `ReadError` where one of them is missing."""
-    targets = _number(text, r"^val_tokens: (\d+)$", int)
-    stages, form = {}, "pr1851 log"
-    for name, loss, bpb, milliseconds in SCORE.findall(text):
-        if name in SCORES:
-            form = FORMATS.get(name, form)
-            stage = {"val_loss": float(loss), "val_bpb": float(bpb), "seconds": int(milliseconds) / 1000}
-            stages[SCORES[name]] = stage | ({"targets": targets} if targets else {})
-    evaluators = {"TTT_ENABLED": "ttt", "SLIDING_WINDOW_ENABLED": "sliding"}
-    chosen = [stage for name, stage in evaluators.items() if settings.get(name)] + ["quantised"]
-    absent = [stage for stage in ("prequant", *reversed(chosen)) if stage not in stages]
-    timed = form == "pr1493 log" or re.search(r"(?m)^total_eval_time:[\d.]+s$", text)
-    if absent or not timed or not text.endswith("\n"):
-        raise _cut_off(path, text, f"the score of {', '.join(absent)}" if absent else "a whole last line")
-    return form, chosen[0], stages
-
-
-def _published_settings(text: str) -> dict[str, Value]:
-    block = f"\n{text}".partition("\nHyperparameters:\n")[2]
-    lines = re.match(r"(?:  \w+:.*\n)*", block)[0].splitlines()
-    pairs = (line.strip().partition(":") for line in lines)
-    return {name.upper(): parse_value(value.strip()) for name, _, value in pairs}
-
-
-def _published_environment(text: str, settings: Mapping[str, Value]) -> dict[str, Value]:
-    python = re.search(r"(?m)^Running Python (\S+)", text)
-    torch = re.search(r"(?m)^Running PyTorch (\S+)", text)
-    uncompressed = _number(text, r"^Code size(?: \(uncompressed\))?: (\d+) bytes$", int)
-    told = {
-        "python": python and python[1],
-        "torch": torch and torch[1],
-        "ranks": settings.get("WORLD_SIZE"),
-        "source_bytes": uncompressed,
-        "train_shards": _number(text, r"^train_shards: (\d+)$", int),
-    }
-    return {name: value for name, value in told.items() if value}
 
 
 def _broken_limits(seconds: Mapping[str, float], final: str, size: int | None) -> list[str]:
     """The limits of the contest that a run exceeded; calibration is training time."""
-    training = seconds.get("train", 0.0) + seconds.get("calibrate", 0.0)
+    training, evaluation = seconds.get("train", 0.0) + seconds.get("calibrate", 0.0), seconds.get(final, 0.0)
     checks = {
-        f"training and calibration took {training:.1f} s, limit {TRAIN_LIMIT:g}": training > TRAIN_LIMIT,
-        f"evaluation took {seconds[final]:.1f} s, limit {EVAL_LIMIT:g}": seconds[final] > EVAL_LIMIT,
+        f"training and calibration took {training:.3f} s, limit {TRAIN_LIMIT:g}": training > TRAIN_LIMIT,
+        f"evaluation took {evaluation:.3f} s, limit {EVAL_LIMIT:g}": evaluation > EVAL_LIMIT,
         f"artifact has {size} bytes, limit {SIZE_LIMIT}": (size or 0) > SIZE_LIMIT,
     }
     return [reason for reason, broken in checks.items() if broken]
-
-
-def _published_events(text: str) -> list[dict]:
-    events = []
-    for step, loss, minutes, rate in STEP.findall(text):
-        figures = {"train_loss": float(loss), "train_seconds": round(60 * float(minutes), 1)}
-        events.append({"stage": "train", "step": int(step), **figures, "tokens_per_second": int(rate)})
-    for step, loss, bpb in VALIDATION.findall(text):
-        name = f"step_{step}" if int(step) else "untrained"
-        events.append({"stage": name, "val_loss": float(loss), "val_bpb": float(bpb)})
-    return events
-
-
-def _number(text: str, pattern: str, kind: type, divisor: int = 1) -> float | None:
-    found = re.search(pattern, text, re.M)
-    if not found:
-        return None
-    return kind(found[1]) / divisor if divisor > 1 else kind(found[1])

@@ -52,7 +52,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import runs  # noqa: E402
 import train_gpt as tg  # noqa: E402
-from command import Mistake, Parser, complain  # noqa: E402
+from command import Mistake, Parser, complain, start  # noqa: E402
+from harness.lineage import SWITCHES, same  # noqa: E402
 from harness.settings import read_settings  # noqa: E402
 from scripts import hash_on_disk  # noqa: E402
 
@@ -136,8 +137,9 @@ def parse_variable(text: str, environ: Mapping[str, str]) -> Variable:
         raise SweepError(f"--set {text}: no such setting{f'; did you mean {near[0]}?' if near else ''}")
     if name in OURS:
         raise SweepError(f"--set {text}: {name} is the sweep's own, every trial has another")
-    if name in environ:
-        raise SweepError(f"--set {text}: {name}={environ[name]} is set in the environment too; unset it")
+    off = (old for old, ours in SWITCHES.items() if ours == name and same(environ.get(old, "1"), "0"))
+    if there := name if name in environ else next(off, ""):
+        raise SweepError(f"--set {text}: {there}={environ[there]} is set in the environment too; unset it")
     kind, *ends = rest.split(":")
     if kind in ("log", "lin", "int") and len(ends) == 2:
         return _range(text, name, kind, ends, defaults[name])
@@ -745,4 +747,4 @@ def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -216,7 +216,7 @@ def make_run(tg, tmp_path, monkeypatch):
         monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)
         cfg = tg.Config(**SMALL_TTT | settings)
         run, said = object.__new__(tg.Run), []
-        run.cfg, run.ranks, run.looping, run.stages, run.result = cfg, tg.CPU, False, {}, {}
+        run.cfg, run.ranks, run.stages, run.result = cfg, tg.CPU, {}, {"looping": False}
         run.val, run.clock = validation(tg, documents_stream()), tg.Stopwatch(tg.CPU)
         run.watch, run.model = watch or tg.Watch(), compiled_model(tg, cfg)
         run.log = types.SimpleNamespace(

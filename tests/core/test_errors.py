@@ -21,14 +21,13 @@ FOREIGN_CHECKPOINTS = "empty text zeros pickle bomb list tensor number nothing w
 DAMAGED_ARTIFACTS = "empty start half end longer bit last-bit version codec text torch pickle"
 
 
-@pytest.fixture(scope="session")
-def finished_run(tg, tmp_path_factory) -> Path:
+@pytest.fixture(scope="module")
+def finished_run(tg, quick_packing, tmp_path_factory) -> Path:
     """A folder with a data set `data` and a finished run `run`."""
     folder = tmp_path_factory.mktemp("errors")
     make_data(folder / "data")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(tg, "packed_script", lambda *_: (b"packed", True))  # seconds, and none of it is read
         settings = {"DATA_PATH": "data", "ARTIFACT_DIR": "run", "RUN_ID": "first"}
         assert tg.main([], TINY | settings | {"ITERATIONS": "1", "TTT_ENABLED": "0"}) == 0
     return folder
@@ -77,7 +76,8 @@ def refused(tg, work, capfd):
 @pytest.mark.parametrize(
     "environ, words",
     [
-        ({"PRESET": "demo"}, ["data/demo", "python prepare_caseops_data.py --demo"]),
+        ({"PRESET": "demo"}, ["data/demo", "prepare_caseops_data.py --demo\n"]),
+        ({"PRESET": "demo", "DATA_PATH": "my data"}, ["--demo --out 'my data'\n"]),
         ({}, ["lossless_caps_caseops_v1_reserved", "DATA_PATH", "prepare_caseops_data.py"]),
         ({"DATA_PATH": "elsewhere"}, ["elsewhere", "DATA_PATH"]),
         ({"CASEOPS_ENABLED": "0", "DATA_DIR": "mine"}, ["mine/datasets/fineweb10B_sp8192", "DATA_PATH"]),
@@ -194,7 +194,7 @@ def test_truncated_tokenizer(work, refused):
 
 def test_tokenizer_of_another_vocabulary(refused):
     message = refused(VOCAB_SIZE=VOCAB + 1)
-    assert f"VOCAB_SIZE={VOCAB + 1}" in message and f"{VOCAB} pieces" in message
+    assert f"VOCAB_SIZE={VOCAB + 1}" in message and f"must be {VOCAB}, the pieces" in message
 
 
 def test_plain_text_needs_a_bare_space_piece(work, refused):
@@ -217,7 +217,8 @@ def test_plain_text_needs_a_bare_space_piece(work, refused):
     size = processor.get_piece_size()
     assert processor.is_unknown(processor.piece_to_id("▁")), "the test needs a tokenizer without that piece"
     (work / "plain.model").write_bytes(model.getvalue())
-    (work / "data" / MANIFEST).unlink()
+    for name in (MANIFEST, "tokenizer.model"):
+        (work / "data" / name).unlink()
     for name in (TRAIN, VAL):
         tokens = np.fromfile(work / "data" / name, "<u2", offset=HEADER_BYTES)
         write_shard(work / "data" / name, np.where(tokens < size, tokens, 5))
@@ -523,9 +524,8 @@ def test_mistake_leaves_no_empty_run(work, refused, settings):
     assert contents(work).keys() == before.keys()
 
 
-def test_outputs_without_a_log_are_not_overwritten(tg, work, capfd, monkeypatch):
+def test_outputs_without_a_log_are_not_overwritten(tg, work, quick_packing, capfd):
     """A folder with a model in it is in use, whoever made it."""
-    monkeypatch.setattr(tg, "packed_script", lambda *_: (b"packed", True))
     (work / "mine").mkdir()
     for name in (CHECKPOINT, ARTIFACT, "result.json", "train_gpt.packed.py"):
         shutil.copy(work / "run" / name, work / "mine" / name)

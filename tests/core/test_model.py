@@ -281,13 +281,29 @@ def test_a_forward_leaves_no_trace(tg, option):
     assert torch.equal(hidden, tapped)
 
 
-def test_yarn_acts_beyond_the_training_length_only(tg):
-    plain, yarn = (tiny_model(tg, rope_yarn=stretched, train_seq_len=16) for stretched in (False, True))
-    ids = random_tokens(1, 17)
+@pytest.mark.parametrize(
+    ("evaluated", "adapted", "stretch"), [(16, 16, 1), (16, 12, 1), (32, 16, 2), (8, 48, 3)]
+)
+def test_yarn_has_one_base_told_by_the_contexts(tg, evaluated, adapted, stretch):
+    """The longest documents evaluated, over those trained on, stretch it in rows of any length."""
+    contexts = {"train_seq_len": 16, "eval_seq_len": evaluated, "ttt_eval_seq_len": adapted}
+    config = tg.Config(rope_yarn=True, rope_dims=4, rope_base=100.0, **contexts)
+    for length in (1, 16, 17, 500):
+        cos, sin = tg.rope_tables(config, length, torch.device("cpu"))
+        angles = torch.arange(length)[:, None] * torch.tensor([1.0, (100.0 * stretch**2) ** -0.5])
+        torch.testing.assert_close(cos[:, 0], angles.cos(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(sin[:, 0], angles.sin(), atol=1e-4, rtol=0)
+
+
+def test_yarn_scores_a_document_alike_in_any_row(tg):
+    contexts = {"train_seq_len": 16, "eval_seq_len": 24, "ttt_eval_seq_len": 24}
+    model, ids = tiny_model(tg, rope_yarn=True, **contexts), random_tokens(1, 61)
     with torch.no_grad():
-        for length, equal in ((16, True), (17, False)):
-            hidden = [model.hidden(ids[:, :length], looping=True) for model in (plain, yarn)]
-            assert torch.equal(*hidden) == equal
+        for places in ([0, 20, 40, 60], [0, 20, 60]):
+            row, segments = ids[:, : places[-1]], tg.Segments(torch.tensor(places, dtype=torch.int32), 40)
+            together = model.losses(row, ids[:, 1 : places[-1] + 1], segments, looping=True)
+            alone = model.losses(ids[:, :20], ids[:, 1:21], looping=True)
+            torch.testing.assert_close(together[:, :20], alone)
 
 
 def test_looping_changes_the_result(tg):

@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import warm
+from quick_run import QUICK, stub
 
 import prepare_caseops_data as prepare
 from bench.fuzz_artifact import published_artifact
+from harness import packing
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train_gpt.py"
@@ -99,6 +102,11 @@ def environment(**settings: object) -> dict[str, str]:
 
 
 def command(script: Path, folder: Path, **settings: object) -> subprocess.CompletedProcess:
+    """Run a script in a folder and a process of its own, in which torch is imported before it starts."""
+    return warm.run(script, folder, environment(**settings))
+
+
+def fresh(script: Path, folder: Path, **settings: object) -> subprocess.CompletedProcess:
     """Run a script as a user does, in a folder."""
     return subprocess.run(
         [sys.executable, str(script)],
@@ -106,7 +114,7 @@ def command(script: Path, folder: Path, **settings: object) -> subprocess.Comple
         env=environment(**settings),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -129,21 +137,44 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(data):
-    """The same command twice in one folder: (working folder, outputs of each, the completed processes)."""
+    """The same run twice in one folder, the second with a stub for its code: (folder, outputs, processes)."""
     work = data.parent
     settings = {"DATA_PATH": "data", "ARTIFACT_DIR": "run", "RUN_ID": "tiny"}
-    first = command(SCRIPT, work, **settings)
+    first = fresh(SCRIPT, work, **settings)
     before = {path: path.read_bytes() for path in (work / "run").rglob("*") if path.is_file()}
-    second = command(SCRIPT, work, **settings)
+    second = command(QUICK, work, **settings)
     assert {path: path.read_bytes() for path in before} == before, (
         "a second run changed the first one's files"
     )
     return work, (work / "run", work / "run+2"), (first, second)
 
 
+FOLDED: dict[str, tuple[str, bool]] = {}
+FOLD = packing.folded_source
+
+
+def folded_once(cfg, backends, house, on_gpu=False) -> tuple[str, bool]:
+    """The counted code; what is folded twice from the same is the same (test_packing.py)."""
+    key = repr((packing.facts_of(cfg, backends, on_gpu), packing.run_time_settings(cfg, on_gpu)))
+    if key not in FOLDED:
+        FOLDED[key] = FOLD(cfg, backends, house, on_gpu)
+    return FOLDED[key]
+
+
 @pytest.fixture
-def in_process(tg, monkeypatch, capsys):
-    """Function: folder and settings -> exit code and standard output of a run inside this process."""
+def fold_once(monkeypatch):
+    """In this process, each counted code is folded once: it takes seconds."""
+    monkeypatch.setattr(packing, "folded_source", folded_once)
+
+
+@pytest.fixture
+def in_process(tg, request, monkeypatch, capsys):
+    """Function: folder and settings -> exit code and standard output of a run inside this process.
+
+    Its counted code is a stub, but for tests that look at it: these use `fold_once`.
+    """
+    if "fold_once" not in request.fixturenames:
+        monkeypatch.setattr(tg, "packed_script", stub)
 
     def run(folder: Path, **settings: object) -> tuple[int, str]:
         monkeypatch.chdir(folder)
@@ -267,6 +298,7 @@ def eval_data(finished, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("fold_once")
 def test_artifact_alone_gives_the_score(finished, eval_data, in_process):
     _, (folder, _), _ = finished
     code, output = in_process(
@@ -307,7 +339,7 @@ def test_packed_script_alone_gives_the_score(finished, eval_data, tmp_path):
     """Whatever is set that it does not read: all but places, seed and stages is constant in it."""
     _, (folder, _), _ = finished
     shutil.copy(folder / "train_gpt.packed.py", tmp_path)
-    process = command(
+    process = fresh(
         tmp_path / "train_gpt.packed.py",
         tmp_path,
         DATA_PATH=eval_data,
@@ -323,6 +355,7 @@ def test_packed_script_alone_gives_the_score(finished, eval_data, tmp_path):
     ).read_bytes(), "a packed script must count itself"
 
 
+@pytest.mark.usefixtures("fold_once")
 def test_fitted_artifact_of_levels_gives_the_score_alone(tg, finished, eval_data, in_process, tmp_path):
     """FIT_BYTES and ans: below the cap by at most 2,000, and the packed script needs nothing else."""
     work, (folder, _), _ = finished
@@ -355,6 +388,7 @@ def test_fitted_artifact_of_levels_gives_the_score_alone(tg, finished, eval_data
     assert read_result(tmp_path / "packed")["val_bpb"] == first["val_bpb"]
 
 
+@pytest.mark.usefixtures("fold_once")
 def test_an_evaluated_artifact_brings_its_settings(tg, finished, eval_data, in_process):
     """Whatever is set now: to the log, and to the counted code, which is what its run would have."""
     work, (folder, _), _ = finished
@@ -466,6 +500,48 @@ def test_exceeded_limit_is_exit_code_3_with_outputs(finished, eval_data, in_proc
     result = read_result(eval_data.parent / "sample")
     assert result["legal"] is False and "VAL_DOC_FRACTION=0.5" in " ".join(result["broken_limits"])
     assert 0 < result["stages"]["ttt"]["targets"] < read_result(folder)["stages"]["ttt"]["targets"]
+
+
+# -- a run that ends before its loops turn on
+
+
+@pytest.fixture(scope="module")
+def unlooped(data, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A run of two steps whose loops would turn on in a third one: its folder, and the process."""
+    work = tmp_path_factory.mktemp("unlooped")
+    settings = {"ITERATIONS": 2, "ENABLE_LOOPING_AT": 0.6, "TTT_LORA_LR": 0.01, "RUN_ID": "tiny"}
+    process = command(SCRIPT, work, DATA_PATH=data, ARTIFACT_DIR="run", **settings)
+    assert process.returncode == 0, process.stderr
+    return work, process
+
+
+def test_what_was_trained_without_loops_is_scored_without_them(unlooped, data, in_process, tmp_path):
+    """And its artifact too, by the script, by the counted one, and from its weights where that is said."""
+    work, process = unlooped
+    assert "training ended before the loops turned on" in process.stdout
+    first = read_result(work / "run")
+    assert first["looping"] is False and "looping" not in process.stdout.split("prequant")[1]
+    artifact = {"QUANTIZED_MODEL_PATH": work / "run/final_model.int6.ptz", "DATA_PATH": data}
+    assert in_process(tmp_path, **artifact, TTT_EVAL_ONLY=1, ARTIFACT_DIR="again")[0] == 0
+    shutil.copy(work / "run/train_gpt.packed.py", tmp_path)
+    alone = command(
+        tmp_path / "train_gpt.packed.py", tmp_path, **artifact, TTT_EVAL_ONLY=1, ARTIFACT_DIR="alone"
+    )
+    assert alone.returncode == 0, alone.stderr.splitlines()[-1]
+    for name in ("again", "alone"):
+        stages = read_result(tmp_path / name)["stages"]
+        for stage in ("quantised",) if name == "again" else ("quantised", "ttt"):
+            assert stages[stage]["val_bpb"] == first["stages"][stage]["val_bpb"], (name, stage)
+    weights = {"MODEL_PATH": work / "run/final_model.pt", "DATA_PATH": data, "QUANTIZE_ONLY": 1}
+    in_process(tmp_path, **weights, TTT_ENABLED=0, ENABLE_LOOPING_AT=1, ARTIFACT_DIR="weights")
+    name = "final_model.int6.ptz"
+    assert (tmp_path / "weights" / name).read_bytes() == (work / "run" / name).read_bytes()
+
+
+def test_loops_that_cannot_turn_on_are_refused(tg, data, in_process, tmp_path, capsys):
+    settings = {"DATA_PATH": data, "ARTIFACT_DIR": "run", "ENABLE_LOOPING_AT": 1}
+    assert in_process(tmp_path, **settings)[0] == 2 and not (tmp_path / "run").exists()
+    assert in_process(tmp_path, **settings, NUM_LOOPS=0, PREFLIGHT_ONLY=1)[0] == 0
 
 
 # -- other components

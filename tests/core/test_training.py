@@ -405,6 +405,19 @@ def test_schedules_follow_the_step_number_without_a_cap(tg, make_trainer, run_lo
     assert {event["tokens_per_second"] for event in events("train")} == {64}  # 128 in two seconds
 
 
+@pytest.mark.parametrize("frac, kept", [(0.7, 1.0), (0.85, 0.75), (1.0, 0.5)])
+def test_decay_of_the_banks_tapers_late(make_trainer, frac, kept):
+    """Full to 70 % of training, then on a line to a half (PR #1729): what a step takes from a bank."""
+    moved = []
+    for taper in ({}, {"wd_taper_start_frac": 0.7, "wd_taper_final_mult": 0.5}):
+        trainer = make_trainer(muon_wd=0.5, min_lr=1.0, **taper)
+        before = trainer.model.qo_bank.detach().clone()
+        trainer.step(0, frac)
+        moved.append(trainer.model.qo_bank.detach() - before)
+    spared = trainer.cfg.matrix_lr * 0.5 * (1 - kept) * before
+    torch.testing.assert_close(moved[1] - moved[0], spared, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("seconds_per_step, steps", [(1.0, 10), (3.0, 4), (4.0, 3)])
 def test_cap_stops_within_one_step(tg, make_trainer, run_log, stopwatch, seconds_per_step, steps):
     """Ten seconds are left for training: the step that crosses them is the last."""
@@ -415,11 +428,26 @@ def test_cap_stops_within_one_step(tg, make_trainer, run_log, stopwatch, seconds
     assert 10 <= clock.seconds["train"] < 10 + seconds_per_step
 
 
-def test_cap_shorter_than_a_step_stops_after_three(tg, make_trainer, run_log, stopwatch):
-    """The ranks agree on the time two steps later: the third step starts before the first one's is known."""
-    trainer = make_trainer(iterations=1000, max_wallclock_seconds=10.5, gptq_reserve_seconds=0.5)
-    log, _ = run_log(trainer.cfg)
-    assert train_all(trainer, log, stopwatch(trainer, 100.0)) == 3
+@pytest.mark.parametrize("seconds, rates", [(100.0, [1]), (5.5, [1, 0.6]), (3.5, [1, 0.86, 0.4])])
+def test_the_first_steps_go_by_the_clock_too(tg, make_trainer, run_log, stopwatch, seconds, rates):
+    """Ten seconds: one step that takes longer is the only one; rates and loops follow from the second on."""
+    settings = {"max_wallclock_seconds": 10.5, "gptq_reserve_seconds": 0.5, "enable_looping_at": 0.35}
+    trainer = make_trainer(iterations=1000, warmdown_frac=0.75, train_log_every=1, **settings)
+    log, events = run_log(trainer.cfg)
+    assert train_all(trainer, log, stopwatch(trainer, seconds)) == len(rates)
+    assert [event["lr_multiplier"] for event in events("train")] == pytest.approx(rates, abs=0.01)
+    assert trainer.looping == (len(rates) > 1)
+
+
+def test_a_lines_clock_is_read_when_its_step_has_ended(tg, make_trainer, run_log, stopwatch, monkeypatch):
+    """Reading the step's loss waits for the device; what is read before would say nothing of the step."""
+    trainer = make_trainer(iterations=2)
+    log, events = run_log(trainer.cfg)
+    order, clock, elapsed = [], stopwatch(trainer, 1.0), tg.StepReport.elapsed
+    monkeypatch.setattr(tg.StepReport, "elapsed", lambda report: order.append("ended") or elapsed(report))
+    monkeypatch.setattr(clock, "elapsed", lambda name: order.append("read") or 1.0)
+    train_all(trainer, log, clock)
+    assert order[:3] == ["read", "ended", "read"], "the first goes with the gradients"
 
 
 def test_training_resumed_at_its_end_ends(tg, make_trainer, run_log):

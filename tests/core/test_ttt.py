@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from golden_tools import run_through
-from oracle_ttt import plain_ttt
+from oracle_ttt import plain_ttt, score_batch
+
+from bench import guard
 
 TINY = {
     "vocab_size": 64,
@@ -498,10 +500,10 @@ def test_rows_that_were_dropped_rest(tg):
 # -- less work, the same losses
 
 
-def document_losses(tg, model, val, config) -> dict[int, float]:
+def document_losses(tg, model, val, config, looping: bool = True) -> dict[int, float]:
     """Loss sums by document number, re-computed from the events of the evaluator."""
     sums, chunk_losses = {}, []
-    evaluator = tg.ScoreFirstTTT(model, val, config, looping=True)
+    evaluator = tg.ScoreFirstTTT(model, val, config, looping=looping)
     losses_of = evaluator._losses
 
     def losses(*arguments):
@@ -518,15 +520,6 @@ def document_losses(tg, model, val, config) -> dict[int, float]:
     meter = evaluator.run()
     assert sum(sums.values()) == pytest.approx(meter.loss_sum, rel=1e-12)
     return sums
-
-
-@pytest.fixture
-def float64(monkeypatch):
-    """AdamW's first steps have the size of the rate whatever the gradient's: rounding decides some signs."""
-    torch.set_default_dtype(torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("lanes", [0, 1])
@@ -630,7 +623,7 @@ RUINOUS = {"ttt_lora_lr": 100.0, "phased_ttt_prefix_docs": 0, "ttt_warm_start_a"
 
 def test_document_that_diverges_goes_on_without_adapters(tg):
     """From the chunk after the rise on its losses are those of the weights alone; nothing is scored again."""
-    settings, still = {**RUINOUS, "ttt_guard": 0.5}, {"ttt_lora_lr": 0.0, "phased_ttt_prefix_docs": 0}
+    settings, still = {**RUINOUS, "ttt_guard": 2.0}, {"ttt_lora_lr": 0.0, "phased_ttt_prefix_docs": 0}
     val = validation(tg, documents_stream())
 
     def chunk_losses(settings: dict) -> tuple[list[tuple], int]:
@@ -641,7 +634,8 @@ def test_document_that_diverges_goes_on_without_adapters(tg):
         def losses(part, *rest):
             values = inner(part, *rest)
             for row, number in enumerate(part.documents):
-                found.append((number, float(values[row].detach()[part.valid[row]].mean())))
+                chunk = values[row].detach()[part.valid[row]]
+                found.append((number, float(chunk.sum()), len(chunk), bool(part.trains[row])))
             return values
 
         evaluator._losses = losses
@@ -649,17 +643,63 @@ def test_document_that_diverges_goes_on_without_adapters(tg):
         return found, evaluator.diverged
 
     (ruined, diverged), (plain, _) = chunk_losses(settings), chunk_losses(still)
-    assert [number for number, _ in ruined] == [number for number, _ in plain]  # each chunk once, in order
+    assert [chunk[0] for chunk in ruined] == [chunk[0] for chunk in plain]  # each chunk once, in order
     assert 0 < diverged <= len(LENGTHS)
     so_far, off = {}, set()
-    for (number, loss), (_, without) in zip(ruined, plain, strict=True):
-        earlier = so_far.setdefault(number, [])
+    for (number, loss, targets, trains), (_, without, _, _) in zip(ruined, plain, strict=True):
+        before, count, harm = so_far.get(number, (0.0, 0, 0.0))
         if number in off:
             assert loss == pytest.approx(without, rel=1e-5)
-        elif earlier and loss > sum(earlier) / len(earlier) + 0.5:
+        if count:
+            harm = max(0.0, harm + loss - targets * (before / count + 3))
+        if harm > 2 and trains:
             off.add(number)
-        earlier.append(loss)
+        so_far[number] = before + loss, count + targets, harm
     assert len(off) == diverged
+
+
+SIZES = (1, 2, 5, 8, 24, 48, 72)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_noise_takes_no_adapters(tg, size):
+    """Losses as a model without harm has them, and worse."""
+    assert guard.judge(guard.invented(seed=size), size, tg.Config())[0].all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_harm_is_found_within_a_few_targets_whatever_the_chunks(tg, size):
+    """10 nats more from some target on, 7 of them evidence: 15 targets, and a chunk is judged whole."""
+    first = -(-200 // size) * size
+    losses = torch.full([3, first + 500], 3.3)
+    losses[1:, first:] += 10
+    losses[2, first + -(-15 // size) * size :] -= 10  # what follows does not matter any more
+    assert guard.judge(losses, size, tg.Config())[0].tolist() == [True, False, False]
+
+
+def test_the_last_chunk_takes_no_adapters(tg):
+    """They are not used again, and the next batch would draw its A anew."""
+    losses = torch.full([2, 48 * 3 + 2], 3.3)
+    losses[:, -2:] = 200.0
+    assert guard.judge(losses, 48, tg.Config())[0].all()
+    assert not guard.judge(losses, 1, tg.Config())[0].any()
+
+
+def test_finished_documents_decay_as_in_the_plain_form(tg):
+    """Their A goes to the next batch (warm start), and the rows that are dropped are not stepped any more."""
+    settings = {"ttt_weight_decay": 20.0, "ttt_lora_lr": 5e-3, "phased_ttt_prefix_docs": 0, "ttt_guard": 0.0}
+    config = tg.Config(**TINY | settings | {"ttt_warm_start_a": True})
+    model, val = random_model(tg, config), validation(tg, documents_stream())
+    (batch, *_) = tg.ttt_batches(list(enumerate(val.documents)), config)
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    evaluator = tg.ScoreFirstTTT(model, val, config, looping=True, generator=generators[0])
+    ours = evaluator._new_lora(config.ttt_batch_size)
+    plain = tg.BatchedLoRA(config, config.ttt_batch_size, tg.lora_slots(config, True), generators[1])
+    assert len(batch.documents) == config.ttt_batch_size and batch.documents[0][1][1] < batch.targets - 20
+    evaluator._score_batch(batch, ours, config.ttt_chunk_size)
+    score_batch(tg, model, val, config, batch.documents, plain, True, {})
+    for mine, theirs in zip(ours.maps(), plain.maps(), strict=True):
+        torch.testing.assert_close(mine.A, theirs.A, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("warm", [False, True])

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from test_smoke import SCRIPT, environment, make_data
+from quick_run import QUICK
+from test_smoke import environment, make_data
 
 ONE_NODE = ("--standalone", "--nproc_per_node=2")
 
@@ -24,7 +25,7 @@ def work(tmp_path_factory) -> Path:
 
 
 def launch(
-    work: Path, name: str, *options: str, script: Path = SCRIPT, **settings: object
+    work: Path, name: str, *options: str, script: Path = QUICK, **settings: object
 ) -> subprocess.Popen:
     """Start the script, under torchrun if it gets options; its outputs go to the folder `name`."""
     torchrun = ["-m", "torch.distributed.run", *options] if options else []

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 
 import prepare_caseops_data as prepare
-from dataprep.download import LAYOUT, REPOSITORY, SHARD_FOLDER
+from dataprep.checking import check_folder
 from dataprep.encoding import make_tokenizer
 from dataprep.shards import shard_bytes
+from systems.layout import SOURCES, file_sha256
 
 PUBLISHED = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+CASEOPS, PLAIN = SOURCES[False, 8192], SOURCES[True, 8192]
 REVISION = "0123456789abcdef0123456789abcdef01234567"
-SHARDS, TOKENIZERS = f"datasets/{SHARD_FOLDER}", "datasets/tokenizers"
+SHARDS, TOKENIZERS = f"datasets/datasets/{CASEOPS.dataset}", "datasets/tokenizers"
 SECOND = f"{SHARDS}/fineweb_train_000001.bin"
 
 
@@ -31,7 +33,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Page)
-        self.files = files
+        self.files, self.repository = files, CASEOPS.repository
         self.faults: dict[str, list[str]] = {}  # by path, what goes wrong with the next answers
         self.sent, self.ranges = Counter(), []
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -51,12 +53,13 @@ class Page(BaseHTTPRequestHandler):
 
     def do_GET(self, body: bool = True) -> None:
         path = urlparse(self.path).path
-        api = f"/api/datasets/{REPOSITORY}"
+        repository = self.server.repository
+        api = f"/api/datasets/{repository}"
         if path.startswith(f"{api}/tree/"):
             self._json([self._entry(*item) for item in self.server.files.items()])
         elif path.startswith(api):
-            self._json({"id": REPOSITORY, "sha": REVISION})
-        elif match := re.fullmatch(rf"/datasets/{REPOSITORY}/resolve/{REVISION}/(.*)", path):
+            self._json({"id": repository, "sha": REVISION})
+        elif match := re.fullmatch(rf"/datasets/{repository}/resolve/{REVISION}/(.*)", path):
             self._file(match[1], body)
         else:
             self.send_error(404)
@@ -139,19 +142,37 @@ def download(hub: Hub, place: Path, *arguments: object) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=place, env=environment)
 
 
+@pytest.fixture
+def here(hub, tmp_path, monkeypatch, capfd):
+    """Function: the same in this process up to the first file; -> exit code, standard output and error.
+
+    The library builds the addresses of files from what the environment was when it was imported.
+    """
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        capfd.readouterr()
+        code = prepare.main(["--download", "--workers", "1", *map(str, arguments)])
+        return code, *capfd.readouterr()
+
+    return run
+
+
 def test_data_download_into_the_default_layout(hub, tmp_path, tg):
     result = download(hub, tmp_path)
     assert result.returncode == 0 and result.stderr == "", result.stderr
-    folder = tmp_path / LAYOUT / SHARD_FOLDER
+    folder = tmp_path / CASEOPS.folder
     assert folder == tmp_path / tg.Config().data_folder
     expected = {name.rpartition("/")[2]: data for name, data in hub.files.items() if name.startswith(SHARDS)}
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
     manifest = json.loads(found.pop("manifest.json"))
-    assert found.pop("published_manifest.json") == hub.files["datasets/manifest.json"]
     assert found == expected
-    assert (tmp_path / LAYOUT / "tokenizers" / PUBLISHED).read_bytes() == hub.files[
-        f"{TOKENIZERS}/{PUBLISHED}"
-    ]
+    tokenizer = tmp_path / CASEOPS.home / "tokenizers" / PUBLISHED
+    assert tokenizer.read_bytes() == hub.files[f"{TOKENIZERS}/{PUBLISHED}"]
     assert manifest["origin"] == "downloaded" and manifest["revision"] == REVISION
     assert manifest["splits"]["val"]["documents"] == 20 and manifest["splits"]["train"]["documents"] == 380
     assert {n: e["sha256"] for n, e in manifest["files"].items()} == {
@@ -219,6 +240,112 @@ def test_data_download_replaces_a_damaged_file(hub, tmp_path):
     assert path.read_bytes() == hub.files[SECOND]
 
 
+def state(folder: Path) -> dict[Path, tuple[str, int]]:
+    """All there is below a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path: (file_sha256(path), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        *("prepared", "no manifest", "unfinished", "one shard more", "tokenizer", "tokenizer since"),
+        *("folder of arrivals", "link to nowhere"),
+    ],
+)
+def test_data_download_leaves_other_data_alone(hub, here, tmp_path, other):
+    """One line, exit code 2, and not a file is written, not even one that is missing or the same."""
+    folder = tmp_path / CASEOPS.folder
+    names = [name for name in hub.files if name.startswith(SHARDS) and name != SECOND]
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / Path(name).name).write_bytes(hub.files[name])
+    if other == "prepared":
+        (folder / "manifest.json").write_text('{"format": "parameter-golf-data/1", "files": {}}')
+    elif other == "no manifest":
+        path = folder / "fineweb_val_bytes_000000.bin"
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    elif other == "unfinished":
+        (folder / ".unfinished.json").write_text("{}")
+    elif other == "one shard more":
+        (folder / "fineweb_train_000020.bin").write_bytes(hub.files[SECOND])
+    elif other == "folder of arrivals":
+        (folder / ".download").mkdir()
+        (folder / ".download" / "notes.txt").write_text("mine")
+    elif other == "link to nowhere":
+        (folder / "manifest.json").symlink_to(tmp_path / "not mounted" / "manifest.json")
+    else:
+        if other == "tokenizer since":  # a download, to whose tokenizers another data set has come
+            made = {"repository": CASEOPS.repository, "dataset": CASEOPS.dataset, "files": {}}
+            made["tokenizer"] = {"sha256": hashlib.sha256(b"the hub's").hexdigest()}
+            (folder / "manifest.json").write_text(json.dumps(made))
+        (tmp_path / CASEOPS.home / "tokenizers").mkdir()
+        (tmp_path / CASEOPS.home / "tokenizers" / PUBLISHED).write_bytes(b"mine")
+    before = state(tmp_path)
+    code, output, error = here()
+    assert (code, output, error.count("\n")) == (2, "", 1), error
+    assert str(CASEOPS.home) in error and state(tmp_path) == before and not hub.sent
+    assert (folder / "manifest.json").is_symlink() == (other == "link to nowhere")
+
+
+def test_data_download_keeps_what_is_the_hubs(hub, here, tmp_path):
+    """Whoever put it here. What the hub has changed since is not replaced."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / Path(SECOND).name).write_bytes(hub.files[SECOND])
+    (out / "notes.txt").write_text("mine")
+    assert download(hub, tmp_path, "--out", out).returncode == 0
+    assert hub.sent[SECOND] == 0 and (out / "notes.txt").exists()
+    hub.files[SECOND] = hub.files[SECOND][:-2] + b"\7\0"
+    before = state(out)
+    code, _, error = here("--out", out)
+    assert code == 2 and f"{Path(SECOND).name}: the hub has changed it since" in error
+    assert state(out) == before
+
+
+def test_data_download_of_plain_text(hub, here, tmp_path, tokenizer_dir, tg):
+    """The set of the wanted vocabulary, of a repository that has others too, to the contest's place."""
+    model = (tokenizer_dir / "fineweb_8192_bpe.model").read_bytes()
+    tokenizer = make_tokenizer("fineweb_8192_bpe.model", model, plain=True)
+    texts = [f"Plain document number {n}. {'The same words for all. ' * (n % 5)}" for n in range(60)]
+    made = tmp_path / "made"
+    prepare.prepare([prepare.make_document(text, "") for text in texts], tokenizer, made, 20)
+    shards = {f"datasets/datasets/{PLAIN.dataset}/{path.name}": path for path in made.glob("*_000000.bin")}
+    hub.repository = PLAIN.repository
+    hub.files |= {name: path.read_bytes() for name, path in shards.items() if "val_bytes" not in name}
+    hub.files["datasets/tokenizers/fineweb_8192_bpe.model"] = model
+    result = download(hub, tmp_path, "--plain")
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in (tmp_path / PLAIN.folder).iterdir()} == {
+        "fineweb_train_000000.bin", "fineweb_val_000000.bin", "manifest.json",
+    }  # fmt: skip
+    cfg = tg.Config(data_dir=str(tmp_path / "data"), caseops_enabled=False)
+    assert tg.check_data(cfg)["repository"] == PLAIN.repository
+    assert tg.load_validation(cfg).num_targets > 0
+    (tmp_path / PLAIN.folder / "fineweb_val_000000.bin").unlink()
+    problems, _ = check_folder(tmp_path / PLAIN.folder)
+    assert problems[-1].endswith(f"--download --plain --shards 1 --out {tmp_path / PLAIN.folder}")
+    code, _, error = here("--plain", "--vocab", 4096)
+    assert code == 2 and "holds 0 tokenizer files of fineweb10B_sp4096" in error
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--download --vocab 1024", "--vocab 1024: must be 8192 for CaseOps text (see --plain)"),
+        ("--download --plain --vocab 7", "--vocab 7: must be 8192 or 4096 or 1024 for plain text"),
+        ("--demo --vocab 1024", "--vocab: only with --download"),
+        ("--download --overwrite", "--overwrite: not allowed with --download"),
+        ("--download --sp m.model", "--sp: not allowed with --download"),
+        ("--check data --plain", "--plain: not allowed with --check"),
+    ],
+)
+def test_options_of_a_download(arguments, words, capsys):
+    with pytest.raises(SystemExit) as left:
+        prepare.parse_arguments(arguments.split())
+    assert left.value.code == 2 and capsys.readouterr().err.endswith(f"error: {words}\n")
+
+
 def test_data_download_errors(hub, tmp_path):
     del hub.files[f"{SHARDS}/fineweb_val_bytes_000000.bin"]
     result = download(hub, tmp_path)
@@ -226,4 +353,4 @@ def test_data_download_errors(hub, tmp_path):
     hub.url = "http://127.0.0.1:9"
     result = download(hub, tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert f"{REPOSITORY}: cannot be fetched" in result.stderr
+    assert f"{CASEOPS.repository}: cannot be fetched" in result.stderr

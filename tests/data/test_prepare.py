@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import itertools
 import json
 import lzma
 import subprocess
@@ -257,6 +258,71 @@ def test_compressed_input(docs, prepared, model, tmp_path, suffix, compress):
     assert contents(tmp_path / "out") == contents(prepared)
 
 
+def packed_lines(path: Path, data: bytes) -> list[bytes]:
+    path.write_bytes(data)
+    return [line for block in reading.Reader([str(path)]) for line in block.lines]
+
+
+PACK = {
+    "xz": lzma.compress,
+    "gz": gzip.compress,
+    "zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 15])
+@pytest.mark.parametrize(
+    ("suffix", "zeros"),
+    [("xz", 0), ("xz", 4), ("xz", 40_000), ("gz", 0), ("gz", 3), ("gz", 40_000), ("zst", 0)],
+)
+def test_every_stream_of_a_compressed_file_is_read(tmp_path, monkeypatch, suffix, zeros, chunk):
+    """Lines run on across streams; zeros may stand behind each."""
+    monkeypatch.setattr(reading, "READ_BYTES", chunk)
+    parts = [b'"a"\n"b', b"", b'c"\n', b'"d"\n"e"']
+    packed = b"".join(PACK[suffix](part) + bytes(zeros) for part in parts)
+    assert packed_lines(tmp_path / f"d.{suffix}", packed) == [b'"a"\n', b'"bc"\n', b'"d"\n', b'"e"']
+
+
+DAMAGE = {
+    "header": lambda stream: b"?" + stream[1:],
+    "middle": lambda stream: stream[:-20] + bytes([stream[-20] ^ 0x55]) + stream[-19:],
+    "cut": lambda stream: stream[:-3],
+    "rubbish": lambda stream: stream + b"rubbish",
+    "one byte": lambda stream: stream + b"\x01",
+    "zeros": lambda stream: stream + bytes(3),
+}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage"), [pair for pair in itertools.product(PACK, DAMAGE) if pair != ("gz", "zeros")]
+)
+def test_damage_behind_the_first_stream_is_no_end(tmp_path, suffix, damage):
+    """Half of the documents must not be taken for all."""
+    first, second = (PACK[suffix](b"".join(b'"%d"\n' % n for n in range(k, k + 90))) for k in (100, 200))
+    for packed in (first + DAMAGE[damage](second), first + DAMAGE[damage](second) + first):
+        with pytest.raises(prepare.DataError, match=rf"d\.{suffix} after line \d+: cannot be read: "):
+            packed_lines(tmp_path / f"d.{suffix}", packed)
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_compressed_file_without_a_stream(tmp_path, suffix):
+    with pytest.raises(prepare.DataError, match=rf"d\.{suffix}: cannot be read: "):
+        packed_lines(tmp_path / f"d.{suffix}", b"")
+    assert packed_lines(tmp_path / f"d.{suffix}", PACK[suffix](b"")) == []
+
+
+def test_reason_of_several_lines_is_told_in_one(tmp_path, monkeypatch):
+    """Arrow's, for one."""
+
+    def broken(file):
+        raise OSError("Invalid data\n  in a page.\n")
+
+    monkeypatch.setitem(reading._OPENERS, ".xz", broken)
+    with pytest.raises(prepare.DataError) as refused:
+        packed_lines(tmp_path / "d.xz", b"")
+    assert str(refused.value) == f"{tmp_path}/d.xz: cannot be read: Invalid data in a page."
+
+
 def test_standard_input(docs, prepared, model, tmp_path):
     result = run("--docs", "-", "--sp", model, "--out", tmp_path, "--val-docs", 15, input=docs.read_bytes())
     assert result.returncode == 0, result.stderr
@@ -314,6 +380,41 @@ def test_training_a_tokenizer_is_deterministic_and_sees_no_validation_text(docs,
     assert contents(outs[0]) == contents(outs[1])
     assert (outs[2] / "tokenizer.model").read_bytes() == (outs[0] / "tokenizer.model").read_bytes()
     assert json.loads((outs[0] / "manifest.json").read_text())["tokenizer"]["lossless"] is True
+
+
+def test_a_tokenizer_learns_from_texts_with_sentencepieces_own_mark():
+    """SentencePiece skips a sentence that holds U+2585; the text around it counts as if it stood alone."""
+    around, rest = ["qzj qzj qzjv", " wxk wxk wxkq"], TEXTS[:20]
+    learnt = prepare.train_tokenizer(["\u2585".join(around), *rest], 350)
+    assert learnt == prepare.train_tokenizer([*around, *rest], 350)
+    assert learnt != prepare.train_tokenizer(rest, 350)
+
+
+@pytest.mark.parametrize(
+    "reason", [prepare.DataError("d.jsonl line 9: not JSON"), KeyboardInterrupt()], ids=repr
+)
+@pytest.mark.parametrize("before", [0, 1, 30])
+def test_what_ends_the_texts_of_a_tokenizer_goes_through(reason, before):
+    """SentencePiece would word it in several lines, and take Ctrl-C for a mistake."""
+
+    def texts():
+        yield from TEXTS[:before]
+        raise reason
+
+    with pytest.raises(type(reason)) as ended:
+        prepare.train_tokenizer(texts(), VOCAB)
+    assert ended.value is reason
+
+
+def test_texts_that_a_tokenizer_does_not_learn_from_are_named(docs, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "TOKENIZER_TRAINING_BYTES", sum(len(text.encode()) for text in TEXTS[2:5]))
+    blocks = reading.Reader([str(docs)])
+    assert list(prepare.training_texts(blocks, 2, 0)) == TEXTS[2:5]
+    line = f"{docs} line 6 and all that follows is left out\n"
+    assert capsys.readouterr().out.endswith(line)
+    monkeypatch.undo()
+    assert list(prepare.training_texts(blocks, 2, 0)) == TEXTS[2:]
+    assert capsys.readouterr().out == ""
 
 
 def test_tokenizer_texts_stop_at_the_limit():

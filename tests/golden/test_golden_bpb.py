@@ -4,11 +4,12 @@ The published evaluator drops a rank's last incomplete batch; ours scores every 
 published limits themselves and give our functions exactly the ranges on which both must agree.
 """
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from golden_tools import model_config, run_through, score_standard
+from golden_tools import cases, run_through, score_standard, some, tiny_config, tokenizer_model
 from house import plain_validation
 
 # 11_bpb: "relative 1e-9 (sums are exact sums of the stored float32 losses in float64)"
@@ -16,24 +17,41 @@ RELATIVE = 1e-9
 # 06_data (segments of a row): "exact"
 
 TABLES = ["base_bytes", "has_leading_space", "is_boundary"]
-CASEOPS_MODEL = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+ACCOUNTING = "11_bpb/ttt_accounting.json"
+
+
+def numbers(of_edges: bool):
+    """Function: cases of the document evaluation -> places of its settings, or of its edge cases (noted)."""
+    return lambda found: [number for number, case in enumerate(found) if ("note" in case) == of_edges]
+
+
+def sizes(of: str):
+    """Function: names -> the sizes in those that read `of` and a size."""
+    return lambda names: [int(match[1]) for name in names if (match := re.fullmatch(of, name))]
+
+
+SETTINGS = cases(ACCOUNTING, numbers(of_edges=False), "settings")
+EDGES = cases(ACCOUNTING, numbers(of_edges=True), "edges")
+PUBLISHED = cases("11_bpb/bpb.safetensors", sizes(r"sp(\d+)\.base_bytes"), "sp*.base_bytes")
+BEYOND = cases("11_bpb/tables.json", sizes(r"table_size_when_vocab_(\d+)"), "table_size_when_vocab_*")
 
 
 @pytest.fixture(scope="module")
-def vectors(golden_tensors):
-    return golden_tensors("11_bpb/bpb.safetensors")
+def vectors(golden_file):
+    return golden_file("11_bpb/bpb.safetensors")
 
 
 @pytest.fixture(scope="module")
-def tables(golden_json):
-    return golden_json("11_bpb/tables.json")
+def tables(golden_file):
+    return golden_file("11_bpb/tables.json")
 
 
 @pytest.fixture(scope="module")
-def sentencepiece_model(tokenizer_dir):
+def sentencepiece_model(tokenizer_dir, golden_file):
     import sentencepiece
 
-    return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_dir / CASEOPS_MODEL))
+    model = tokenizer_model(tokenizer_dir, golden_file("10_caseops/meta.json"))
+    return sentencepiece.SentencePieceProcessor(model_file=str(model))
 
 
 def given_losses(previous: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -101,11 +119,9 @@ def published_range(row: dict) -> tuple[int, int, int]:
     return first * length, batches * per_batch * length, per_batch * length
 
 
-def test_standard_evaluation(tg, golden_json, vectors):
-    compared = 0
-    for row in golden_json("11_bpb/standard_eval.json"):
-        if "error" in row:
-            continue
+def test_standard_evaluation(tg, golden_file, vectors):
+    rows = [row for row in golden_file("11_bpb/standard_eval.json") if "error" not in row]
+    for row in some(rows, "row of 11_bpb/standard_eval.json without an error"):
         start, targets, row_tokens = published_range(row)
         tokens = vectors["val_tokens"][start : start + targets + 1]
         sidecar = vectors["val_bytes"][start : start + targets + 1]
@@ -116,15 +132,13 @@ def test_standard_evaluation(tg, golden_json, vectors):
         assert len(score.rows) == row["batches"]
         for seen, expected in zip(score.rows, row.get("first_batches_cu", []), strict=False):
             assert seen == expected
-        compared += 1
-    assert compared == 38
 
 
-def test_standard_evaluation_scores_everything_where_the_published_one_fails(tg, golden_json, vectors):
+def test_standard_evaluation_scores_everything_where_the_published_one_fails(tg, golden_file, vectors):
     """Better: less than one batch (division by zero) or less than one sequence (value error) is no error."""
-    failing = [row for row in golden_json("11_bpb/standard_eval.json") if "error" in row]
-    assert {row["error"] for row in failing} == {"division by zero", "value error"}
-    for row in failing:
+    failing = [row for row in golden_file("11_bpb/standard_eval.json") if "error" in row]
+    for row in some(failing, "row of 11_bpb/standard_eval.json with an error"):
+        assert row["error"] in ("division by zero", "value error")
         num_tokens = row.get("num_val_tokens", len(vectors["val_tokens"]))
         tokens, sidecar = vectors["val_tokens"][:num_tokens], vectors["val_bytes"][:num_tokens]
         val = validation_set(tg, vectors, row.get("byte_source", "sidecar"), tokens, sidecar)
@@ -136,13 +150,16 @@ def test_standard_evaluation_scores_everything_where_the_published_one_fails(tg,
         assert meter.loss_sum == pytest.approx(expected, rel=RELATIVE, abs=0)
 
 
-def test_whole_stream_has_no_dropped_tail(tg, golden_json, vectors):
+def test_whole_stream_has_no_dropped_tail(tg, golden_file, vectors):
     """Every batch size gives the number of the published row that happens to drop nothing."""
-    rows = golden_json("11_bpb/standard_eval.json")
-    whole = next(row for row in rows if row.get("token_count") == len(vectors["loss"]))
+    rows = golden_file("11_bpb/standard_eval.json")
+    targets = len(vectors["loss"])
+    complete = [row for row in rows if row.get("token_count") == targets]
+    whole = some(complete, "row of 11_bpb/standard_eval.json that drops nothing")[0]
     val = validation_set(tg, vectors, whole["byte_source"], vectors["val_tokens"], vectors["val_bytes"])
-    for row_tokens in (64, 100, 333, 2432, 5000):
-        assert_meter(score_standard(tg, RecordingScore(), val, row_tokens, 64), whole)
+    length = whole["eval_seq_len"]
+    for row_tokens in (length, 100, 333, targets, 2 * targets):
+        assert_meter(score_standard(tg, RecordingScore(), val, row_tokens, length), whole)
 
 
 class GivenLossModel(torch.nn.Module):
@@ -163,12 +180,10 @@ class GivenLossModel(torch.nn.Module):
         return losses
 
 
-def run_document_evaluation(tg, golden_json, val, settings: dict):
+def run_document_evaluation(tg, val, settings: dict):
     """Score-first evaluation of given losses without a global phase: (meter, events of kind -> list)."""
-    config = model_config(
+    config = tiny_config(
         tg,
-        golden_json("12_phased_ttt/main.json")["config"],
-        vocab_size=320,
         phased_ttt_prefix_docs=0,
         ttt_lora_rank=2,
         ttt_chunk_size=settings["ttt_chunk_size"],
@@ -211,11 +226,11 @@ def assert_chunks(case: dict, events: dict) -> None:
         assert [n for _, n in scored["part"].spans] == [n for n in expected["chunk_lens"] if n]
 
 
-@pytest.mark.parametrize("case_number", range(6))
-def test_document_evaluation(tg, golden_json, vectors, case_number):
-    case = golden_json("11_bpb/ttt_accounting.json")[case_number]
+@pytest.mark.parametrize("case_number", SETTINGS)
+def test_document_evaluation(tg, golden_file, vectors, case_number):
+    case = golden_file(ACCOUNTING)[case_number]
     val = validation_set(tg, vectors, case["byte_source"], vectors["val_tokens"], vectors["val_bytes"])
-    meter, events = run_document_evaluation(tg, golden_json, val, case)
+    meter, events = run_document_evaluation(tg, val, case)
     assert_meter(meter, case)
     if case["batches"] is not None:
         assert_batches(case, events)
@@ -223,39 +238,54 @@ def test_document_evaluation(tg, golden_json, vectors, case_number):
         assert_chunks(case, events)
 
 
-def test_document_evaluation_edges(tg, golden_json, vectors):
-    cases = golden_json("11_bpb/ttt_accounting.json")
-    final_bos, before_first_bos = cases[6:]
-    settings = cases[5]
-    assert settings["byte_source"] == "synthetic_lut"
+def edge_stream(note: str, vectors: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, sidecar) that a note tells: [its tokens +] first N of val_tokens [and a BOS]."""
+    told = re.search(r"(?:\[([\d, ]+)\] \+ )?first (\d+) of val_tokens( followed by a single BOS)?", note)
+    if not told:
+        pytest.skip(f"{ACCOUNTING} tells a stream in words unknown here: {note}")
+    before = [int(token) for token in (told[1] or "").split(",") if token]
+    after, count = [1] if told[3] else [], int(told[2])
+    tokens = [*before, *vectors["val_tokens"][:count].tolist(), *after]
+    sidecar = [*before, *vectors["val_bytes"][:count].tolist(), *(0 for _ in after)]
+    return torch.tensor(tokens), torch.tensor(sidecar)
 
-    # Better: a stream that ends in BOS is scored to its end (published: assertion).
-    assert final_bos["result"] == {"error": "assertion"}
-    tokens = torch.cat([vectors["val_tokens"][:200], torch.tensor([1], dtype=torch.int32)])
-    val = validation_set(tg, vectors, "synthetic_lut", tokens, tokens)
-    meter, _ = run_document_evaluation(tg, golden_json, val, settings)
-    assert meter.tokens == 200
+
+@pytest.mark.parametrize("case_number", EDGES)
+def test_document_evaluation_edges(tg, golden_file, vectors, case_number):
+    """Tokens before the first BOS belong to no document.
+
+    Better: a stream that ends in BOS is scored to its end (published: assertion).
+    """
+    found = golden_file(ACCOUNTING)
+    note, result = found[case_number]["note"], found[case_number]["result"]
+    settings = some([case for case in found if "note" not in case], f"settings in {ACCOUNTING}")[-1]
+    told = re.search(r"byte source (\w+)", note)
+    tokens, sidecar = edge_stream(note, vectors)
+    val = validation_set(tg, vectors, told[1] if told else settings["byte_source"], tokens, sidecar)
+    meter, _ = run_document_evaluation(tg, val, settings)
+    if "error" not in result:
+        return assert_meter(meter, result)
+    assert result == {"error": "assertion"} and tokens[-1] == 1
+    tokens = tokens[tokens.tolist().index(1) :]
+    assert meter.tokens == len(tokens) - 1
     expected = given_losses(tokens[:-1], tokens[1:]).double().sum().item()
     assert meter.loss_sum == pytest.approx(expected, rel=RELATIVE, abs=0)
 
-    # Tokens before the first BOS belong to no document.
-    tokens = torch.cat([torch.tensor([9, 8, 7], dtype=torch.int32), vectors["val_tokens"][:300]])
-    val = validation_set(tg, vectors, "synthetic_lut", tokens, tokens)
-    meter, _ = run_document_evaluation(tg, golden_json, val, settings)
-    assert_meter(meter, before_first_bos["result"])
 
-
-def test_tables_of_the_published_tokenizer(tg, vectors, sentencepiece_model):
-    built = tg.ByteTables.from_sentencepiece(sentencepiece_model, 8192)
-    for name in TABLES:
-        assert torch.equal(getattr(built, name).long(), vectors[f"sp8192.{name}"].long()), name
-
-
-def test_tables_beyond_the_tokenizer(tg, tables, sentencepiece_model):
-    size, base, space, boundary = tables["table_size_when_vocab_8200"]
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_tables_of_the_published_tokenizer(tg, vectors, sentencepiece_model, size):
     built = tg.ByteTables.from_sentencepiece(sentencepiece_model, size)
-    assert len(built.base_bytes) == len(built.has_leading_space) == len(built.is_boundary) == size
-    beyond = [getattr(built, name)[8192:].sum().item() for name in TABLES]
+    for name in TABLES:
+        assert torch.equal(getattr(built, name).long(), vectors[f"sp{size}.{name}"].long()), name
+
+
+@pytest.mark.parametrize("size", BEYOND)
+def test_tables_beyond_the_tokenizer(tg, tables, sentencepiece_model, size):
+    stored_size, base, space, boundary = tables[f"table_size_when_vocab_{size}"]
+    built = tg.ByteTables.from_sentencepiece(sentencepiece_model, size)
+    assert len(built.base_bytes) == len(built.has_leading_space) == len(built.is_boundary) == stored_size
+    own = sentencepiece_model.get_piece_size()
+    beyond = [getattr(built, name)[own:].sum().item() for name in TABLES]
     assert beyond == [base, space, boundary]
 
 
@@ -265,7 +295,7 @@ def test_plain_text(tg, tables, vectors, sentencepiece_model):
     assert [len(text.encode()) for text in plain["texts"]] == plain["utf8_len"]
     tokens = [token for text in plain["texts"] for token in (1, *sentencepiece_model.encode(text))] + [1]
     assert tokens == vectors["plain.tokens"].tolist()
-    byte_table = tg.ByteTables.from_sentencepiece(sentencepiece_model, 8192)
+    byte_table = tg.ByteTables.from_sentencepiece(sentencepiece_model, sentencepiece_model.get_piece_size())
     target_bytes = byte_table.target_bytes(torch.tensor(tokens))
     assert torch.equal(target_bytes, vectors["plain.token_bytes"].long())
     assert target_bytes.sum().item() == plain["table_total_bytes"]

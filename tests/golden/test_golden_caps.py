@@ -1,41 +1,36 @@
 """CaseOps against the golden vectors (section 10, and the shard format of section 6.1)."""
 
 import hashlib
-import json
 
 import numpy as np
 import pytest
+from golden_tools import some, tokenizer_model
 
 from dataprep.encoding import OPERATORS, Encoder, make_tokenizer, tokenise, tokenise_validation
 from dataprep.reading import make_document
 from dataprep.shards import BOS_ID, SHARD_HEADER_INTS, TRAIN_SHARD, DataFolder, ShardWriter
 from lossless_caps import LosslessCapsError, decode, encode, piece_byte_counts
 
-MODEL = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
 
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+@pytest.fixture(scope="module")
+def cases(golden_file):
+    return some(golden_file("10_caseops/cases.jsonl"), "lines of 10_caseops/cases.jsonl")
 
 
 @pytest.fixture(scope="module")
-def cases(golden_dir):
-    return read_lines(golden_dir / "10_caseops/cases.jsonl")
+def decode_cases(golden_file):
+    return golden_file("10_caseops/decode_cases.jsonl")
 
 
 @pytest.fixture(scope="module")
-def decode_cases(golden_dir):
-    return read_lines(golden_dir / "10_caseops/decode_cases.jsonl")
+def meta(golden_file):
+    return golden_file("10_caseops/meta.json")
 
 
 @pytest.fixture(scope="module")
-def meta(golden_json):
-    return golden_json("10_caseops/meta.json")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_dir):
-    return make_tokenizer(MODEL, (tokenizer_dir / MODEL).read_bytes())
+def tokenizer(tokenizer_dir, meta):
+    model = tokenizer_model(tokenizer_dir, meta)
+    return make_tokenizer(model.name, model.read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +53,7 @@ def test_byte_counts_of_given_surfaces(cases):
 
 def test_unusual_strings_decode(decode_cases):
     unusual = [case for case in decode_cases if not case.get("error")]
-    assert unusual
-    for case in unusual:
+    for case in some(unusual, "case of 10_caseops/decode_cases.jsonl without an error"):
         assert decode(case["encoded"]) == case["decoded"], ascii(case)
         assert (encode(case["decoded"]) == case["encoded"]) == case["reencodes_to_same"], ascii(case)
         assert piece_byte_counts([case["encoded"]]) == [case["byte_counts_single_piece"]], ascii(case)
@@ -67,8 +61,8 @@ def test_unusual_strings_decode(decode_cases):
 
 def test_malformed_strings_raise(decode_cases):
     malformed = [case for case in decode_cases if case.get("error")]
-    assert malformed and all(case["byte_counts_error"] for case in malformed)
-    for case in malformed:
+    for case in some(malformed, "case of 10_caseops/decode_cases.jsonl with an error"):
+        assert case["byte_counts_error"]
         with pytest.raises(LosslessCapsError):
             decode(case["encoded"])
         with pytest.raises(LosslessCapsError):
@@ -128,8 +122,7 @@ def test_training_documents(cases, tokenizer):
 def test_shard_format(golden_dir, tmp_path):
     """A shard written from the tokens of a golden one is the same file."""
     shards = sorted((golden_dir / "06_data/shards").glob("*.bin"))
-    assert shards
-    for number, shard in enumerate(shards):
+    for number, shard in enumerate(some(shards, "06_data/shards/*.bin")):
         tokens = np.frombuffer(shard.read_bytes(), dtype="<u2", offset=4 * SHARD_HEADER_INTS)
         folder = DataFolder(tmp_path / str(number), overwrite=False)
         writer = ShardWriter(folder, TRAIN_SHARD, len(tokens) + 1)

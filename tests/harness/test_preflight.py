@@ -15,10 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from quick_run import QUICK
 
 from bench.settings import TINY, make_data
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +28,9 @@ def work(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(tg, work, monkeypatch, capfd):
+def run(tg, work, quick_packing, monkeypatch, capfd):
     """Function: settings -> exit code, standard output and error of a run in this process."""
     monkeypatch.chdir(work)
-    monkeypatch.setattr(tg, "packed_script", lambda *_: (b"packed", True))
 
     def start(**settings: object) -> tuple[int, str, str]:
         capfd.readouterr()
@@ -340,11 +338,10 @@ def test_preflight_guard_leaves_a_good_factor_alone(tg):
 
 
 @pytest.fixture(scope="module")
-def unlimited(tg, work):
+def unlimited(tg, work, quick_packing):
     """Artifact of a run that nothing limits."""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
         patch.chdir(work)
-        patch.setattr(tg, "packed_script", lambda *_: (b"packed", True))
         assert tg.main([], TINY | {"ARTIFACT_DIR": "unlimited", "TTT_ENABLED": "0"}) == 0
     assert "fallback" not in said.getvalue()
     return (work / "unlimited" / "final_model.int6.ptz").read_bytes()
@@ -364,6 +361,19 @@ def test_preflight_guard_makes_a_large_artifact_smaller(tg, run, work, unlimited
     assert int(event(said, "fallback")["bytes_left"]) >= 0
     tried = [line for line in said.splitlines() if line.startswith("fallback ")]
     assert "bytes_left:-" in tried[0] and tg.read_artifact(blob, tg.Config())
+
+
+def test_preflight_guard_makes_an_artifact_smaller_that_says_as_much(tg, run, work, monkeypatch):
+    """Of a model that was trained without its loops, the smaller one says so too."""
+    settings = {"ITERATIONS": 1, "TTT_ENABLED": 0}
+    assert run(ARTIFACT_DIR="unlooped", **settings)[0] == 0
+    monkeypatch.setattr(tg, "SIZE_LIMIT", (work / "unlooped/final_model.int6.ptz").stat().st_size - 100)
+    assert run(ARTIFACT_DIR="unlooped_smaller", **settings)[0] == 0
+    for name in ("unlooped", "unlooped_smaller"):
+        assert result_of(work, name)["looping"] is False
+        blob = (work / name / "final_model.int6.ptz").read_bytes()
+        assert tg.read_artifact(blob, tg.Config())[0]["enable_looping_at"] == 1
+    assert "fallback" in result_of(work, "unlooped_smaller")
 
 
 def test_preflight_guard_keeps_an_artifact_that_no_rung_makes_fit(tg, run, work, unlimited, monkeypatch):
@@ -428,7 +438,7 @@ def start(work: Path, folder: str, *launcher: str, **settings: object) -> subpro
         | endless
         | {name: str(value) for name, value in settings.items()}
     )
-    command = [sys.executable, *launcher, str(ROOT / "train_gpt.py")]
+    command = [sys.executable, *launcher, str(QUICK)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=work, env=environ, **pipes)
 

@@ -1,8 +1,10 @@
 """Live tracking: the numbers of a run in TensorBoard and in Weights & Biases, and runs without them."""
 
 import dataclasses
+import functools
 import importlib
 import json
+import os
 import sys
 import types
 
@@ -193,3 +195,17 @@ def test_progress_shows_the_loss_of_an_evaluation(tg, settings, tmp_path):
     progress.unit("ttt", worker)
     files.close()
     assert (tmp_path / "run/logs/watched.txt").read_text().splitlines()[1:] == [progress_line]
+
+
+def test_all_ledgers_of_a_process_share_one_audit_hook(tg, monkeypatch):
+    """None can be taken out again, each slows every import, `open` and `id`; the newest ledger is told."""
+    hooks = []
+    monkeypatch.setattr(tg.Ledger, "_hook", staticmethod(functools.cache(tg.Ledger._hook.__wrapped__)))
+    monkeypatch.setattr(sys, "addaudithook", hooks.append)
+    ledgers = [tg.Ledger(tg.CPU) for _ in range(5)]
+    (hook,) = hooks
+    for event in ("open", "builtins.id", "socket.connect"):
+        hook(event, ("/name", "/name", os.O_RDONLY))
+    assert [[*ledger.accesses] for ledger in ledgers] == [[]] * 4 + [
+        [("between stages", "read", "/name"), ("between stages", "network", "socket.connect /name")]
+    ]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_smoke as smoke
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,6 +148,31 @@ def test_logs_of_published_runs_are_read():
     assert read["after_ms_per_step"] == pytest.approx(143.1, abs=0.3)
     assert read["peak_memory_mib"] == 41709
     assert read["scores"] == {"diagnostic quantized": 1.0740566}
+
+
+def test_false_alarms_of_the_guard_are_told(tg, quick_packing, tmp_path, monkeypatch, capsys):
+    """Of a finished run, whose documents must be long enough; a folder that is none is one line."""
+    guard = load("guard")
+    smoke.make_data(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    settings = {"DATA_PATH": "data", "ARTIFACT_DIR": "run", "PREQUANT_ONLY": 1, "ITERATIONS": 1}
+    assert tg.main([], smoke.environment(**settings)) == 0
+    monkeypatch.setattr(guard, "SIZES", (1, 8))
+    for folder, message in (
+        ("nowhere", "must be a finished run"),
+        ("run", "has no document of more than 300"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["guard.py", folder])
+        capsys.readouterr()
+        assert guard.main() == 2 and message in (said := capsys.readouterr().err) and said.count("\n") == 1
+    monkeypatch.setattr(guard, "SHORTEST", 40)
+    monkeypatch.setattr(sys, "argv", ["guard.py", "--json", "run"])
+    assert guard.main() == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["documents"] > 10 and 5 < told["mean"] < 6.5 and told["limit"] == 96
+    one, eight = told["rows"]
+    assert (one["chunk"], eight["chunk"]) == (1, 8) and one["taken"] == eight["taken"] == 0
+    assert one["noise_largest"] > eight["noise_largest"] > 30 and one["noise_taken"] == 0
 
 
 def test_suite_prints_its_plan(tmp_path):

@@ -1,6 +1,7 @@
 """README.md and docs/: short enough, complete, and what they name exists."""
 
 import dataclasses
+import json
 import re
 import sys
 from pathlib import Path
@@ -8,18 +9,20 @@ from pathlib import Path
 import pytest
 
 import train_gpt
-from harness import packing, settings
+from harness import lineage, packing, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import audit  # noqa: E402
+from auditing.questions import QUESTIONS  # noqa: E402
 
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 HOUSE = "harness|systems|tools|dataprep|experiments|bench|tests|docs"
 # Variables that are no settings: of Make, Slurm, trackers, the tests, data preparation, an experiment.
 ALSO_READ = {"RUN_DIR", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "WANDB_MODE", "HF_ENDPOINT", "ALLOW_ILLEGAL"}
-ALSO_READ |= {"GOLDEN_DIR", "TOKENIZER_DIR", "PUBLISHED_LOGS", "SCALE", *settings.ALIASES}
+ALSO_READ |= {"GOLDEN_DIR", "TOKENIZER_DIR", "PUBLISHED_LOGS", "SCALE", *lineage.VOCABULARY}
+ALSO_READ |= {"STRESS_SEED", "STRESS_CASES"}
 NO_VARIABLES = {"NO_EFFECT"}  # a table of a test
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -122,6 +125,15 @@ def test_the_settings_page_names_every_preset():
     assert named == {name for name in settings.PRESETS if not name.endswith("-demo")}
 
 
+def test_the_systems_page_has_every_published_preset():
+    """Once, and with what it leaves out."""
+    rows = re.findall(r"^\| `(pr\d+)` \|(.*)\|$", read(ROOT / "docs" / "systems.md"), re.M)
+    published = [name for name in settings.PRESETS if re.fullmatch(r"pr\d+", name)]
+    assert sorted(name for name, _ in rows) == sorted(published)
+    cells = {name: row.split(" | ")[-1].strip() for name, row in rows}
+    assert {name: cells[name] for name in settings.WITHOUT} == settings.WITHOUT
+
+
 def test_the_page_on_bytes_names_what_a_folded_script_reads():
     section = read(ROOT / "docs" / "bytes.md").partition("still reads")[2].partition("\n## ")[0]
     named = {name.lower() for row in section.splitlines() for name in re.findall(r"`([A-Z_]+)`", row)}
@@ -130,8 +142,18 @@ def test_the_page_on_bytes_names_what_a_folded_script_reads():
 
 
 def test_the_page_on_the_audit_has_every_check():
-    assert re.findall(r"^\| ([A-Z]\d) \|", read(ROOT / "docs" / "audit.md"), re.M) == audit.ORDER
-    assert f"{len(audit.ORDER)} checks" in read(README)
+    rows = re.findall(r"^\| ([A-Z]\d) \|", read(ROOT / "docs" / "audit.md"), re.M)
+    assert sorted(rows, key=audit.ORDER.index) == audit.ORDER
+
+
+def test_lines_of_the_audit_page_are_those_of_the_committed_audit():
+    checks = json.loads(read(ROOT / "logs" / "demo_seed42_cpu_audit.json"))["checks"]
+    shown = r"^([A-Z]\d)  (VERIFIED|CONSISTENT|NOT CHECKED) +(.*?)  +(.*)$"
+    lines = re.findall(shown, read(ROOT / "docs" / "audit.md"), re.M)
+    assert lines
+    for name, *told in lines:
+        assert told == [checks[name][key] for key in ("status", "rule", "evidence")]
+    assert f"{len(checks)} checks" in read(README) and set(audit.ORDER) - checks.keys() == set(QUESTIONS)
 
 
 def test_the_glossary_knows_every_word_of_a_log():

@@ -71,11 +71,6 @@ for fused in "10":
         assert hopper.main() == 0
     result["steps"].append(json.loads(text.getvalue()))
 result["launched"] = launched[:]
-sys.argv = ["hopper.py", "--json", "--kernels", "--chunk", "256"]
-os.environ["TRITON_KERNELS"] = "1"
-with contextlib.redirect_stdout(io.StringIO()) as text:
-    assert hopper.main() == 0
-result["chunk"] = json.loads(text.getvalue())
 os.environ["NUM_LAYERS"] = "many"
 with contextlib.redirect_stderr(io.StringIO()) as text:
     result["refused"] = [hopper.guarded(), text.getvalue()]
@@ -164,12 +159,3 @@ def test_without_a_compiler_it_says_so():
     env = os.environ | {"PATH": "/nowhere"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "bench/hopper.py: needs g++\n")
-
-
-def test_a_chunk_of_test_time_training_is_counted(counted):
-    """One graph each way for changing sizes, by our operators where all positions of a layer are wanted."""
-    passes = counted["chunk"]["kernels"]
-    assert set(passes) == {"forward adapting", "backward adapting"}
-    names = [k["what"].split()[0].split(".")[-1] for part in passes.values() for k in part]
-    wanted = {"mlp": 2, "mlp_grad": 2, "qkv_norm_rope": 1, "qkv_norm_rope_grad": 1, "head_loss": 0}
-    assert {name: names.count(name) for name in wanted} == wanted

@@ -14,6 +14,7 @@ import torch
 from golden_tools import run_through
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quick_run import QUICK
 from test_smoke import SCRIPT, command, environment, make_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -366,6 +367,33 @@ def test_ppm_network_is_asked_by_the_scripts_evaluator(tg, setting):
     np.testing.assert_allclose(np.exp(network.rows).sum(1), 1, rtol=1e-5)
 
 
+def test_ppm_sample_without_a_byte_is_refused_before_the_network_is_asked(tg):
+    """Bits per byte of targets that carry no byte are no number, of a sample as of the whole stream."""
+    cfg = tiny_model(tg).cfg
+    tokens = torch.tensor([tg.BOS, 9, 8, 7, tg.BOS, 6], dtype=torch.int32)
+    for carried, reason in ((tokens == 6, "1 of all 5 do"), (tokens < 0, "0 of all 5 do")):
+        val = tg.ValidationSet.from_sidecar(tokens, carried.int())
+        with pytest.raises(tg.UserError, match=f"--sample 2: no target carries a byte.*{reason}"):
+            mixture.ask_network(None, val, cfg, tg.CPU, 2)
+
+
+def test_ppm_mixture_of_tokens_that_spell_nothing():
+    """Unknown pieces carry bytes of text, and have none of their own to leave to PPM."""
+    rows = np.full((3, 2), -np.log(2))
+    network = mixture.Network(np.full(3, np.log(2)), rows[:, 0], rows, np.arange(3))
+    vocabulary, targets = mixture.Vocabulary([b"", b""]), np.zeros(3, int)
+    figures = mixture.mix(vocabulary, network, targets, np.ones(3, int), PPMD())
+    assert figures["token_bytes"] == figures["low_weight_share"] == 0
+    assert figures["bits_per_byte"]["as_published"] == pytest.approx(1)
+
+
+def test_ppm_sample_of_more_targets_than_there_are_is_all_of_them(tg):
+    model = tiny_model(tg)
+    tokens = torch.tensor([tg.BOS, 9, 8, 7, tg.BOS, 6], dtype=torch.int32)
+    val = tg.ValidationSet.from_sidecar(tokens, (tokens != tg.BOS).int())
+    assert mixture.ask_network(model, val, model.cfg, tg.CPU, 10**15).sample.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_ppm_mixture_figures_do_not_depend_on_the_cuts(monkeypatch):
     """The sample and the blocks cut the stream; every byte is still scored once, in order."""
     rng = np.random.default_rng(0)
@@ -402,7 +430,7 @@ def run_folder(tmp_path_factory) -> Path:
     work = tmp_path_factory.mktemp("ppm")
     make_data(work / "data")
     quick = {"ITERATIONS": 1, "VAL_LOSS_EVERY": 0, "TTT_ENABLED": 0, "GPTQ_CALIBRATION_BATCHES": 1}
-    process = command(SCRIPT, work, DATA_PATH="data", ARTIFACT_DIR="run", **quick)
+    process = command(QUICK, work, DATA_PATH="data", ARTIFACT_DIR="run", **quick)
     assert process.returncode == 0, process.stderr
     return work
 
@@ -444,6 +472,7 @@ def test_ppm_mixture_of_a_run(run_folder):
     [
         (["nowhere"], "nowhere/result.json: must be the result of a finished run"),
         (["run", "--sample", "0"], "--sample 0: must be at least 1"),
+        (["run", "--sample", "1"], "--sample 1: no target carries a byte, at least one must"),  # an operator
         (["run", "--data", "elsewhere"], "elsewhere: no fineweb_val_"),
         (["empty"], "empty/final_model.int6.ptz: no such file, must be the artifact of the run"),
         ([], "the following arguments are required: RUN_DIR"),

@@ -141,7 +141,7 @@ def test_prequant_fails_the_audit_on_c3(work, capsys):
     judged.close()
     statuses = {name: verdict.status for name, verdict in verdicts.items()}
     failed = {"T1", "D3"}  # and the rest, which has no part in it, is judged as ever
-    assert statuses == {name: "FAIL" if name in failed else "PASS" for name in statuses}
+    assert {name for name, status in statuses.items() if status == "FAIL"} == failed
     for name in ("T1", "D3"):
         assert "trained on before it was scored" in verdicts[name].evidence
     assert audit.main([str(work / "run"), "--only", "D3"]) == 1
@@ -160,7 +160,7 @@ def test_prequant_audit_passes_the_same_ledger_without_the_illegal_updates(work,
     verdicts = audit.judge(judged, ["T1", "D3"])
     judged.close()
     assert not any("trained on before" in verdict.evidence for verdict in verdicts.values())
-    assert verdicts["T1"].status == "PASS"
+    assert verdicts["T1"].status == "VERIFIED"
 
 
 def test_prequant_is_refused_by_the_submission_tools(work, tmp_path):

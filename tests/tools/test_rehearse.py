@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from quick_run import QUICK
 
 from bench.settings import TINY, make_data
 
 ROOT = Path(__file__).resolve().parents[2]
-CUDA = {"DEVICE": "cuda", "ATTENTION_BACKEND": "plain", "COMPILE_BACKEND": "off", "OMP_NUM_THREADS": "1"}
+SIZES = {"MODEL_DIM": "64", "TRAIN_BATCH_TOKENS": "64", "OMP_NUM_THREADS": "1"}  # each program is interpreted
+CUDA = {"DEVICE": "cuda", "ATTENTION_BACKEND": "plain", "COMPILE_BACKEND": "off"}
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
     pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build has kernels of its own"),
@@ -32,11 +34,12 @@ def command(*launcher: str) -> list[str]:
     return [sys.executable, *launcher, str(ROOT / "bench" / "rehearse.py")]
 
 
-def rehearse(work: Path, name: str, *launcher: str, **settings: object) -> tuple[str, dict]:
+def rehearse(work: Path, name: str, *launcher: str, script=(QUICK,), **settings: object) -> tuple[str, dict]:
     """What a run prints, and its result.json."""
-    env = os.environ | TINY | CUDA | {key: str(value) for key, value in settings.items()}
+    env = os.environ | TINY | SIZES | CUDA | {key: str(value) for key, value in settings.items()}
     env |= {"ARTIFACT_DIR": str(work / name)}
-    done = subprocess.run(command(*launcher), cwd=work, env=env, capture_output=True, text=True)
+    words = [*command(*launcher), *script]
+    done = subprocess.run(words, cwd=work, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads((work / name / "result.json").read_text())
 
@@ -48,8 +51,8 @@ def plain(work) -> dict:
 
 def test_run_on_cuda_scores_as_on_a_cpu(work, plain):
     """bfloat16 products and a bfloat16 embedding instead of float32 everywhere."""
-    env = os.environ | TINY | {"ARTIFACT_DIR": str(work / "cpu")}
-    done = subprocess.run([sys.executable, ROOT / "train_gpt.py"], cwd=work, env=env, capture_output=True)
+    env = os.environ | TINY | SIZES | {"ARTIFACT_DIR": str(work / "cpu")}
+    done = subprocess.run([sys.executable, QUICK], cwd=work, env=env, capture_output=True)
     assert done.returncode == 0, done.stderr
     expected = json.loads((work / "cpu" / "result.json").read_text())
     assert plain["environment"]["device"] == "NVIDIA H100 80GB HBM3"
@@ -61,11 +64,9 @@ def test_run_on_cuda_scores_as_on_a_cpu(work, plain):
     assert weights["tok_emb.weight"].dtype == torch.bfloat16
 
 
-def test_kernels_pass_their_trial_and_serve_a_whole_run(work):
+def test_kernels_pass_their_trial_and_serve_a_whole_run(work, plain):
     """All four, in training, evaluation and adaptation, with autocast's types."""
-    sizes = {"MODEL_DIM": 64, "NUM_HEADS": 8, "NUM_KV_HEADS": 4}
-    _, plain = rehearse(work, "eager", TRITON_KERNELS=0, **sizes)
-    said, result = rehearse(work, "kernels", AUDIT=1, **sizes)
+    said, result = rehearse(work, "kernels", AUDIT=1, script=())
     assert "fused kernel" not in said
     assert result["environment"]["kernels"] == "loss,mlp,qkv_norm_rope,xsa_gate"
     for stage, values in plain["stages"].items():
@@ -73,13 +74,15 @@ def test_kernels_pass_their_trial_and_serve_a_whole_run(work):
     (work / "alone").mkdir()
     shutil.copy(work / "kernels" / "train_gpt.packed.py", work / "alone")
     env = os.environ | {"ARTIFACT_DIR": "run", "OMP_NUM_THREADS": "1", "DATA_PATH": str(work / "data")}
+    env |= {"TTT_EVAL_ONLY": "1", "QUANTIZED_MODEL_PATH": str(work / "kernels" / "final_model.int6.ptz")}
     alone = [*command(), "train_gpt.packed.py"]
     done = subprocess.run(alone, cwd=work / "alone", env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    counted = json.loads((work / "alone" / "run" / "result.json").read_text())
-    for stage, values in counted["stages"].items():
-        assert values["val_bpb"] == result["stages"][stage]["val_bpb"], "the counted script does the same"
-    assert counted["model_bytes"] == result["model_bytes"]
+    counted = json.loads((work / "alone" / "run" / "result.json").read_text())["stages"]
+    for stage in ("quantised", "ttt"):  # its kernels' gradients are another test's (test_packing.py)
+        assert counted[stage]["val_bpb"] == result["stages"][stage]["val_bpb"], (
+            "the counted script does the same"
+        )
 
 
 def test_two_ranks_on_cuda_score_as_one(work, plain):
@@ -94,9 +97,9 @@ def test_a_run_on_cuda_goes_on_where_it_was_stopped(work):
     """Weights, momenta and averages come back from the CPU to the device they were on."""
     settings = {"TRITON_KERNELS": 0, "ITERATIONS": 12, "CHECKPOINT_SECONDS": 0.05}
     _, whole = rehearse(work, "whole", **settings)
-    env = os.environ | TINY | CUDA | {key: str(value) for key, value in settings.items()}
+    env = os.environ | TINY | SIZES | CUDA | {key: str(value) for key, value in settings.items()}
     env |= {"ARTIFACT_DIR": str(work / "stopped")}
-    with subprocess.Popen(command(), cwd=work, env=env, stdout=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen([*command(), QUICK], cwd=work, env=env, stdout=subprocess.PIPE, text=True) as run:
         next(line for line in run.stdout if line.startswith("train step:5"))
         run.send_signal(signal.SIGTERM)
         run.communicate()

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from golden_tools import score_standard
-from test_smoke import SCRIPT, command, make_data
+from quick_run import QUICK
+from test_smoke import command, make_data
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -37,10 +38,10 @@ def finished(tmp_path_factory) -> Path:
     """A folder with data and a whole run, audited by hand."""
     work = tmp_path_factory.mktemp("report")
     make_data(work / "data")
-    process = command(SCRIPT, work, DATA_PATH="data", ARTIFACT_DIR="run", AUDIT=1, VAL_LOSS_EVERY=3)
+    process = command(QUICK, work, DATA_PATH="data", ARTIFACT_DIR="run", AUDIT=1, VAL_LOSS_EVERY=3)
     assert process.returncode == 0, process.stderr
-    check = {"rule": "no <script> in rules", "status": "PASS", "evidence": "a & b"}
-    audit = {"counts": {"PASS": 1}, "checks": {"A1": check}}
+    check = {"rule": "no <script> in rules", "status": "VERIFIED", "evidence": "a & b"}
+    audit = {"counts": {"VERIFIED": 1}, "checks": {"A1": check}}
     (work / "run" / "audit.json").write_text(json.dumps(audit))
     return work
 

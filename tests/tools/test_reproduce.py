@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import test_smoke as smoke
 from scipy import integrate
+from test_logbook import april
 from test_tracking import scalars
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,6 +186,24 @@ def test_the_margin_of_0005_nats_is_more_than_a_plain_p(trio, scores, p_below, m
     assert found["p"] < p_below and found["beats_margin"] is met
 
 
+def test_what_a_log_leaves_in_doubt_is_noted(tmp_path, capsys):
+    (tmp_path / "seed3.log").write_text(april(7) + april(214))
+    code, out, _ = call("--from-logs", tmp_path / "seed3.log", "--json", capsys=capsys)
+    notes = json.loads(out.splitlines()[-1])["notes"]
+    assert code == 0 and [note.split(": ")[1][:18] for note in notes] == [
+        "holds 2 runs; read",
+        "its name says seed",
+    ]
+    assert all(f"Note: {note}." in out for note in notes)
+
+
+def test_a_run_without_a_seed_stands_alone(demo):
+    seedless = dataclasses.replace(demo, seed=None)
+    assert claim.check_alike([seedless]) == []
+    with pytest.raises(claim.ClaimError, match="tells no seed"):
+        claim.check_alike([seedless, demo])
+
+
 # -- what is refused
 
 
@@ -325,8 +344,9 @@ FAKE_AUDIT = """
 import json, sys
 from pathlib import Path
 folder = Path(sys.argv[1])
-status = "FAIL" if folder.name == "seed2" else "PASS"
-told = {"checks": {"D1": {"status": status}}, "counts": {status: 1}, "arguments": sys.argv[2:]}
+status = "FAIL" if folder.name == "seed2" else "VERIFIED"
+told = {"checks": {"D1": {"status": status}}, "verdict": status, "counts": {status: 1}}
+told["arguments"] = sys.argv[2:]
 (folder / "audit.json").write_text(json.dumps(told))
 sys.exit(status == "FAIL")
 """
@@ -341,8 +361,11 @@ def test_each_run_is_audited_once_and_a_failed_audit_is_exit_code_1(fake, tmp_pa
     assert told["arguments"] == ["--seeds", "out/seed1"]  # R4 compares with the seeds before it
     before = everything(tmp_path / "out")
     code, out, _ = fake("--seeds", "1,2,3", "--audit", "--out", "out", "--json")
-    assert code == 1 and "seed 2 1 FAIL" in out
-    assert [run["audit"] for run in json.loads(out.splitlines()[-1])["runs"]][1] == {"FAIL": 1}
+    assert code == 1 and "seed 2 FAIL (1 FAIL)" in out
+    assert [run["audit"] for run in json.loads(out.splitlines()[-1])["runs"]][1] == {
+        "verdict": "FAIL",
+        "FAIL": 1,
+    }
     assert everything(tmp_path / "out").items() >= before.items()
 
 
@@ -360,10 +383,9 @@ def test_a_two_seed_claim_of_the_real_script(tmp_path):
     shutil.copy(smoke.SCRIPT, tmp_path)
     for part in ("harness", "systems"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "without").mkdir()
-    (tmp_path / "without" / "python_minifier.py").write_text("raise ImportError")  # counting code takes long
+    stub = "def packed_script(*_):\n    return b'packed', True\n"
+    (tmp_path / "harness" / "packing.py").write_text(stub)  # counting code takes long
     environ = smoke.environment(DATA_PATH="data", ITERATIONS=3, VAL_LOSS_EVERY=0, TENSORBOARD_DIR="board")
-    environ["PYTHONPATH"] = "without"
     command = [sys.executable, TOOL, "--seeds", "1,2", "--json", "--", sys.executable, "train_gpt.py"]
     first, again = (
         subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=500)
@@ -409,13 +431,23 @@ def write(site) -> dict:
     return submission.write(published, {"author": "A. Author", "command": "make demo"}, folder)
 
 
+def test_a_run_that_tells_no_commit_is_submitted(site):
+    """As where the script ran outside of a repository."""
+    folder, record = site
+    result = json.loads((record.path / "result.json").read_text())
+    assert result["environment"].pop("commit")
+    (record.path / "result.json").write_text(json.dumps(result))
+    assert write((folder, runs.read_run(record.path)))["commit"] is None
+    assert "; commit unknown." in (folder / "README.md").read_text()
+
+
 def test_a_submission_is_what_the_logs_say(site):
     told = write(site)
     folder, record = site
     assert json.loads((folder / "submission.json").read_text()) == told
     assert (told["val_bpb"], told["val_loss"]) == (record.val_bpb, record.val_loss)
     assert (told["bytes_total"], told["bytes_code"]) == (record.artifact_bytes, record.code_bytes)
-    assert told["seeds"] == [42] and told["seed_results"]["42"]["audit"] == record.audit["counts"]
+    assert told["seeds"] == [42] and told["seed_results"]["42"]["audit"] == claim.audit_counts(record)
     assert told["script_sha256"] == record.script_sha256 and told["author"] == "A. Author"
     assert told["track"] == "non_record_16mb" and any("not 8 x H100" in r for r in told["non_record_reasons"])
     text = (folder / "README.md").read_text()
@@ -464,7 +496,7 @@ def edit_json(path: Path, *places_and_value) -> None:
         ("non_record", False),
         ("seeds", [42, 43]),
         ("seed_results", "42", "train_seconds", 1.0),
-        ("seed_results", "42", "audit", "PASS", 27),
+        ("seed_results", "42", "audit", "VERIFIED", 270),
         ("script_sha256", "0" * 64),
         ("invented", 1),
     ],

@@ -142,6 +142,13 @@ def test_a_wrong_variable_is_refused_before_anything_starts(work, capsys, text, 
     assert [path.name for path in work.iterdir()] == ["stand_in.py"]
 
 
+def test_what_is_switched_off_cannot_vary(work, capsys):
+    """PHASED_TTT_ENABLED=0 makes the setting 0, whatever a trial says."""
+    environ = {"PHASED_TTT_ENABLED": "0", "PATH": os.environ["PATH"]}
+    assert sweep.main(arguments("PHASED_TTT_PREFIX_DOCS=10,20"), environ) == 2
+    assert "PHASED_TTT_ENABLED=0 is set in the environment too; unset it" in capsys.readouterr().err
+
+
 MISTAKES = {
     "--metric speed": "--metric speed: must be one of val_bpb,",
     "--metric ttt.bytes": "--metric ttt.bytes: must be one of",

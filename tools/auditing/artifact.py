@@ -6,18 +6,30 @@ import hashlib
 import math
 import os
 import re
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 
-from auditing.run import ROOT, Audit, check, digest, read_json, require, short, write_values
+from auditing import box
+from auditing.run import (
+    RECOMPUTED,
+    REPLAYED,
+    Audit,
+    check,
+    digest,
+    read_json,
+    require,
+    short,
+    write_values,
+)
+from runs import SIZE_LIMIT
+from scripts import sha256_of
 
-SIZE_LIMIT = 16_000_000
+SECONDS_ALONE = 7200  # an evaluation alone that takes longer hangs
 
 
 def packed_code(audit: Audit, sources: Mapping[str, bytes]) -> bytes:
@@ -48,71 +60,50 @@ def _packings(audit: Audit) -> Iterator[bytes]:
             sys.modules["python_minifier"] = hidden
 
 
-@check("S1", "code + model < 16,000,000 bytes")
-def s1_size(audit: Audit) -> str:
-    """Sizes of the files, against the result; the counted code is the packing of the logged script."""
-    packed = audit.folder / "train_gpt.packed.py"
+def counted_code(audit: Audit) -> Path:
+    """The script that is counted. Raises NotChecked where the run made no artifact, Failed where it lacks."""
+    packed = audit.artifact and audit.folder / "train_gpt.packed.py"
     require(packed.is_file(), "train_gpt.packed.py: the run wrote none")
+    return packed
+
+
+@check("S1", "code + model < 16,000,000 bytes", RECOMPUTED)
+def s1_size(audit: Audit) -> str:
+    """Sizes of the files, against the result."""
+    packed = counted_code(audit)
     code, model = packed.stat().st_size, audit.artifact.stat().st_size
     require(code + model < SIZE_LIMIT, f"code {code:,} + model {model:,} = {code + model:,} bytes")
     told = audit.result["code_bytes"], audit.result["model_bytes"], audit.result["artifact_bytes"]
     same = told == (code, model, code + model)
     require(same, f"result.json says {told}, the files have {code} and {model}")
-    data = packed.read_bytes()
+    return f"code {code:,} + model {model:,} = {code + model:,}"
+
+
+@check("S5", "the counted code is the script that ran, packed", REPLAYED)
+def s5_code_is_the_script(audit: Audit) -> str:
+    """The logged script packed anew, by its own packing."""
+    data = counted_code(audit).read_bytes()
     require(data in _packings(audit), "train_gpt.packed.py is not the packing of the script in the log")
-    return f"code {code:,} + model {model:,} = {code + model:,}; the code is the logged script, packed"
-
-
-GUARD = """
-import atexit, json, os, runpy, sys, sysconfig
-script, report, here, *denied = sys.argv[1:]
-read, refused, outside, on = set(), set(), set(), [True]
-libraries = {*sysconfig.get_paths().values(), *filter(None, sys.path), "/proc", "/sys", "/dev", "/etc"}
-libraries = {os.path.realpath(folder) for folder in libraries}
-def within(name, folder):
-    return name == folder or name.startswith(folder.rstrip("/") + "/")
-def notice(event, arguments):
-    if not on or event != "open" or not isinstance(arguments[0], (str, bytes)):
-        return
-    name = os.path.realpath(os.fsdecode(arguments[0]))
-    inside = within(name, here)
-    if not inside and any(within(name, folder) for folder in libraries):
-        return
-    if not inside and any(within(name, folder) for folder in denied):
-        refused.add(name)
-        raise PermissionError(13, "refused by the audit", name)
-    if not arguments[2] & (os.O_WRONLY | os.O_RDWR):
-        (read if inside else outside).add(name)
-def leave():
-    on.clear()
-    with open(report, "w") as file:
-        json.dump({"read": sorted(read), "refused": sorted(refused), "outside": sorted(outside)}, file)
-atexit.register(leave)
-sys.addaudithook(notice)
-sys.argv = [script]
-runpy.run_path(script, run_name="__main__")
-"""
+    return f"{len(data):,} bytes, {short(sha256_of(data))}, as the packing of the logged script"
 
 
 class Rerun(NamedTuple):
-    """The artifact evaluated by itself: its result, what it read, and its last line on stderr."""
+    """The artifact evaluated by itself: its result, what it did in the box, and the folder that it had."""
 
     result: dict
-    files: dict
-    code: int
-    error: str
+    ran: box.Ran
+    folder: Path
 
 
 @functools.cache
-def _rerun(audit: Audit, part: bool = False) -> Rerun:
-    """Counted script, artifact, validation files and tokenizer alone; training data and run refused.
+def alone(audit: Audit, part: bool = False) -> Rerun:
+    """Counted script, artifact, validation files and tokenizer alone in the box.
 
     `part`: only the start of the validation stream is there, and the windows that slide over it are few.
     """
     here = (audit.work / ("part" if part else "alone")).resolve()
-    here.mkdir()
-    packed = audit.folder / "train_gpt.packed.py"
-    require(packed.is_file(), "train_gpt.packed.py: the run wrote none")
+    here.mkdir(exist_ok=True)
+    packed = counted_code(audit)
     tokenizer = audit.script.tokenizer_file(audit.cfg)
     if part:
         _write_start_of_stream(audit, here)
@@ -129,21 +120,21 @@ def _rerun(audit: Audit, part: bool = False) -> Rerun:
         "RUN_ID": "alone",
     }
     environment = {k: str(int(v) if isinstance(v, bool) else v) for k, v in settings.items()}
-    kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TMPDIR")
+    kept = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
     environment |= {name: os.environ[name] for name in kept if name in os.environ}
-    denied = [audit.data_folder, audit.folder, ROOT, audit.work]
-    report = here.with_suffix(".json")
-    arguments = [packed.name, report, here, *(path.resolve() for path in denied)]
-    command = [sys.executable, "-c", GUARD, *map(str, arguments)]
-    process = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, packed.name]
+    ran = box.run(command, here, environment=environment, timeout=SECONDS_ALONE)
     result = here / "out" / "result.json"
-    lines = process.stderr.strip().splitlines() or [""]
-    outcome = read_json(result) if result.is_file() else {}
-    return Rerun(outcome, read_json(report), process.returncode, lines[-1][:200])
+    return Rerun(read_json(result) if result.is_file() else {}, ran, here)
 
 
 def _validation_files(audit: Audit) -> list[Path]:
     return [*audit.shards("val"), *audit.shards("val_bytes")]
+
+
+def _whole(audit: Audit) -> bool:
+    """Whether all is scored again: a script that is not the repository's has nothing else to compare with."""
+    return audit.options.full or not audit.known
 
 
 def _settings_alone(audit: Audit, part: bool) -> dict[str, object]:
@@ -151,7 +142,7 @@ def _settings_alone(audit: Audit, part: bool) -> dict[str, object]:
 
     All else that the counted script does is settled in itself.
     """
-    cfg, final = audit.cfg, audit.full or part
+    cfg, final = audit.cfg, _whole(audit) or part
     few = {name.upper(): value for name, value in _few_windows(audit).items()} if part else {}
     return few | {
         "SEED": cfg.seed,
@@ -175,14 +166,14 @@ def _write_start_of_stream(audit: Audit, folder: Path) -> None:
 
 
 def _sample_fraction(audit: Audit) -> float:
-    """The share of the documents that is adapted again: three of them, or all with --full."""
-    return audit.cfg.val_doc_fraction if audit.full else min(1.0, 3 / len(audit.documents))
+    """The share of the documents that is adapted again: three of them, or all."""
+    return audit.cfg.val_doc_fraction if _whole(audit) else min(1.0, 3 / len(audit.documents))
 
 
-@check("S2", "script + artifact + validation files suffice")
+@check("S2", "script + artifact + validation files suffice", RECOMPUTED)
 def s2_alone(audit: Audit) -> str:
     """The score of the artifact in a folder of its own, against the run's and against the logged script's."""
-    rerun = _ran(_rerun(audit))
+    rerun = _ran(alone(audit))
     near = functools.partial(math.isclose, rel_tol=max(audit.tolerance, 1e-9))
     before, again = (r["stages"]["quantised"]["val_bpb"] for r in (audit.result, rerun.result))
     require(near(before, again), f"quantised val_bpb {again:.8f} alone, {before:.8f} in the run")
@@ -195,20 +186,26 @@ def s2_alone(audit: Audit) -> str:
     return f"{figure}, {final} {again:.6f} {what}; training data and run folder refused"
 
 
-def _ran(rerun: Rerun) -> Rerun:
-    ran = rerun.code in (0, 3) and "quantised" in rerun.result.get("stages", {})
-    require(ran, f"exit code {rerun.code}: {rerun.error}")
-    return rerun
+def finished(again: Rerun) -> bool:
+    """The evaluation came to its end."""
+    return again.ran.code in (0, 3) and "quantised" in again.result.get("stages", {})
+
+
+def _ran(again: Rerun) -> Rerun:
+    error = (again.ran.errors.strip().splitlines() or [""])[-1][:200]
+    ended = f"no end after {SECONDS_ALONE} s" if again.ran.timed_out else f"exit code {again.ran.code}"
+    require(finished(again), f"{ended}: {error}")
+    return again
 
 
 def _scores(audit: Audit, rerun: Rerun) -> tuple[float, float, str]:
     """The final score that is expected, the one found alone, and what they are scores of."""
     final, script = audit.result["final_stage"], audit.script
     options = {"looping": audit.looping, "ranks": audit.ranks}
-    if audit.full:
+    if _whole(audit):
         expected, what = audit.result["stages"][final]["val_bpb"], "as in the run"
     elif audit.streams:
-        rerun, here = _ran(_rerun(audit, part=True)), audit.work / "part"
+        rerun, here = _ran(alone(audit, part=True)), audit.work / "part"
         tokenizer = audit.script.tokenizer_file(audit.cfg).resolve()  # no manifest here names it
         changes = _few_windows(audit) | {"data_path": str(here), "tokenizer_path": str(tokenizer)}
         cfg = dataclasses.replace(audit.artifact_model.cfg, **changes)
@@ -223,7 +220,7 @@ def _scores(audit: Audit, rerun: Rerun) -> tuple[float, float, str]:
     return expected, rerun.result["stages"][final]["val_bpb"], what
 
 
-@check("S3", "weights survive storage bit for bit")
+@check("S3", "weights survive storage bit for bit", REPLAYED)
 def s3_decodes_exactly(audit: Audit) -> str:
     """unpack(artifact) packs to the same bytes, and unpack(pack(tensors)) gives the same tensors."""
     blob = audit.artifact.read_bytes()
@@ -242,7 +239,7 @@ def s3_decodes_exactly(audit: Audit) -> str:
     return f"{len(records)} tensors, {stored:,} values decode and encode to the same {len(blob):,} bytes"
 
 
-@check("S4", "evaluation reads nothing else that training wrote")
+@check("S4", "evaluation reads nothing else that training wrote", RECOMPUTED)
 def s4_nothing_else_read(audit: Audit) -> str:
     """Path logs of the run's evaluation and the clean one, and the weights that adaptation began with."""
     final = audit.result["final_stage"]
@@ -254,12 +251,23 @@ def s4_nothing_else_read(audit: Audit) -> str:
     if audit.evaluator != "standard":
         same_start(audit)
         start = "evaluation began with the artifact's weights; "
-    reruns = [_rerun(audit), *([_rerun(audit, part=True)] if audit.streams and not audit.full else [])]
-    refused = sorted({name for rerun in reruns for name in rerun.files["refused"]})
+    reruns = [alone(audit), *([alone(audit, part=True)] if audit.streams and not _whole(audit) else [])]
+    refused = sorted({name for again in reruns for name in again.ran.refused})
     require(not refused, f"the evaluation alone wanted {', '.join(refused)[:200]}")
-    read = {Path(name).name for rerun in reruns for name in rerun.files["read"]}
-    read |= {name for rerun in reruns for name in rerun.files["outside"]}
-    return f"{start}alone it read {', '.join(sorted(read))} and the tokenizer, which is not counted"
+    inside, outside = _read(reruns)
+    require(not outside, f"the evaluation alone read {', '.join(outside)[:200]}: of no installed library")
+    free = "; the tokenizer is not counted" * (audit.script.tokenizer_file(audit.cfg).name in inside)
+    return f"{start}alone it read {', '.join(inside)}, says the kernel{free}"
+
+
+def _read(reruns: Sequence[Rerun]) -> tuple[list[str], list[str]]:
+    """Names of the files that evaluations read in their own folders, and paths of those elsewhere."""
+    inside, outside = set(), set()
+    for again in reruns:
+        for path in map(Path, again.ran.opened):
+            own = path.is_relative_to(again.folder)
+            (inside if own else outside).add(path.name if own else str(path))
+    return sorted(inside), sorted(outside)
 
 
 def same_start(audit: Audit) -> None:

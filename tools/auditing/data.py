@@ -1,21 +1,40 @@
-"""Checks A1-A4: the data."""
+"""Checks A1-A5: the data."""
 
 import contextlib
 import itertools
+import math
+import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 import lossless_caps
-from auditing.run import BOS, Audit, NotChecked, check, read_values, require
+from auditing.claims import contest_set
+from auditing.run import (
+    BOS,
+    FEWEST_DOCUMENTS,
+    RECOMPUTED,
+    SAMPLE_DOCUMENTS,
+    Audit,
+    NotChecked,
+    check,
+    read_values,
+    require,
+)
 from dataprep.encoding import Encoder, make_tokenizer, tokenise_validation
 from dataprep.reading import Reader, parse_block
+from reproducing.submission import CONTEST_DOCUMENTS
 from scripts import sha256_of
 
-CONTEST_DOCUMENTS = 50_000
 PREFIX_TOKENS = 64  # what counts as the same opening of a document
+PASSAGE = 32  # tokens, from anywhere in a document, that count as the same text
+SHARED = 0.2  # of the documents; texts of the web come again (of the demo's documents 5 %)
+AT_ONCE = 1 << 22  # tokens whose passages are looked at together
+PRIME = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
+LONGEST_PIECE = 64  # characters; SentencePiece makes none of more than 16
+BETTER, ERRORS = 1.05, 4.0  # bytes a token on validation text by chance: times, and standard errors
 ADVERSARIAL = (
     *("", " ", "\n\t ", "A", "aB", "NASA's iPhone", "ÄÖÜ ß ẞ İstanbul ı", "e\u0301 E\u0301"),
     *("\u212b \ufb01 \uff21", "\ue001 \ue002x \ue003\ue004 \ue004", "Hello\ue002WORLD", "X\u200dY\ufeff"),
@@ -24,7 +43,7 @@ ADVERSARIAL = (
 )
 
 
-@check("A1", "validation set whole: documents, tokens, bytes")
+@check("A1", "validation set whole: documents, tokens, bytes", RECOMPUTED)
 def a1_validation_is_whole(audit: Audit) -> str:
     """Counts against the manifest, checksums against manifest and ledger, and what was scored."""
     documents, targets = len(audit.documents), len(audit.tokens) - 1
@@ -47,7 +66,10 @@ def a1_validation_is_whole(audit: Audit) -> str:
     scored = final["targets"], final["bytes"]
     whole = f"{targets:,} targets and {total:,} bytes"
     require(scored == (targets, total), f"scored {scored[0]:,} and {scored[1]:,} of {whole}")
-    note = "" if documents == CONTEST_DOCUMENTS else "; NOT the contest's 50,000 documents"
+    contest = documents == CONTEST_DOCUMENTS and contest_set(targets, total)
+    note = "" if contest else "; NOT the contest's validation set, by its counts"
+    copies = documents - len({audit.tokens[start : start + n].tobytes() for start, n in audit.documents})
+    note += f"; {copies:,} documents are copies of others" * (copies > 0)
     note += "; UNVERIFIED by the run itself" if "unverified_data" in audit.result else ""
     return f"{documents:,} documents, {targets:,} targets, {total:,} bytes, all scored{note}"
 
@@ -59,14 +81,14 @@ def _openings(tokens: np.ndarray) -> Iterator[bytes]:
         yield np.asarray(tokens[start : min(start + PREFIX_TOKENS, end)], np.uint16).tobytes()
 
 
-@check("A2", "no validation document among the training documents")
+@check("A2", "no validation document among the training documents", RECOMPUTED)
 def a2_no_overlap(audit: Audit) -> str:
     """The opening of every validation document is looked for at every document start of every train shard."""
     paths = audit.shards("train")
     if not paths:
         raise NotChecked(f"{audit.data_folder}: no training shards here")
     openings = {opening: number for number, opening in enumerate(_openings(audit.tokens))}
-    seen = 0
+    passages, found, seen = _passages(audit), set(), 0
     for path, tokens in zip(paths, _with_next_start(paths), strict=True):
         listed = audit.manifest.get("files", {}).get(path.name, {}).get("sha256")
         require(listed in (None, sha256_of(path)), f"{path.name}: another checksum than in the manifest")
@@ -74,7 +96,44 @@ def a2_no_overlap(audit: Audit) -> str:
             seen += 1
             where = f"validation document {openings.get(opening)} opens a document of {path.name}"
             require(opening not in openings, where)
-    return f"{len(openings):,} openings of {PREFIX_TOKENS} tokens, none among {seen:,} training documents"
+        found |= _found(tokens, passages)
+    again = f"of {len(passages):,} passages of {PASSAGE} tokens {len(found):,} stand in training text"
+    require(len(found) <= 1 + SHARED * len(passages), again)
+    figure = f"{len(openings):,} openings of {PREFIX_TOKENS} tokens, none among {seen:,} training documents"
+    return f"{figure}; {again}"
+
+
+def _passages(audit: Audit) -> set[bytes]:
+    """A passage from anywhere in each validation document that is long enough, where nobody could foresee."""
+    dice = random.Random(audit.sample_seed)
+    long = [(start + 1, n - 1) for start, n in audit.documents if n > PASSAGE]
+    long = dice.sample(long, min(len(long), SAMPLE_DOCUMENTS))
+    places = [start + dice.randint(0, count - PASSAGE) for start, count in long]
+    return {np.asarray(audit.tokens[place : place + PASSAGE], np.uint16).tobytes() for place in places}
+
+
+def _found(tokens: np.ndarray, passages: Collection[bytes]) -> set[bytes]:
+    """Those of some passages that stand anywhere in a stream."""
+    wanted = np.array([_sums(np.frombuffer(passage, np.uint16))[0] for passage in passages], np.uint64)
+    first_bits = np.zeros(1 << 20, bool)
+    first_bits[wanted >> np.uint64(44)] = True
+    found = set()
+    for start in range(0, len(tokens) - PASSAGE + 1, AT_ONCE):
+        part = np.asarray(tokens[start : start + AT_ONCE + PASSAGE - 1], np.uint16)
+        sums = _sums(part)
+        likely = np.flatnonzero(first_bits[sums >> np.uint64(44)])
+        places = likely[np.isin(sums[likely], wanted)]
+        found |= {part[place : place + PASSAGE].tobytes() for place in places.tolist()}
+    return found & set(passages)
+
+
+def _sums(tokens: np.ndarray) -> np.ndarray:
+    """A checksum of each passage of a stream: a polynomial modulo 2**64, (N - PASSAGE + 1,)."""
+    powers, inverse = (
+        np.cumprod(np.full(len(tokens), base, np.uint64)) for base in (PRIME, pow(PRIME, -1, 1 << 64))
+    )
+    sums = np.append(np.uint64(0), np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * powers))
+    return (sums[PASSAGE:] - sums[:-PASSAGE]) * inverse[: len(tokens) - PASSAGE + 1]
 
 
 def _with_next_start(paths: Sequence[Path]) -> Iterator[np.ndarray]:
@@ -86,7 +145,7 @@ def _with_next_start(paths: Sequence[Path]) -> Iterator[np.ndarray]:
         yield np.concatenate([tokens, rest[: bos[0]] if len(bos) else rest])
 
 
-@check("A3", "bytes charged = UTF-8 bytes of the original text")
+@check("A3", "bytes charged = UTF-8 bytes of the original text", RECOMPUTED)
 def a3_bytes(audit: Audit) -> str:
     """BOS carries none; each document's sum is the size of its text, decoded or (--docs) original."""
     starts = [start for start, _ in audit.documents]
@@ -94,7 +153,7 @@ def a3_bytes(audit: Audit) -> str:
     require(entries == tokens, f"{entries:,} byte counts for {tokens:,} tokens")
     charging = np.count_nonzero(audit.sidecar[starts])
     require(not charging, f"{charging} BOS tokens carry bytes")
-    if audit.docs:
+    if audit.options.docs:
         return _recount(audit)
     sizes = [(len(text.encode()), charged) for text, charged in audit.texts]
     text_bytes, charged = (sum(column) for column in zip(*sizes, strict=True))
@@ -116,7 +175,9 @@ def _recount(audit: Audit) -> str:
     """Tokens and bytes of the validation documents made anew from the original texts."""
     path = audit.script.tokenizer_file(audit.cfg)
     encoder = Encoder(make_tokenizer(str(path), path.read_bytes()))
-    documents = (document for block in Reader([audit.docs]) for document in parse_block(block).documents)
+    documents = (
+        document for block in Reader([audit.options.docs]) for document in parse_block(block).documents
+    )
     place = charged = original = 0
     for document in itertools.islice(documents, audit.manifest.get("val_docs")):
         if document.size and place < len(audit.tokens):
@@ -130,10 +191,11 @@ def _recount(audit: Audit) -> str:
             original += document.size
     found = len(audit.tokens)
     require(place == found, f"the documents have {place:,} tokens, the shards {found:,}")
-    return f"{charged:,} bytes recounted from {audit.docs}, {original - charged:,} of the originals uncharged"
+    uncharged = f"{original - charged:,} of the originals uncharged"
+    return f"{charged:,} bytes recounted from {audit.options.docs}, {uncharged}"
 
 
-@check("A4", "text transform is a bijection")
+@check("A4", "text transform is a bijection", RECOMPUTED)
 def a4_round_trip(audit: Audit) -> str:
     """decode(encode(text)) == text for documents and hostile Unicode; the texts against the manifest."""
     if not audit.cfg.caseops_enabled:
@@ -152,3 +214,38 @@ def a4_round_trip(audit: Audit) -> str:
         f"{len(texts):,} hashes as in the manifest" if lossless and listed else "LOSSY tokenizer or no hashes"
     )
     return f"{len(texts):,} documents and {len(ADVERSARIAL)} hostile strings come back; {proof}"
+
+
+def _bytes_per_token(audit: Audit, tokens: np.ndarray) -> np.ndarray:
+    """Bytes of text that a token stands for, of documents of a stream: a sample. (documents,)"""
+    processor = audit.script.load_tokenizer(audit.cfg)
+    decode = lossless_caps.decode if audit.cfg.caseops_enabled else str
+    pairs = [(a + 1, b) for a, b in itertools.pairwise([*np.flatnonzero(tokens == BOS), len(tokens)])]
+    found = []
+    for first, end in random.Random(audit.sample_seed).sample(pairs, min(len(pairs), 1000)):
+        with contextlib.suppress(lossless_caps.LosslessCapsError):  # a document that a shard cuts off
+            size = len(decode(processor.decode(tokens[first:end].tolist())).encode())
+            found += [size / (end - first)] if end > first else []
+    return np.array(found)
+
+
+@check("A5", "the tokenizer holds no validation text", RECOMPUTED)
+def a5_tokenizer(audit: Audit) -> str:
+    """No piece is long, and validation text takes as many tokens a byte as training text."""
+    processor = audit.script.load_tokenizer(audit.cfg)
+    every = range(processor.get_piece_size())
+    longest, token = max((max(len(processor.id_to_piece(t)), len(processor.decode([t]))), t) for t in every)
+    require(longest <= LONGEST_PIECE, f"piece {token} has {longest:,} characters: text that nobody counts")
+    paths = audit.shards("train")
+    if not paths:
+        raise NotChecked(f"{audit.data_folder}: no training shards here")
+    path = random.Random(audit.sample_seed).choice(paths)
+    ours, theirs = (_bytes_per_token(audit, stream) for stream in (audit.tokens, read_values(path)))
+    if min(len(ours), len(theirs)) < FEWEST_DOCUMENTS:
+        raise NotChecked(f"{len(ours)} and {len(theirs)} documents are too few for a spread")
+    error = math.sqrt(sum(ratios.var(ddof=1) / len(ratios) for ratios in (ours, theirs)))
+    figure = f"{ours.mean():.3f} bytes a token in {len(ours):,} validation documents, {theirs.mean():.3f} in"
+    figure += f" {len(theirs):,} of training"
+    known = ours.mean() > BETTER * theirs.mean() and ours.mean() - theirs.mean() > ERRORS * error
+    require(not known, f"made for validation text: {figure}")
+    return f"{figure}; no piece of more than {longest} characters"

@@ -19,15 +19,16 @@ from auditing.replay import (
     model_flip,
     toy_stream,
 )
-from auditing.run import BOS, Audit, NotChecked, check, digest, read_values, require
+from auditing.run import BOS, RECORDS, REPLAYED, Audit, NotChecked, check, digest, read_values, require
 from auditing.stream import once_each, one_order, others_once_each
-from auditing.training import SECONDS_LIMIT, is_validation, trained_unscored, ttt_warm_up, warm_up
+from auditing.training import is_validation, trained_unscored, ttt_warm_up, warm_up
+from runs import EVAL_LIMIT
 from scripts import sha256_of
 
 GRAM = 8  # so many tokens in a row are the same text
 
 
-@check("D1", "C1: a prediction depends on earlier tokens only")
+@check("D1", "C1: a prediction depends on earlier tokens only", REPLAYED)
 def d1_causal(audit: Audit) -> str:
     """Flipped tokens: everything scored earlier, and the state it was scored with, must be the same bits."""
     if audit.streams:
@@ -67,7 +68,7 @@ def _a_token(tokens: torch.Tensor, entries: Sequence[Entry], number: int) -> tup
         number -= 1
 
 
-@check("D2", "C2: a full distribution before the token is looked at")
+@check("D2", "C2: a full distribution before the token is looked at", REPLAYED)
 def d2_distribution(audit: Audit) -> str:
     """Sums over the vocabulary; the loss of a swapped token; the evaluator's losses against -log p."""
     if audit.streams:
@@ -106,7 +107,7 @@ def _replay_ledger(audit: Audit) -> tuple[np.ndarray, int]:
     return counts, updates
 
 
-@check("D3", "C3: scored before it is trained on")
+@check("D3", "C3: scored before it is trained on", REPLAYED)
 def d3_score_before_update(audit: Audit) -> str:
     """The ledger, replayed; and a replay: the weights that score a chunk do not depend on its tokens."""
     trained_unscored(audit)
@@ -169,7 +170,7 @@ def _scored_documents(audit: Audit) -> list[tuple[int, int]]:
     return audit.script.select_documents(every, audit.cfg.val_doc_fraction, audit.cfg.seed)
 
 
-@check("D4", "C4: each target once, in one order")
+@check("D4", "C4: each target once, in one order", REPLAYED)
 def d4_one_pass(audit: Audit) -> str:
     """The ledger's spans are a partition of the targets, left to right; all state follows one order."""
     if audit.streams:
@@ -209,7 +210,7 @@ def _grams(tokens: np.ndarray) -> set[bytes]:
     return {row.tobytes() for row in windows}
 
 
-@check("D5", "warm-up on random tokens, nothing learnt")
+@check("D5", "warm-up on random tokens, nothing learnt", REPLAYED)
 def d5_warm_up_tokens(audit: Audit) -> str:
     """What the model saw while warming up occurs in no data file; the weights are the same afterwards.
 
@@ -237,19 +238,17 @@ def d5_warm_up_tokens(audit: Audit) -> str:
     return f"tokens seen: {', '.join(seen)}; no {GRAM} in a row from the data; weights before = after"
 
 
-@check("D6", "evaluation within 600 s, all of it timed")
+@check("D6", "evaluation within 600 s, all of it timed", RECORDS)
 def d6_evaluation_seconds(audit: Audit) -> str:
     """The stage's seconds cover the first to the last record of the ledger."""
     final = audit.result["final_stage"]
     seconds = audit.result["eval_seconds"]
     stage = audit.result["seconds"][final]
-    require(seconds <= SECONDS_LIMIT, f"{seconds:.1f} s")
+    require(seconds <= EVAL_LIMIT, f"{seconds:.1f} s")
     same = seconds == stage == audit.result["stages"][final]["seconds"]
     require(same, f"{seconds} s and {stage} s in result.json")
     span = _ledger_span(audit)
     require(span <= seconds + 0.01, f"timer {seconds:.2f} s, the ledger spans {span:.2f} s")
-    told = audit.head["seconds"].get(final)
-    require(told == stage, f"{stage} s in result.json, {told} s in the ledger")
     return f"{seconds:.1f} s of 600" + (f", first to last record {span:.1f} s" if span else "")
 
 
@@ -264,7 +263,7 @@ def _ledger_span(audit: Audit) -> float:
     return max(max(seconds) - min(seconds) for seconds in times.values())
 
 
-@check("D7", "each document starts afresh")
+@check("D7", "each document starts afresh", REPLAYED)
 def d7_fresh_start(audit: Audit) -> str:
     """B zero and no optimiser state at the start of every batch; A drawn, or declared as carried."""
     if audit.streams:
@@ -324,7 +323,7 @@ def _neighbours(audit: Audit) -> int:
     return others
 
 
-@check("D8", "nothing crosses a document start")
+@check("D8", "nothing crosses a document start", REPLAYED)
 def d8_documents_apart(audit: Audit) -> str:
     """Perturb a document: losses of the next in the same row, and of all others being adapted, stay."""
     if audit.streams:
@@ -354,7 +353,7 @@ def d8_documents_apart(audit: Audit) -> str:
     return text
 
 
-@check("D9", "a document's last chunk trains nothing")
+@check("D9", "a document's last chunk trains nothing", REPLAYED)
 def d9_last_chunk(audit: Audit) -> str:
     """No update of the ledger, and none of a replay, uses a chunk that nothing follows."""
     if audit.streams:

@@ -8,8 +8,10 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +31,9 @@ from command import Mistake  # noqa: E402
 from scripts import CORE, HouseError, hash_told, house_beside, logged_house  # noqa: E402
 
 BOS, HEADER_BYTES, SHARD_MAGIC = 1, 1024, 20240520
+UNTOLD = "its log does not hold it"  # the script that ran
 SAMPLE_DOCUMENTS = 10_000  # of which bytes are counted and round trips made
+FEWEST_DOCUMENTS = 12  # of any kind, for a spread to be known
 
 
 class AuditError(Mistake):
@@ -44,30 +48,76 @@ class Failed(Exception):
     """A rule is broken; the figure that shows it."""
 
 
+STATUSES = VERIFIED, CONSISTENT, NOT_CHECKED, FAIL = "VERIFIED", "CONSISTENT", "NOT CHECKED", "FAIL"
+# What a check that passes proves: by code of the repository; by the run's own script; by the run's word.
+RECOMPUTED, REPLAYED, RECORDS = "recomputed", "replayed", "records"
+
+
 class Verdict(NamedTuple):
     """What a check found."""
 
-    status: str  # PASS, FAIL or NOT CHECKED
+    status: str  # of STATUSES
     evidence: str
 
 
-CHECKS: dict[str, tuple[str, Callable[["Audit"], str]]] = {}
+class Check(NamedTuple):
+    """A rule, what a pass of it proves, and the function of the audit that looks."""
+
+    rule: str
+    proof: str
+    function: Callable[["Audit"], str | Verdict]
 
 
-def check(name: str, rule: str) -> Callable:
-    """Register a check: a function of the audit that returns its evidence, or raises Failed or NotChecked."""
+CHECKS: dict[str, Check] = {}
 
-    def register(function: Callable[["Audit"], str]) -> Callable[["Audit"], str]:
-        CHECKS[name] = rule, function
+
+def check(name: str, rule: str, proof: str) -> Callable:
+    """Register a check: a function of the audit that returns its evidence, or raises Failed or NotChecked.
+
+    It may return a Verdict where it proves less than `proof`.
+    """
+
+    def register(function: Callable[["Audit"], str | Verdict]) -> Callable[["Audit"], str | Verdict]:
+        CHECKS[name] = Check(rule, proof, function)
         return function
 
     return register
+
+
+def proven(proof: str, known: bool) -> str:
+    """Status of a check that passes; `known`: the house that ran is the repository's."""
+    return VERIFIED if proof == RECOMPUTED or proof == REPLAYED and known else CONSISTENT
 
 
 def require(holds: bool, evidence: str) -> None:
     """Raise Failed unless a condition holds."""
     if not holds:
         raise Failed(evidence)
+
+
+def verdict_of(look: Callable[[], str | Verdict], passed: str) -> Verdict:
+    """What a look finds: its own verdict, or `passed` with its evidence.
+
+    One that cannot be carried out because of an error has failed: nothing is hidden. Mistakes are raised.
+    """
+    try:
+        found = look()
+        return found if isinstance(found, Verdict) else Verdict(passed, found)
+    except NotChecked as reason:
+        return Verdict(NOT_CHECKED, str(reason))
+    except (Failed, HouseError) as reason:
+        return Verdict(FAIL, str(reason))
+    except Mistake:
+        raise
+    except Exception as error:  # whatever what is judged makes go wrong
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return Verdict(FAIL, f"could not be carried out ({text[:300]})")
+
+
+def carry_out(audit: "Audit", name: str) -> Verdict:
+    """One check in this process."""
+    _, proof, look = CHECKS[name]
+    return verdict_of(lambda: look(audit), proven(proof, audit.known))
 
 
 class Opened:
@@ -141,16 +191,56 @@ def short(checksum: str) -> str:
     return checksum[:12]
 
 
+def printable(text: str) -> str:
+    """Text that a run or program chose, for a line of ours: no line ends, terminal codes, odd characters."""
+    return text if text.isprintable() else ascii(" ".join(text.split()))[1:-1]
+
+
+def state_of_files(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Node, size and times of every file of a run: other ones where it was written to, by whatever name.
+
+    Raises AuditError unless all are its own: a link leads elsewhere, and reading a pipe may never end.
+    """
+    state = {}
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in [*folders, *files]):
+            found = path.lstat()
+            if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+                what = "a link" if stat.S_ISLNK(found.st_mode) else "a pipe or a device"
+                raise AuditError(f"{printable(str(path))}: {what}, must be a file of its own")
+            if stat.S_ISREG(found.st_mode):
+                name = printable(str(path.relative_to(folder)))
+                state[name] = found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return state
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises AuditError where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise AuditError(f"{path}: cannot be read as JSON ({reason})") from None
     if not isinstance(value, dict):
         raise AuditError(f"{path}: not a JSON object")
     return value
+
+
+def read_result(path: Path) -> dict:
+    """The result of a run, with what every check relies on. Raises AuditError where it is another file."""
+    if not path.is_file():
+        raise AuditError(f"{path.parent}: no result.json there: not the folder of a run that has ended")
+    result = read_json(path)
+    parts = [result.get(key) for key in ("settings", "stages", "environment")]
+    score, final = result.get("val_bpb"), result.get("final_stage")
+    whole = all(isinstance(part, dict) for part in parts) and isinstance(final, str)
+    whole = whole and isinstance(score, int | float) and math.isfinite(score)
+    if not whole or not isinstance(parts[1].get(final), dict):
+        raise AuditError(f"{path}: not the result of a run")
+    if "house_sha256" not in parts[2]:
+        text = "made by a script of before the house was rebuilt, it cannot be audited here"
+        raise AuditError(f"{path.parent}: {text}")
+    return result
 
 
 @functools.cache
@@ -160,39 +250,66 @@ def repository() -> dict[str, bytes]:
     return {path: file.read_bytes() for path, file in {CORE: script, **house_beside(script)}.items()}
 
 
-class Audit:
-    """A run's files, script, data and ledger; what is expensive is made once, when a check first asks."""
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command asks for, see tools/audit.py."""
 
-    def __init__(
-        self,
-        folder: Path,
-        data: Path | None = None,
-        docs: str = "",
-        full: bool = False,
-        seeds: Sequence[Path] = (),
-    ):
-        self.folder, self._data, self.docs, self.full, self.seeds = folder, data, docs, full, list(seeds)
+    data: Path | None = None
+    docs: str = ""
+    full: bool = False
+    seeds: Sequence[Path] = ()
+    sample: int = 0
+    sample_seed: int | None = None
+    retrain: bool = False
+    blackbox: bool = False
+    fresh: Sequence[Path] = ()
+    anchored: str = ""
+
+
+class Audit:
+    """A run's files, data and ledger; what is expensive is made once, when a check first asks.
+
+    `script` is the house that judges: the repository's, whatever the run brought. Inside the box (`boxed`) it
+    is the one that ran, out of the log, and what it finds of itself is not believed further than its FAILs.
+    """
+
+    def __init__(self, folder: Path, *, boxed: bool = False, **options: object):
+        self.folder, self.boxed, self.options = folder, boxed, Options(**options)
         if not folder.is_dir():
             raise AuditError(f"{folder}: no such folder")
-        self.result = read_json(folder / "result.json")
-        if not all(isinstance(self.result.get(key), dict) for key in ("settings", "stages", "environment")):
-            raise AuditError(f"{folder / 'result.json'}: not the result of a run")
+        self._began = state_of_files(folder)
+        self.result = read_result(folder / "result.json")
         self._temporary = tempfile.TemporaryDirectory(prefix="audit-")
         self.work = Path(self._temporary.name)
         try:
-            self.script = AuditedHouse(self.sources, self.work)
+            self.script = AuditedHouse(self.sources if boxed else repository(), self.work)
         except HouseError as error:
             raise AuditError(f"{folder}: {error}") from None
         here = {"data_path": str(self.data_folder), "audit": False, "compile_backend": "off"}
         here |= {"checkpoint_seconds": 0.0, "wandb_project": "", "tensorboard_dir": ""}  # nobody watches
         if not torch.cuda.is_available():
             here |= {"device": "auto", "attention_backend": "auto"}
-        self.cfg = self._run_settings(**here)
+        self.cfg = self.run_settings(**here)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.ranks = self.script.Ranks.from_env(self.cfg, {})
         self.backends = self.script.choose_backends(self.cfg, self.ranks)
         if self.ranks.device.type == "cuda":  # bits are compared
             torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def need_data(self) -> None:
+        """Raise AuditError where the validation data or their tokenizer are not there."""
+        tokenizer = self.script.tokenizer_file(self.cfg)
+        if not self.shards("val"):
+            raise AuditError(f"{self.data_folder}: no fineweb_val_*.bin, the run's data: --data says where")
+        if not tokenizer.is_file():
+            raise AuditError(f"{tokenizer}: no such tokenizer: --data says where it lies beside the data")
+
+    def unchanged(self) -> None:
+        """Raise AuditError where a file of the run changed, came or went since the audit began."""
+        before, after = self._began, state_of_files(self.folder)
+        changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        if changed:
+            raise AuditError(f"{self.folder}: {changed[0]} changed while it was judged: judge it again")
 
     def close(self) -> None:
         """Remove the temporary files, and the script from this process."""
@@ -206,15 +323,13 @@ class Audit:
         """The run's log."""
         logs = sorted((self.folder / "logs").glob("*.txt"))
         if len(logs) != 1:
-            raise AuditError(f"{self.folder / 'logs'}: holds {len(logs)} logs, must be the one of the run")
+            raise HouseError(f"{self.folder / 'logs'} holds {len(logs)} logs, must be the one of the run")
         return logs[0].read_text(encoding="utf-8", errors="replace")
 
     @functools.cached_property
     def sources(self) -> dict[str, bytes]:
-        """The house that ran, out of the log: sources by path, the core first."""
+        """The house that ran, out of the log: sources by path, the core first. Raises HouseError."""
         told = self.result["environment"]
-        if "house_sha256" not in told:
-            raise HouseError("made by a script of before the house was rebuilt, it cannot be audited here")
         return logged_house(self.log, told["source_sha256"], told["house_sha256"])
 
     @property
@@ -222,11 +337,20 @@ class Audit:
         """The checksum of the script and its house, as `RunRecord` has it."""
         return hash_told(self.result["environment"])
 
-    @property
+    @functools.cached_property
     def strange_files(self) -> list[str]:
-        """Files of the house that ran which are not the repository's."""
+        """Files in which the house that ran is not the repository's, or that the log does not hold."""
         ours = repository()
-        return [path for path, source in self.sources.items() if ours.get(path) != source]
+        try:
+            ran = self.sources
+            return [path for path in {**ran, **ours} if ours.get(path) != ran.get(path)]
+        except HouseError:
+            return [UNTOLD]
+
+    @property
+    def known(self) -> bool:
+        """The house that ran, as it says, is the repository's."""
+        return not self.strange_files
 
     @functools.cached_property
     def ledger(self) -> list[dict]:
@@ -238,8 +362,10 @@ class Audit:
 
     @property
     def head(self) -> dict:
-        """What the ledger says about the run."""
-        return self.ledger[0]
+        """What the ledger says about the run: its first line, and what its last one knows better."""
+        last = self.ledger[-1]
+        known = ("environment", "accesses") if last["kind"] == "close" else ()
+        return self.ledger[0] | {name: last[name] for name in known}
 
     def records(self, *kinds: str) -> list[dict]:
         """The ledger's records of some kinds, in order: those of the stage that gives the score."""
@@ -267,7 +393,7 @@ class Audit:
     @property
     def trained(self) -> bool:
         """The run trained its model itself."""
-        return "steps" in self.result
+        return "steps" in self.result and not (self.cfg.quantize_only or self.cfg.ttt_eval_only)
 
     @property
     def evaluator(self) -> str:
@@ -297,17 +423,21 @@ class Audit:
     @functools.cached_property
     def data_folder(self) -> Path:
         """Where the run's data lie."""
-        if self._data:
-            return self._data
+        if self.options.data:
+            return self.options.data
         with contextlib.suppress(NotChecked):
             return Path(self.head["data_folder"])
-        return self._run_settings().data_folder
+        return self.run_settings().data_folder
 
-    def _run_settings(self, **changes: object):
+    def run_settings(self, **changes: object):
         """The run's settings, as its script's `Config`; what that does not know is left out."""
-        names = {field.name for field in dataclasses.fields(self.script.Config)}
         told = {name.lower(): value for name, value in self.result["settings"].items()} | changes
-        return self.script.Config(**{name: value for name, value in told.items() if name in names})
+        known = {name: value for name, value in told.items() if name in self._setting_names}
+        return self.script.Config(**known)
+
+    @property
+    def _setting_names(self) -> set[str]:
+        return {field.name for field in dataclasses.fields(self.script.Config)}
 
     @functools.cached_property
     def manifest(self) -> dict:
@@ -348,15 +478,28 @@ class Audit:
         return [(int(a), int(b - a)) for a, b in itertools.pairwise([*starts, len(self.tokens)])]
 
     @functools.cached_property
+    def sample_seed(self) -> int:
+        """--sample-seed, or a number of the operating system's, that the run could not know."""
+        given = self.options.sample_seed
+        return int.from_bytes(os.urandom(4), "big") if given is None else given
+
+    @property
+    def _drawn_documents(self) -> list[tuple[int, int]]:
+        """SAMPLE_DOCUMENTS of the documents: a quarter those with most bytes a token, the others drawn."""
+        starts, lengths = (np.array(column) for column in zip(*self.documents, strict=True))
+        ratios = np.add.reduceat(self.sidecar[starts[0] :], starts - starts[0]) / lengths
+        order = np.argsort(-ratios, kind="stable").tolist()
+        most, rest = order[: SAMPLE_DOCUMENTS // 4], order[SAMPLE_DOCUMENTS // 4 :]
+        drawn = random.Random(self.sample_seed).sample(rest, min(len(rest), SAMPLE_DOCUMENTS - len(most)))
+        return [self.documents[number] for number in sorted([*most, *drawn])]
+
+    @functools.cached_property
     def texts(self) -> list[tuple[str, int]]:
         """(original text, bytes charged) of validation documents, decoded from their tokens: a sample."""
         processor = self.script.load_tokenizer(self.cfg)
-        chosen = self.documents
-        if len(chosen) > SAMPLE_DOCUMENTS:
-            chosen = sorted(random.Random(0).sample(chosen, SAMPLE_DOCUMENTS))
         decode = lossless_caps.decode if self.cfg.caseops_enabled else str
         texts = []
-        for start, length in chosen:
+        for start, length in self._drawn_documents:
             text = processor.decode(self.tokens[start + 1 : start + length].tolist())
             try:
                 texts.append((decode(text), int(self.sidecar[start + 1 : start + length].sum())))
@@ -376,7 +519,11 @@ class Audit:
 
     @functools.cached_property
     def artifact_model(self):
-        """The artifact's model; not to be changed."""
+        """The artifact's model, built by `script`; not to be changed."""
+        strange = self.result["settings"].keys() - {name.upper() for name in self._setting_names}
+        if strange:
+            names = ", ".join(sorted(strange)[:3])
+            raise NotChecked(f"{names}: no setting of this repository, it cannot build the model")
         settings, records = self.script.unpack_artifact(self.artifact.read_bytes(), self.cfg)
         model = self.script.GPT(dataclasses.replace(self.cfg, **settings), self.backends)
         model.load_state_dict(self.script.dequantize_state(records, model.cfg.num_layers))
@@ -399,8 +546,9 @@ class Audit:
 
     @property
     def looping(self) -> bool:
-        """The artifact's model is evaluated with its loops."""
-        return self.artifact_model.cfg.num_loops > 0
+        """The artifact's model is evaluated with its loops, unless it was trained without them."""
+        cfg = self.artifact_model.cfg
+        return cfg.num_loops > 0 and cfg.enable_looping_at < 1
 
     @property
     def tolerance(self) -> float:

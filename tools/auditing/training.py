@@ -13,8 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from auditing.artifact import alone, finished
 from auditing.run import (
     BOS,
+    RECORDS,
+    REPLAYED,
     Audit,
     NotChecked,
     check,
@@ -25,9 +28,9 @@ from auditing.run import (
     short,
     write_values,
 )
+from runs import TRAIN_LIMIT
 from scripts import sha256_of
 
-SECONDS_LIMIT = 600.0
 NETWORK_MODULES = {"socket", "urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "huggingface_hub"}
 DOWNLOADERS = {"curl", "wget", "git-lfs", "aria2c", "rsync", "scp", "ssh"}
 
@@ -103,7 +106,7 @@ def trained_unscored(audit: Audit) -> None:
             require(bool(known), f"{where}: trained on before it was scored")
 
 
-@check("T1", "no validation data in training")
+@check("T1", "no validation data in training", REPLAYED)
 def t1_no_validation_in_training(audit: Audit) -> str:
     """The run's path log, and: scrambled validation data must give the same weights, bit for bit."""
     with contextlib.suppress(NotChecked):
@@ -119,24 +122,20 @@ def t1_no_validation_in_training(audit: Audit) -> str:
     return f"{proof}; no validation file opened while training ({note})"
 
 
-@check("T2", "training and calibration within 600 s")
+@check("T2", "training and calibration within 600 s", RECORDS)
 def t2_training_seconds(audit: Audit) -> str:
-    """The stopwatch's seconds in result, ledger and events."""
+    """The stopwatch's seconds in result and events; R5 has those of the ledger."""
     if not audit.trained:
         raise NotChecked("this run did not train")
     seconds = audit.result["seconds"]
     training, calibration = seconds["train"], seconds.get("calibrate", 0.0)
     total = training + calibration
-    require(total <= SECONDS_LIMIT, f"training {training:.1f} s + calibration {calibration:.1f} s > 600")
+    require(total <= TRAIN_LIMIT, f"training {training:.1f} s + calibration {calibration:.1f} s > 600")
     told = {event["train_seconds"] for event in audit.metrics if event["stage"] == "saved"}
     steps = [event["train_seconds"] for event in audit.metrics if event["stage"] == "train"]
     summary = audit.result["train_seconds"]
     agree = told == {training} and summary == training and max(steps, default=0.0) <= training
     require(agree, f"result.json says {training} and {summary} s, the events {sorted(told)} s")
-    with contextlib.suppress(NotChecked):
-        for stage, value in audit.head["seconds"].items():
-            told = seconds.get(stage)
-            require(told == value, f"{stage}: {told} s in result.json, {value} s in the ledger")
     return f"training {training:.1f} s + calibration {calibration:.2f} s = {total:.1f} s of 600"
 
 
@@ -220,7 +219,7 @@ def ttt_warm_up(audit: Audit) -> WarmUp:
     return done
 
 
-@check("T3", "warm-up leaves no trace")
+@check("T3", "warm-up leaves no trace", REPLAYED)
 def t3_warm_up_restores(audit: Audit) -> str:
     """Model, both optimisers, EMA, loader and random generators have the same hash before and after."""
     done = warm_up(audit)
@@ -228,21 +227,25 @@ def t3_warm_up_restores(audit: Audit) -> str:
     return f"model, optimisers, EMA, loader, random state: {short(done.before)} before and after"
 
 
-@check("T4", "no network")
+@check("T4", "no network", RECORDS)
 def t4_no_network(audit: Audit) -> str:
-    """Imports of the script, and the connections that Python's audit hook saw during the run."""
+    """Imports of the script, the connections that Python's audit hook saw during the run, and the box."""
     imported = sorted(audit.imports & NETWORK_MODULES)
     require(not imported, f"the script imports {', '.join(imported)}")
     connections = [f"{stage}: {name}" for stage, name, _ in audit.accesses("network")]
     require(not connections, f"{len(connections)} connections, the first in {(connections or [''])[0]}")
     children = sorted({Path(name).name for _, name, _ in audit.accesses("process")})
     require(not DOWNLOADERS & set(children), f"started {', '.join(children)}")
+    again = alone(audit)
+    sockets = [name for name in again.ran.refused if name.startswith("network ")]
+    require(not sockets, f"the evaluation alone wanted {', '.join(sockets)}")
     ranks = audit.head["environment"]["ranks"]
+    boxed = "; none wanted in the box" if finished(again) else ""
     note = "" if ranks == 1 else f" ({ranks} ranks talk through torch.distributed: not seen by the hook)"
-    return f"no network module, 0 connections, child processes: {', '.join(children) or 'none'}{note}"
+    return f"no network module, 0 connections, child processes: {', '.join(children) or 'none'}{note}{boxed}"
 
 
-@check("T5", "calibration on training data only")
+@check("T5", "calibration on training data only", REPLAYED)
 def t5_calibration(audit: Audit) -> str:
     """Files opened by the calibration, and: scrambled validation data must give the same artifact."""
     honest, scrambled = _canary(audit, False)[1], _canary(audit, True)[1]

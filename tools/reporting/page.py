@@ -213,7 +213,7 @@ def audit_table(run: Run) -> str:
         return absent(
             f"Audit of {run.label}", f"no audit.json: python tools/audit.py {run.folder or 'RUN_DIR'}"
         )
-    looks = {"PASS": "good", "FAIL": "bad"}
+    looks = {"VERIFIED": "good", "FAIL": "bad"}
     rows = [
         [
             name,

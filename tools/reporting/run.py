@@ -64,7 +64,7 @@ class Run:
     @property
     def state(self) -> str:
         """Finished, or since when nothing has been heard of it; and what its source does not tell."""
-        told = [*self.record.broken_limits]
+        told = [*self.record.notices, *self.record.broken_limits]
         if self.record.missing:
             told.append(f"not told: {', '.join(self.record.missing)}")
         return "; ".join([self._progress(), *told])

@@ -2,9 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-
-from scipy import stats
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from reproducing.bases import Base
 from runs import RunRecord
@@ -35,7 +33,9 @@ def check_alike(records: Sequence[RunRecord], mixed: bool = False) -> list[str]:
             notes.append(text)
     seeds = [record.seed for record in records]
     for record in records:
-        if record.seed is None or seeds.count(record.seed) > 1:
+        if record.seed is None and len(records) > 1:
+            raise ClaimError(f"{record.path}: tells no seed, and of several runs each needs its own")
+        if seeds.count(record.seed) > 1:
             twice = [str(r.path) for r in records if r.seed == record.seed]
             raise ClaimError(f"seed {record.seed} {len(twice)} times ({', '.join(twice)}): each seed once")
     for key in ("device", "ranks", "torch", "train_shards"):
@@ -83,11 +83,15 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
 def welch(ours: Sequence[float], base: Sequence[float], margin: float = 0.0) -> dict[str, float] | None:
     """One-sided Welch test that our mean is below the base's by more than a margin: t, df, p.
 
-    None where either side has fewer than two values or nothing varies.
+    None where either side has fewer than two values or nothing varies. Raises ClaimError without scipy.
     """
     if min(len(ours), len(base)) < 2 or statistics.stdev(ours) + statistics.stdev(base) == 0:
         return None
     shifted = [value + margin for value in ours]
+    try:
+        from scipy import stats  # the audit, which needs other things of here, goes without it
+    except ImportError:
+        raise ClaimError("scipy is not installed: pip install -r requirements-dev.txt") from None
     found = stats.ttest_ind(shifted, base, equal_var=False, alternative="less")
     return {"t": float(found.statistic), "df": float(found.df), "p": float(found.pvalue)}
 
@@ -203,3 +207,14 @@ def sentence(comparison: dict[str, object], title: str) -> str:
         f"{start}. One-sided Welch t = {c['t']:.3f}, df = {c['df']:.2f}, p = {c['p']:.3g}. "
         f"Rule of {MARGIN} nats at p < {RECORD_P}: {rule} (p = {c['p_margin']:.3g})."
     )
+
+
+def audit_counts(record: RunRecord) -> dict[str, object] | None:
+    """The verdict of a run's audit, and how many of its checks have each status; None without an audit."""
+    return record.audit and {"verdict": record.audit.get("verdict"), **record.audit["counts"]}
+
+
+def audit_words(counts: Mapping[str, object]) -> str:
+    """`audit_counts` in words."""
+    checks = ", ".join(f"{count} {status}" for status, count in counts.items() if status != "verdict")
+    return f"{counts['verdict']} ({checks})"

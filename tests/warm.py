@@ -1,0 +1,64 @@
+"""Scripts as commands that find torch imported: one process has done so, and becomes each of them by a fork.
+
+To import torch and what its optimisers use takes longer than most of the runs. What must be a new process
+(`fresh` in test_smoke.py) says so.
+"""
+
+import functools
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+LIMIT = 600  # seconds of a command, which a signal ends then
+
+
+def run(script: Path, folder: Path, environ: dict[str, str]) -> subprocess.CompletedProcess:
+    """What a command without arguments does in a folder, with these variables and no others."""
+    with tempfile.TemporaryDirectory() as place:
+        files = [str(Path(place, name)) for name in ("output", "errors")]
+        server = _server()
+        print(json.dumps([str(script), str(folder), environ, files]), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        output, errors = (Path(file).read_text(encoding="utf-8") for file in files)
+    return subprocess.CompletedProcess([str(script)], code, output, errors)
+
+
+@functools.cache
+def _server() -> subprocess.Popen:
+    """The process that forks; it ends with its standard input, that is with this one."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, __file__], env=kept | {"OMP_NUM_THREADS": "1"}, **pipes)
+
+
+def _become(script: str, folder: str, environ: dict[str, str], files: list[str]) -> None:
+    """Run a script in this process as if it had been started so; its exit code is this process's."""
+    signal.alarm(LIMIT)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environ)
+    for number, path in enumerate([os.devnull, *files]):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+    sys.argv, sys.path[0] = [script], str(Path(script).parent)
+    runpy.run_path(script, run_name="__main__")
+
+
+def _serve() -> None:
+    """Fork for each line of the input, and print the exit code."""
+    import sentencepiece  # noqa: F401
+    import torch._dynamo  # noqa: F401
+
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            return _become(*json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

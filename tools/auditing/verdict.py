@@ -1,0 +1,70 @@
+"""What the verdicts of all checks come to: the headline, and the exit code."""
+
+from collections.abc import Mapping
+
+from auditing.claims import contest_set
+from auditing.run import CONSISTENT, FAIL, NOT_CHECKED, VERIFIED, Audit, Verdict
+
+# The number: data and bytes, size, the counted files alone, and the score itself, made again by a Python that
+# lets no other code in.
+CARRIES = ("A1", "A3", "S1", "S2", "S6", "E1")
+CONDITIONS = ("D1", "D2")  # where nothing adapts; else all four
+TRAINED, RETRAINED = ("W1", "W3"), "W2"
+RECORDED = ("R5",)  # what cannot be made again must at least be told by a chain
+EXIT_CODES = {VERIFIED: 0, FAIL: 1, CONSISTENT: 3}
+
+
+def carries(audit: Audit) -> list[str]:
+    """Names of the checks that carry the number: each must be VERIFIED."""
+    order = ["D3", "D4"] * (audit.evaluator != "standard")
+    adapted = ["E2"] * (audit.evaluator in ("lora", "sgd"))
+    return [*CARRIES, *adapted, *CONDITIONS, *order, *TRAINED]
+
+
+def _retrained(verdicts: Mapping[str, Verdict]) -> bool:
+    return verdicts[RETRAINED].status == VERIFIED
+
+
+def missing(audit: Audit, verdicts: Mapping[str, Verdict]) -> list[str]:
+    """What stands between the number and VERIFIED, in words.
+
+    Weights that a training by the repository's script has given again need no word about the script that ran:
+    its score was then made by code which is known to be legal.
+    """
+    again = _retrained(verdicts)
+    excused = {*CONDITIONS, "D3", "D4", *TRAINED} if again else set()
+    open_ = [name for name in carries(audit) if verdicts[name].status != VERIFIED and name not in excused]
+    open_ += [name for name in RECORDED if verdicts[name].status == NOT_CHECKED]
+    words = [f"{name} {verdicts[name].status}" for name in open_]
+    return words + [f"script unknown ({', '.join(audit.strange_files)})"] * (not audit.known and not again)
+
+
+def worst(verdicts: Mapping[str, Verdict]) -> str:
+    """FAIL, VERIFIED where every one is, else CONSISTENT: of some checks, not of the number."""
+    found = {verdict.status for verdict in verdicts.values()}
+    return FAIL if FAIL in found else VERIFIED if found == {VERIFIED} else CONSISTENT
+
+
+def outcome(audit: Audit, verdicts: Mapping[str, Verdict]) -> tuple[str, str]:
+    """VERIFIED, CONSISTENT or FAIL, and the headline that explains it."""
+    failed = [name for name, verdict in verdicts.items() if verdict.status == FAIL]
+    number = f"val_bpb {audit.result['val_bpb']:.6f}"
+    if failed:
+        return FAIL, f"{FAIL}: {number} is not to be believed: {', '.join(failed)}"
+    without = missing(audit, verdicts)
+    if without:
+        return CONSISTENT, f"{CONSISTENT}: {number} rests on its own word: {'; '.join(without)}"
+    training = (
+        "the whole training repeated"
+        if _retrained(verdicts)
+        else ("training by its records, of which the beginning was repeated (--retrain: all of it)")
+    )
+    made = verdicts["E1" if audit.evaluator in ("standard", "sliding") else "E2"].evidence
+    again = f"{number} is the score of this artifact, made again here ({made})"
+    return VERIFIED, f"{VERIFIED}: {again}{_whose_text(audit)}; {training}"
+
+
+def _whose_text(audit: Audit) -> str:
+    """A warning, where the text that was scored cannot be the contest's."""
+    stage = audit.result["stages"][audit.result["final_stage"]]
+    return "" if contest_set(stage["targets"], stage["bytes"]) else "; NOT of the contest's validation set"
