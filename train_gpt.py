@@ -38,7 +38,7 @@ import time
 import traceback
 import warnings
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -237,7 +237,8 @@ class Config:
     lqer_factor_bits: Bits = 4  # bits of symmetric factors
     fit_bytes: Whole = 0  # size, code included, to spend where loss is least, not by clips; 0: off
     float16_max_elements: Whole = 65_536  # tensors of at most this size stay float16
-    compressor: Literal["brotli", "lzma", "ans"] = "brotli"  # artifact's codec; ans needs constriction
+    quantizer: Literal["scalar", "trellis"] = "scalar"  # trellis: rows of a column are rounded together
+    compressor: Literal["brotli", "lzma", "ans"] = "brotli"  # artifact's codec; a trellis needs ans
 
     # Evaluation
     val_batch_tokens: Annotated[int, Range(8)] = 524_288  # an evaluation row holds an eighth of these targets
@@ -2011,6 +2012,7 @@ FORMS = {  # form -> its name in published artifacts, its arrays by key
     "fp16": ("passthrough (float16)", {"": ("", 0)}),  # of any shape
     "int8_rows": ("gate_int8_row", {"gq": ("rc", 127), "gs": ("r", 0)}),
     "gptq": ("gptq (int{})", {"q": ("rc", -1), "scale": ("r", 0)}),
+    "trellis": ("trellis (int{})", {"q": ("rc", -1), "scale": ("r", 0)}),
     "columns": ("+columns", {"columns": ("c", 0)}),
     "asym": ("+lqer_asym", {"lqA_a": ("rk", 1), "lqAs_a": ("", 0), "lqB_a": ("kc", 7), "lqBs_a": ("g", 0)}),
     "sym": ("+lqer", {"lqA": ("rk", 127), "lqAs": ("r", 0), "lqB": ("kc", 127), "lqBs": ("k", 0)}),
@@ -2021,7 +2023,7 @@ FORMS = {  # form -> its name in published artifacts, its arrays by key
 class QuantizedTensor:
     """A stored tensor: its form, its arrays by key, and what the log says of its quantisation."""
 
-    kind: str  # "fp16", "int8_rows" or "gptq"
+    kind: str  # "fp16", "int8_rows", "gptq" or "trellis"
     bits: int
     shape: tuple[int, ...]
     arrays: dict[str, Tensor]
@@ -2112,19 +2114,17 @@ def factorise_all(hessians: Mapping[str, Tensor | HessianFactor]) -> dict[str, H
     return {name: factors[id(hessian)] for name, hessian in hessians.items()}
 
 
-def gptq(
-    weight: Tensor, factor: HessianFactor, bits: int, scale: Tensor, block: int = 32
-) -> tuple[Tensor, Tensor, float]:
-    """GPTQ (arXiv 2210.17323) of a weight [rows, columns] at given row scales [rows].
+def gptq_columns(
+    weight: Tensor, factor: HessianFactor, step: Tensor, block: int = 32
+) -> Generator[Tensor, Tensor, tuple[Tensor, float]]:
+    """GPTQ (arXiv 2210.17323) of a weight [rows, columns] at given steps of the rows [rows].
 
-    Columns go by falling diagonal of the Hessian; the rounding error of each is spread over the later ones:
-    in its block as they are read, behind the block as one matrix product. Columns lie as rows here, which
-    reads whole ones. Returns int8 levels [rows, columns], float16 scales [rows], error tr(E H E^T), H damped.
+    Columns go by falling diagonal of the Hessian: each is yielded in steps, and its levels are wanted. The
+    rounding error of each is spread over the later ones: in its block as they are read, behind the block as
+    one matrix product. Columns lie as rows here, which reads whole ones. Returns int8 levels [rows, columns]
+    and the error tr(E H E^T), H damped.
     """
     order, dead, upper, _ = factor
-    q_max = 2 ** (bits - 1) - 1
-    scale = scale.clamp_min(SMALLEST_HALF).half()
-    step = scale.float()
     w = weight.float().t()[order]
     w[dead[order]] = 0
     levels, errors, pivots = torch.empty_like(w), torch.empty_like(w), upper.diagonal().tolist()
@@ -2132,12 +2132,25 @@ def gptq(
         end = min(start + block, len(w))
         for j in range(start, end):
             column = torch.addmv(w[j], errors[start:j].t(), upper[start:j, j], alpha=-1)
-            levels[j] = torch.div(column, step).round_().clamp_(-q_max, q_max)
+            levels[j] = yield torch.div(column, step)
             torch.addcmul(column, levels[j], step, value=-1, out=errors[j]).div_(pivots[j])
         w[end:].addmm_(upper[start:end, end:].t(), errors[start:end], alpha=-1)
     restored = torch.empty_like(levels, dtype=torch.int8)
     restored[order] = levels.to(torch.int8)
-    return restored.t().contiguous(), scale, float(errors.double().square().sum())
+    return restored.t().contiguous(), float(errors.double().square().sum())
+
+
+def gptq(
+    weight: Tensor, factor: HessianFactor, bits: int, scale: Tensor, block: int = 32
+) -> tuple[Tensor, Tensor, float]:
+    """GPTQ that rounds each weight by itself, at row scales [rows]: int8 levels, float16 scales, error."""
+    top, scale = 2 ** (bits - 1) - 1, scale.clamp_min(SMALLEST_HALF).half()
+    sweep, levels = gptq_columns(weight, factor, scale.float(), block), None
+    try:
+        while True:
+            levels = sweep.send(levels).round_().clamp_(-top, top)
+    except StopIteration as end:
+        return end.value[0], scale, end.value[1]
 
 
 def round_to_scales(x: Tensor, runs: int, low: int, high: int, top: float) -> tuple[Tensor, Tensor]:
@@ -2173,14 +2186,18 @@ def pack_low_rank(a: Tensor, b: Tensor, group: int, bits: int) -> tuple[tuple, d
     return (form, len(b), group), dict(zip(FORMS[form][1], arrays, strict=True))
 
 
+def clip_scales(tensor: Tensor, scheme: Scheme) -> Tensor:
+    """Scale of each row at which the largest level is `clip_sigmas` deviations away (PR #1394)."""
+    return scheme.clip_sigmas * tensor.float().std(dim=1) / (2 ** (scheme.bits - 1) - 1)
+
+
 def quantize_tensor(
     tensor: Tensor, scheme: Scheme, factor: HessianFactor | None, cfg: Config
 ) -> QuantizedTensor:
-    """Store one tensor by its scheme; GPTQ needs the factor of its Hessian, and clips rows (PR #1394)."""
+    """Store one tensor by its scheme; GPTQ needs the factor of its Hessian."""
     started, report, arrays = time.perf_counter(), {}, [tensor.half()]
     if scheme.kind == "gptq":
-        scale = scheme.clip_sigmas * tensor.float().std(dim=1) / (2 ** (scheme.bits - 1) - 1)
-        *arrays, error = gptq(tensor, factor, scheme.bits, scale)
+        *arrays, error = gptq(tensor, factor, scheme.bits, clip_scales(tensor, scheme))
         if not COUNTED:
             report = gptq_report(scheme, factor, error, started)
     elif cfg.gated_attn_quant_gate and scheme.kind == "int8_rows":
@@ -2219,12 +2236,16 @@ def quantize_state(
         width, device = flat["tok_emb.weight"].size(1), flat["tok_emb.weight"].device
         hessians = {"tok_emb.weight": torch.eye(width, device=device), **hessians}
     factors = factorise_all({name: hessians[name] for name in mine if schemes[name].kind == "gptq"})
-    records, errors = {}, {}
+    records, together = {}, factors if cfg.quantizer == "trellis" else {}
+    if together:
+        from systems.trellis import quantize_matrices
+
+        records = quantize_matrices({name: (flat[name], schemes[name], factors[name]) for name in together})
     for name in mine:
-        records[name] = quantize_tensor(flat[name], schemes[name], factors.get(name), cfg)
-        if cfg.lqer_enabled and name in factors:
-            errors[name] = flat[name].float() - records[name].dequantize()
+        if name not in together:
+            records[name] = quantize_tensor(flat[name], schemes[name], factors.get(name), cfg)
     if cfg.lqer_enabled:
+        errors = {name: flat[name].float() - records[name].dequantize() for name in factors}
         norms = gather_by_name({name: float(error.norm()) for name, error in errors.items()}, flat, ranks)
         for name in sorted(norms, key=lambda name: -norms[name])[: cfg.lqer_top_k]:
             if name in errors:
@@ -2277,11 +2298,11 @@ def byte_unshuffle(data: bytes) -> bytes:
 
 def check_codec(codec: str) -> None:
     """Raise ConfigError where a package that a codec needs is not installed."""
-    for package in ("constriction", "brotli") if codec == "ans" else (codec,):
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            raise ConfigError(f"COMPRESSOR={codec}: the Python package {package} is not installed") from None
+    package = "brotli" if codec == "ans" else codec
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        raise ConfigError(f"COMPRESSOR={codec}: the Python package {package} is not installed") from None
 
 
 def compress(data: bytes, cfg: Config) -> bytes:
@@ -2319,6 +2340,7 @@ class StoredArray(NamedTuple):
     dtype: str
     dims: tuple[int, ...]
     top: int  # largest level
+    trellis: bool = False
 
     @property
     def size(self) -> int:
@@ -2336,8 +2358,8 @@ def stored_arrays(
     for form in (kind, *correction[:1]):
         for key, (letters, top) in FORMS[form][1].items():
             dims = tuple(sizes[letter] for letter in letters) if key else tuple(shape)
-            dtype, top = "|i1" if top else "<f2", top if top > 0 else 2 ** (bits - 1) - 1
-            yield StoredArray(name, key, dtype, dims, top)
+            dtype, most = "|i1" if top else "<f2", top if top > 0 else 2 ** (bits - 1) - 1
+            yield StoredArray(name, key, dtype, dims, most, kind == "trellis" and top < 0)
 
 
 def artifact_streams(tensors: Iterable[Sequence], cfg: Config) -> dict[str, list[StoredArray]]:
@@ -2359,7 +2381,7 @@ def pack_artifact(records: Mapping[str, QuantizedTensor], cfg: Config, looping: 
         if cfg.compressor == "ans" and stream == LEVELS:
             from systems.ans import encode_levels
 
-            packed[stream] = encode_levels([(a, p.top) for a, p in zip(arrays, parts, strict=True)])
+            packed[stream] = encode_levels(arrays, [(p.top, p.trellis) for p in parts])
         else:
             data = b"".join(array.tobytes() for array in arrays)
             packed[stream] = compress(byte_shuffle(data, arrays[0].itemsize), cfg)
@@ -2408,7 +2430,7 @@ def _unpack_stream(data: bytes, stream: str, parts: list[StoredArray], cfg: Conf
     if cfg.compressor == "ans" and stream == LEVELS:
         from systems.ans import decode_levels
 
-        yield from decode_levels(data, [(part.dims, part.top) for part in parts])
+        yield from decode_levels(data, [part.dims for part in parts], [(p.top, p.trellis) for p in parts])
         return
     size = sum(part.size for part in parts)
     shuffled = parts[0].dtype != "|i1" and size > 1
@@ -3212,7 +3234,7 @@ def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
     parts = dict.fromkeys(("plain_windows", "sliding_window_enabled", "ttt_sgd"), "stream")
     parts |= {"fit_bytes": "fit_bytes", "ttt_cache_window": "cache", "ttt_chunk_by_length": "chunks"}
-    parts |= {"caseops_enabled": "plain_text"}
+    parts |= {"caseops_enabled": "plain_text", "quantizer": "trellis"}
     needed = {name: part for name, part in parts.items() if getattr(cfg, name) != getattr(Config, name)}
     chosen = {"ans": "ans", "fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"}
     needed |= {name: chosen.get(getattr(cfg, name)) for name in ("compressor", "attention_backend")}

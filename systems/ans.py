@@ -1,11 +1,15 @@
-"""The entropy coder of COMPRESSOR=ans."""
+"""The entropy coder of COMPRESSOR=ans: asymmetric numeral systems (arXiv 1311.2540), in integers throughout.
+
+All matrices are coded at once, row by row: a row's levels, of all columns of all matrices that have such a
+row, are dealt out to parallel coders. Each column has a model of its own, told by the rows above.
+"""
 
 import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
-from train_gpt import COUNTED, ArtifactError
+from train_gpt import ArtifactError
 
 
 def _variance_steps() -> np.ndarray:
@@ -16,29 +20,45 @@ def _variance_steps() -> np.ndarray:
     return np.array(steps)
 
 
-VARIANCE_STEPS = _variance_steps()
+def _bell() -> np.ndarray:
+    """2^24 exp(-i/256), in integers."""
+    values = [1 << 24]
+    while len(values) < 4096:
+        values.append(values[-1] - (values[-1] >> 8) + (values[-1] >> 17))
+    return np.array(values)
+
+
+VARIANCE_STEPS, BELL = _variance_steps(), _bell()
 COLUMN_OPTIONS = tuple(itertools.product((0, 1, 2), (8, 32, 128, 512), (0, 8, 32)))
+OPTIONS = np.array(COLUMN_OPTIONS).T
+ESCAPE, ZERO = 0, 128  # symbols: of a level that has no frequency, of level 0
+LEVELS_PER_CODER = 15  # log2: a coder costs three bytes
+SEGMENT = 256  # rows after which a trellis begins anew
 
 
-class ColumnModel:
+class ColumnModels:
     """What the levels of each column are like, told by the rows above: class of variance, mean in quarters.
 
     A trained matrix has loud and quiet columns. Sums are integers (in 1/256), so that every machine agrees.
-    `option` is an index of COLUMN_OPTIONS: the shift by which older blocks of rows fade, and the rows that
-    the variance and the mean expected at first count for. `level` is the class of that variance.
+    An option is an index of COLUMN_OPTIONS: the shift by which older blocks of rows fade, and the rows that
+    the variance and the mean expected at first count for. A level is the class of that variance. Options and
+    levels are numbers, or arrays [columns].
     """
 
-    def __init__(self, columns: int, option: int, level: int):
-        self.fade, self.rows_spread, self.rows_mean = COLUMN_OPTIONS[option]
+    def __init__(self, columns: int, option: np.ndarray | int, level: np.ndarray | int):
+        self.fade, self.rows_spread, self.rows_mean = OPTIONS[:, option]
         self.prior = self.rows_spread * VARIANCE_STEPS[level]
-        self.rows, self.sums, self.squares = 0, *np.zeros((2, columns), np.int64)
+        self.rows, self.sums, self.squares = np.zeros((3, columns), np.int64)
+
+    def cut(self, columns: int) -> None:
+        """Keep the first columns only."""
+        for name, value in vars(self).items():
+            setattr(self, name, value[:columns])
 
     def classes(self) -> tuple[np.ndarray, np.ndarray]:
         """Class of variance and mean (in quarters) that are expected of each column, int64 [columns]."""
-        mean = np.zeros_like(self.sums)
-        if self.rows_mean:
-            rows = self.rows + 256 * self.rows_mean
-            mean = np.clip((8 * self.sums + rows) // (2 * rows), -63, 63)
+        rows = self.rows + 256 * self.rows_mean
+        mean = np.clip((8 * self.sums + rows) // np.maximum(2 * rows, 1), -63, 63) * (self.rows_mean > 0)
         spread = self.squares - mean * self.sums // 2 + self.rows * mean * mean // 16
         variance = 256 * (spread + self.prior) // (self.rows + 256 * self.rows_spread)
         return np.searchsorted(VARIANCE_STEPS[1:-1], variance), mean
@@ -52,23 +72,23 @@ class ColumnModel:
 
 def _column_sums(levels: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
     """Rows of a block, and the sums of its columns and of their squares."""
-    block = levels.astype(np.int64)
+    block = levels.astype(np.int32)
     return len(block), block.sum(0), (block * block).sum(0)
 
 
 def _row_blocks(rows: int) -> list[tuple[int, int]]:
-    """Start and end of the blocks of rows that are coded at once; the first ones are short."""
+    """Start and end of the blocks of rows that share their models; the first ones are short."""
     starts = [start for start in (0, 16, 32, *range(64, rows, 64)) if start < rows]
     return list(itertools.pairwise([*starts, rows]))
 
 
 def choose_column_model(levels: np.ndarray) -> tuple[int, int]:
-    """Option and starting class of the `ColumnModel` that codes a matrix best (an estimate in integers)."""
+    """Option and starting class of the `ColumnModels` that code a matrix best (an estimate in integers)."""
     blocks = [_column_sums(levels[start:end]) for start, end in _row_blocks(len(levels))]
     total = 256 * sum(int(squares.sum()) for *_, squares in blocks) // max(levels.size, 1)
     level, costs = int(np.searchsorted(VARIANCE_STEPS[1:-1], total)), []
     for option in range(len(COLUMN_OPTIONS)):
-        columns, cost = ColumnModel(levels.shape[1], option, level), 0
+        columns, cost = ColumnModels(levels.shape[1], option, level), 0
         for rows, sums, squares in blocks:
             kind, mean = columns.classes()
             spread = 16 * squares - 8 * mean * sums + rows * mean * mean
@@ -79,85 +99,222 @@ def choose_column_model(levels: np.ndarray) -> tuple[int, int]:
     return costs.index(min(costs)), level
 
 
-class LevelCoder:
-    """Asymmetric numeral systems (arXiv 1311.2540) over integer matrices, through `constriction`.
+class FrequencyTables:
+    """Frequencies of symbols in each class, of 2^16 in all: learnt in the order of decoding.
 
-    Each class of a `ColumnModel` has a table of symbol frequencies: 64 imagined symbols of a Gaussian, and
-    all symbols of the class that were coded so far. Tables are integers; they are learnt in the order of
-    decoding. A coder that is given words decodes them.
+    A table begins as 64 imagined symbols of a Gaussian; it is made anew when the class has a quarter more
+    symbols. What is further away than 5.6 deviations and was never seen has no frequency: it is an escape.
     """
 
-    def __init__(self, words: np.ndarray | None = None):
-        from constriction import stream
+    def __init__(self):
+        self.index: dict[int, int] = {}
+        self.weights, self.learnt, self.made = np.zeros((0, 256), np.int64), *np.zeros((2, 0), np.int64)
+        self.slots, self.packed = np.zeros((0, 1 << 16), np.uint8), np.zeros((0, 256), np.int64)
 
-        self.coder = stream.stack.AnsCoder() if words is None else stream.stack.AnsCoder(words)
-        self.categorical = stream.model.Categorical
-        self.decodes, self.jobs = words is not None, []
-        bells = [1 << 24]
-        while len(bells) < 4096:
-            bells.append(bells[-1] - (bells[-1] >> 8) + (bells[-1] >> 17))
-        self.bell = np.array(bells)  # 2^24 exp(-i/256), in integers
-        self.tables: dict[tuple[int, int], np.ndarray] = {}
+    def rows(self, keys: np.ndarray) -> np.ndarray:
+        """The rows of the tables of some keys: (lattice, kind, mean) as one number. New ones are made."""
+        distinct, inverse = np.unique(keys, return_inverse=True)
+        fresh = [int(key) for key in distinct if int(key) not in self.index]
+        self.index |= {key: len(self.index) + i for i, key in enumerate(fresh)}
+        if fresh:
+            self._grow(np.array(fresh))
+        rows = np.array([self.index[int(key)] for key in distinct])
+        self._make(rows[4 * self.learnt[rows] >= 5 * self.made[rows]])
+        return rows[inverse].reshape(keys.shape)
 
-    def _code_class(self, symbols: np.ndarray, key: int, top: int) -> np.ndarray:
-        """Code symbols of one class, or decode as many. `key` = 128 class + mean + 64."""
-        table = self.tables.get((top, key))
-        if table is None:
-            distance = 4 * np.arange(-top - 1, top + 1) - (key % 128 - 64)
-            bell = self.bell[np.minimum(2048 * distance**2 // VARIANCE_STEPS[key // 128], 4095)]
-            table = (bell << 22) // bell.sum() + 1
-        model = self.categorical(table.astype(np.float64), perfect=False)
-        if self.decodes:
-            symbols = self.coder.decode(model, symbols.size)
-        else:
-            self.jobs.append((model, symbols))
-        self.tables[top, key] = table + (np.bincount(symbols, minlength=table.size) << 16)
-        return symbols
+    def _grow(self, keys: np.ndarray) -> None:
+        """Tables of new classes. Lattice 0 has every integer, lattices 2 and 3 the even and the odd ones."""
+        lattice, kind, mean = keys >> 14 & 3, keys >> 7 & 127, (keys & 127) - 64
+        numbers = (np.arange(256) - ZERO << (lattice > 1)[:, None]) + (lattice & 1)[:, None]
+        bell = 2048 * (4 * numbers - mean[:, None]) ** 2 // VARIANCE_STEPS[kind][:, None]
+        bell = np.where(bell < len(BELL), BELL[np.minimum(bell, len(BELL) - 1)], 0)
+        weights = (bell << 22) // np.maximum(bell.sum(1), 1)[:, None]
+        weights[:, ESCAPE] += 1 << 12
+        self.weights = np.concatenate([self.weights, weights])
+        self.learnt = np.concatenate([self.learnt, np.full(len(keys), 64)])
+        self.made = np.concatenate([self.made, np.zeros(len(keys), np.int64)])
+        self.slots = np.concatenate([self.slots, np.zeros((len(keys), 1 << 16), np.uint8)])
+        self.packed = np.concatenate([self.packed, np.zeros((len(keys), 256), np.int64)])
 
-    def code_matrix(self, levels: np.ndarray, top: int, option: int, level: int) -> None:
-        """Code a matrix int8 of values -top-1..top; in decoding, fill it."""
-        columns = ColumnModel(levels.shape[1], option, level)
-        for start, end in _row_blocks(len(levels)) if levels.size else ():
-            kind, mean = columns.classes()
-            keys = kind * 128 + mean + 64
-            order = np.argsort(keys, kind="stable")
-            keys = keys[order]
-            block = levels[start:end].T[order].astype(np.int32) + (top + 1)
-            edges = [0, *(np.flatnonzero(np.diff(keys)) + 1), len(keys)]
-            for low, high in itertools.pairwise(edges):
-                symbols = self._code_class(block[low:high].ravel(), int(keys[low]), top)
-                block[low:high] = symbols.reshape(high - low, -1)
-            levels[start:end] = (block[np.argsort(order)] - (top + 1)).T
-            columns.add(*_column_sums(levels[start:end]))
+    def _make(self, rows: np.ndarray) -> None:
+        """Frequencies by the weights, at least 1 of what has a weight; the commonest gets what is left."""
+        weights = self.weights[rows]
+        known = weights > 0
+        left = (1 << 16) - known.sum(1, keepdims=True)
+        counts = known + weights * left // np.maximum(weights.sum(1, keepdims=True), 1)
+        counts[np.arange(len(rows)), counts.argmax(1)] += (1 << 16) - counts.sum(1)
+        self.packed[rows] = counts << 16 | (counts.cumsum(1) - counts) & 0xFFFF
+        symbols = np.tile(np.arange(256, dtype=np.uint8), len(rows))
+        self.slots[rows] = np.repeat(symbols, counts.ravel()).reshape(-1, 1 << 16)
+        self.made[rows] = self.learnt[rows]
 
-    def words(self) -> np.ndarray:
-        """The coded words, uint32: the last symbol goes in first, as decoding is last in, first out."""
-        for model, symbols in reversed(self.jobs):
-            self.coder.encode_reverse(symbols, model)
-        return self.coder.get_compressed()
-
-
-def encode_levels(matrices: Sequence[tuple[np.ndarray, int]]) -> bytes:
-    """Integer matrices with the largest level of each -> two bytes of options per matrix, then the words."""
-    coder, head = LevelCoder(), bytearray()
-    for levels, top in matrices:
-        head += bytes(options := choose_column_model(levels))
-        coder.code_matrix(levels.copy(), top, *options)
-    return bytes(head) + coder.words().astype("<u4").tobytes()
+    def learn(self, rows: np.ndarray, symbols: np.ndarray) -> None:
+        """Count symbols uint8 in the tables of their rows, both [n]."""
+        places = rows.ravel() << 8 | symbols.ravel()
+        counts = np.bincount(places, minlength=self.weights.size).reshape(-1, 256)
+        self.weights += counts << 16
+        self.learnt += counts.sum(1)
 
 
-def decode_levels(data: bytes, layout: Sequence[tuple[tuple[int, int], int]]) -> list[np.ndarray]:
-    """The inverse of `encode_levels`, by shape and largest level of each. Raises ArtifactError."""
-    options, words = data[: 2 * len(layout)], data[2 * len(layout) :]
-    if not COUNTED:
-        cut = len(options) < 2 * len(layout) or len(words) % 4 or (words and not any(words[-4:]))
-        known = all(o < len(COLUMN_OPTIONS) for o in options[::2])
-        if cut or not known or max(options[1::2], default=0) > len(VARIANCE_STEPS) - 2:
-            raise ArtifactError("damaged ans stream")
-    coder = LevelCoder(np.frombuffer(words, "<u4").astype(np.uint32))
-    matrices = [np.zeros(shape, np.int8) for shape, _ in layout]
-    for levels, (_, top), option, level in zip(matrices, layout, options[::2], options[1::2], strict=True):
-        coder.code_matrix(levels, top, option, level)
-    if not COUNTED and not coder.coder.is_empty():
+def next_states(states: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """States of the trellis after the levels `2 numbers + (states & 1)`: see systems/trellis.py."""
+    return states << 1 & 6 | (numbers ^ states >> 1 ^ states >> 2) & 1
+
+
+class LevelCoder:
+    """The walk over all levels, which coding and decoding share, and the states of the parallel coders.
+
+    A column with a trellis has a state that allows the even or the odd levels; what is coded of a level is
+    its number among these. Columns of the matrices with the most rows come first, so that those that go on
+    are always the beginning. Coders' states have 32 bits, and give and take words of 16.
+    """
+
+    def __init__(self, shapes: Sequence[Sequence[int]], kinds: Sequence[tuple[int, bool]], options: bytes):
+        self.order = sorted(range(len(shapes)), key=lambda i: -shapes[i][0])
+        places = np.repeat(self.order, [shapes[i][1] for i in self.order]).astype(int)
+        self.heights = np.array([rows for rows, _ in shapes], int)[places]
+        tops, trellis = np.array(kinds, int).reshape(-1, 2)[places].T
+        self.trellis = trellis.astype(np.int16)
+        self.lattices = (tops << 2 | trellis << 1) << 14
+        chosen = np.frombuffer(options, np.uint8).reshape(-1, 2)[places].T
+        self.models = ColumnModels(len(places), *chosen)
+        self.tables = FrequencyTables()
+        self.coders = np.full((self.heights.sum() >> LEVELS_PER_CODER) + 1, 1 << 32, np.int64)
+
+    def code(self, matrices: Sequence[np.ndarray]) -> None:
+        """Go through matrices int8 row by row; decoding fills them."""
+        height, states = self.heights.max(initial=0), np.zeros(len(self.heights), np.int16)
+        edges = np.unique([0, 16, 32, *range(64, height, 64), *self.heights])
+        for start, end in itertools.pairwise(edges[edges <= height].tolist()):
+            width = np.count_nonzero(self.heights > start)
+            self.models.cut(width)
+            trellis, states = self.trellis[:width], states[:width]
+            kind, mean = self.models.classes()
+            keys = self.lattices[:width] + (kind << 7) + mean + 64
+            tables = self.tables.rows(keys), self.tables.rows(keys + (trellis.astype(int) << 14))
+            parts = [matrices[i][start:end] for i in self.order if len(matrices[i]) > start]
+            block = np.concatenate(parts, axis=1, dtype=np.int16)
+            rows, numbers = np.empty(block.shape, np.int32), np.empty(block.shape, np.uint8)
+            for row, levels in enumerate(block):
+                states = states if (start + row) % SEGMENT else np.zeros_like(states)
+                parity = states & trellis
+                rows[row] = table = np.where(parity, tables[1], tables[0]) if parity.any() else tables[0]
+                number = self._code_row(table, levels >> trellis)
+                numbers[row] = number + ZERO
+                levels[:] = (number << trellis) + parity
+                if trellis.any():
+                    states = next_states(states, number) * trellis
+            self.tables.learn(rows, numbers)
+            self.models.add(*_column_sums(block))
+            self._end_block(parts, block)
+
+    def _code_row(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Code the numbers of a row by their tables; returns them, or what they are in decoding."""
+        raise NotImplementedError
+
+    def _end_block(self, parts: Sequence[np.ndarray], block: np.ndarray) -> None:
+        """A block of all matrices has been gone through."""
+
+
+class LevelEncoder(LevelCoder):
+    """Gathers the frequencies of all levels, then codes them from the last one to the first."""
+
+    def __init__(self, *arguments: object):
+        super().__init__(*arguments)
+        self.jobs, self.escapes = [], []
+
+    def _code_row(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        symbols = numbers + ZERO
+        packed = self.tables.packed[rows, symbols]
+        escapes = np.flatnonzero((packed < 1 << 16) | (symbols == ESCAPE))
+        packed[escapes] = self.tables.packed[rows[escapes], ESCAPE]
+        self.escapes.append(symbols[escapes].astype(np.uint8))
+        self.jobs.append(packed)
+        return numbers
+
+    def stream(self) -> bytes:
+        """The coders' states, the words, and the escapes from behind."""
+        words, count = [], len(self.coders)
+        for packed in reversed(self.jobs):
+            for low in reversed(range(0, len(packed), count)):
+                part = packed[low : low + count]
+                part = part.astype(np.int64)
+                frequency, coders = part >> 16, self.coders[: len(part)]
+                full = coders >> 32 >= frequency
+                words.append(coders[full].astype("<u2"))
+                coders[full] >>= 16
+                whole, rest = np.divmod(coders, frequency)
+                coders[:] = (whole << 16) + rest + (part & 0xFFFF)
+        escapes = b"".join(part.tobytes() for part in self.escapes)
+        words = b"".join(part.tobytes() for part in reversed(words))
+        return self.coders.astype("<u8").tobytes() + words + escapes[::-1]
+
+
+class LevelDecoder(LevelCoder):
+    """Decodes a stream of a `LevelEncoder`."""
+
+    def __init__(self, data: bytes, *arguments: object):
+        super().__init__(*arguments)
+        size = 8 * len(self.coders)
+        self.coders[:] = np.frombuffer(data[:size], "<u8")
+        self.words = np.frombuffer(data[size:], "<u2", len(data) - size >> 1).astype(np.int64)
+        self.escapes, self.left = np.frombuffer(data, np.uint8)[::-1], len(data) - size
+        self.used = self.escaped = 0
+
+    def _code_row(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        symbols, slots, packed = np.empty(len(rows), np.uint8), rows << 16, rows << 8
+        count = len(self.coders)
+        for low in range(0, len(rows), count):
+            part = slice(low, low + count)
+            coders = self.coders[: len(rows) - low]
+            slot = coders & 0xFFFF
+            found = self.tables.slots.take(slots[part] + slot)
+            table = self.tables.packed.take(packed[part] + found)
+            coders[:] = (table >> 16) * (coders >> 16) + slot - (table & 0xFFFF)
+            empty = np.flatnonzero(coders < 1 << 32)
+            coders[empty] = coders[empty] << 16 | self.words[self.used : self.used + len(empty)]
+            self.used += len(empty)
+            symbols[part] = found
+        escapes = np.flatnonzero(symbols == ESCAPE)
+        symbols[escapes] = self.escapes[self.escaped : self.escaped + len(escapes)]
+        self.escaped += len(escapes)
+        return symbols.astype(np.int16) - ZERO
+
+    def _end_block(self, parts: Sequence[np.ndarray], block: np.ndarray) -> None:
+        edges = np.cumsum([part.shape[1] for part in parts])[:-1]
+        for part, levels in zip(parts, np.split(block, edges, axis=1), strict=True):
+            part[:] = levels
+
+    def is_whole(self) -> bool:
+        """Whether all of the stream was used, and the coders are as they were at the beginning."""
+        return self.left == 2 * self.used + self.escaped and bool((self.coders == 1 << 32).all())
+
+
+def encode_levels(matrices: Sequence[np.ndarray], kinds: Sequence[tuple[int, bool]]) -> bytes:
+    """Matrices int8 -> two bytes of options for each, then the stream of all.
+
+    Args:
+        matrices: levels of -top - 1..top.
+        kinds: top of each matrix, and whether its levels go by a trellis.
+    """
+    options = bytes(itertools.chain.from_iterable(map(choose_column_model, matrices)))
+    coder = LevelEncoder([matrix.shape for matrix in matrices], kinds, options)
+    coder.code(matrices)
+    return options + coder.stream()
+
+
+def decode_levels(
+    data: bytes, shapes: Sequence[Sequence[int]], kinds: Sequence[tuple[int, bool]]
+) -> list[np.ndarray]:
+    """The inverse of `encode_levels`. Raises ArtifactError."""
+    options, stream = data[: 2 * len(shapes)], data[2 * len(shapes) :]
+    matrices = [np.zeros(shape, np.int8) for shape in shapes]
+    try:
+        coder = LevelDecoder(stream, shapes, kinds, options)
+        coder.code(matrices)
+        whole = coder.is_whole()
+    except (ValueError, IndexError):  # an array that should hold words or options is too short
+        whole = False
+    if not whole:
         raise ArtifactError("damaged ans stream")
     return matrices

@@ -38,7 +38,7 @@ from train_gpt import (
 
 FIT_SAMPLES, FIT_ROWS = 32, 8  # gradients; training windows behind each
 FIT_SLACK, FIT_TRIALS = 2000, 16  # bytes that may be left; trials at most
-FIT_BITS = 8
+FIT_BITS, FIT_TOP = 8, 127
 FIT_SCALES, FIT_CONTROLS = 4, 8  # bits of mantissa: GPTQ makes good a rounded scale, nothing a rounded gate
 
 
@@ -113,19 +113,38 @@ def fit_clips(
     return {name: max(loss, floor) ** -0.5 for name, loss in losses.items()}
 
 
-def fit_matrix(weight: Tensor, factor: HessianFactor, clip_sigmas: float) -> QuantizedTensor:
-    """Store a matrix with column scales, at steps so coarse as the clip width says; no level is clipped."""
-    started, columns, top = time.perf_counter(), column_scales(factor), 2 ** (FIT_BITS - 1) - 1
-    scaled = weight.float() / columns  # the same problem in other units
-    factor = factor._replace(upper=factor.upper / columns[factor.order])
-    scale = (clip_sigmas * scaled.std(dim=1) / top).maximum(scaled.abs().amax(1) / top)
-    scale = short_half(scale.clamp(2.0**-14, 2.0**15), FIT_SCALES)
-    levels, scale, error = gptq(scaled, factor, FIT_BITS, scale)
-    arrays = {"q": levels.cpu(), "scale": scale.cpu(), "columns": columns.half().cpu()}
-    record = QuantizedTensor("gptq", FIT_BITS, tuple(weight.shape), arrays, ("columns", 0, 0))
-    if not COUNTED:
-        record.report = gptq_report(Scheme("gptq", FIT_BITS, clip_sigmas), factor, error, started)
-    return record
+def fit_matrices(
+    matrices: Mapping[str, tuple[Tensor, HessianFactor, float]], quantizer: str
+) -> dict[str, QuantizedTensor]:
+    """Store matrices with column scales; no level is clipped.
+
+    Args:
+        matrices: weight [rows, columns], factor of its Hessian, and the clip width that tells its steps.
+        quantizer: QUANTIZER.
+    """
+    started, problems, scales = time.perf_counter(), [], {}
+    for name, (weight, factor, clip_sigmas) in matrices.items():
+        columns = column_scales(factor)
+        scaled = weight.float() / columns  # the same problem in other units
+        scale = (clip_sigmas * scaled.std(dim=1) / FIT_TOP).maximum(scaled.abs().amax(1) / FIT_TOP)
+        scale = short_half(scale.clamp(2.0**-14, 2.0**15), FIT_SCALES)
+        problems.append((scaled, factor._replace(upper=factor.upper / columns[factor.order]), scale))
+        scales[name] = columns
+    if quantizer == "trellis":
+        from systems.trellis import gptq_by_trellis
+
+        solved = gptq_by_trellis(problems)
+    else:
+        solved = [gptq(scaled, factor, FIT_BITS, scale) for scaled, factor, scale in problems]
+    records = {}
+    for (name, (weight, factor, clip)), (levels, scale, error) in zip(matrices.items(), solved, strict=True):
+        arrays = {"q": levels.cpu(), "scale": scale.cpu(), "columns": scales[name].half().cpu()}
+        kind = "trellis" if quantizer == "trellis" else "gptq"
+        record = QuantizedTensor(kind, FIT_BITS, tuple(weight.shape), arrays, ("columns", 0, 0))
+        if not COUNTED:
+            record.report = gptq_report(Scheme("gptq", FIT_BITS, clip), factor, error, started)
+        records[name] = record
+    return records
 
 
 def search_step(
@@ -184,6 +203,7 @@ class FitSearch:
         weights = sum(w.numel() for w in self.matrices.values())
         bits = sum(w.numel() * math.log2(525 / self.clips[name]) for name, w in self.matrices.items())
         start = bits / weights - 8 * self.budget / weights  # 525 = 127 sqrt(2 pi e), by a Gaussian's entropy
+        start -= self.cfg.quantizer == "trellis"  # whose levels are at half the distance for as many bits
         return search_step(self._measure, start, weights / 8)
 
     def best_records(self) -> dict[str, QuantizedTensor]:
@@ -196,7 +216,14 @@ class FitSearch:
     def _measure(self, log2_step: float) -> int:
         """Spare bytes at a step."""
         mine = tensors_of_rank(self.flat, self.ranks)
-        records = {name: self._store(name, 2.0**log2_step) for name in mine}
+        factor = 2.0**log2_step
+        fitted = {
+            name: (self.flat[name], self.factors[name], factor * self.clips[name])
+            for name in mine
+            if name in self.factors
+        }
+        records = fit_matrices(fitted, self.cfg.quantizer)
+        records |= {name: self._store(name) for name in mine if name not in fitted}
         records = gather_by_name(records, self.flat, self.ranks)
         size = len(pack_artifact(records, self.cfg, self.looping)) if self.ranks.is_main else 0
         self.ranks.wait_for_all("fit")
@@ -205,9 +232,8 @@ class FitSearch:
             self.best = spare_bytes, records
         return spare_bytes
 
-    def _store(self, name: str, clip_factor: float) -> QuantizedTensor:
-        if name in self.factors:
-            return fit_matrix(self.flat[name], self.factors[name], clip_factor * self.clips[name])
+    def _store(self, name: str) -> QuantizedTensor:
+        """A tensor that is no matrix of weights."""
         record = quantize_tensor(self.flat[name], self.schemes[name], None, self.cfg)
         if record.kind == "fp16":
             record.arrays = {"": short_half(self.flat[name], FIT_CONTROLS)}
