@@ -2045,6 +2045,10 @@ class QuantizedTensor:
         base, *correction = ([self.arrays[key] for key in FORMS[form][1]] for form in self.forms)
         if self.kind == "fp16":
             return base[0].float()
+        if self.kind == "trellis":
+            from systems.ans import trellis_levels
+
+            base[0] = torch.from_numpy(trellis_levels(base[0].cpu().numpy())).to(base[1].device)
         weight = apply_scales(*base)
         if "columns" in self.forms:
             return weight * correction[0][0].float()
@@ -2121,8 +2125,8 @@ def gptq_columns(
 
     Columns go by falling diagonal of the Hessian: each is yielded in steps, and its levels are wanted. The
     rounding error of each is spread over the later ones: in its block as they are read, behind the block as
-    one matrix product. Columns lie as rows here, which reads whole ones. Returns int8 levels [rows, columns]
-    and the error tr(E H E^T), H damped.
+    one matrix product. Columns lie as rows here, which reads whole ones. Returns int16 levels [rows,
+    columns] and the error tr(E H E^T), H damped.
     """
     order, dead, upper, _ = factor
     w = weight.float().t()[order]
@@ -2135,8 +2139,8 @@ def gptq_columns(
             levels[j] = yield torch.div(column, step)
             torch.addcmul(column, levels[j], step, value=-1, out=errors[j]).div_(pivots[j])
         w[end:].addmm_(upper[start:end, end:].t(), errors[start:end], alpha=-1)
-    restored = torch.empty_like(levels, dtype=torch.int8)
-    restored[order] = levels.to(torch.int8)
+    restored = torch.empty_like(levels, dtype=torch.int16)
+    restored[order] = levels.to(torch.int16)
     return restored.t().contiguous(), float(errors.double().square().sum())
 
 
@@ -2150,7 +2154,7 @@ def gptq(
         while True:
             levels = sweep.send(levels).round_().clamp_(-top, top)
     except StopIteration as end:
-        return end.value[0], scale, end.value[1]
+        return end.value[0].to(torch.int8), scale, end.value[1]
 
 
 def round_to_scales(x: Tensor, runs: int, low: int, high: int, top: float) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,9 @@ class ColumnModels:
     """
 
     def __init__(self, columns: int, option: np.ndarray | int, level: np.ndarray | int):
-        self.fade, self.rows_spread, self.rows_mean = OPTIONS[:, option]
+        self.fade, self.rows_spread, self.rows_mean = (
+            np.broadcast_to(x, columns) for x in OPTIONS[:, option]
+        )
         self.prior = self.rows_spread * VARIANCE_STEPS[level]
         self.rows, self.sums, self.squares = np.zeros((3, columns), np.int64)
 
@@ -76,33 +78,35 @@ def _column_sums(levels: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
     return len(block), block.sum(0), (block * block).sum(0)
 
 
-def _row_blocks(rows: int) -> list[tuple[int, int]]:
-    """Start and end of the blocks of rows that share their models; the first ones are short."""
-    starts = [start for start in (0, 16, 32, *range(64, rows, 64)) if start < rows]
-    return list(itertools.pairwise([*starts, rows]))
+def _block_starts(rows: int) -> list[int]:
+    """Starts of the blocks of rows that share their models; the first ones are short."""
+    return [start for start in (0, 4, 8, *range(16, rows, 16)) if start < rows]
 
 
 def choose_column_model(levels: np.ndarray) -> tuple[int, int]:
-    """Option and starting class of the `ColumnModels` that code a matrix best (an estimate in integers)."""
-    blocks = [_column_sums(levels[start:end]) for start, end in _row_blocks(len(levels))]
-    total = 256 * sum(int(squares.sum()) for *_, squares in blocks) // max(levels.size, 1)
-    level, costs = int(np.searchsorted(VARIANCE_STEPS[1:-1], total)), []
-    for option in range(len(COLUMN_OPTIONS)):
-        columns, cost = ColumnModels(levels.shape[1], option, level), 0
-        for rows, sums, squares in blocks:
-            kind, mean = columns.classes()
-            spread = 16 * squares - 8 * mean * sums + rows * mean * mean
-            bits = rows * kind * 1024 // 10 + spread * 16 * 739 // VARIANCE_STEPS[kind]  # times 1024
-            cost += int(bits.sum())
-            columns.add(rows, sums, squares)
-        costs.append(cost)
-    return costs.index(min(costs)), level
+    """Option and starting class of the `ColumnModels` that code a matrix best (an estimate in integers).
+
+    All options are tried at once, on some 128 of the columns.
+    """
+    squares = np.square(levels, dtype=np.int64).sum()
+    level = int(np.searchsorted(VARIANCE_STEPS[1:-1], 256 * squares // max(levels.size, 1)))
+    sample, count = levels[:, :: max(levels.shape[1] // 128, 1)], len(COLUMN_OPTIONS)
+    models = ColumnModels(count * sample.shape[1], np.repeat(np.arange(count), sample.shape[1]), level)
+    costs = np.zeros(count * sample.shape[1], np.int64)
+    for start, end in itertools.pairwise([*_block_starts(len(levels)), len(levels)]):
+        kind, mean = models.classes()
+        rows, *sums = _column_sums(sample[start:end])
+        sums, squares = (np.tile(values, count) for values in sums)
+        spread = 16 * squares - 8 * mean * sums + rows * mean * mean
+        costs += rows * kind * 1024 // 10 + spread * 16 * 739 // VARIANCE_STEPS[kind]  # bits times 1024
+        models.add(rows, sums, squares)
+    return int(costs.reshape(count, -1).sum(1).argmin()), level
 
 
 class FrequencyTables:
     """Frequencies of symbols in each class, of 2^16 in all: learnt in the order of decoding.
 
-    A table begins as 64 imagined symbols of a Gaussian; it is made anew when the class has a quarter more
+    A table begins as 128 imagined symbols of a Gaussian; it is made anew when the class has a quarter more
     symbols. What is further away than 5.6 deviations and was never seen has no frequency: it is an escape.
     """
 
@@ -128,10 +132,10 @@ class FrequencyTables:
         numbers = (np.arange(256) - ZERO << (lattice > 1)[:, None]) + (lattice & 1)[:, None]
         bell = 2048 * (4 * numbers - mean[:, None]) ** 2 // VARIANCE_STEPS[kind][:, None]
         bell = np.where(bell < len(BELL), BELL[np.minimum(bell, len(BELL) - 1)], 0)
-        weights = (bell << 22) // np.maximum(bell.sum(1), 1)[:, None]
+        weights = (bell << 23) // np.maximum(bell.sum(1), 1)[:, None]
         weights[:, ESCAPE] += 1 << 12
         self.weights = np.concatenate([self.weights, weights])
-        self.learnt = np.concatenate([self.learnt, np.full(len(keys), 64)])
+        self.learnt = np.concatenate([self.learnt, np.full(len(keys), 128)])
         self.made = np.concatenate([self.made, np.zeros(len(keys), np.int64)])
         self.slots = np.concatenate([self.slots, np.zeros((len(keys), 1 << 16), np.uint8)])
         self.packed = np.concatenate([self.packed, np.zeros((len(keys), 256), np.int64)])
@@ -161,6 +165,18 @@ def next_states(states: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     return states << 1 & 6 | (numbers ^ states >> 1 ^ states >> 2) & 1
 
 
+def trellis_levels(numbers: np.ndarray) -> np.ndarray:
+    """The levels int16 [rows, columns] of numbers int8: a column begins at state 0 in each segment."""
+    rows, columns = numbers.shape
+    padded = np.pad(numbers.astype(np.int16), ((0, -rows % SEGMENT), (0, 0))).reshape(-1, SEGMENT, columns)
+    states = np.zeros_like(padded[:, 0])
+    for row in range(min(rows, SEGMENT)):
+        number = padded[:, row].copy()
+        padded[:, row] = 2 * number + (states & 1)
+        states = next_states(states, number)
+    return padded.reshape(-1, columns)[:rows]
+
+
 class LevelCoder:
     """The walk over all levels, which coding and decoding share, and the states of the parallel coders.
 
@@ -184,8 +200,8 @@ class LevelCoder:
     def code(self, matrices: Sequence[np.ndarray]) -> None:
         """Go through matrices int8 row by row; decoding fills them."""
         height, states = self.heights.max(initial=0), np.zeros(len(self.heights), np.int16)
-        edges = np.unique([0, 16, 32, *range(64, height, 64), *self.heights])
-        for start, end in itertools.pairwise(edges[edges <= height].tolist()):
+        edges = np.unique([*_block_starts(height), *self.heights])
+        for start, end in itertools.pairwise(edges.tolist()):
             width = np.count_nonzero(self.heights > start)
             self.models.cut(width)
             trellis, states = self.trellis[:width], states[:width]
@@ -194,18 +210,17 @@ class LevelCoder:
             tables = self.tables.rows(keys), self.tables.rows(keys + (trellis.astype(int) << 14))
             parts = [matrices[i][start:end] for i in self.order if len(matrices[i]) > start]
             block = np.concatenate(parts, axis=1, dtype=np.int16)
-            rows, numbers = np.empty(block.shape, np.int32), np.empty(block.shape, np.uint8)
-            for row, levels in enumerate(block):
-                states = states if (start + row) % SEGMENT else np.zeros_like(states)
-                parity = states & trellis
-                rows[row] = table = np.where(parity, tables[1], tables[0]) if parity.any() else tables[0]
-                number = self._code_row(table, levels >> trellis)
-                numbers[row] = number + ZERO
-                levels[:] = (number << trellis) + parity
+            rows, parities = np.zeros((2, *block.shape), np.int32)
+            for row, numbers in enumerate(block):
                 if trellis.any():
-                    states = next_states(states, number) * trellis
-            self.tables.learn(rows, numbers)
-            self.models.add(*_column_sums(block))
+                    states = states * trellis if (start + row) % SEGMENT else np.zeros_like(states)
+                    parities[row] = states & 1
+                rows[row] = table = np.where(parities[row], tables[1], tables[0])
+                numbers[:] = self._code_row(table, numbers)
+                if trellis.any():
+                    states = next_states(states, numbers)
+            self.tables.learn(rows, block + ZERO)
+            self.models.add(*_column_sums((block << trellis) + parities))
             self._end_block(parts, block)
 
     def _code_row(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
@@ -294,10 +309,11 @@ def encode_levels(matrices: Sequence[np.ndarray], kinds: Sequence[tuple[int, boo
     """Matrices int8 -> two bytes of options for each, then the stream of all.
 
     Args:
-        matrices: levels of -top - 1..top.
+        matrices: levels of -top - 1..top, or their numbers in a trellis.
         kinds: top of each matrix, and whether its levels go by a trellis.
     """
-    options = bytes(itertools.chain.from_iterable(map(choose_column_model, matrices)))
+    levels = [trellis_levels(m) if trellis else m for m, (_, trellis) in zip(matrices, kinds, strict=True)]
+    options = bytes(itertools.chain.from_iterable(map(choose_column_model, levels)))
     coder = LevelEncoder([matrix.shape for matrix in matrices], kinds, options)
     coder.code(matrices)
     return options + coder.stream()

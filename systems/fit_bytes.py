@@ -123,10 +123,12 @@ def fit_matrices(
         quantizer: QUANTIZER.
     """
     started, problems, scales = time.perf_counter(), [], {}
+    largest = 2 * FIT_TOP if quantizer == "trellis" else FIT_TOP
     for name, (weight, factor, clip_sigmas) in matrices.items():
         columns = column_scales(factor)
         scaled = weight.float() / columns  # the same problem in other units
-        scale = (clip_sigmas * scaled.std(dim=1) / FIT_TOP).maximum(scaled.abs().amax(1) / FIT_TOP)
+        least = scaled.abs().amax(1) / largest * (1 + 2.0**-FIT_SCALES)  # which rounding leaves above
+        scale = (clip_sigmas * scaled.std(dim=1) / FIT_TOP).maximum(least)
         scale = short_half(scale.clamp(2.0**-14, 2.0**15), FIT_SCALES)
         problems.append((scaled, factor._replace(upper=factor.upper / columns[factor.order]), scale))
         scales[name] = columns
