@@ -2252,7 +2252,7 @@ def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) ->
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
 CODECS = ("brotli", "lzma", "ans")
 LEVELS = "levels"
-HEADER_LIMIT = 1 << 24  # bytes
+HEADER_LIMIT = 1 << 20  # bytes: a thousand layers take 0.6 MB
 SHUFFLE_MAGIC = b"BSHF"
 PREFIX = struct.Struct("<5sBBI32s")
 
