@@ -371,7 +371,8 @@ def nested_tuples(depth: int) -> bytes:
 def test_published_archive_that_grows_is_refused_before_it_is_loaded(tg, monkeypatch, tmp_path, fault):
     """Thousands of views of one array, of members, keys that take for ever, an object of another kind."""
     buffer, count = io.BytesIO(), 10_000 if fault == "shared" else 1
-    views = {f"tensor{i}": torch.zeros(0).half().view(0) for i in range(count)}
+    array = torch.zeros(0).half()
+    views = {f"tensor{i}": array.view(0) for i in range(count)}
     torch.save({"w": views, "m": dict.fromkeys(views, "passthrough (float16)")}, buffer)
     data = buffer.getvalue()
     if fault == "members":
