@@ -17,7 +17,7 @@ from torch import Tensor
 
 from harness.backends import fit_memory
 from harness.manifest import check_command
-from harness.preflight import Preflight
+from harness.preflight import MOST_CODE, Preflight
 from harness.settings import show_settings
 from train_gpt import (
     CPU,
@@ -170,7 +170,7 @@ class Guard(Watch):
 
     def _artifact(self, run: Run, flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> None:
         """An artifact over the limit is made again, smaller."""
-        if run.cfg.fit_bytes or len(run.artifact) <= SIZE_LIMIT - (1 << 16):  # more than any code
+        if run.cfg.fit_bytes or len(run.artifact) <= SIZE_LIMIT - MOST_CODE:
             return
         code = len(run.packed_code[0]) if run.ranks.is_main else 0
         budget = SIZE_LIMIT - run.ranks.gather(code)[0]

@@ -38,6 +38,7 @@ from train_gpt import (
 
 FIT_SAMPLES, FIT_ROWS = 32, 8  # gradients; training windows behind each
 FIT_SLACK, FIT_TRIALS = 2000, 16  # bytes that may be left; trials at most
+FIT_REACH = 8  # octaves of steps that all give the same size: there is no other
 FIT_BITS = 8
 FIT_SCALES, FIT_CONTROLS = 4, 8  # bits of mantissa: GPTQ makes good a rounded scale, nothing a rounded gate
 
@@ -135,6 +136,7 @@ def search_step(
 
     `measure` says how many bytes are spare at a step: the coarser the step, the more. A trial aims at half
     the slack by the slope between the last two, or lies midway between the bounds where that leads beyond.
+    Where the size stays the same, the next one lies far away, and is the last if even that changes nothing.
     """
     too_fine, fits, slope, last = -math.inf, math.inf, bytes_per_octave, None
     for _ in range(FIT_TRIALS):
@@ -146,11 +148,15 @@ def search_step(
             fits = log2_step
         else:
             too_fine = log2_step
+        aim = (spare_bytes - FIT_SLACK / 2) / slope
         if last:
             run, rise = log2_step - last[0], spare_bytes - last[1]
+            if not rise and abs(run) >= FIT_REACH and math.isinf(fits - too_fine):
+                return
             slope = rise / run if abs(rise) > abs(run) * bytes_per_octave / 10 else slope
+            aim = (spare_bytes - FIT_SLACK / 2) / slope if rise else math.copysign(FIT_REACH, spare_bytes)
         last = log2_step, spare_bytes
-        log2_step -= (spare_bytes - FIT_SLACK / 2) / slope
+        log2_step -= aim
         if not too_fine < log2_step < fits:
             log2_step = (too_fine + fits) / 2
 

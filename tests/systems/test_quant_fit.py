@@ -209,10 +209,30 @@ def test_quant_fit_search_ends_within_the_slack(tg, octave, kink, start):
 
 
 def test_quant_fit_search_gives_up(tg):
-    """Nothing can be spared at any step: as many trials as there may be, ever coarser."""
-    trials = list(tg.search_step(lambda log2_step: -5000, 0.0, 1000.0))
+    """Ever less is lacking, but some always is: as many trials as there may be, ever coarser."""
+    trials = list(tg.search_step(lambda log2_step: -5000 - int(1e4 / (9 + log2_step)), 0.0, 1000.0))
     steps = [step for step, _ in trials]
     assert len(steps) == tg.FIT_TRIALS and steps == sorted(steps) and math.isfinite(steps[-1])
+
+
+@pytest.mark.parametrize("octave", [1_000, 1_000_000])
+@pytest.mark.parametrize("spare", [-5_000, 5_000, 10**7])
+def test_quant_fit_search_ends_where_the_size_no_longer_changes(tg, spare, octave):
+    """It looks once more, far away in the direction that would help, and that is all."""
+    steps = [step for step, _ in tg.search_step(lambda log2_step: spare, 0.0, octave)]
+    assert len(steps) <= 3 and steps == sorted(steps, reverse=spare > 0)
+    assert abs(steps[-1] - steps[-2]) >= tg.FIT_REACH
+
+
+@pytest.mark.parametrize("start", [-30.0, -11.0, 0.0, 11.0, 30.0])
+def test_quant_fit_search_leaves_a_flat_stretch(tg, start):
+    """As fine or as coarse as it gets for many octaves, and between them what is looked for."""
+
+    def measure(log2_step: float) -> int:
+        return int(30_000 * min(max(log2_step, -6.0), 6.0)) + 500
+
+    trials = list(tg.search_step(measure, start, 1_000))
+    assert 0 <= trials[-1][1] <= tg.FIT_SLACK
 
 
 def test_quant_fit_says_that_it_cannot(tg, problem):
@@ -231,9 +251,11 @@ def test_quant_fit_of_next_to_nothing_is_finite(tg, problem):
 
 
 def test_quant_fit_of_more_bytes_than_levels_need(tg, problem):
-    """Nothing is left to refine: all that eight bits can hold, below the cap."""
-    cfg = problem[0]
-    assert len(tg.pack_artifact(fit(tg, problem, 10**6), cfg)) < 200_000
+    """Nothing is left to refine: all that eight bits can hold, below the cap, found at once."""
+    cfg, flat, hessians, gradients = problem
+    search = tg.FitSearch(flat, hessians, gradients, cfg, 10**6)
+    assert len(list(search.trials())) <= 3
+    assert len(tg.pack_artifact(search.best_records(), cfg)) < 200_000
 
 
 class Fixed:
