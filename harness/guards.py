@@ -21,6 +21,7 @@ from harness.preflight import MOST_CODE, Preflight
 from harness.settings import show_settings
 from train_gpt import (
     CPU,
+    LARGEST_HALF,
     SIZE_LIMIT,
     TRAIN_LIMIT,
     Config,
@@ -167,6 +168,15 @@ class Guard(Watch):
         """Pack the script before the clock starts: after training is too late to find that it fails."""
         if run.ranks.is_main and not run.cfg.prequant_only:
             run.packed_code  # noqa: B018 - kept by the run
+
+    def _finished(self, stage: str, run: Run) -> None:
+        """Refuse weights that no scheme can store, before they are quantised: a score may not show them."""
+        if stage != "prequant" or run.cfg.prequant_only:
+            return
+        for name, tensor in run.model.state_dict().items():
+            if not tensor.half().isfinite().all():
+                told = f"{name} holds values that are not finite, or above {LARGEST_HALF:g}"
+                raise RunError(f"{told}: they cannot be stored")
 
     def _artifact(self, run: Run, flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> None:
         """An artifact over the limit is made again, smaller."""

@@ -38,7 +38,7 @@ from train_gpt import (
 
 FIT_SAMPLES, FIT_ROWS = 32, 8  # gradients; training windows behind each
 FIT_SLACK, FIT_TRIALS = 2000, 16  # bytes that may be left; trials at most
-FIT_REACH = 8  # octaves of steps that all give the same size: there is no other
+FIT_REACH, FIT_RANGE = 8, 96.0  # octaves: of steps that all give the same size, so none gives another; of all
 FIT_BITS = 8
 FIT_SCALES, FIT_CONTROLS = 4, 8  # bits of mantissa: GPTQ makes good a rounded scale, nothing a rounded gate
 
@@ -106,9 +106,9 @@ def fit_clips(
     """
     losses = {}
     for name, factor in factors.items():
-        columns = column_scales(factor)
+        columns, free = column_scales(factor), min(1, flat[name].size(1) - 1)  # a single column has no spread
         inputs = hessians[name].diagonal().sum().clamp_min(1e-30)
-        rows = (gradients[name] / inputs * (flat[name].float() / columns).var(1)).mean()
+        rows = (gradients[name] / inputs * (flat[name].float() / columns).var(1, correction=free)).mean()
         losses[name] = float(rows * (columns[factor.order] / factor.upper.diagonal()).square().mean())
     floor = max(losses.values()) * 1e-9 or 1.0
     return {name: max(loss, floor) ** -0.5 for name, loss in losses.items()}
@@ -119,7 +119,8 @@ def fit_matrix(weight: Tensor, factor: HessianFactor, clip_sigmas: float) -> Qua
     started, columns, top = time.perf_counter(), column_scales(factor), 2 ** (FIT_BITS - 1) - 1
     scaled = weight.float() / columns  # the same problem in other units
     factor = factor._replace(upper=factor.upper / columns[factor.order])
-    scale = (clip_sigmas * scaled.std(dim=1) / top).maximum(scaled.abs().amax(1) / top)
+    spread = scaled.std(dim=1, correction=min(1, scaled.size(1) - 1))
+    scale = (clip_sigmas * spread / top).maximum(scaled.abs().amax(1) / top)
     scale = short_half(scale.clamp(2.0**-14, 2.0**15), FIT_SCALES)
     levels, scale, error = gptq(scaled, factor, FIT_BITS, scale)
     arrays = {"q": levels.cpu(), "scale": scale.cpu(), "columns": columns.half().cpu()}
@@ -138,20 +139,21 @@ def search_step(
     the slack by the slope between the last two, or lies midway between the bounds where that leads beyond.
     Where the size stays the same, the next one lies far away, and is the last if even that changes nothing.
     """
-    too_fine, fits, slope, last = -math.inf, math.inf, bytes_per_octave, None
+    too_fine, fits, slope, last = -FIT_RANGE, FIT_RANGE, bytes_per_octave, None
+    log2_step = min(max(log2_step, too_fine), fits)
     for _ in range(FIT_TRIALS):
         spare_bytes = measure(log2_step)
         yield log2_step, spare_bytes
-        if 0 <= spare_bytes <= FIT_SLACK:
-            return
         if spare_bytes > 0:
             fits = log2_step
         else:
             too_fine = log2_step
+        if 0 <= spare_bytes <= FIT_SLACK or too_fine >= fits:
+            return
         aim = (spare_bytes - FIT_SLACK / 2) / slope
         if last:
             run, rise = log2_step - last[0], spare_bytes - last[1]
-            if not rise and abs(run) >= FIT_REACH and math.isinf(fits - too_fine):
+            if not rise and abs(run) >= FIT_REACH and FIT_RANGE in (fits, -too_fine):
                 return
             slope = rise / run if abs(rise) > abs(run) * bytes_per_octave / 10 else slope
             aim = (spare_bytes - FIT_SLACK / 2) / slope if rise else math.copysign(FIT_REACH, spare_bytes)
