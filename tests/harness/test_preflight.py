@@ -374,6 +374,20 @@ def result_of(work: Path, folder: str) -> dict:
     return json.loads((work / folder / "result.json").read_text())
 
 
+@pytest.mark.parametrize("bad", [1e6, float("inf"), float("nan")])
+def test_guard_refuses_weights_that_no_scheme_stores(tg, run, work, monkeypatch, bad):
+    """A row of the embedding that the text never uses shows in no score, but would in the artifact."""
+    state = tg.GPT(tg.Config.from_env(TINY)).state_dict()
+    state["tok_emb.weight"][-1, 0] = 1e6  # what is not finite, a checkpoint's reader refuses
+    torch.save(state, work / "given.pt")
+    if bad != 1e6:
+        monkeypatch.setattr(tg.Run, "evaluate", lambda run, stage: run.model.tok_emb.weight.data.fill_(bad))
+    code, _, error = run(QUANTIZE_ONLY=1, MODEL_PATH="given.pt", ARTIFACT_DIR="unstored", TTT_ENABLED=0)
+    assert code == 1 and len(error.splitlines()) == 1
+    assert "tok_emb.weight holds values that are not finite, or above 65504: they cannot be stored" in error
+    assert not (work / "unstored" / "final_model.int6.ptz").exists()
+
+
 def test_preflight_guard_makes_a_large_artifact_smaller(tg, run, work, unlimited, monkeypatch):
     monkeypatch.setattr(tg, "SIZE_LIMIT", len(unlimited) - 100)
     code, said, _ = run(ARTIFACT_DIR="smaller", TTT_ENABLED=0)
