@@ -40,10 +40,13 @@ from train_gpt import (
     unpack_artifact,
 )
 
-# No bombs: of so many bytes per byte of its file an artifact may tell, or of the least limit.
+# No bombs: an artifact may hold so many bytes for each byte of its file, and those of the least limit.
 SIZE_FACTOR, LEAST_LIMIT = 16, 1 << 24
 MEMBER, MOST_MEMBERS = b"PK\1\2", 1 << 12  # of a published archive, which has one for each array
-PICKLED = ("collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter")
+# What a list of tensors names: their types (those without one, Typed and Untyped, can be called for memory).
+PICKLED = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch (?!Typed|Untyped)\w+Storage"
+)
 TORCH_TYPES = {"|i1": torch.int8, "<f2": torch.float16}
 
 
@@ -73,14 +76,14 @@ def check_entry(name: str, kind: str, bits: int, shape: Sequence[int], correctio
     form, rank, group = correction or ("", 0, 0)
     good = type(name) is str and all(type(n) is int and n >= 0 for n in (bits, *shape, rank, group))
     if good and kind == "fp16":
-        good = bits == 16 and len(shape) <= 4 and not form
+        good = bits == 16 and len(shape) <= 4 and form == ""
     elif good:
         good = bits in {"int8_rows": (8,), "gptq": range(2, 9)}[kind] and len(shape) == 2 and 0 not in shape
     if good and form in ("sym", "asym"):  # no more rank than singular values, as `low_rank_factors` gives
         whole = group > 0 and rank * shape[1] % group == 0 if form == "asym" else group == 0
         good = kind == "gptq" and 1 <= rank <= min(shape) and whole
     elif good:
-        good = form in ("", "columns")[: 1 + (kind == "gptq")] and rank == group == 0
+        good = (form == "" or (form == "columns" and kind == "gptq")) and rank == group == 0
     if not good:
         raise ArtifactError(f"artifact declares an impossible tensor: {f'{name} {kind} {bits} {shape}'[:80]}")
 
@@ -237,7 +240,7 @@ def check_pickle(data: bytes, members: int) -> None:
         name = operation.name
         if name.endswith("PUT"):
             (plain.add if last in ("BINUNICODE", "GLOBAL", "REDUCE") else plain.discard)(argument)
-        known = name != "GLOBAL" or argument in PICKLED or re.fullmatch(r"torch \w+Storage", argument)
+        known = name != "GLOBAL" or PICKLED.fullmatch(argument)
         if not known or (name.endswith("GET") and argument not in plain):
             raise ValueError("a list of more than tensors")
         last = name
