@@ -1020,9 +1020,7 @@ class BlockContext(NamedTuple):
     adapt: Adapt | None
     on_input: OnInput | None
     wanted: Tensor | None  # positions [B, n] of which the result is used; None: all
-    past: (
-        Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
-    )  # puts earlier keys and values before those
+    past: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None  # puts earlier keys and values first
 
 
 def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
@@ -1591,8 +1589,7 @@ class Muon(torch.optim.Optimizer):
         buffer.mul_(group["momentum"]).add_(gradient)
         update = gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
         if group["row_normalize"]:
-            norms = update.float().norm(dim=-1, keepdim=True).clamp_min(1e-7)
-            update = update / norms.bfloat16()
+            update = update / update.float().norm(dim=-1, keepdim=True).clamp_min(1e-7).bfloat16()
         return self._orthogonalise(update, self._coefficients, len(self._coefficients))
 
 
@@ -2079,7 +2076,7 @@ def scheme_of(name: str, tensor: Tensor, cfg: Config) -> Scheme:
     return Scheme("gptq", cfg.matrix_bits, sigmas)
 
 
-SMALLEST_HALF = 2.0**-24  # a scale below this would be 0 in float16, and a division by it infinite
+SMALLEST_HALF, LARGEST_HALF = 2.0**-24, 65504.0  # in float16 a scale below is 0, and one above infinite
 DAMPING = 0.01
 
 
@@ -2157,10 +2154,17 @@ def gptq(
         return end.value[0].to(torch.int8), scale, end.value[1]
 
 
+def row_scales(weight: Tensor, scheme: Scheme) -> Tensor:
+    """GPTQ's scale of each row by its deviation, or by its largest value where that is 0; float32 [rows]."""
+    spread = scheme.clip_sigmas * weight.float().std(dim=1, correction=min(1, weight.size(1) - 1))
+    spread = spread.where(spread > 0, weight.float().abs().amax(1))
+    return (spread / (2 ** (scheme.bits - 1) - 1)).clamp(SMALLEST_HALF, LARGEST_HALF)
+
+
 def round_to_scales(x: Tensor, runs: int, low: int, high: int, top: float) -> tuple[Tensor, Tensor]:
     """Int8 levels low..high of x; a float16 scale for each of `runs` runs, whose largest value is `top`."""
     values = x.float().reshape(runs, -1)
-    scale = (values.abs().amax(1) / top).clamp_min(SMALLEST_HALF).half()
+    scale = (values.abs().amax(1) / top).clamp(SMALLEST_HALF, LARGEST_HALF).half()
     return (values / scale.float()[:, None]).round().clamp(low, high).to(torch.int8).view(x.shape), scale
 
 
@@ -2190,18 +2194,13 @@ def pack_low_rank(a: Tensor, b: Tensor, group: int, bits: int) -> tuple[tuple, d
     return (form, len(b), group), dict(zip(FORMS[form][1], arrays, strict=True))
 
 
-def clip_scales(tensor: Tensor, scheme: Scheme) -> Tensor:
-    """Scale of each row at which the largest level is `clip_sigmas` deviations away (PR #1394)."""
-    return scheme.clip_sigmas * tensor.float().std(dim=1) / (2 ** (scheme.bits - 1) - 1)
-
-
 def quantize_tensor(
     tensor: Tensor, scheme: Scheme, factor: HessianFactor | None, cfg: Config
 ) -> QuantizedTensor:
-    """Store one tensor by its scheme; GPTQ needs the factor of its Hessian."""
+    """Store one tensor by its scheme; GPTQ needs the factor of its Hessian, and clips rows (PR #1394)."""
     started, report, arrays = time.perf_counter(), {}, [tensor.half()]
     if scheme.kind == "gptq":
-        *arrays, error = gptq(tensor, factor, scheme.bits, clip_scales(tensor, scheme))
+        *arrays, error = gptq(tensor, factor, scheme.bits, row_scales(tensor, scheme))
         if not COUNTED:
             report = gptq_report(scheme, factor, error, started)
     elif cfg.gated_attn_quant_gate and scheme.kind == "int8_rows":
@@ -2277,7 +2276,7 @@ def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) ->
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
 CODECS = ("brotli", "lzma", "ans")
 LEVELS = "levels"
-HEADER_LIMIT = 1 << 24  # bytes
+HEADER_LIMIT = 1 << 20  # bytes: a thousand layers take 0.6 MB
 SHUFFLE_MAGIC = b"BSHF"
 PREFIX = struct.Struct("<5sBBI32s")
 
@@ -2827,9 +2826,7 @@ class ScoreFirstTTT(Evaluation):
                 return compiled_losses(self.model, x, y, scored, lora, self.looping)
             return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache)
 
-    def _adapt(
-        self, part: ChunkBatch, optimizer: LoRAOptimizer, losses: Tensor, cache: object | None
-    ) -> None:
+    def _adapt(self, part: ChunkBatch, optimizer: LoRAOptimizer, losses: Tensor, cache: object) -> None:
         """Optimiser steps on a scored chunk; the first takes the gradient of the scoring pass itself."""
         trains = self.ranks.put(part.trains)
         for step in range(self.cfg.ttt_grad_steps):
@@ -3304,8 +3301,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
             sources = {"train_gpt.py": Path(__file__).read_bytes()}
         cfg = Config.from_env(environ)
         ranks = Ranks.from_env(cfg, environ)
-        backends = Backends() if COUNTED else plain_backends(cfg, ranks)
-        return execute(Run(cfg, ranks, backends, sources))
+        return execute(Run(cfg, ranks, Backends() if COUNTED else plain_backends(cfg, ranks), sources))
     except UserError as error:
         if environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(2)  # torchrun ends this rank meanwhile, if rank 0 has met the same mistake

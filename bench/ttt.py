@@ -34,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from oracle_ttt import contest_lengths, plain_ttt  # noqa: E402
 
 import train_gpt as tg  # noqa: E402
+from harness.readers import read_artifact  # noqa: E402
 from harness.settings import read_settings  # noqa: E402
 from systems.compiled import warm_up_ttt  # noqa: E402
 
@@ -244,7 +245,7 @@ def quality(models: list[Path], windows: list[int]) -> dict[str, float]:
     variants |= {f"chunk_by_length_{n}": {"ttt_chunk_by_length": text} for n, text in enumerate(BY_LENGTH)}
     scores, seconds = {name: [] for name in variants}, {name: [] for name in variants}
     for path in models:
-        settings, records = tg.unpack_artifact(path.read_bytes(), tg.Config())
+        settings, records = read_artifact(path.read_bytes(), tg.Config())
         cfg = dataclasses.replace(read_settings({"PRESET": "demo"}), **settings)
         state = tg.dequantize_state(records, cfg.num_layers)
         val = tg.load_validation(cfg)

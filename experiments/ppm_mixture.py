@@ -53,6 +53,7 @@ sys.path.insert(0, str(ROOT))
 import lossless_caps  # noqa: E402
 import train_gpt as tg  # noqa: E402
 from harness.manifest import check_data  # noqa: E402
+from harness.readers import read_artifact  # noqa: E402
 from systems.plain_text import load_tokenizer  # noqa: E402
 from systems.stream import SlidingEvaluation  # noqa: E402
 
@@ -318,7 +319,7 @@ def read_run(folder: Path, data: str) -> tuple[dict, tg.Config, tg.GPT, tg.Ranks
     path = folder / Path(cfg.quantized_model_path).name
     if not path.is_file():
         raise tg.UserError(f"{path}: no such file, must be the artifact of the run")
-    settings, records = tg.unpack_artifact(path.read_bytes(), tg.Config())
+    settings, records = read_artifact(path.read_bytes(), tg.Config())
     model = tg.GPT(dataclasses.replace(cfg, **settings), backends)
     model.load_state_dict(tg.dequantize_state(records, model.cfg.num_layers))
     return result, cfg, backends.move_and_compile(model, ranks.device), ranks

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from harness.backends import fit_memory
 from harness.manifest import check_command
-from harness.preflight import Preflight
+from harness.preflight import MOST_CODE, Preflight
 from harness.settings import show_settings
 from train_gpt import (
     CPU,
+    LARGEST_HALF,
     SIZE_LIMIT,
     TRAIN_LIMIT,
     Config,
@@ -168,9 +169,18 @@ class Guard(Watch):
         if run.ranks.is_main and not run.cfg.prequant_only:
             run.packed_code  # noqa: B018 - kept by the run
 
+    def _finished(self, stage: str, run: Run) -> None:
+        """Refuse weights that no scheme can store, before they are quantised: a score may not show them."""
+        if stage != "prequant" or run.cfg.prequant_only:
+            return
+        for name, tensor in run.model.state_dict().items():
+            if not tensor.half().isfinite().all():
+                told = f"{name} holds values that are not finite, or above {LARGEST_HALF:g}"
+                raise RunError(f"{told}: they cannot be stored")
+
     def _artifact(self, run: Run, flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> None:
         """An artifact over the limit is made again, smaller."""
-        if run.cfg.fit_bytes or len(run.artifact) <= SIZE_LIMIT - (1 << 16):  # more than any code
+        if run.cfg.fit_bytes or len(run.artifact) <= SIZE_LIMIT - MOST_CODE:
             return
         code = len(run.packed_code[0]) if run.ranks.is_main else 0
         budget = SIZE_LIMIT - run.ranks.gather(code)[0]

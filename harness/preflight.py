@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from harness import packing
 from harness.backends import (
     choose_attention,
     try_compiler,
@@ -31,11 +32,13 @@ from train_gpt import (
     RunLog,
     ValidationSet,
     Watch,
+    flatten_banks,
     kernel_names,
     lora_slots,
     micro_batches,
     one_line,
     plain_backends,
+    scheme_of,
     shard_paths,
 )
 
@@ -48,8 +51,7 @@ PEAK_FLOPS = {  # data sheets: dense bf16 FLOP/s with float32 sums; the first na
     r"L40S": 362e12,
     r"A10\b": 125e12,
 }
-
-
+MOST_CODE = 1 << 16  # bytes: more than any code
 PUBLISHED_SHARE = 0.26  # of the peak: the published run on eight H100s (96 ms a step, 143 ms looping)
 
 
@@ -105,6 +107,28 @@ def free_memory(ranks: Ranks) -> int:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         free.append(limit - used)
     return min(free)
+
+
+def check_fit(run: Run) -> None:
+    """Raise ConfigError where no steps of the matrices can make code and model of FIT_BYTES bytes."""
+    cfg, ranks = run.cfg, run.ranks
+    flat = flatten_banks(run.model.state_dict(), cfg.num_layers)
+    matrices = [tensor for name, tensor in flat.items() if scheme_of(name, tensor, cfg).kind == "gptq"]
+    if not matrices:
+        names = f"FIT_BYTES={cfg.fit_bytes} FLOAT16_MAX_ELEMENTS={cfg.float16_max_elements}"
+        raise ConfigError(f"{names}: no matrix has more elements, all stay float16: there is nothing to fit")
+    most = MOST_CODE + sum(2 * tensor.numel() for tensor in flat.values())
+    most += sum(2 * sum(matrix.shape) - matrix.numel() for matrix in matrices)
+    if cfg.fit_bytes > most:
+        text = f"must be at most {most}: code, every matrix in int8, all else in float16"
+        raise ConfigError(f"FIT_BYTES={cfg.fit_bytes}: {text}")
+    if cfg.fit_bytes < MOST_CODE:  # not kept: the backends may still change
+        arguments = cfg, run.backends, run.sources, ranks.on_gpu
+        code = len(packing.packed_script(*arguments)[0]) if ranks.is_main else 0
+        ranks.wait_for_all("code")
+        code = ranks.gather(code)[0]
+        if cfg.fit_bytes <= code:
+            raise ConfigError(f"FIT_BYTES={cfg.fit_bytes}: must be above {code}, what the code alone takes")
 
 
 class Preflight(Watch):
@@ -189,6 +213,8 @@ class Preflight(Watch):
             if run.cfg.ttt_eval_only:  # the artifact knows the model's sizes
                 self.check_memory(run.model.cfg, run.backends, False, run.val)
             self.check_disk(run.trains, run.val.num_targets)
+            if run.cfg.fit_bytes and not (run.cfg.prequant_only or run.cfg.ttt_eval_only):
+                check_fit(run)
         elif kind == "warm_up":
             self._time_step(facts["steps_left"], facts["steps"])
         elif kind == "warmed":

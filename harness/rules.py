@@ -166,7 +166,7 @@ def _other_rules(cfg: Config) -> Iterable[tuple[bool, str, str]]:
     yield fits, "GPTQ_RESERVE_SECONDS", f"must be below {pair(cfg, 'MAX_WALLCLOCK_SECONDS')}"
     fits, least = (
         cfg.fit_bytes == 0 or cfg.fit_bytes >= 1 << 15,
-        f"at least {1 << 15} (code alone is more)",
+        f"at least {1 << 15} (most of it is code)",
     )
     yield fits, "FIT_BYTES", f"must be 0 or {least}"
     text = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"

@@ -8,6 +8,7 @@ steps to be found, by coding the model. The same holds for the columns of a matr
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor
 from train_gpt import (
     COUNTED,
     CPU,
+    DAMPING,
     GPT,
     Config,
     ConfigError,
@@ -38,6 +40,7 @@ from train_gpt import (
 
 FIT_SAMPLES, FIT_ROWS = 32, 8  # gradients; training windows behind each
 FIT_SLACK, FIT_TRIALS = 2000, 16  # bytes that may be left; trials at most
+FIT_REACH, FIT_RANGE = 8, 96.0  # octaves: of steps that all give the same size, so none gives another; of all
 FIT_BITS, FIT_TOP = 8, 127
 FIT_SCALES, FIT_CONTROLS = 4, 8  # bits of mantissa: GPTQ makes good a rounded scale, nothing a rounded gate
 
@@ -105,47 +108,75 @@ def fit_clips(
     """
     losses = {}
     for name, factor in factors.items():
-        columns = column_scales(factor)
+        columns, free = column_scales(factor), min(1, flat[name].size(1) - 1)  # a single column has no spread
         inputs = hessians[name].diagonal().sum().clamp_min(1e-30)
-        rows = (gradients[name] / inputs * (flat[name].float() / columns).var(1)).mean()
+        rows = (gradients[name] / inputs * (flat[name].float() / columns).var(1, correction=free)).mean()
         losses[name] = float(rows * (columns[factor.order] / factor.upper.diagonal()).square().mean())
     floor = max(losses.values()) * 1e-9 or 1.0
     return {name: max(loss, floor) ** -0.5 for name, loss in losses.items()}
 
 
-def fit_matrices(
-    matrices: Mapping[str, tuple[Tensor, HessianFactor, float]], quantizer: str
-) -> dict[str, QuantizedTensor]:
-    """Store matrices with column scales; no level is clipped.
+class FitProblem(NamedTuple):
+    """A matrix that is to be stored, its Hessian [columns, columns] and that one's factor."""
 
-    Args:
-        matrices: weight [rows, columns], factor of its Hessian, and the clip width that tells its steps.
-        quantizer: QUANTIZER.
-    """
-    started, problems, scales = time.perf_counter(), [], {}
-    largest = 2 * FIT_TOP if quantizer == "trellis" else FIT_TOP
-    for name, (weight, factor, clip_sigmas) in matrices.items():
-        columns = column_scales(factor)
-        scaled = weight.float() / columns  # the same problem in other units
-        least = scaled.abs().amax(1) / largest * (1 + 2.0**-FIT_SCALES)  # which rounding leaves above
-        scale = (clip_sigmas * scaled.std(dim=1) / FIT_TOP).maximum(least)
-        scale = short_half(scale.clamp(2.0**-14, 2.0**15), FIT_SCALES)
-        problems.append((scaled, factor._replace(upper=factor.upper / columns[factor.order]), scale))
-        scales[name] = columns
-    if quantizer == "trellis":
+    weight: Tensor
+    hessian: Tensor
+    factor: HessianFactor
+
+    def scaled(self, clip_sigmas: float, largest: int) -> tuple[Tensor, HessianFactor, Tensor]:
+        """The same problem in units of the columns' scales, at steps so coarse as the clip width says.
+
+        No weight is clipped; `largest` is the largest level.
+        """
+        columns = column_scales(self.factor)
+        weight = self.weight.float() / columns
+        factor = self.factor._replace(upper=self.factor.upper / columns[self.factor.order])
+        least = weight.abs().amax(1) / largest * (1 + 2.0**-FIT_SCALES)  # rounded, it is still enough
+        spread = weight.std(dim=1, correction=min(1, weight.size(1) - 1))
+        scale = (clip_sigmas * spread / FIT_TOP).maximum(least)
+        return weight, factor, short_half(scale.clamp(2.0**-14, 2.0**15), FIT_SCALES)
+
+    def refit_columns(self, restored: Tensor, columns: Tensor) -> tuple[Tensor, float]:
+        """Column scales of least error for the levels that were chosen, and what they change of tr(E H E^T).
+
+        The old ones where rounding takes all of that back. The error is quadratic in the scales (a normal
+        equation); `restored` is the weight as it is stored with the old ones.
+        """
+        damping = DAMPING * self.hessian.diagonal().mean()
+        hessian = self.hessian + damping * torch.eye(len(self.hessian), device=self.hessian.device)
+        curvature = ((restored.t() @ restored) * hessian).double()
+        slope = (((self.weight.float() - restored) @ hessian) * restored).sum(0).double()
+        curvature.diagonal().add_(1e-6 * curvature.diagonal().mean() + 1e-30)
+        change = torch.linalg.solve(curvature, slope)
+        fitted = short_half((columns * (1 + change)).clamp(2.0**-8, 2.0**8).float(), FIT_SCALES).float()
+        change = (fitted / columns - 1).double()
+        error = float(change @ (curvature @ change) - 2 * slope @ change)
+        return (fitted, error) if error < 0 else (columns, 0.0)
+
+
+def fit_matrices(
+    problems: Mapping[str, FitProblem], clips: Mapping[str, float], quantizer: str
+) -> dict[str, QuantizedTensor]:
+    """Store matrices with column scales, at the steps that the clip widths tell, by QUANTIZER."""
+    started, trellis = time.perf_counter(), quantizer == "trellis"
+    scaled = [problem.scaled(clips[name], FIT_TOP << trellis) for name, problem in problems.items()]
+    if trellis:
         from systems.trellis import gptq_by_trellis
 
-        solved = gptq_by_trellis(problems)
+        solved = gptq_by_trellis(scaled)
     else:
-        solved = [gptq(scaled, factor, FIT_BITS, scale) for scaled, factor, scale in problems]
+        solved = [gptq(weight, factor, FIT_BITS, scale) for weight, factor, scale in scaled]
     records = {}
-    for (name, (weight, factor, clip)), (levels, scale, error) in zip(matrices.items(), solved, strict=True):
-        arrays = {"q": levels.cpu(), "scale": scale.cpu(), "columns": scales[name].half().cpu()}
-        kind = "trellis" if quantizer == "trellis" else "gptq"
-        record = QuantizedTensor(kind, FIT_BITS, tuple(weight.shape), arrays, ("columns", 0, 0))
+    for (name, problem), (levels, scale, error) in zip(problems.items(), solved, strict=True):
+        columns = column_scales(problem.factor)
+        arrays = {"q": levels, "scale": scale, "columns": columns.half()}
+        kind, shape = "trellis" if trellis else "gptq", tuple(problem.weight.shape)
+        record = records[name] = QuantizedTensor(kind, FIT_BITS, shape, arrays, ("columns", 0, 0))
+        columns, change = problem.refit_columns(record.dequantize(), columns)
+        record.arrays = {key: array.cpu() for key, array in (arrays | {"columns": columns.half()}).items()}
         if not COUNTED:
-            record.report = gptq_report(Scheme("gptq", FIT_BITS, clip), factor, error, started)
-        records[name] = record
+            scheme = Scheme("gptq", FIT_BITS, clips[name])
+            record.report = gptq_report(scheme, problem.factor, error + change, started)
     return records
 
 
@@ -156,22 +187,28 @@ def search_step(
 
     `measure` says how many bytes are spare at a step: the coarser the step, the more. A trial aims at half
     the slack by the slope between the last two, or lies midway between the bounds where that leads beyond.
+    Where the size stays the same, the next one lies far away, and is the last if even that changes nothing.
     """
-    too_fine, fits, slope, last = -math.inf, math.inf, bytes_per_octave, None
+    too_fine, fits, slope, last = -FIT_RANGE, FIT_RANGE, bytes_per_octave, None
+    log2_step = min(max(log2_step, too_fine), fits)
     for _ in range(FIT_TRIALS):
         spare_bytes = measure(log2_step)
         yield log2_step, spare_bytes
-        if 0 <= spare_bytes <= FIT_SLACK:
-            return
         if spare_bytes > 0:
             fits = log2_step
         else:
             too_fine = log2_step
+        if 0 <= spare_bytes <= FIT_SLACK or too_fine >= fits:
+            return
+        aim = (spare_bytes - FIT_SLACK / 2) / slope
         if last:
             run, rise = log2_step - last[0], spare_bytes - last[1]
+            if not rise and abs(run) >= FIT_REACH and FIT_RANGE in (fits, -too_fine):
+                return
             slope = rise / run if abs(rise) > abs(run) * bytes_per_octave / 10 else slope
+            aim = (spare_bytes - FIT_SLACK / 2) / slope if rise else math.copysign(FIT_REACH, spare_bytes)
         last = log2_step, spare_bytes
-        log2_step -= (spare_bytes - FIT_SLACK / 2) / slope
+        log2_step -= aim
         if not too_fine < log2_step < fits:
             log2_step = (too_fine + fits) / 2
 
@@ -196,8 +233,9 @@ class FitSearch:
             width, device = flat["tok_emb.weight"].size(1), flat["tok_emb.weight"].device
             hessians = {"tok_emb.weight": torch.eye(width, device=device), **hessians}
         hessians = {name: hessians[name] for name in self.matrices}
-        self.factors = factorise_all(hessians)
-        self.clips = fit_clips(flat, hessians, self.factors, gradients)
+        factors = factorise_all(hessians)
+        self.clips = fit_clips(flat, hessians, factors, gradients)
+        self.problems = {n: FitProblem(w, hessians[n], factors[n]) for n, w in self.matrices.items()}
         self.best: tuple[int, dict[str, QuantizedTensor]] | None = None
 
     def trials(self) -> Iterator[tuple[float, int]]:
@@ -218,14 +256,10 @@ class FitSearch:
     def _measure(self, log2_step: float) -> int:
         """Spare bytes at a step."""
         mine = tensors_of_rank(self.flat, self.ranks)
-        factor = 2.0**log2_step
-        fitted = {
-            name: (self.flat[name], self.factors[name], factor * self.clips[name])
-            for name in mine
-            if name in self.factors
-        }
-        records = fit_matrices(fitted, self.cfg.quantizer)
-        records |= {name: self._store(name) for name in mine if name not in fitted}
+        clips = {name: 2.0**log2_step * clip for name, clip in self.clips.items()}
+        problems = {name: self.problems[name] for name in mine if name in self.problems}
+        records = fit_matrices(problems, clips, self.cfg.quantizer)
+        records |= {name: self._store(name) for name in mine if name not in problems}
         records = gather_by_name(records, self.flat, self.ranks)
         size = len(pack_artifact(records, self.cfg, self.looping)) if self.ranks.is_main else 0
         self.ranks.wait_for_all("fit")

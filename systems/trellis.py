@@ -21,9 +21,9 @@ from train_gpt import (
     HessianFactor,
     QuantizedTensor,
     Scheme,
-    clip_scales,
     gptq_columns,
     gptq_report,
+    row_scales,
 )
 
 LARGEST = 252  # targets are cut to it, levels reach two further: their numbers are within int8
@@ -118,7 +118,7 @@ def quantize_matrices(
     """Store matrices as `quantize_tensor` does, by trellis: at half the distance, as many bits."""
     started, records = time.perf_counter(), {}
     problems = [
-        (weight, factor, clip_scales(weight, scheme) / 2) for weight, scheme, factor in matrices.values()
+        (weight, factor, row_scales(weight, scheme) / 2) for weight, scheme, factor in matrices.values()
     ]
     for (name, (weight, scheme, factor)), (levels, scale, error) in zip(
         matrices.items(), gptq_by_trellis(problems), strict=True

@@ -94,6 +94,92 @@ def test_constant_rows(tg, value):
     assert ((restored - weight)[others].norm() / weight[others].norm()).item() < 0.3
 
 
+ODD = {  # matrices by name: the rows that keep no deviation, and what may be lost of them
+    "one_column": (normal(20, 6, 1), 0.5 / 31),
+    "one_weight": (normal(20, 1, 1), 0.5 / 31),
+    "alike": (torch.tensor([[0.25] * 8, [-3.0] * 8, [0.1] * 8]), 0.5 / 31),
+    "zeros": (torch.zeros(4, 8), 0.0),
+    "one_row": (normal(20, 1, 40), 0.5 * 12.85 / 31),
+    "largest": (1e4 * normal(20, 4, 40), 0.5 * 12.85 / 31),
+    "smallest": (1e-6 * normal(20, 4, 40), 0.5 * 12.85 / 31),
+    "below": (1e-9 * normal(20, 4, 40), 1.0),
+    "below_float32": (1e-40 * normal(20, 4, 40), 1.0),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ODD)
+def test_odd_matrices_are_stored(tg, name):
+    """Whatever the row: a scale that is a number above zero, and an error of at most half a step."""
+    weight, share = ODD[name]
+    factor, cfg = tg.factorise(torch.eye(weight.size(1))), tg.Config()
+    record = tg.quantize_tensor(weight, tg.Scheme("gptq", 6, 12.85), factor, cfg)
+    scale, error = record.arrays["scale"].float(), (record.dequantize() - weight).abs().amax(1)
+    assert scale.isfinite().all() and (scale > 0).all()
+    reach = weight.abs().amax(1) if "alike" in name or weight.size(1) == 1 else weight.std(1)
+    reach = weight.abs().amax(1) if share == 1.0 else reach
+    assert (error <= share * reach * (1 + 2.0**-10) + 2.0**-25).all()
+
+
+@pytest.mark.parametrize("bits", [2, 6, 8])
+def test_scales_above_float16_clip_their_rows(tg, bits):
+    """MATRIX_CLIP_SIGMAS allows a million deviations: the scale is float16's largest, not infinite."""
+    weight = 6e4 * normal(21, 5, 30).clamp(-1, 1)
+    record = tg.quantize_tensor(
+        weight, tg.Scheme("gptq", bits, 1e6), tg.factorise(torch.eye(30)), tg.Config()
+    )
+    assert (record.arrays["scale"] == tg.LARGEST_HALF).all()
+    assert record.dequantize().isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-40, 1e-9, 1e-7, 1.0, 1e4, 1e9, 1e30])
+@pytest.mark.parametrize("top", [1.5, 7.5, 127])
+def test_round_to_scales_of_any_size(tg, scale, top):
+    """Half a step of error where float16 has such a scale, and finite numbers where it has none."""
+    x = scale * normal(22, 4, 16)
+    x[1] = 0
+    levels, scales = tg.round_to_scales(x, 4, -int(top + 0.5), int(top), top)
+    restored = tg.apply_scales(levels, scales)
+    assert scales.isfinite().all() and (scales > 0).all() and restored.isfinite().all()
+    assert not restored[1].any()
+    if 1e-7 <= scale <= 1e4:
+        steps = (x.abs().amax(1) / top).clamp_min(2.0**-24)[:, None]
+        assert ((restored - x).abs() <= steps * (0.5 + (top + 1) * 2.0**-10) + 2.0**-25).all()
+
+
+@pytest.mark.parametrize("group", [0, 16])
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1e6, 1e20])
+@pytest.mark.parametrize("shape", [(1, 16), (16, 1), (12, 16)])
+def test_low_rank_of_any_size_is_finite(tg, shape, size, group):
+    a, b = tg.low_rank_factors(size * normal(23, *shape), 4)
+    (_, rank, _), arrays = tg.pack_low_rank(a, b, group, 4)
+    assert rank <= min(shape) and low_rank(tg, *arrays.values()).isfinite().all()
+    assert all(array.isfinite().all() for array in arrays.values() if array.is_floating_point())
+
+
+def test_scales_of_trained_rows_are_the_published_ones(tg):
+    """Bit for bit clip width times deviation by largest level, with the demo's settings and the record's."""
+    for preset in ("demo", "pr1851"):
+        cfg = tg.Config(**tg.PRESETS[preset])
+        for seed, (sigmas, bits) in enumerate(
+            [
+                (cfg.matrix_clip_sigmas, cfg.matrix_bits),
+                (cfg.attn_clip_sigmas, cfg.matrix_bits),
+                (cfg.mlp_clip_sigmas, cfg.matrix_bits),
+                (cfg.embed_clip_sigmas, cfg.embed_bits),
+            ]
+        ):
+            weight = 0.05 * normal(30 + seed, 300, cfg.model_dim)
+            weight[7] = 0  # a row that nothing has trained
+            published = sigmas * weight.std(dim=1) / (2 ** (bits - 1) - 1)
+            scales = tg.row_scales(weight, tg.Scheme("gptq", bits, sigmas))
+            assert torch.equal(scales, published.clamp_min(tg.SMALLEST_HALF))
+            factor = tg.factorise(correlated_hessian(seed, cfg.model_dim))
+            levels, halves, _ = tg.gptq(weight, factor, bits, published)
+            stored = tg.quantize_tensor(weight, tg.Scheme("gptq", bits, sigmas), factor, cfg).arrays
+            assert torch.equal(stored["q"], levels) and torch.equal(stored["scale"], halves)
+
+
 def test_zero_matrix(tg):
     levels, scale = gptq(tg, torch.zeros(4, 16), torch.zeros(16, 16), 6, 12.85)
     assert not levels.any()

@@ -97,6 +97,29 @@ def test_preflight_compares_memory(tg, run, monkeypatch, settings, named):
     assert named in error and "1024 MiB are free" in error
 
 
+@pytest.mark.parametrize("stage", [{}, {"QUANTIZE_ONLY": 1, "MODEL_PATH": "given.pt"}])
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"FIT_BYTES": 40_000, "FLOAT16_MAX_ELEMENTS": 10**6}, "FLOAT16_MAX_ELEMENTS=1000000: no matrix has"),
+        ({"FIT_BYTES": 10**6}, "FIT_BYTES=1000000: must be at most 78570"),  # with 65,536 of code
+        ({"FIT_BYTES": 50_000}, "FIT_BYTES=50000: must be above 50000, what the code alone takes"),
+    ],
+)
+def test_preflight_refuses_sizes_that_cannot_be_fitted(tg, run, work, monkeypatch, settings, named, stage):
+    """Before anything is trained, or written."""
+    monkeypatch.setattr(tg, "packed_script", lambda *_: (bytes(50_000), True))
+    torch.save(tg.GPT(tg.Config.from_env(TINY)).state_dict(), work / "given.pt")
+    code, said, error = run(**{"FLOAT16_MAX_ELEMENTS": 64} | settings | stage, ARTIFACT_DIR="unfitted")
+    assert code == 2 and len(error.splitlines()) == 1 and said == ""
+    assert error.startswith("train_gpt.py: error: FIT_BYTES=") and named in error
+    assert not (work / "unfitted").exists()
+
+
+def test_preflight_fits_nothing_where_nothing_is_quantised(run):
+    assert run(FIT_BYTES=10**6, PREQUANT_ONLY=1, ARTIFACT_DIR="unquantised")[0] == 0
+
+
 def test_preflight_counts_parameters_and_adapters_before_they_are_made(tg):
     for settings in ({}, {"TIE_EMBEDDINGS": "0", "NUM_LOOPS": "0"}):
         cfg = tg.Config.from_env(TINY | settings)
@@ -349,6 +372,20 @@ def unlimited(tg, work, quick_packing):
 
 def result_of(work: Path, folder: str) -> dict:
     return json.loads((work / folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("bad", [1e6, float("inf"), float("nan")])
+def test_guard_refuses_weights_that_no_scheme_stores(tg, run, work, monkeypatch, bad):
+    """A row of the embedding that the text never uses shows in no score, but would in the artifact."""
+    state = tg.GPT(tg.Config.from_env(TINY)).state_dict()
+    state["tok_emb.weight"][-1, 0] = 1e6  # what is not finite, a checkpoint's reader refuses
+    torch.save(state, work / "given.pt")
+    if bad != 1e6:
+        monkeypatch.setattr(tg.Run, "evaluate", lambda run, stage: run.model.tok_emb.weight.data.fill_(bad))
+    code, _, error = run(QUANTIZE_ONLY=1, MODEL_PATH="given.pt", ARTIFACT_DIR="unstored", TTT_ENABLED=0)
+    assert code == 1 and len(error.splitlines()) == 1
+    assert "tok_emb.weight holds values that are not finite, or above 65504: they cannot be stored" in error
+    assert not (work / "unstored" / "final_model.int6.ptz").exists()
 
 
 def test_preflight_guard_makes_a_large_artifact_smaller(tg, run, work, unlimited, monkeypatch):

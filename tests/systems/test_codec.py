@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import sys
-import time
 import tracemalloc
 import zipfile
 
@@ -200,6 +199,12 @@ def forgeries():
     def tensor(place: int, value: object):
         return lambda header: header["tensors"][0].__setitem__(place, value)
 
+    def named(header: dict, name: str) -> list:
+        return next(entry for entry in header["tensors"] if entry[0] == name)
+
+    def matrix(place: int, value: object):
+        return lambda header: named(header, "blocks.0.mlp.fc.weight").__setitem__(place, value)
+
     def setting(name: str, value: object):
         return lambda header: header["model"].__setitem__(name, value)
 
@@ -209,6 +214,22 @@ def forgeries():
         "negative": tensor(3, [-1, 5]),
         "float": tensor(3, [2.5, 5]),
         "bool": tensor(3, [True, 5]),
+        "above_eight_bits": matrix(2, 9),
+        "one_bit": matrix(2, 1),
+        "float16_of_eight_bits": tensor(2, 8),
+        "rows_of_six_bits": lambda header: named(header, "blocks.0.attn.attn_gate_w").__setitem__(2, 6),
+        "empty_matrices": lambda header: header["tensors"].extend(
+            [f"e{i}", "gptq", 6, shape, []] for i, shape in enumerate([[0, 5], [5, 0]] * 5000)
+        ),
+        "unknown_matrix": lambda header: header["tensors"].append(["wide", "gptq", 6, [16, 10**6], []]),
+        "missing_tensor": lambda header: header["tensors"].pop(),
+        "narrow_bank": lambda header: named(header, "blocks.1.mlp.proj.weight").__setitem__(3, [32, 63]),
+        "fewer_skips": tensor(3, [1, 31]),
+        "other_model": setting("tie_embeddings", False),
+        "columns_with_a_rank": matrix(4, ["columns", 4, 0]),
+        "rank_of_nothing": matrix(4, ["sym", 0, 0]),
+        "more_rank_than_columns": matrix(4, ["sym", 33, 0]),
+        "group_of_no_use": matrix(4, ["sym", 4, 64]),
         "dimensions": tensor(3, [1] * 40),
         "kind": tensor(1, "pickle"),
         "name": tensor(0, ["a"]),
@@ -226,14 +247,78 @@ def forgeries():
     }
 
 
+@pytest.fixture
+def nothing_decoded(tg, monkeypatch):
+    """Whoever gets to the decoding fails: a file that is refused costs no more than its header."""
+    monkeypatch.setattr(tg, "unpack_artifact", lambda *_: pytest.fail("decoded"))
+
+
+def peak_of(call) -> int:
+    """Most bytes that a call holds at a time."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.usefixtures("nothing_decoded")
 @pytest.mark.parametrize("forgery", forgeries())
 def test_forged_artifact_is_refused(tg, forgery):
+    """By its header alone, in little more memory than that needs."""
     config = tg.Config(**TINY, compressor="ans")
     artifact = forge(tg, tg.pack_artifact(small_records(config), config), forgeries()[forgery])
-    started = time.perf_counter()
-    with pytest.raises(tg.ArtifactError):
-        tg.read_artifact(artifact, tg.Config())
-    assert time.perf_counter() - started < 5
+    header = len(json.dumps(tg.read_header(artifact, config)[0]))
+
+    def refused() -> None:
+        with pytest.raises(tg.ArtifactError) as caught:
+            tg.read_artifact(artifact, tg.Config())
+        assert len(str(caught.value)) < 400
+
+    assert peak_of(refused) < 30 * header + (1 << 20)
+
+
+@pytest.mark.usefixtures("nothing_decoded")
+def test_forged_header_of_any_length_is_not_parsed(tg):
+    """A hundred thousand tensors are more than any model has."""
+    config = tg.Config(**TINY, compressor="ans")
+    entries = [[f"e{i}", "fp16", 16, [1], []] for i in range(60_000)]
+    artifact = tg.pack_artifact(small_records(config), config)
+    with pytest.raises(tg.ArtifactError, match=f"above {tg.HEADER_LIMIT} bytes"):
+        tg.read_artifact(forge(tg, artifact, lambda h: h["tensors"].extend(entries)), tg.Config())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TINY,
+        TINY | {"tie_embeddings": False, "parallel_style": "single", "skip_gates_enabled": False},
+        TINY | {"sparse_attn_gate_enabled": False, "gated_attn_enabled": True, "smear_gate_enabled": False},
+        TINY | {"sparse_attn_gate_enabled": False, "attn_out_gate_enabled": True, "mlp_mult": 1.7},
+        TINY | {"num_layers": 1, "parallel_start_layer": 0},  # without a skip: a tensor of no rows
+        TINY | {"num_layers": 5, "num_loops": 3, "loop_start": 1, "loop_end": 2, "parallel_start_layer": 0},
+    ],
+)
+def test_shapes_that_are_compared_are_the_models(tg, settings):
+    """As of a model that is made, and no random number is drawn for them."""
+    config = tg.Config(**settings)
+    made = tg.flatten_banks(tg.GPT(config).state_dict(), config.num_layers)
+    state = torch.get_rng_state()
+    assert tg.model_shapes(config) == {name: tuple(tensor.shape) for name, tensor in made.items()}
+    assert torch.equal(torch.get_rng_state(), state)
+    artifact = tg.pack_artifact(small_records(config), config)
+    assert tg.read_artifact(artifact, tg.Config())[1].keys() == made.keys()
+
+
+def test_longest_header_may_be_read(tg):
+    """That of a thousand layers, the most that NUM_LAYERS allows, with corrections on every matrix."""
+    config = tg.Config(**TINY | {"num_layers": 1000, "model_dim": 16, "parallel_start_layer": 0})
+    entries = [
+        [name, "gptq", 6, shape, ["asym", 4, 64]] if len(shape) == 2 else [name, "fp16", 16, shape, []]
+        for name, shape in tg.model_shapes(config).items()
+    ]
+    assert len(json.dumps([config.model_settings(), entries])) < 0.9 * tg.HEADER_LIMIT
 
 
 @pytest.mark.parametrize("size", [10**6, 5 * 10**8])
@@ -263,6 +348,65 @@ def test_published_tensor_larger_than_its_bytes(tg):
     )
     with pytest.raises(tg.ArtifactError, match="larger than their bytes"):
         tg.read_artifact(packed_archive(tg, buffer.getvalue()), tg.Config())
+
+
+def repacked(data: bytes, listed: bytes | None = None, more: int = 0) -> bytes:
+    """An archive of `torch.save` with another list of tensors, and with so many empty members more."""
+    hostile = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(hostile, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, listed if listed and name.endswith("data.pkl") else old.read(name))
+        for number in range(more):
+            new.writestr(f"archive/data/{number + 1000}", b"")
+    return hostile.getvalue()
+
+
+def nested_tuples(depth: int) -> bytes:
+    """Pickle of a dictionary with one key, a tuple that holds a tuple twice, and so on."""
+    keys = b"X\1\0\0\0a\x85q\0" + b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(depth))
+    return b"\x80\2}X\1\0\0\0w}sX\1\0\0\0m}" + keys + b"X\1\0\0\0bss."
+
+
+@pytest.mark.parametrize("fault", ["shared", "members", "tuples", "object", "storage"])
+def test_published_archive_that_grows_is_refused_before_it_is_loaded(tg, monkeypatch, tmp_path, fault):
+    """Thousands of views of one array, of members, keys that take for ever, an object of another kind."""
+    buffer, count = io.BytesIO(), 10_000 if fault == "shared" else 1
+    array = torch.zeros(0).half()
+    views = {f"tensor{i}": array.view(0) for i in range(count)}
+    torch.save({"w": views, "m": dict.fromkeys(views, "passthrough (float16)")}, buffer)
+    data = buffer.getvalue()
+    if fault == "members":
+        data = repacked(data, more=tg.MOST_MEMBERS)
+    elif fault != "shared":
+        listed = {
+            "tuples": nested_tuples(60),
+            "object": pickle.dumps({"w": {}, "m": bytearray(5)}, protocol=2),
+            "storage": b"\x80\2}X\1\0\0\0mctorch\nUntypedStorage\nJ\xff\xff\xff\x7f\x85Rs.",
+        }
+        data = repacked(data, listed[fault])
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(tg.ArtifactError):
+        tg.read_artifact(packed_archive(tg, data), tg.Config())
+    (tmp_path / "weights.pt").write_bytes(data)
+    if fault != "members":  # a checkpoint is as large as its members; they are compared with its size
+        with pytest.raises(tg.ArtifactError, match="not a checkpoint that holds tensors"):
+            tg.load_weights(tmp_path / "weights.pt")
+
+
+def test_checkpoint_larger_than_its_bytes(tg, tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save({"a": torch.zeros(1).expand(10**12)}, path)
+    with pytest.raises(tg.ArtifactError, match="not a checkpoint that holds tensors"):
+        tg.load_weights(path)
+
+
+def test_checkpoint_of_a_state_dict_is_read(tg, tmp_path):
+    """Parameters and metadata too, as `torch.save(model.state_dict())` writes them."""
+    path, layer = tmp_path / "weights.pt", torch.nn.Linear(3, 2)
+    for state in (layer.state_dict(), dict(layer.named_parameters())):
+        torch.save(state, path)
+        read = tg.load_weights(path)
+        assert read.keys() == state.keys() and all(torch.equal(read[name], state[name]) for name in read)
 
 
 def test_published_archive_runs_no_code(tg, tmp_path):

@@ -209,10 +209,39 @@ def test_quant_fit_search_ends_within_the_slack(tg, octave, kink, start):
 
 
 def test_quant_fit_search_gives_up(tg):
-    """Nothing can be spared at any step: as many trials as there may be, ever coarser."""
-    trials = list(tg.search_step(lambda log2_step: -5000, 0.0, 1000.0))
+    """Ever less is lacking, but some always is: as many trials as there may be, ever coarser."""
+    trials = list(tg.search_step(lambda log2_step: -5000 - int(1e4 / (9 + log2_step)), 0.0, 1000.0))
     steps = [step for step, _ in trials]
     assert len(steps) == tg.FIT_TRIALS and steps == sorted(steps) and math.isfinite(steps[-1])
+
+
+@pytest.mark.parametrize("octave", [1_000, 1_000_000])
+@pytest.mark.parametrize("spare", [-5_000, 5_000, 10**7])
+def test_quant_fit_search_ends_where_the_size_no_longer_changes(tg, spare, octave):
+    """It looks once more, far away in the direction that would help, and that is all."""
+    steps = [step for step, _ in tg.search_step(lambda log2_step: spare, 0.0, octave)]
+    assert len(steps) <= 3 and steps == sorted(steps, reverse=spare > 0)
+    assert abs(steps[-1] - steps[-2]) >= tg.FIT_REACH
+
+
+@pytest.mark.parametrize("slope", [0, 1, 1000])
+@pytest.mark.parametrize("start", [-500.0, 0.0, 500.0])
+@pytest.mark.parametrize("spare", [-(10**9), 10**9])
+def test_quant_fit_search_keeps_to_steps_that_are_numbers(tg, spare, start, slope):
+    """However far a slope leads, a float32 holds the step and its inverse, times any clip width."""
+    steps = [step for step, _ in tg.search_step(lambda step: spare + int(slope * step), start, 1.0)]
+    assert max(map(abs, steps)) <= tg.FIT_RANGE < 100 and len(steps) <= tg.FIT_TRIALS
+
+
+@pytest.mark.parametrize("start", [-30.0, -11.0, 0.0, 11.0, 30.0])
+def test_quant_fit_search_leaves_a_flat_stretch(tg, start):
+    """As fine or as coarse as it gets for many octaves, and between them what is looked for."""
+
+    def measure(log2_step: float) -> int:
+        return int(30_000 * min(max(log2_step, -6.0), 6.0)) + 500
+
+    trials = list(tg.search_step(measure, start, 1_000))
+    assert 0 <= trials[-1][1] <= tg.FIT_SLACK
 
 
 def test_quant_fit_says_that_it_cannot(tg, problem):
@@ -231,9 +260,11 @@ def test_quant_fit_of_next_to_nothing_is_finite(tg, problem):
 
 
 def test_quant_fit_of_more_bytes_than_levels_need(tg, problem):
-    """Nothing is left to refine: all that eight bits can hold, below the cap."""
-    cfg = problem[0]
-    assert len(tg.pack_artifact(fit(tg, problem, 10**6), cfg)) < 200_000
+    """Nothing is left to refine: all that eight bits can hold, below the cap, found at once."""
+    cfg, flat, hessians, gradients = problem
+    search = tg.FitSearch(flat, hessians, gradients, cfg, 10**6)
+    assert len(list(search.trials())) <= 3
+    assert len(tg.pack_artifact(search.best_records(), cfg)) < 200_000
 
 
 class Fixed:
@@ -335,3 +366,39 @@ def test_quant_fit_loses_less_than_the_published_recipe(tg, seed):
     assert len(tg.pack_artifact(fitted, cfg)) <= budget
     costs = [loss(tg.dequantize_state(r, cfg.num_layers)) - whole for r in (published, fitted)]
     assert costs[1] < 0.5 * costs[0]
+
+
+def odd_matrices() -> dict[str, torch.Tensor]:
+    """Weights that have no deviation, no value but zero, or none that a float16 scale fits."""
+    one = normal(8, 6, 40)
+    constant, zero_row = one.clone(), one.clone()
+    constant[2], zero_row[3] = 0.3, 0
+    return {
+        "one_column": normal(7, 6, 1),
+        "one_row": normal(7, 1, 40),
+        "one_weight": normal(7, 1, 1),
+        "two_columns_alike": torch.full((6, 2), -0.7),
+        "constant_row": constant,
+        "zero_row": zero_row,
+        "zeros": torch.zeros(6, 40),
+        "largest": 30_000 * one.clamp(-2, 2),
+        "smallest": 1e-7 * one,
+        "subnormal": 1e-40 * one,
+    }
+
+
+@pytest.mark.parametrize("log2_step", [-90.0, 0.0, 90.0])
+@pytest.mark.parametrize("name", odd_matrices())
+def test_quant_fit_of_odd_matrices(tg, name, log2_step):
+    """Finite at any step; at the finest off by half a step of eight bits and a scale of so few bits."""
+    weight = odd_matrices()[name]
+    factor = tg.factorise(torch.eye(weight.size(1)))
+    clips = tg.fit_clips(
+        {name: weight}, {name: torch.eye(weight.size(1))}, {name: factor}, {name: weight[:, 0] ** 2}
+    )
+    assert 0 < clips[name] < math.inf
+    record = tg.fit_matrix(weight, factor, 2.0**log2_step)
+    assert all(array.isfinite().all() for array in record.arrays.values() if array.is_floating_point())
+    error = (record.dequantize() - weight).abs().amax(1)
+    if log2_step < 0:
+        assert (error <= (weight.abs().amax(1) * (2.0**-5 + 1 / 254)).clamp_min(2.0**-15)).all()

@@ -16,6 +16,7 @@ import pytest
 import torch
 from audited import ARTIFACT, MODEL, Copy, one_house  # noqa: F401 - a fixture
 from quick_run import QUICK
+from test_codec import forge
 from test_smoke import TINY, make_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -270,6 +271,14 @@ def test_artifact_trained_further(copy):
     judged.close()
     (copy.run / ARTIFACT).write_bytes(blob)
     copy.fails("W1", "of its numbers with the artifact")
+
+
+def test_artifact_that_lies_about_its_size(tg, copy):
+    """The audit reads it as a run does: its header is judged before anything is decoded."""
+    forged = forge(tg, (copy.run / ARTIFACT).read_bytes(), lambda h: h["tensors"][0].__setitem__(3, [9, 9]))
+    (copy.run / ARTIFACT).write_bytes(forged)
+    status, evidence = copy.verdict("S3")
+    assert status == "FAIL" and "ArtifactError: artifact " in evidence
 
 
 def test_training_repeated(copy, monkeypatch):

@@ -224,8 +224,9 @@ def _scores(audit: Audit, rerun: Rerun) -> tuple[float, float, str]:
 def s3_decodes_exactly(audit: Audit) -> str:
     """unpack(artifact) packs to the same bytes, and unpack(pack(tensors)) gives the same tensors."""
     blob = audit.artifact.read_bytes()
-    settings, records = audit.script.unpack_artifact(blob, audit.cfg)
-    again = audit.script.pack_artifact(records, dataclasses.replace(audit.cfg, **settings))
+    settings, records = audit.script.read_artifact(blob, audit.cfg)
+    cfg = dataclasses.replace(audit.cfg, **settings)
+    again = audit.script.pack_artifact(records, cfg)
     require(again == blob, f"packed again it has {len(again):,} other bytes than the {len(blob):,}")
     stored = sum(array.numel() for record in records.values() for array in record.arrays.values())
     generator = torch.Generator().manual_seed(0)
@@ -233,7 +234,7 @@ def s3_decodes_exactly(audit: Audit) -> str:
         for key, array in record.arrays.items():
             dice = torch.randint(-2, 2, array.shape, generator=generator)
             record.arrays[key] = dice.to(array.dtype) if array.dtype == torch.int8 else array
-    back = audit.script.unpack_artifact(audit.script.pack_artifact(records, audit.cfg), audit.cfg)[1]
+    back = audit.script.read_artifact(audit.script.pack_artifact(records, cfg), cfg)[1]
     same = all(digest(records[name].arrays) == digest(back[name].arrays) for name in records)
     require(same and list(back) == list(records), "other tensors come back than were packed")
     return f"{len(records)} tensors, {stored:,} values decode and encode to the same {len(blob):,} bytes"

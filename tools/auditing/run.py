@@ -524,7 +524,7 @@ class Audit:
         if strange:
             names = ", ".join(sorted(strange)[:3])
             raise NotChecked(f"{names}: no setting of this repository, it cannot build the model")
-        settings, records = self.script.unpack_artifact(self.artifact.read_bytes(), self.cfg)
+        settings, records = self.script.read_artifact(self.artifact.read_bytes(), self.cfg)
         model = self.script.GPT(dataclasses.replace(self.cfg, **settings), self.backends)
         model.load_state_dict(self.script.dequantize_state(records, model.cfg.num_layers))
         return self.backends.move_and_compile(model, self.ranks.device)

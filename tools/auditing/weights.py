@@ -164,7 +164,7 @@ def _requantised(audit: Audit, path: Path, exact: bool) -> str:
 
 def _same_levels(audit: Audit, one: bytes, other: bytes) -> float:
     """Share of the stored numbers of two artifacts that are the same; 0 where they hold other tensors."""
-    records = [audit.script.unpack_artifact(blob, audit.cfg)[1] for blob in (one, other)]
+    records = [audit.script.read_artifact(blob, audit.cfg)[1] for blob in (one, other)]
     arrays = [
         {(name, key): array for name, record in part.items() for key, array in record.arrays.items()}
         for part in records
