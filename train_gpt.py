@@ -1697,9 +1697,7 @@ class Trainer(Worker):
 
     kept_by = "rank 0"
 
-    def __init__(
-        self, cfg: Config, model: GPT, loader: PackedLoader, ranks: Ranks = CPU, run: "Run | None" = None
-    ):
+    def __init__(self, cfg: Config, model: GPT, loader: PackedLoader, ranks: Ranks = CPU, run: "Run" = None):
         self.cfg, self.model, self.loader, self.ranks, self.run = cfg, model, loader, ranks, run
         if ranks.on_gpu and has_part("prefetch"):
             from systems.prefetch import Prefetched
@@ -1728,9 +1726,7 @@ class Trainer(Worker):
     def _groups(self) -> list[dict]:
         return self.muon.param_groups + self.adamw.param_groups
 
-    def step(
-        self, step: int, frac: float, batches: Sequence[Batch] | None = None, elapsed: float = 0.0
-    ) -> StepReport:
+    def step(self, step: int, frac: float, batches: Sequence = None, elapsed: float = 0.0) -> StepReport:
         """Step number `step` at a fraction of training; batches come from the loader unless given.
 
         Rank 0's `elapsed` travels with the gradients, so that all ranks decide by one clock. A gradient that
@@ -2002,9 +1998,9 @@ def calibrate(
     return collector.hessians(cfg.gptq_calibration_batches, ranks)
 
 
-# How tensors are stored: quantiser, artifact and readers go by this table. A tensor has one of the first
-# three forms; a GPTQ matrix may have one of the others on top of it, its correction. An array has a letter
-# for each dimension (rows, columns, k the rank, groups) and its largest level: -1 by the bits, 0 if float16.
+# How tensors are stored: quantiser, artifact and readers go by this table. A tensor has one of the first four
+# forms; a matrix of GPTQ may have one of the others on top of it, its correction. An array has a letter for
+# each dimension (rows, columns, k the rank, groups) and its largest level: -1 by the bits, 0 if float16.
 FORMS = {  # form -> its name in published artifacts, its arrays by key
     "fp16": ("passthrough (float16)", {"": ("", 0)}),  # of any shape
     "int8_rows": ("gate_int8_row", {"gq": ("rc", 127), "gs": ("r", 0)}),
@@ -2042,10 +2038,6 @@ class QuantizedTensor:
         base, *correction = ([self.arrays[key] for key in FORMS[form][1]] for form in self.forms)
         if self.kind == "fp16":
             return base[0].float()
-        if self.kind == "trellis":
-            from systems.ans import trellis_levels
-
-            base[0] = torch.from_numpy(trellis_levels(base[0].cpu().numpy())).to(base[1].device)
         weight = apply_scales(*base)
         if "columns" in self.forms:
             return weight * correction[0][0].float()
@@ -2136,9 +2128,7 @@ def gptq_columns(
             levels[j] = yield torch.div(column, step)
             torch.addcmul(column, levels[j], step, value=-1, out=errors[j]).div_(pivots[j])
         w[end:].addmm_(upper[start:end, end:].t(), errors[start:end], alpha=-1)
-    restored = torch.empty_like(levels, dtype=torch.int16)
-    restored[order] = levels.to(torch.int16)
-    return restored.t().contiguous(), float(errors.double().square().sum())
+    return levels[order.argsort()].to(torch.int16).t().contiguous(), float(errors.double().square().sum())
 
 
 def gptq(
@@ -2211,9 +2201,9 @@ def quantize_tensor(
 
 def gptq_report(scheme: Scheme, factor: HessianFactor, error: float, started: float) -> dict[str, float]:
     """What the log says of a matrix."""
+    damping = {"damping": factor.damping} if factor.damping > DAMPING else {}
     report = {"bits": scheme.bits, "clip_sigmas": scheme.clip_sigmas, "weighted_error": error}
-    report |= {"damping": factor.damping} if factor.damping > DAMPING else {}
-    return report | {"seconds": time.perf_counter() - started}
+    return report | damping | {"seconds": time.perf_counter() - started}
 
 
 def tensors_of_rank(flat: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
@@ -2239,14 +2229,13 @@ def quantize_state(
         width, device = flat["tok_emb.weight"].size(1), flat["tok_emb.weight"].device
         hessians = {"tok_emb.weight": torch.eye(width, device=device), **hessians}
     factors = factorise_all({name: hessians[name] for name in mine if schemes[name].kind == "gptq"})
-    records, together = {}, factors if cfg.quantizer == "trellis" else {}
-    if together:
+    records = {}
+    if cfg.quantizer == "trellis":
         from systems.trellis import quantize_matrices
 
-        records = quantize_matrices({name: (flat[name], schemes[name], factors[name]) for name in together})
-    for name in mine:
-        if name not in together:
-            records[name] = quantize_tensor(flat[name], schemes[name], factors.get(name), cfg)
+        records = quantize_matrices({name: (flat[name], schemes[name], factors[name]) for name in factors})
+    for name in (name for name in mine if name not in records):
+        records[name] = quantize_tensor(flat[name], schemes[name], factors.get(name), cfg)
     if cfg.lqer_enabled:
         errors = {name: flat[name].float() - records[name].dequantize() for name in factors}
         norms = gather_by_name({name: float(error.norm()) for name, error in errors.items()}, flat, ranks)
@@ -2277,8 +2266,7 @@ ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
 CODECS = ("brotli", "lzma", "ans")
 LEVELS = "levels"
 HEADER_LIMIT = 1 << 20  # bytes: a thousand layers take 0.6 MB
-SHUFFLE_MAGIC = b"BSHF"
-PREFIX = struct.Struct("<5sBBI32s")
+PREFIX, SHUFFLE_MAGIC = struct.Struct("<5sBBI32s"), b"BSHF"
 
 
 def byte_shuffle(data: bytes, stride: int = 2) -> bytes:
@@ -2302,10 +2290,8 @@ def byte_unshuffle(data: bytes) -> bytes:
 def check_codec(codec: str) -> None:
     """Raise ConfigError where a package that a codec needs is not installed."""
     package = "brotli" if codec == "ans" else codec
-    try:
-        importlib.import_module(package)
-    except ImportError:
-        raise ConfigError(f"COMPRESSOR={codec}: the Python package {package} is not installed") from None
+    if not importlib.util.find_spec(package):
+        raise ConfigError(f"COMPRESSOR={codec}: the Python package {package} is not installed")
 
 
 def compress(data: bytes, cfg: Config) -> bytes:
@@ -2343,7 +2329,6 @@ class StoredArray(NamedTuple):
     dtype: str
     dims: tuple[int, ...]
     top: int  # largest level
-    trellis: bool = False
 
     @property
     def size(self) -> int:
@@ -2361,16 +2346,16 @@ def stored_arrays(
     for form in (kind, *correction[:1]):
         for key, (letters, top) in FORMS[form][1].items():
             dims = tuple(sizes[letter] for letter in letters) if key else tuple(shape)
-            dtype, most = "|i1" if top else "<f2", top if top > 0 else 2 ** (bits - 1) - 1
-            yield StoredArray(name, key, dtype, dims, most, kind == "trellis" and top < 0)
+            trellis, top = kind == "trellis" and top < 0, top if top >= 0 else 2 ** (bits - 1) - 1
+            yield StoredArray(name, key, "<i2" if trellis else "|i1" if top else "<f2", dims, top)
 
 
 def artifact_streams(tensors: Iterable[Sequence], cfg: Config) -> dict[str, list[StoredArray]]:
     """Streams of an artifact, each with the arrays that it holds, by the header's list of tensors."""
     streams: dict[str, list[StoredArray]] = {}
-    for array in itertools.chain.from_iterable(stored_arrays(*entry) for entry in tensors):
-        levels = cfg.compressor == "ans" and array.dtype == "|i1"
-        streams.setdefault(LEVELS if levels else array.key, []).append(array)
+    for part in itertools.chain.from_iterable(stored_arrays(*entry) for entry in tensors):
+        levels = cfg.compressor == "ans" and part.dtype != "<f2"
+        streams.setdefault(LEVELS if levels else part.key, []).append(part)
     return streams
 
 
@@ -2384,7 +2369,7 @@ def pack_artifact(records: Mapping[str, QuantizedTensor], cfg: Config, looping: 
         if cfg.compressor == "ans" and stream == LEVELS:
             from systems.ans import encode_levels
 
-            packed[stream] = encode_levels(arrays, [(p.top, p.trellis) for p in parts])
+            packed[stream] = encode_levels(arrays, [part.top for part in parts])
         else:
             data = b"".join(array.tobytes() for array in arrays)
             packed[stream] = compress(byte_shuffle(data, arrays[0].itemsize), cfg)
@@ -2425,7 +2410,8 @@ def unpack_artifact(artifact: bytes, cfg: Config) -> tuple[dict[str, object], di
         data, start = artifact[start : start + length], start + length
         for part, array in zip(parts, _unpack_stream(data, stream, parts, cfg), strict=True):
             records[part.name].arrays[part.key] = torch.from_numpy(array)
-    return header["model"] | {"compressor": cfg.compressor}, records
+    quantizer = "trellis" if "trellis" in {record.kind for record in records.values()} else "scalar"
+    return header["model"] | {"compressor": cfg.compressor, "quantizer": quantizer}, records
 
 
 def _unpack_stream(data: bytes, stream: str, parts: list[StoredArray], cfg: Config) -> Iterator[np.ndarray]:
@@ -2433,7 +2419,7 @@ def _unpack_stream(data: bytes, stream: str, parts: list[StoredArray], cfg: Conf
     if cfg.compressor == "ans" and stream == LEVELS:
         from systems.ans import decode_levels
 
-        yield from decode_levels(data, [part.dims for part in parts], [(p.top, p.trellis) for p in parts])
+        yield from decode_levels(data, [(part.dims, part.dtype, part.top) for part in parts])
         return
     size = sum(part.size for part in parts)
     shuffled = parts[0].dtype != "|i1" and size > 1
@@ -2868,9 +2854,8 @@ def global_sgd(
     num_chunks = -(-(len(tokens) - 1) // size)
     for chunk in range(num_chunks - 1):
         rate, row = global_sgd_lr(chunk, num_chunks, cfg), tokens[chunk * size : (chunk + 1) * size + 1]
-        steps = training.train(row, optimizer, rate, cfg.global_ttt_epochs)
-        norms += steps
-        rates += [rate] * len(steps)
+        norms += training.train(row, optimizer, rate, cfg.global_ttt_epochs)
+        rates += [rate] * (len(norms) - len(rates))
     return [float(norm) for norm in norms], rates
 
 
@@ -2881,14 +2866,11 @@ class BaseTraining:
         self.model, self.cfg, self.ranks = model, cfg, ranks
         self.by_document, self.looping = by_document, looping
 
-    def train(
-        self, tokens: Tensor, optimizer: torch.optim.Optimizer, rate: float, epochs: int
-    ) -> list[Tensor]:
+    def train(self, tokens: Tensor, optimizer: torch.optim.SGD, rate: float, epochs: int) -> list[Tensor]:
         """Go over the whole windows of tokens [n+1] some times; returns each step's norm before clipping."""
         optimizer.param_groups[0]["lr"] = rate
-        cfg, parameters, norms = self.cfg, list(self.model.parameters()), []
-        window = cfg.eval_seq_len
-        windows = (len(tokens) - 1) // window
+        cfg, parameters, window = self.cfg, list(self.model.parameters()), self.cfg.eval_seq_len
+        norms, windows = [], (len(tokens) - 1) // window
         for start in list(range(0, windows, cfg.global_ttt_batch_seqs)) * epochs:
             count = window * min(cfg.global_ttt_batch_seqs, windows - start)
             part, lead = self._part(tokens[start * window : start * window + count + 1])
@@ -2937,9 +2919,7 @@ class BaseTraining:
 class Run:
     """One run: settings, device, log, clock, and what was measured. `sources`: files of the house."""
 
-    def __init__(
-        self, cfg: Config, ranks: Ranks, backends: Backends, sources: Mapping, watch: Watch | None = None
-    ):
+    def __init__(self, cfg: Config, ranks: Ranks, backends: Backends, sources: Mapping, watch: Watch = None):
         self.cfg, self.ranks, self.backends, self.sources = cfg, ranks, backends, sources
         self.watch, self.clock = watch or Watch(), Stopwatch(ranks)
         if not COUNTED:
@@ -3042,9 +3022,7 @@ class Run:
         """The run's own file of a setting that names one."""
         return self.log.folder / Path(getattr(self.cfg, field)).name
 
-    def score(
-        self, stage: str, kind: "type[Evaluation]", looping: bool, documents: Sequence | None = None
-    ) -> None:
+    def score(self, stage: str, kind: "type[Evaluation]", looping: bool, documents: Sequence = None) -> None:
         """Let an evaluation do a stage, and record the score of all documents, or of those given."""
         options = {"looping": looping, "ranks": self.ranks, "watch": self.watch}
         worker = kind(self.model, self.val, self.model.cfg, **options)

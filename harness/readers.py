@@ -78,12 +78,14 @@ def check_entry(name: str, kind: str, bits: int, shape: Sequence[int], correctio
     if good and kind == "fp16":
         good = bits == 16 and len(shape) <= 4 and form == ""
     elif good:
-        good = bits in {"int8_rows": (8,), "gptq": range(2, 9)}[kind] and len(shape) == 2 and 0 not in shape
+        known = {"int8_rows": (8,), "gptq": range(2, 9), "trellis": (8,)}
+        good = bits in known[kind] and len(shape) == 2 and 0 not in shape
     if good and form in ("sym", "asym"):  # no more rank than singular values, as `low_rank_factors` gives
         whole = group > 0 and rank * shape[1] % group == 0 if form == "asym" else group == 0
-        good = kind == "gptq" and 1 <= rank <= min(shape) and whole
+        good = kind in ("gptq", "trellis") and 1 <= rank <= min(shape) and whole
     elif good:
-        good = (form == "" or (form == "columns" and kind == "gptq")) and rank == group == 0
+        fitted = form == "columns" and kind in ("gptq", "trellis")
+        good = (form == "" or fitted) and rank == group == 0
     if not good:
         raise ArtifactError(f"artifact declares an impossible tensor: {f'{name} {kind} {bits} {shape}'[:80]}")
 

@@ -169,6 +169,8 @@ def _other_rules(cfg: Config) -> Iterable[tuple[bool, str, str]]:
         f"at least {1 << 15} (most of it is code)",
     )
     yield fits, "FIT_BYTES", f"must be 0 or {least}"
+    coded = cfg.quantizer == "scalar" or cfg.compressor == "ans"
+    yield coded, "QUANTIZER COMPRESSOR", "a trellis needs COMPRESSOR=ans (levels are coded by its states)"
     text = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"
     adapts = cfg.ttt_enabled and not cfg.ttt_sgd
     yield cfg.val_doc_fraction == 1 or adapts, "VAL_DOC_FRACTION", text

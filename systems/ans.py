@@ -165,18 +165,6 @@ def next_states(states: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     return states << 1 & 6 | (numbers ^ states >> 1 ^ states >> 2) & 1
 
 
-def trellis_levels(numbers: np.ndarray) -> np.ndarray:
-    """The levels int16 [rows, columns] of numbers int8: a column begins at state 0 in each segment."""
-    rows, columns = numbers.shape
-    padded = np.pad(numbers.astype(np.int16), ((0, -rows % SEGMENT), (0, 0))).reshape(-1, SEGMENT, columns)
-    states = np.zeros_like(padded[:, 0])
-    for row in range(min(rows, SEGMENT)):
-        number = padded[:, row].copy()
-        padded[:, row] = 2 * number + (states & 1)
-        states = next_states(states, number)
-    return padded.reshape(-1, columns)[:rows]
-
-
 class LevelCoder:
     """The walk over all levels, which coding and decoding share, and the states of the parallel coders.
 
@@ -185,11 +173,12 @@ class LevelCoder:
     are always the beginning. Coders' states have 32 bits, and give and take words of 16.
     """
 
-    def __init__(self, shapes: Sequence[Sequence[int]], kinds: Sequence[tuple[int, bool]], options: bytes):
-        self.order = sorted(range(len(shapes)), key=lambda i: -shapes[i][0])
+    def __init__(self, matrices: Sequence[np.ndarray], tops: Sequence[int], options: bytes):
+        shapes = [matrix.shape for matrix in matrices]
+        self.matrices, self.order = matrices, sorted(range(len(shapes)), key=lambda i: -shapes[i][0])
         places = np.repeat(self.order, [shapes[i][1] for i in self.order]).astype(int)
-        self.heights = np.array([rows for rows, _ in shapes], int)[places]
-        tops, trellis = np.array(kinds, int).reshape(-1, 2)[places].T
+        facts = [(len(m), top, m.dtype == np.int16) for m, top in zip(matrices, tops, strict=True)]
+        self.heights, tops, trellis = np.array(facts, int).reshape(-1, 3)[places].T
         self.trellis = trellis.astype(np.int16)
         self.lattices = (tops << 2 | trellis << 1) << 14
         chosen = np.frombuffer(options, np.uint8).reshape(-1, 2)[places].T
@@ -197,8 +186,8 @@ class LevelCoder:
         self.tables = FrequencyTables()
         self.coders = np.full((self.heights.sum() >> LEVELS_PER_CODER) + 1, 1 << 32, np.int64)
 
-    def code(self, matrices: Sequence[np.ndarray]) -> None:
-        """Go through matrices int8 row by row; decoding fills them."""
+    def code(self) -> None:
+        """Go through the matrices row by row; decoding fills them."""
         height, states = self.heights.max(initial=0), np.zeros(len(self.heights), np.int16)
         edges = np.unique([*_block_starts(height), *self.heights])
         for start, end in itertools.pairwise(edges.tolist()):
@@ -208,8 +197,8 @@ class LevelCoder:
             kind, mean = self.models.classes()
             keys = self.lattices[:width] + (kind << 7) + mean + 64
             tables = self.tables.rows(keys), self.tables.rows(keys + (trellis.astype(int) << 14))
-            parts = [matrices[i][start:end] for i in self.order if len(matrices[i]) > start]
-            block = np.concatenate(parts, axis=1, dtype=np.int16)
+            parts = [self.matrices[i][start:end] for i in self.order if len(self.matrices[i]) > start]
+            block = np.concatenate(parts, axis=1, dtype=np.int16) >> trellis
             rows, parities = np.zeros((2, *block.shape), np.int32)
             for row, numbers in enumerate(block):
                 if trellis.any():
@@ -220,15 +209,18 @@ class LevelCoder:
                 if trellis.any():
                     states = next_states(states, numbers)
             self.tables.learn(rows, block + ZERO)
-            self.models.add(*_column_sums((block << trellis) + parities))
-            self._end_block(parts, block)
+            levels = (block << trellis) + parities
+            self.models.add(*_column_sums(levels))
+            edges = np.cumsum([part.shape[1] for part in parts])[:-1]
+            for part, decoded in zip(parts, np.split(levels, edges, axis=1), strict=True):
+                self._end_block(part, decoded)
 
     def _code_row(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """Code the numbers of a row by their tables; returns them, or what they are in decoding."""
         raise NotImplementedError
 
-    def _end_block(self, parts: Sequence[np.ndarray], block: np.ndarray) -> None:
-        """A block of all matrices has been gone through."""
+    def _end_block(self, part: np.ndarray, levels: np.ndarray) -> None:
+        """A matrix's part of a block has been gone through."""
 
 
 class LevelEncoder(LevelCoder):
@@ -295,39 +287,34 @@ class LevelDecoder(LevelCoder):
         self.escaped += len(escapes)
         return symbols.astype(np.int16) - ZERO
 
-    def _end_block(self, parts: Sequence[np.ndarray], block: np.ndarray) -> None:
-        edges = np.cumsum([part.shape[1] for part in parts])[:-1]
-        for part, levels in zip(parts, np.split(block, edges, axis=1), strict=True):
-            part[:] = levels
+    def _end_block(self, part: np.ndarray, levels: np.ndarray) -> None:
+        part[:] = levels
 
     def is_whole(self) -> bool:
         """Whether all of the stream was used, and the coders are as they were at the beginning."""
         return self.left == 2 * self.used + self.escaped and bool((self.coders == 1 << 32).all())
 
 
-def encode_levels(matrices: Sequence[np.ndarray], kinds: Sequence[tuple[int, bool]]) -> bytes:
-    """Matrices int8 -> two bytes of options for each, then the stream of all.
+def encode_levels(matrices: Sequence[np.ndarray], tops: Sequence[int]) -> bytes:
+    """Matrices of levels -> two bytes of options for each, then the stream of all.
 
     Args:
-        matrices: levels of -top - 1..top, or their numbers in a trellis.
-        kinds: top of each matrix, and whether its levels go by a trellis.
+        matrices: int8 of -top - 1..top; or int16 of a trellis, twice as far.
+        tops: the largest level of each.
     """
-    levels = [trellis_levels(m) if trellis else m for m, (_, trellis) in zip(matrices, kinds, strict=True)]
-    options = bytes(itertools.chain.from_iterable(map(choose_column_model, levels)))
-    coder = LevelEncoder([matrix.shape for matrix in matrices], kinds, options)
-    coder.code(matrices)
+    options = bytes(itertools.chain.from_iterable(map(choose_column_model, matrices)))
+    coder = LevelEncoder(matrices, tops, options)
+    coder.code()
     return options + coder.stream()
 
 
-def decode_levels(
-    data: bytes, shapes: Sequence[Sequence[int]], kinds: Sequence[tuple[int, bool]]
-) -> list[np.ndarray]:
-    """The inverse of `encode_levels`. Raises ArtifactError."""
-    options, stream = data[: 2 * len(shapes)], data[2 * len(shapes) :]
-    matrices = [np.zeros(shape, np.int8) for shape in shapes]
+def decode_levels(data: bytes, layout: Sequence[tuple[Sequence[int], str, int]]) -> list[np.ndarray]:
+    """The inverse of `encode_levels`, by shape, type and largest level of each. Raises ArtifactError."""
+    options, stream = data[: 2 * len(layout)], data[2 * len(layout) :]
+    matrices = [np.zeros(shape, dtype) for shape, dtype, _ in layout]
     try:
-        coder = LevelDecoder(stream, shapes, kinds, options)
-        coder.code(matrices)
+        coder = LevelDecoder(stream, matrices, [top for *_, top in layout], options)
+        coder.code()
         whole = coder.is_whole()
     except (ValueError, IndexError):  # an array that should hold words or options is too short
         whole = False

@@ -26,7 +26,7 @@ from train_gpt import (
     row_scales,
 )
 
-LARGEST = 252  # targets are cut to it, levels reach two further: their numbers are within int8
+LARGEST = 252  # targets are cut to it, levels reach two further: half of one is within int8
 
 
 def branch_subsets(device: torch.device | None = None) -> Tensor:
@@ -99,17 +99,11 @@ def run_together(
 def gptq_by_trellis(
     problems: Sequence[tuple[Tensor, HessianFactor, Tensor]],
 ) -> list[tuple[Tensor, Tensor, float]]:
-    """GPTQ of matrices at once: weight, factor and row scales of each -> numbers, float16 scales, error.
-
-    Numbers int8 are half of the levels: the state says whether a level is even or odd (`trellis_levels`).
-    """
+    """GPTQ of matrices at once: weight, factor, row scales -> int16 levels, float16 scales, error of each."""
     scales = [scale.clamp_min(SMALLEST_HALF).half() for *_, scale in problems]
     sweeps = [gptq_columns(w, factor, s.float()) for (w, factor, _), s in zip(problems, scales, strict=True)]
     results = run_together(sweeps, round_columns)
-    return [
-        ((levels >> 1).to(torch.int8), scale, error)
-        for (levels, error), scale in zip(results, scales, strict=True)
-    ]
+    return [(levels, scale, error) for (levels, error), scale in zip(results, scales, strict=True)]
 
 
 def quantize_matrices(
