@@ -13,10 +13,10 @@ from train_gpt import ArtifactError
 
 
 def _variance_steps() -> np.ndarray:
-    """Bounds of the variance classes, in 1/256: a geometric row of integers, ratio 2^(1/5)."""
+    """Bounds of the variance classes, in 1/256: a geometric row of integers, ratio 2^(1/4)."""
     steps = [8]
     while steps[-1] < 1 << 23:
-        steps.append(steps[-1] * 1149 // 1000 + 1)
+        steps.append(steps[-1] * 1189 // 1000 + 1)
     return np.array(steps)
 
 
@@ -37,7 +37,7 @@ SEGMENT = 256  # rows after which a trellis begins anew
 
 
 class ColumnModels:
-    """What the levels of each column are like, told by the rows above: class of variance, mean in quarters.
+    """What the levels of each column are like, told by the rows above: class of variance, mean in halves.
 
     A trained matrix has loud and quiet columns. Sums are integers (in 1/256), so that every machine agrees.
     An option is an index of COLUMN_OPTIONS: the shift by which older blocks of rows fade, and the rows that
@@ -60,7 +60,7 @@ class ColumnModels:
     def classes(self) -> tuple[np.ndarray, np.ndarray]:
         """Class of variance and mean (in quarters) that are expected of each column, int64 [columns]."""
         rows = self.rows + 256 * self.rows_mean
-        mean = np.clip((8 * self.sums + rows) // np.maximum(2 * rows, 1), -63, 63) * (self.rows_mean > 0)
+        mean = 2 * np.clip((4 * self.sums + rows) // np.maximum(2 * rows, 1), -31, 31) * (self.rows_mean > 0)
         spread = self.squares - mean * self.sums // 2 + self.rows * mean * mean // 16
         variance = 256 * (spread + self.prior) // (self.rows + 256 * self.rows_spread)
         return np.searchsorted(VARIANCE_STEPS[1:-1], variance), mean
@@ -98,7 +98,7 @@ def choose_column_model(levels: np.ndarray) -> tuple[int, int]:
         rows, *sums = _column_sums(sample[start:end])
         sums, squares = (np.tile(values, count) for values in sums)
         spread = 16 * squares - 8 * mean * sums + rows * mean * mean
-        costs += rows * kind * 1024 // 10 + spread * 16 * 739 // VARIANCE_STEPS[kind]  # bits times 1024
+        costs += rows * kind * 1024 // 8 + spread * 16 * 739 // VARIANCE_STEPS[kind]  # bits times 1024
         models.add(rows, sums, squares)
     return int(costs.reshape(count, -1).sum(1).argmin()), level
 
@@ -113,7 +113,8 @@ class FrequencyTables:
     def __init__(self):
         self.index: dict[int, int] = {}
         self.weights, self.learnt, self.made = np.zeros((0, 256), np.int64), *np.zeros((2, 0), np.int64)
-        self.slots, self.packed = np.zeros((0, 1 << 16), np.uint8), np.zeros((0, 256), np.int64)
+        self.following = np.zeros((0, 256), np.uint8)
+        self.first, self.packed = np.zeros((0, 1 << 13), np.uint8), np.zeros((0, 256), np.int64)
 
     def rows(self, keys: np.ndarray) -> np.ndarray:
         """The rows of the tables of some keys: (lattice, kind, mean) as one number. New ones are made."""
@@ -137,7 +138,8 @@ class FrequencyTables:
         self.weights = np.concatenate([self.weights, weights])
         self.learnt = np.concatenate([self.learnt, np.full(len(keys), 128)])
         self.made = np.concatenate([self.made, np.zeros(len(keys), np.int64)])
-        self.slots = np.concatenate([self.slots, np.zeros((len(keys), 1 << 16), np.uint8)])
+        self.first = np.concatenate([self.first, np.zeros((len(keys), 1 << 13), np.uint8)])
+        self.following = np.concatenate([self.following, np.zeros((len(keys), 256), np.uint8)])
         self.packed = np.concatenate([self.packed, np.zeros((len(keys), 256), np.int64)])
 
     def _make(self, rows: np.ndarray) -> None:
@@ -148,8 +150,12 @@ class FrequencyTables:
         counts = known + weights * left // np.maximum(weights.sum(1, keepdims=True), 1)
         counts[np.arange(len(rows)), counts.argmax(1)] += (1 << 16) - counts.sum(1)
         self.packed[rows] = counts << 16 | (counts.cumsum(1) - counts) & 0xFFFF
+        ends = counts.cumsum(1) + 7 >> 3
+        buckets = np.diff(ends, axis=1, prepend=0).ravel()  # of 8 slots, by the symbol of their first slot
         symbols = np.tile(np.arange(256, dtype=np.uint8), len(rows))
-        self.slots[rows] = np.repeat(symbols, counts.ravel()).reshape(-1, 1 << 16)
+        self.first[rows] = np.repeat(symbols, buckets).reshape(-1, 1 << 13)
+        following = np.where(known, np.arange(256), 255)[:, :0:-1]
+        self.following[rows, :-1] = np.minimum.accumulate(following, axis=1)[:, ::-1]
         self.made[rows] = self.learnt[rows]
 
     def learn(self, rows: np.ndarray, symbols: np.ndarray) -> None:
@@ -269,16 +275,21 @@ class LevelDecoder(LevelCoder):
         self.used = self.escaped = 0
 
     def _code_row(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        symbols, slots, packed = np.empty(len(rows), np.uint8), rows << 16, rows << 8
+        symbols, first, packed = np.empty(len(rows), np.uint8), rows << 13, rows << 8
         count = len(self.coders)
         for low in range(0, len(rows), count):
             part = slice(low, low + count)
             coders = self.coders[: len(rows) - low]
             slot = coders & 0xFFFF
-            found = self.tables.slots.take(slots[part] + slot)
+            found = self.tables.first.take(first[part] + (slot >> 3))
             table = self.tables.packed.take(packed[part] + found)
-            coders[:] = (table >> 16) * (coders >> 16) + slot - (table & 0xFFFF)
-            empty = np.flatnonzero(coders < 1 << 32)
+            rest, frequency = slot - (table & 0xFFFF), table >> 16
+            while len(late := (rest >= frequency).nonzero()[0]):  # a later symbol of the bucket
+                found[late] = self.tables.following.take(packed[part][late] + found[late])
+                table = self.tables.packed.take(packed[part][late] + found[late])
+                rest[late], frequency[late] = slot[late] - (table & 0xFFFF), table >> 16
+            coders[:] = frequency * (coders >> 16) + rest
+            empty = (coders < 1 << 32).nonzero()[0]
             coders[empty] = coders[empty] << 16 | self.words[self.used : self.used + len(empty)]
             self.used += len(empty)
             symbols[part] = found

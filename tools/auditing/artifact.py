@@ -39,6 +39,9 @@ def packed_code(audit: Audit, sources: Mapping[str, bytes]) -> bytes:
     artifact = audit.artifact.read_bytes()
     if artifact.startswith(script.ARTIFACT_MAGIC):  # of a run that evaluated one: not its COMPRESSOR's
         settings["compressor"] = script.CODECS[script.PREFIX.unpack_from(artifact)[2]]
+        header, _ = script.read_header(artifact, script.Config(compressor=settings["compressor"]))
+        trellis = any(kind == "trellis" for _, kind, *_ in header["tensors"])
+        settings["quantizer"] = "trellis" if trellis else "scalar"
     cfg = script.Config(**settings)
     names = [field.name for field in dataclasses.fields(script.Backends)]
     backends = script.Backends(**{name: told[name] for name in names})
