@@ -32,7 +32,8 @@ VARIANCE_STEPS, BELL = _variance_steps(), _bell()
 COLUMN_OPTIONS = tuple(itertools.product((0, 1, 2), (8, 32, 128, 512), (0, 8, 32)))
 OPTIONS = np.array(COLUMN_OPTIONS).T
 ESCAPE, ZERO = 0, 128  # symbols: of a level that has no frequency, of level 0
-LEVELS_PER_CODER = 15  # log2: a coder costs three bytes
+LEVELS_PER_CODER, STATE_BYTES = 15, 5  # log2; of a coder at the end of coding
+LOWEST = 1 << 24  # a coder's state is from here to 2^40
 SEGMENT = 256  # rows after which a trellis begins anew
 
 
@@ -46,30 +47,27 @@ class ColumnModels:
     """
 
     def __init__(self, columns: int, option: np.ndarray | int, level: np.ndarray | int):
-        self.fade, self.rows_spread, self.rows_mean = (
-            np.broadcast_to(x, columns) for x in OPTIONS[:, option]
-        )
-        self.prior = self.rows_spread * VARIANCE_STEPS[level]
-        self.rows, self.sums, self.squares = np.zeros((3, columns), np.int64)
+        fade, spread, mean = OPTIONS[:, option]
+        self.told = np.zeros((3, columns), np.int64)  # rows, their sums and sums of squares
+        self.counts = np.stack([np.broadcast_to(count, columns) for count in (fade, spread, mean)])
+        self.prior = self.counts[1] * VARIANCE_STEPS[level]
 
     def cut(self, columns: int) -> None:
         """Keep the first columns only."""
-        for name, value in vars(self).items():
-            setattr(self, name, value[:columns])
+        self.told, self.counts, self.prior = (x[..., :columns] for x in (self.told, self.counts, self.prior))
 
     def classes(self) -> tuple[np.ndarray, np.ndarray]:
         """Class of variance and mean (in quarters) that are expected of each column, int64 [columns]."""
-        rows = self.rows + 256 * self.rows_mean
-        mean = 2 * np.clip((4 * self.sums + rows) // np.maximum(2 * rows, 1), -31, 31) * (self.rows_mean > 0)
-        spread = self.squares - mean * self.sums // 2 + self.rows * mean * mean // 16
-        variance = 256 * (spread + self.prior) // (self.rows + 256 * self.rows_spread)
+        (rows, sums, squares), (_, rows_spread, rows_mean) = self.told, self.counts
+        known = rows + 256 * rows_mean
+        mean = 2 * np.clip((4 * sums + known) // np.maximum(2 * known, 1), -31, 31) * (rows_mean > 0)
+        spread = squares - mean * sums // 2 + rows * mean * mean // 16
+        variance = 256 * (spread + self.prior) // (rows + 256 * rows_spread)
         return np.searchsorted(VARIANCE_STEPS[1:-1], variance), mean
 
-    def add(self, rows: int, sums: np.ndarray, squares: np.ndarray) -> None:
-        """Take in a block of rows by its column sums."""
-        self.rows = (self.rows >> self.fade) + 256 * rows
-        self.sums = (self.sums >> self.fade) + 256 * sums
-        self.squares = (self.squares >> self.fade) + 256 * squares
+    def add(self, *sums: object) -> None:
+        """Take in a block of rows: their number, the sums of its columns and of their squares."""
+        self.told = (self.told >> self.counts[0]) + 256 * np.stack(np.broadcast_arrays(*sums))
 
 
 def _column_sums(levels: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
@@ -176,7 +174,7 @@ class LevelCoder:
 
     A column with a trellis has a state that allows the even or the odd levels; what is coded of a level is
     its number among these. Columns of the matrices with the most rows come first, so that those that go on
-    are always the beginning. Coders' states have 32 bits, and give and take words of 16.
+    are always the beginning. Coders' states have 40 bits, and give and take words of 16.
     """
 
     def __init__(self, matrices: Sequence[np.ndarray], tops: Sequence[int], options: bytes):
@@ -190,7 +188,7 @@ class LevelCoder:
         chosen = np.frombuffer(options, np.uint8).reshape(-1, 2)[places].T
         self.models = ColumnModels(len(places), *chosen)
         self.tables = FrequencyTables()
-        self.coders = np.full((self.heights.sum() >> LEVELS_PER_CODER) + 1, 1 << 32, np.int64)
+        self.coders = np.full((self.heights.sum() >> LEVELS_PER_CODER) + 1, LOWEST, np.int64)
 
     def code(self) -> None:
         """Go through the matrices row by row; decoding fills them."""
@@ -253,14 +251,15 @@ class LevelEncoder(LevelCoder):
                 part = packed[low : low + count]
                 part = part.astype(np.int64)
                 frequency, coders = part >> 16, self.coders[: len(part)]
-                full = coders >> 32 >= frequency
+                full = coders // LOWEST >= frequency
                 words.append(coders[full].astype("<u2"))
                 coders[full] >>= 16
                 whole, rest = np.divmod(coders, frequency)
                 coders[:] = (whole << 16) + rest + (part & 0xFFFF)
         escapes = b"".join(part.tobytes() for part in self.escapes)
         words = b"".join(part.tobytes() for part in reversed(words))
-        return self.coders.astype("<u8").tobytes() + words + escapes[::-1]
+        states = self.coders.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :STATE_BYTES]
+        return states.tobytes() + words + escapes[::-1]
 
 
 class LevelDecoder(LevelCoder):
@@ -268,8 +267,9 @@ class LevelDecoder(LevelCoder):
 
     def __init__(self, data: bytes, *arguments: object):
         super().__init__(*arguments)
-        size = 8 * len(self.coders)
-        self.coders[:] = np.frombuffer(data[:size], "<u8")
+        size = STATE_BYTES * len(self.coders)
+        states = np.frombuffer(data[:size], np.uint8).reshape(-1, STATE_BYTES)
+        self.coders[:] = np.pad(states, ((0, 0), (0, 8 - STATE_BYTES))).view("<i8")[:, 0]
         self.words = np.frombuffer(data[size:], "<u2", len(data) - size >> 1).astype(np.int64)
         self.escapes, self.left = np.frombuffer(data, np.uint8)[::-1], len(data) - size
         self.used = self.escaped = 0
@@ -289,7 +289,7 @@ class LevelDecoder(LevelCoder):
                 table = self.tables.packed.take(packed[part][late] + found[late])
                 rest[late], frequency[late] = slot[late] - (table & 0xFFFF), table >> 16
             coders[:] = frequency * (coders >> 16) + rest
-            empty = (coders < 1 << 32).nonzero()[0]
+            empty = (coders < LOWEST).nonzero()[0]
             coders[empty] = coders[empty] << 16 | self.words[self.used : self.used + len(empty)]
             self.used += len(empty)
             symbols[part] = found
@@ -303,7 +303,7 @@ class LevelDecoder(LevelCoder):
 
     def is_whole(self) -> bool:
         """Whether all of the stream was used, and the coders are as they were at the beginning."""
-        return self.left == 2 * self.used + self.escaped and bool((self.coders == 1 << 32).all())
+        return self.left == 2 * self.used + self.escaped and bool((self.coders == LOWEST).all())
 
 
 def encode_levels(matrices: Sequence[np.ndarray], tops: Sequence[int]) -> bytes:

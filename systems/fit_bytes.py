@@ -119,7 +119,7 @@ def fit_clips(
 class FitProblem(NamedTuple):
     """A matrix that is to be stored, its Hessian [columns, columns] and that one's factor."""
 
-    weight: Tensor
+    original: Tensor
     hessian: Tensor
     factor: HessianFactor
 
@@ -129,7 +129,7 @@ class FitProblem(NamedTuple):
         No weight is clipped; `largest` is the largest level.
         """
         columns = column_scales(self.factor)
-        weight = self.weight.float() / columns
+        weight = self.original.float() / columns
         factor = self.factor._replace(upper=self.factor.upper / columns[self.factor.order])
         least = weight.abs().amax(1) / largest * (1 + 2.0**-FIT_SCALES)  # rounded, it is still enough
         spread = weight.std(dim=1, correction=min(1, weight.size(1) - 1))
@@ -145,7 +145,7 @@ class FitProblem(NamedTuple):
         damping = DAMPING * self.hessian.diagonal().mean()
         hessian = self.hessian + damping * torch.eye(len(self.hessian), device=self.hessian.device)
         curvature = ((restored.t() @ restored) * hessian).double()
-        slope = (((self.weight.float() - restored) @ hessian) * restored).sum(0).double()
+        slope = (((self.original.float() - restored) @ hessian) * restored).sum(0).double()
         curvature.diagonal().add_(1e-6 * curvature.diagonal().mean() + 1e-30)
         change = torch.linalg.solve(curvature, slope)
         fitted = short_half((columns * (1 + change)).clamp(2.0**-8, 2.0**8).float(), FIT_SCALES).float()
@@ -170,7 +170,7 @@ def fit_matrices(
     for (name, problem), (levels, scale, error) in zip(problems.items(), solved, strict=True):
         columns = column_scales(problem.factor)
         arrays = {"q": levels, "scale": scale, "columns": columns.half()}
-        kind, shape = "trellis" if trellis else "gptq", tuple(problem.weight.shape)
+        kind, shape = "trellis" if trellis else "gptq", tuple(problem.original.shape)
         record = records[name] = QuantizedTensor(kind, FIT_BITS, shape, arrays, ("columns", 0, 0))
         columns, change = problem.refit_columns(record.dequantize(), columns)
         record.arrays = {key: array.cpu() for key, array in (arrays | {"columns": columns.half()}).items()}
