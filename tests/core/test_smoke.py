@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import folds
 import numpy as np
 import pytest
 import sentencepiece
@@ -149,22 +150,10 @@ def finished(data):
     return work, (work / "run", work / "run+2"), (first, second)
 
 
-FOLDED: dict[str, tuple[str, bool]] = {}
-FOLD = packing.folded_source
-
-
-def folded_once(cfg, backends, house, on_gpu=False) -> tuple[str, bool]:
-    """The counted code; what is folded twice from the same is the same (test_packing.py)."""
-    key = repr((packing.facts_of(cfg, backends, on_gpu), packing.run_time_settings(cfg, on_gpu)))
-    if key not in FOLDED:
-        FOLDED[key] = FOLD(cfg, backends, house, on_gpu)
-    return FOLDED[key]
-
-
 @pytest.fixture
 def fold_once(monkeypatch):
-    """In this process, each counted code is folded once: it takes seconds."""
-    monkeypatch.setattr(packing, "folded_source", folded_once)
+    """In this process, each counted code is folded once."""
+    folds.fold_once(monkeypatch, packing)
 
 
 @pytest.fixture

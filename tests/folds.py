@@ -1,0 +1,28 @@
+"""The counted code of runs inside this process: folded once for the same sources and settings, as it takes seconds.
+
+What is folded twice from the same is the same: that is a test of its own (test_packing.py).
+"""
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from types import ModuleType
+
+import pytest
+
+FOLDED: dict[str, tuple[str, bool]] = {}
+
+
+def fold_once(patch: pytest.MonkeyPatch, packing: ModuleType) -> None:
+    """Give a house's module `packing` the memory of all of them; of houses whose harness/ is the repository's."""
+    fold = packing.folded_source
+
+    def folded_source(cfg: object, backends: object, house: Mapping[str, bytes], on_gpu: bool = False):
+        facts = packing.facts_of(cfg, backends, on_gpu), packing.run_time_settings(cfg, on_gpu)
+        sources = sorted((name, hashlib.sha256(text).hexdigest()) for name, text in house.items())
+        key = repr((facts, sources, sys.modules.get("python_minifier", "") is None))
+        if key not in FOLDED:
+            FOLDED[key] = fold(cfg, backends, house, on_gpu)
+        return FOLDED[key]
+
+    patch.setattr(packing, "folded_source", folded_source)
