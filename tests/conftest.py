@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-# Read when torch is imported, here and in what tests start: two processes of several threads each, on two cores,
-# spend most of their time waiting for each other.
+# Read when torch is imported, here and in what tests start: several processes of several threads each, on two
+# cores, spend most of their time waiting for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402

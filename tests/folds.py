@@ -1,4 +1,4 @@
-"""The counted code of runs inside this process: folded once for the same sources and settings, as it takes seconds.
+"""The counted code of runs inside this process: it takes seconds, so what is the same is folded once.
 
 What is folded twice from the same is the same: that is a test of its own (test_packing.py).
 """
@@ -14,7 +14,7 @@ FOLDED: dict[str, tuple[str, bool]] = {}
 
 
 def fold_once(patch: pytest.MonkeyPatch, packing: ModuleType) -> None:
-    """Give a house's module `packing` the memory of all of them; of houses whose harness/ is the repository's."""
+    """Give a module `packing` the memory that all have; for houses whose harness/ is the repository's."""
     fold = packing.folded_source
 
     def folded_source(cfg: object, backends: object, house: Mapping[str, bytes], on_gpu: bool = False):

@@ -43,7 +43,7 @@ SETTINGS = {"AUDIT": 1, "TTT_BATCH_SIZE": 3}  # 14 documents: two full batches a
 
 @pytest.fixture(scope="module")
 def run(tg, tmp_path_factory):
-    """Function: folder of the outputs, settings -> that of an audited run in this process, beside its data."""
+    """Function: name, settings -> the folder of an audited run made in this process, beside its data."""
     work = tmp_path_factory.mktemp("audit")
     make_data(work / "data")
 
