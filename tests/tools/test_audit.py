@@ -23,7 +23,7 @@ from audited import ARTIFACT, CODE, Copy, one_house  # noqa: F401 - a fixture
 from cheats import CHEATS
 from quick_run import QUICK
 from test_smoke import command, environment, make_data
-from test_two_ranks import ONE_NODE, launch
+from test_two_ranks import ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -331,9 +331,8 @@ def test_ledgers_of_two_ranks_are_one(honest):
     artifact = honest / "run" / ARTIFACT
     settings = SETTINGS | {"TTT_EVAL_ONLY": 1, "QUANTIZED_MODEL_PATH": artifact, "RUN_ID": "two"}
     settings |= {"SLIDING_WINDOW_ENABLED": 1, "EVAL_STRIDE": 16}
-    process = launch(honest, "two", *ONE_NODE, **settings)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    for process in ranks(honest, "two", **settings):
+        assert process.returncode == 0, process.stderr
     judged = audit.Audit(honest / "two")
     verdicts = audit.judge(judged, ["T1", "D3", "D4", "D6", "D7", "D9", "R1", "R5"])
     judged.close()
@@ -363,8 +362,8 @@ def test_ledger_of_a_rank_that_is_gone_stays(honest, tmp_path):
     settings |= {"TTT_EVAL_ONLY": 1, "QUANTIZED_MODEL_PATH": honest / "run" / ARTIFACT, "RUN_ID": "gone"}
     cut = "train_gpt.Run.adapt = lambda run: (run.ranks.wait_for_all('cut'), os._exit(9))"
     script = cut_off(tmp_path, f"packing.packed_script = stub\n{cut}")
-    two = launch(honest, "gone", *ONE_NODE, script=script, **settings)
-    assert "sliding val_loss" in two.communicate(timeout=120)[0] and two.returncode == 1
+    two = ranks(honest, "gone", script=script, **settings)
+    assert "sliding val_loss" in two[0].stdout and 9 in {process.returncode for process in two}
     one = command(QUICK, honest, DATA_PATH="data", ARTIFACT_DIR="gone", **settings)
     assert one.returncode == 0 and "resumed gone after quantised, sliding" in one.stdout, one.stderr
     judged = audit.Audit(honest / "gone")
