@@ -20,7 +20,6 @@ import audit  # noqa: E402
 import scripts  # noqa: E402
 from auditing import run as auditing_run  # noqa: E402
 from auditing.chain import AFTER_THE_END, shown_event  # noqa: E402
-from auditing.wrappers import layers  # noqa: E402
 from harness.chain import line_hash  # noqa: E402
 from harness.packing import wrap  # noqa: E402
 from scripts import sha256_of  # noqa: E402
@@ -77,8 +76,7 @@ class Copy:
 
     def counted(self, old: str, new: str) -> None:
         """Change the counted script alone: the text in its wrapper, where a regular expression fits once."""
-        *_, inner = layers((self.run / CODE).read_bytes())
-        text, count = re.subn(old, new, inner.text)
+        text, count = re.subn(old, new, folds.unfolded((self.run / CODE).read_bytes()))
         assert count == 1, f"the counted script has {count} times {old!r}: mend this test"
         (self.run / CODE).write_bytes(wrap(text.encode(), Config()))
 
