@@ -5,9 +5,13 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from golden_tools import outside_folder, read_golden
+# Read when torch is imported, here and in what tests start: several processes of several threads each, on two
+# cores, spend most of their time waiting for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from golden_tools import outside_folder, read_golden  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported

@@ -19,13 +19,21 @@ LIMIT = 600  # seconds of a command, which a signal ends then
 
 def run(script: Path, folder: Path, environ: dict[str, str]) -> subprocess.CompletedProcess:
     """What a command without arguments does in a folder, with these variables and no others."""
+    return run_together(script, folder, [environ])[0]
+
+
+def run_together(
+    script: Path, folder: Path, environs: list[dict[str, str]]
+) -> list[subprocess.CompletedProcess]:
+    """The same of several processes at once, each with its own variables: the ranks of a run."""
     with tempfile.TemporaryDirectory() as place:
-        files = [str(Path(place, name)) for name in ("output", "errors")]
-        server = _server()
-        print(json.dumps([str(script), str(folder), environ, files]), file=server.stdin, flush=True)
-        code = int(server.stdout.readline())
-        output, errors = (Path(file).read_text(encoding="utf-8") for file in files)
-    return subprocess.CompletedProcess([str(script)], code, output, errors)
+        files = [[f"{place}/output{rank}", f"{place}/errors{rank}"] for rank in range(len(environs))]
+        server, jobs = _server(), list(zip(environs, files, strict=True))
+        print(json.dumps([str(script), str(folder), jobs]), file=server.stdin, flush=True)
+        codes = json.loads(server.stdout.readline())
+        texts = [[Path(file).read_text(encoding="utf-8") for file in pair] for pair in files]
+    ended = zip(codes, texts, strict=True)
+    return [subprocess.CompletedProcess([str(script)], code, *said) for code, said in ended]
 
 
 @functools.cache
@@ -49,15 +57,19 @@ def _become(script: str, folder: str, environ: dict[str, str], files: list[str])
 
 
 def _serve() -> None:
-    """Fork for each line of the input, and print the exit code."""
+    """Fork for each line of the input, and print the exit codes."""
     import sentencepiece  # noqa: F401
     import torch._dynamo  # noqa: F401
 
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            return _become(*json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        script, folder, jobs = json.loads(line)
+        children = []
+        for job in jobs:
+            children.append(os.fork())
+            if not children[-1]:
+                return _become(script, folder, *job)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(codes), flush=True)
 
 
 if __name__ == "__main__":

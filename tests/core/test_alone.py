@@ -4,11 +4,10 @@ import ast
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 from test_smoke import ROOT, SCRIPT, command, environment, fresh, make_data, read_result
 
 FEW = {"ITERATIONS": 3, "VAL_LOSS_EVERY": 2, "AUDIT": 0}  # of the tiny settings, steps enough to loop
@@ -44,13 +43,15 @@ NO_MATTER = {  # read in harness/ alone, and without effect on what a script alo
     "RESUME": "nothing is kept from which it could go on",
     "ALLOW_UNVERIFIED_DATA": "no manifest is read",
 }
-# One process asks for everything, since each would import torch anew.
+# One process asks for several things. It is given those by a file: of its own variables it has few.
 ASK = """
-import contextlib, io, json, sys
+import contextlib, io, json, os, sys
+sys.dont_write_bytecode = True
+sys.path.insert(0, os.getcwd())
 import train_gpt
 
 answers = []
-for arguments, environ in json.load(sys.stdin):
+for arguments, environ in json.load(open(os.environ["CASES"])):
     errors, output = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output):
         code = train_gpt.main(arguments, environ)
@@ -142,22 +143,16 @@ def test_parts_of_systems_work_without_harness(folder, finished, tmp_path):
 # -- what is not there
 
 
-@pytest.fixture(scope="module")
-def ask(folder):
+@pytest.fixture
+def ask(folder, tmp_path):
     """Function: [(arguments, settings)] -> the one line of each, all of which must be refused."""
 
     def run(cases: list[tuple[list[str], dict]]) -> list[str]:
         given = [(arguments, environment(PRESET="demo", DATA_PATH="data") | e) for arguments, e in cases]
+        (tmp_path / "ask.py").write_text(ASK)
+        (tmp_path / "cases.json").write_text(json.dumps(given))
         before = sorted(folder.rglob("*"))
-        done = subprocess.run(
-            [sys.executable, "-B", "-c", ASK],
-            cwd=folder,
-            env=environment(),
-            input=json.dumps(given),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = warm.run(tmp_path / "ask.py", folder, environment(CASES=tmp_path / "cases.json"))
         assert done.returncode == 0, done.stderr
         assert sorted(folder.rglob("*")) == before, "a refused run has left something"
         lines = []

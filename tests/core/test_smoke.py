@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import folds
 import numpy as np
 import pytest
 import sentencepiece
@@ -149,22 +150,10 @@ def finished(data):
     return work, (work / "run", work / "run+2"), (first, second)
 
 
-FOLDED: dict[str, tuple[str, bool]] = {}
-FOLD = packing.folded_source
-
-
-def folded_once(cfg, backends, house, on_gpu=False) -> tuple[str, bool]:
-    """The counted code; what is folded twice from the same is the same (test_packing.py)."""
-    key = repr((packing.facts_of(cfg, backends, on_gpu), packing.run_time_settings(cfg, on_gpu)))
-    if key not in FOLDED:
-        FOLDED[key] = FOLD(cfg, backends, house, on_gpu)
-    return FOLDED[key]
-
-
 @pytest.fixture
 def fold_once(monkeypatch):
-    """In this process, each counted code is folded once: it takes seconds."""
-    monkeypatch.setattr(packing, "folded_source", folded_once)
+    """In this process, each counted code is folded once."""
+    folds.fold_once(monkeypatch, packing)
 
 
 @pytest.fixture
@@ -299,8 +288,13 @@ def eval_data(finished, tmp_path_factory) -> Path:
 
 
 @pytest.mark.usefixtures("fold_once")
-def test_artifact_alone_gives_the_score(finished, eval_data, in_process):
+def test_artifact_alone_gives_the_score(tg, finished, eval_data, in_process):
+    """And the settings that its counted code was folded with: else it would be folded anew here."""
     _, (folder, _), _ = finished
+    made = tg.read_settings(environment()), tg.Backends("plain", "", "", 2), tg.read_sources(), False
+    text = folds.unfolded((folder / "train_gpt.packed.py").read_bytes())
+    folds.FOLDED[folds.key_of(packing, *made)] = text, True
+    known = len(folds.FOLDED)
     code, output = in_process(
         eval_data.parent,
         DATA_PATH=eval_data,
@@ -313,7 +307,7 @@ def test_artifact_alone_gives_the_score(finished, eval_data, in_process):
     assert set(again["stages"]) == {"quantised", "ttt"}
     for stage in again["stages"]:
         assert again["stages"][stage]["val_bpb"] == first["stages"][stage]["val_bpb"]
-    assert again["artifact_bytes"] == first["artifact_bytes"]
+    assert again["artifact_bytes"] == first["artifact_bytes"] and len(folds.FOLDED) == known
 
 
 def test_artifact_knows_the_sizes_of_its_model(finished, eval_data, in_process):

@@ -3,15 +3,16 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import warm
 from quick_run import QUICK
-from test_smoke import environment, make_data
+from test_ranks import free_port, rank_environment
+from test_smoke import command, environment, make_data
 
 ONE_NODE = ("--standalone", "--nproc_per_node=2")
 
@@ -39,10 +40,23 @@ def launch(
     )
 
 
+def ranks(
+    work: Path, name: str, count: int = 2, script: Path = QUICK, **settings: object
+) -> list[subprocess.CompletedProcess]:
+    """The processes of a run as torchrun starts them, but with torch imported (`warm`)."""
+    given, port = environment(DATA_PATH="data", ARTIFACT_DIR=name, **settings), free_port()
+    return warm.run_together(script, work, [given | rank_environment(n, count, port) for n in range(count)])
+
+
 def outputs(process: subprocess.Popen, folder: Path) -> tuple[dict, list[float], bytes]:
     """Result, logged training losses and artifact of a run that must end well."""
     console, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
+    return written(console, folder)
+
+
+def written(console: str, folder: Path) -> tuple[dict, list[float], bytes]:
+    """Result, losses in what was printed, and artifact of a run."""
     result = json.loads((folder / "result.json").read_text())
     lines = [line for line in console.splitlines() if line.startswith("train step:")]
     losses = [float(line.split("train_loss:")[1].split()[0]) for line in lines]
@@ -52,7 +66,9 @@ def outputs(process: subprocess.Popen, folder: Path) -> tuple[dict, list[float],
 @pytest.fixture(scope="module")
 def alone(work):
     """The run of a single process, adapters drawn per batch."""
-    return outputs(launch(work, "alone", TTT_WARM_START_A=0), work / "alone")
+    process = command(QUICK, work, DATA_PATH="data", ARTIFACT_DIR="alone", TTT_WARM_START_A=0)
+    assert process.returncode == 0, process.stderr
+    return written(process.stdout, work / "alone")
 
 
 def assert_same_run(two: tuple, one: tuple) -> None:
@@ -70,10 +86,8 @@ def test_two_processes_give_what_one_gives(work, alone):
 
 
 def test_two_nodes_of_one_process(work, alone):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    meeting = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
+    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", meeting]
     other = launch(work, "nodes", *options, TTT_WARM_START_A=0)
     nodes = launch(work, "nodes", *options, TTT_WARM_START_A=0)
     _, errors = other.communicate(timeout=120)
@@ -87,8 +101,11 @@ def test_two_nodes_of_one_process(work, alone):
 def test_given_weights_are_quantised_to_the_same_bytes(work, alone):
     """Same checkpoint, calibrated and quantised by two ranks: the file of one rank, byte for byte."""
     settings = {"QUANTIZE_ONLY": 1, "MODEL_PATH": work / "alone" / "final_model.pt", "TTT_ENABLED": 0}
-    two = outputs(launch(work, "quantised", *ONE_NODE, **settings), work / "quantised")
-    assert two[2] == alone[2]
+    for process in ranks(work, "quantised", **settings):
+        assert process.returncode == 0, process.stderr
+    name = "final_model.int6.ptz"
+    assert json.loads((work / "quantised/result.json").read_text())["environment"]["ranks"] == 2
+    assert (work / "quantised" / name).read_bytes() == alone[2]
 
 
 def rank_process(parent: int, rank: int) -> int | None:

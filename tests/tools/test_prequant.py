@@ -175,11 +175,12 @@ def test_prequant_is_refused_by_the_submission_tools(work, tmp_path):
             check_submittable([runs.read(tmp_path / str(name))])
 
 
-def test_prequant_starts_from_a_trained_model(work):
+@pytest.mark.usefixtures("quick_packing")
+def test_prequant_starts_from_a_trained_model(work, monkeypatch, capsys):
     settings = {"QUANTIZE_ONLY": 1, "MODEL_PATH": "run/final_model.pt", "ARTIFACT_DIR": "again"}
-    settings |= {"PRESET": "pr1485", "SLIDING_WINDOW_ENABLED": 0}
-    process = experiment(work, "--epochs", "1", "--lr", "0", ALLOW_ILLEGAL="1", **settings)
-    assert process.returncode == 3, process.stderr
+    settings |= {"PRESET": "pr1485", "SLIDING_WINDOW_ENABLED": 0, "DATA_PATH": "data", "ALLOW_ILLEGAL": 1}
+    monkeypatch.chdir(work)
+    assert prequant.main(["--epochs", "1", "--lr", "0"], environment(**settings)) == 3, capsys.readouterr()
     stages = json.loads((work / "again" / "result.json").read_text())["stages"]
     assert stages["prequant_ttt"]["val_loss"] == stages["prequant"]["val_loss"], "a rate of 0 changes nothing"
     first = json.loads((work / "run" / "result.json").read_text())["stages"]

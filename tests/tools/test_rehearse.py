@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from quick_run import QUICK
 
 from bench.settings import TINY, make_data
@@ -51,8 +52,7 @@ def plain(work) -> dict:
 
 def test_run_on_cuda_scores_as_on_a_cpu(work, plain):
     """bfloat16 products and a bfloat16 embedding instead of float32 everywhere."""
-    env = os.environ | TINY | SIZES | {"ARTIFACT_DIR": str(work / "cpu")}
-    done = subprocess.run([sys.executable, QUICK], cwd=work, env=env, capture_output=True)
+    done = warm.run(QUICK, work, TINY | SIZES | {"ARTIFACT_DIR": str(work / "cpu")})
     assert done.returncode == 0, done.stderr
     expected = json.loads((work / "cpu" / "result.json").read_text())
     assert plain["environment"]["device"] == "NVIDIA H100 80GB HBM3"
