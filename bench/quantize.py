@@ -7,10 +7,14 @@
 * GPTQ of one layer and the embedding against a plain column-by-column version.
 * Quantisation cost of trained demo models (trained first where none is given) at equal total bytes: the
   published recipe with brotli, and FIT_BYTES with ans.
+* QUANTIZER=trellis against scalar: seconds, bytes and error at the record's size; counted code; on the demo
+  models coded bytes (scales among them) at equal Hessian-weighted error, and the KL divergence of the
+  quantised from the whole model's predictions at equal bytes, code included.
 --quick leaves out brotli at full size (minutes) and the demo.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -19,16 +23,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
+from harness.packing import packed_script  # noqa: E402
 from harness.readers import load_weights  # noqa: E402
+from harness.settings import read_settings  # noqa: E402
 from systems.ans import decode_levels, encode_levels  # noqa: E402
+from systems.fit_bytes import FitSearch, calibrate_gradients, fit_matrices  # noqa: E402
 
 SPREADS = {"mlp.proj": 0.45, "c_k": 0.15, "c_v": 0.12, "mlp.fc": 0.2}  # of log column deviations, as trained
 
@@ -88,17 +97,25 @@ def timed(function, *arguments) -> tuple[float, object]:
     return time.process_time() - start, result
 
 
+def code_levels(records: Mapping[str, tg.QuantizedTensor]) -> tuple[bytes, float, float]:
+    """The coded levels of some records, and the processor seconds of coding and decoding; checked."""
+    arrays = [record.arrays["q"].numpy() for record in records.values()]
+    tops = [2 ** (record.bits - 1) - 1 for record in records.values()]
+    encode_seconds, data = timed(encode_levels, arrays, tops)
+    layout = [(a.shape, a.dtype.str, top) for a, top in zip(arrays, tops, strict=True)]
+    decode_seconds, decoded = timed(decode_levels, data, layout)
+    assert all(np.array_equal(a, b) for a, b in zip(decoded, arrays, strict=True))
+    return data, encode_seconds, decode_seconds
+
+
 def bench_codecs(weights: dict[str, torch.Tensor], cfg: tg.Config, quick: bool) -> dict[str, float]:
     """Quantise, then code the levels: bits per weight and ratios by codec."""
     inputs = {columns: hessian(columns, columns) for columns in {w.size(1) for w in weights.values()}}
     hessians = {name: inputs[w.size(1)] for name, w in weights.items()}
     records = tg.quantize_state(weights, hessians, cfg)
-    matrices = [(r.arrays["q"].numpy(), 2 ** (r.bits - 1) - 1) for r in records.values()]
-    count, entropy = sum(m.size for m, _ in matrices), sum(entropy_bytes(m) for m, _ in matrices)
-    encode_seconds, data = timed(encode_levels, matrices)
-    layout = [(levels.shape, top) for levels, top in matrices]
-    decode_seconds, decoded = timed(decode_levels, data, layout)
-    assert all(np.array_equal(a, b) for a, (b, _) in zip(decoded, matrices, strict=True))
+    matrices = [record.arrays["q"].numpy() for record in records.values()]
+    count, entropy = sum(m.size for m in matrices), sum(entropy_bytes(m) for m in matrices)
+    data, encode_seconds, decode_seconds = code_levels(records)
     result = {
         "weights": count,
         "entropy_bits": 8 * entropy / count,
@@ -108,7 +125,7 @@ def bench_codecs(weights: dict[str, torch.Tensor], cfg: tg.Config, quick: bool) 
         "decode_seconds": decode_seconds,
     }
     if not quick:
-        raw = b"".join(levels.tobytes() for levels, _ in matrices)
+        raw = b"".join(levels.tobytes() for levels in matrices)
         for codec in ("brotli", "lzma"):
             seconds, packed = timed(tg.compress, raw, tg.Config(compressor=codec))
             result |= {f"{codec}_bits": 8 * len(packed) / count, f"{codec}_encode_seconds": seconds}
@@ -138,6 +155,121 @@ def bench_gptq(weights: dict[str, torch.Tensor], cfg: tg.Config) -> dict[str, fl
         equal.append((record.arrays["q"] == expected).double().mean().item())
     return {"gptq_seconds": ours, "gptq_plain_seconds": plain, "gptq_speedup": plain / ours} | {
         "gptq_equal_levels": min(equal)
+    }
+
+
+def bench_trellis(weights: dict[str, torch.Tensor], cfg: tg.Config) -> dict[str, float]:
+    """All matrices of the record's size by trellis and not: seconds; bytes saved at equal error."""
+    inputs = {columns: hessian(columns, columns) for columns in {w.size(1) for w in weights.values()}}
+    hessians, sizes, errors = {name: inputs[w.size(1)] for name, w in weights.items()}, [], []
+    for quantizer in ("scalar", "trellis"):
+        chosen = dataclasses.replace(cfg, quantizer=quantizer, lqer_enabled=False)
+        sweep_seconds, records = timed(tg.quantize_state, weights, hessians, chosen)
+        data, encode_seconds, decode_seconds = code_levels(records)
+        sizes.append(len(data))
+        errors.append(sum(record.report["weighted_error"] for record in records.values()))
+    count = sum(weight.numel() for weight in weights.values())
+    saved = math.log2(errors[0] / errors[1]) / 2 * count / 8  # bytes that steps of the scalar's error save
+    return {
+        "trellis_sweep_seconds": sweep_seconds,
+        "trellis_encode_seconds": encode_seconds,
+        "trellis_decode_seconds": decode_seconds,
+        "trellis_full_size_bytes_over_scalar": (sizes[1] - saved) / sizes[0],
+        "trellis_full_size_error_ratio": errors[1] / errors[0],
+    }
+
+
+def counted_code(**settings: object) -> int:
+    """Bytes of a demo's counted code on a CPU."""
+    cfg = read_settings({"PRESET": "demo", **{name: str(value) for name, value in settings.items()}})
+    return len(packed_script(cfg, tg.Backends(micro_batches=2), tg.read_sources(), False)[0])
+
+
+class TrainedDemo:
+    """A trained demo model with what quantisation by FIT_BYTES needs of it."""
+
+    def __init__(self, path: Path):
+        self.path, self.cfg = path, read_settings({"PRESET": "demo", "COMPRESSOR": "ans"})
+        state = load_weights(path)
+        self.flat, self.model = tg.flatten_banks(state, self.cfg.num_layers), self.new_model(state)
+        loader = tg.ShuffledLoader(tg.shard_paths(self.cfg.data_folder, "train"), self.cfg)
+        self.hessians = tg.calibrate(self.model, self.cfg, loader, looping=True)
+        self.gradients = calibrate_gradients(self.model, self.cfg, loader, looping=True)
+        self.chosen_step: dict[str, float] = {}  # log2, by quantiser
+
+    def new_model(self, state: Mapping[str, torch.Tensor]) -> tg.GPT:
+        """A model with some weights."""
+        model = tg.GPT(self.cfg)
+        model.load_state_dict(state)
+        return model
+
+    @torch.no_grad()
+    def predictions(self, model: tg.GPT, targets: int = 16_384) -> torch.Tensor:
+        """Log probabilities of the next token at some places of the training text."""
+        loader = tg.ShuffledLoader(tg.shard_paths(self.cfg.data_folder, "train"), self.cfg, seed=99)
+        x, _ = loader.next(targets // self.cfg.train_seq_len)
+        hidden = (model.hidden(rows, looping=True) for rows in x.split(4))
+        return torch.cat([model.logits(h).float().log_softmax(-1).flatten(0, 1) for h in hidden])
+
+    def search(self, quantizer: str, budget: int) -> FitSearch:
+        """A search that has been gone through."""
+        cfg = dataclasses.replace(self.cfg, quantizer=quantizer)
+        search = FitSearch(self.flat, self.hessians, self.gradients, cfg, budget)
+        for step, spare_bytes in search.trials():
+            if search.best and spare_bytes == search.best[0]:
+                self.chosen_step[quantizer] = step
+        return search
+
+    def divergence(self, records: Mapping[str, tg.QuantizedTensor]) -> float:
+        """KL divergence of the model that is stored from the whole one, nats per target."""
+        stored = self.new_model(tg.dequantize_state(records, self.cfg.num_layers))
+        whole = self.predictions(self.model)
+        return float((whole.exp() * (whole - self.predictions(stored))).sum(-1).mean())
+
+    def size_and_error(self, search: FitSearch, quantizer: str, log2_step: float) -> tuple[int, float]:
+        """Bytes of levels and scales, and the Hessian-weighted error, of all matrices at a step."""
+        clips = {name: 2.0**log2_step * clip for name, clip in search.clips.items()}
+        records = fit_matrices(search.problems, clips, quantizer)
+        size = len(code_levels(records)[0])
+        for key in ("scale", "columns"):
+            data = b"".join(record.arrays[key].numpy().tobytes() for record in records.values())
+            size += len(tg.compress(tg.byte_shuffle(data), self.cfg))
+        return size, sum(record.report["weighted_error"] for record in records.values())
+
+    def compare(self, total: int) -> dict[str, float]:
+        """Trellis over scalar: KL at equal bytes, bytes at equal error, error at equal bytes."""
+        searches, divergences = {}, {}
+        for quantizer in ("scalar", "trellis"):
+            code = counted_code(COMPRESSOR="ans", QUANTIZER=quantizer, FIT_BYTES=total)
+            searches[quantizer] = self.search(quantizer, total - code)
+            divergences[quantizer] = self.divergence(searches[quantizer].best_records())
+        start = self.chosen_step["scalar"]
+        size, error = self.size_and_error(searches["scalar"], "scalar", start)
+        rows = [self.size_and_error(searches["trellis"], "trellis", start - d) for d in (1.0, 0.8, 0.6)]
+        sizes, errors = [row[0] for row in rows], [math.log(row[1]) for row in rows]
+        return {
+            "model": str(self.path),
+            "kl_scalar": divergences["scalar"],
+            "kl_trellis": divergences["trellis"],
+            "bytes_over_scalar": float(np.interp(math.log(error), errors, sizes)) / size,
+            "error_ratio": math.exp(np.interp(-size, [-s for s in sizes], errors)) / error,
+        }
+
+
+def compare_trellis(models: list[Path], total: int) -> dict[str, object]:
+    """Trellis against scalar on demo models, each by itself and in the mean with its 95 % interval."""
+    torch.manual_seed(0)
+    rows = [TrainedDemo(path).compare(total) for path in models]
+    ratios = [row["kl_trellis"] / row["kl_scalar"] for row in rows]
+    half = math.nan
+    if len(rows) > 1:
+        half = statistics.stdev(ratios) / math.sqrt(len(rows)) * stats.t.ppf(0.975, len(rows) - 1)
+    return {
+        "trellis_bytes_over_scalar": max(row["bytes_over_scalar"] for row in rows),
+        "trellis_error_ratio": max(row["error_ratio"] for row in rows),
+        "trellis_kl_ratio": statistics.mean(ratios),
+        "trellis_kl_ratio_half_interval": half,
+        "trellis_models": rows,
     }
 
 
@@ -174,7 +306,8 @@ def bench_fit(models: list[Path], folder: Path) -> dict[str, object]:
     gains = [row["published_cost_bpb"] - row["fit_cost_bpb"] for row in rows]
     spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
     mean = statistics.mean(gains)
-    return {"fit_bpb_gain": min(gains), "fit_bpb_gain_mean": mean, "fit_bpb_gain_sd": spread, "demo": rows}
+    result = {"fit_bpb_gain": min(gains), "fit_bpb_gain_mean": mean, "fit_bpb_gain_sd": spread, "demo": rows}
+    return result | compare_trellis(models, rows[0]["published_bytes"])
 
 
 def main() -> int:
@@ -192,6 +325,9 @@ def main() -> int:
         flat = tg.flatten_banks(load_weights(arguments.weights), cfg.num_layers)
         weights = {name: flat[name].float() for name in weights}
     result = bench_codecs(weights, cfg, arguments.quick) | bench_gptq(weights, cfg)
+    result |= bench_trellis(weights, cfg)
+    codes = [counted_code(COMPRESSOR="ans", QUANTIZER=quantizer) for quantizer in ("scalar", "trellis")]
+    result["trellis_code_bytes"] = codes[1] - codes[0]
     if not arguments.quick:
         with tempfile.TemporaryDirectory() as folder:
             result |= bench_fit(arguments.demo, Path(folder))
