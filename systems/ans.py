@@ -198,19 +198,21 @@ class LevelCoder:
             width = np.count_nonzero(self.heights > start)
             self.models.cut(width)
             trellis, states = self.trellis[:width], states[:width]
+            trellises = trellis.any()
             kind, mean = self.models.classes()
             keys = self.lattices[:width] + (kind << 7) + mean + 64
             tables = self.tables.rows(keys), self.tables.rows(keys + (trellis.astype(int) << 14))
             parts = [self.matrices[i][start:end] for i in self.order if len(self.matrices[i]) > start]
             block = np.concatenate(parts, axis=1, dtype=np.int16) >> trellis
-            rows, parities = np.zeros((2, *block.shape), np.int32)
+            rows, parities = np.tile(tables[0].astype(np.int32), (end - start, 1)), np.zeros_like(block)
             for row, numbers in enumerate(block):
-                if trellis.any():
+                table = tables[0]
+                if trellises:
                     states = states * trellis if (start + row) % SEGMENT else np.zeros_like(states)
                     parities[row] = states & 1
-                rows[row] = table = np.where(parities[row], tables[1], tables[0])
+                    rows[row] = table = np.where(parities[row], tables[1], table)
                 numbers[:] = self._code_row(table, numbers)
-                if trellis.any():
+                if trellises:
                     states = next_states(states, numbers)
             self.tables.learn(rows, block + ZERO)
             levels = (block << trellis) + parities
@@ -276,23 +278,22 @@ class LevelDecoder(LevelCoder):
 
     def _code_row(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         symbols, first, packed = np.empty(len(rows), np.uint8), rows << 13, rows << 8
-        count = len(self.coders)
+        tables, count = self.tables, len(self.coders)
         for low in range(0, len(rows), count):
-            part = slice(low, low + count)
-            coders = self.coders[: len(rows) - low]
+            coders, row = self.coders[: len(rows) - low], packed[low : low + count]
             slot = coders & 0xFFFF
-            found = self.tables.first.take(first[part] + (slot >> 3))
-            table = self.tables.packed.take(packed[part] + found)
+            found = tables.first.take(first[low : low + count] + (slot >> 3))
+            table = tables.packed.take(row + found)
             rest, frequency = slot - (table & 0xFFFF), table >> 16
             while len(late := (rest >= frequency).nonzero()[0]):  # a later symbol of the bucket
-                found[late] = self.tables.following.take(packed[part][late] + found[late])
-                table = self.tables.packed.take(packed[part][late] + found[late])
+                found[late] = tables.following.take(row[late] + found[late])
+                table = tables.packed.take(row[late] + found[late])
                 rest[late], frequency[late] = slot[late] - (table & 0xFFFF), table >> 16
             coders[:] = frequency * (coders >> 16) + rest
             empty = (coders < LOWEST).nonzero()[0]
             coders[empty] = coders[empty] << 16 | self.words[self.used : self.used + len(empty)]
             self.used += len(empty)
-            symbols[part] = found
+            symbols[low : low + count] = found
         escapes = np.flatnonzero(symbols == ESCAPE)
         symbols[escapes] = self.escapes[self.escaped : self.escaped + len(escapes)]
         self.escaped += len(escapes)
