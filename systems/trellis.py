@@ -51,6 +51,8 @@ def round_by_trellis(targets: Tensor, lengths: Tensor) -> Tensor:
         errors *= (torch.arange(rows, device=targets.device)[:, None] < lengths)[:, None]
     into = branch_subsets(targets.device)
     branches = errors[:, into].view(rows, 2, 4, 2, lanes)
+    # The least error of a path into each state. Only the sums of two branches and their minimum have to wait
+    # for the row before; which branch it was, and the way back, are found for all rows afterwards.
     costs = targets.new_full((rows + 1, 8, lanes), math.inf)
     costs[0, 0] = 0
     before, after = costs.view(rows + 1, 2, 4, 1, lanes), costs.view(rows + 1, 4, 2, lanes)
