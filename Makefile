@@ -40,7 +40,7 @@ data/demo/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dat
 data/demo_plain/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dataprep/*.py) | $(RUN)
 	$(BIN)/python prepare_caseops_data.py --demo --plain --overwrite
 
-test: $(DEV)  ## all tests (CPU, 21 minutes on 2 slow cores)
+test: $(DEV)  ## all tests (CPU, 15 minutes on 2 cores with other jobs, 14.5 of processor time)
 	$(BIN)/python -m pytest -q -n 2 --durations 5
 
 stress: $(DEV)  ## fuzzers, every preset packed, cheats audited (an hour on 2 cores); STRESS_SEED=2 draws other cases, STRESS_CASES=10 ten times as many
