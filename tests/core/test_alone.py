@@ -25,6 +25,7 @@ WATCHED = {
 }
 REPLACED = {
     ("COMPRESSOR", "ans"): "ans",
+    ("QUANTIZER", "trellis"): "trellis",
     ("FIT_BYTES", 450_000): "fit_bytes",
     ("CASEOPS_ENABLED", 0): "plain_text",
     ("PLAIN_WINDOWS", 1): "stream",

@@ -153,7 +153,7 @@ OURS |= {
 OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "clip_global", "fit_bytes"}
 OURS |= {"preflight_only", "wd_taper_start_frac", "wd_taper_final_mult"}
 OURS |= {"allow_unverified_data", "audit", "wandb_project", "tensorboard_dir", "plain_windows"}
-OURS |= {"checkpoint_seconds", "resume"}
+OURS |= {"checkpoint_seconds", "resume", "quantizer"}
 
 # What else a setting's other value needs, so that the whole makes sense.
 COMPANIONS = {
@@ -161,6 +161,7 @@ COMPANIONS = {
     "ATTN_OUT_GATE_ENABLED": {"SPARSE_ATTN_GATE_ENABLED": "0"},
     "GATED_ATTN_ENABLED": {"SPARSE_ATTN_GATE_ENABLED": "0"},
     "NUM_KV_HEADS": {"NUM_HEADS": "8"},
+    "QUANTIZER": {"COMPRESSOR": "ans"},
 }
 OTHER_VALUES = {  # where twice the default is out of range or makes no sense
     "TTT_CHUNK_BY_LENGTH": "256:8,2000:24",
