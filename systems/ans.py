@@ -242,7 +242,7 @@ class LevelEncoder(LevelCoder):
         escapes = np.flatnonzero((packed < 1 << 16) | (symbols == ESCAPE))
         packed[escapes] = self.tables.packed[rows[escapes], ESCAPE]
         self.escapes.append(symbols[escapes].astype(np.uint8))
-        self.jobs.append(packed)
+        self.jobs.append(packed.astype(np.uint32))
         return numbers
 
     def stream(self) -> bytes:
@@ -250,8 +250,7 @@ class LevelEncoder(LevelCoder):
         words, count = [], len(self.coders)
         for packed in reversed(self.jobs):
             for low in reversed(range(0, len(packed), count)):
-                part = packed[low : low + count]
-                part = part.astype(np.int64)
+                part = packed[low : low + count].astype(np.int64)
                 frequency, coders = part >> 16, self.coders[: len(part)]
                 full = coders // LOWEST >= frequency
                 words.append(coders[full].astype("<u2"))
