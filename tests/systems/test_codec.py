@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.fuzz_artifact import FORMATS, TINY, contents, fuzz, published_artifact, small_records
+from bench.fuzz_artifact import FORMATS, TINY, contents, format_config, fuzz, published_artifact, small_records
 
 SHAPES = [(0, 5), (5, 0), (1, 1), (1, 300), (300, 1), (16, 7), (65, 33), (200, 64)]
 
@@ -119,9 +119,10 @@ def test_ans_asks_for_brotli_before_training(tg, monkeypatch):
 def sample(request, tg):
     """(format, records, artifact) of a small model."""
     kind = request.param
-    config = tg.Config(**TINY, compressor="brotli" if kind == "published" else kind)
+    config = format_config(kind)
     records = small_records(config)
-    assert {record.kind for record in records.values()} == {"gptq", "int8_rows", "fp16"}
+    matrices = "trellis" if kind == "trellis" else "gptq"
+    assert {record.kind for record in records.values()} == {matrices, "int8_rows", "fp16"}
     assert any(record.correction for record in records.values())
     artifact = published_artifact(records) if kind == "published" else tg.pack_artifact(records, config)
     return kind, records, artifact
@@ -144,15 +145,16 @@ def test_artifact_of_every_format_is_read(tg, sample):
 
 def test_artifact_table_is_what_the_quantiser_makes(tg, sample):
     """Keys, types, dimensions and largest levels of the table are those of the arrays."""
-    types = {"|i1": torch.int8, "<f2": torch.float16}
+    types = {"|i1": torch.int8, "<i2": torch.int16, "<f2": torch.float16}
     for name, record in sample[1].items():
         told = tg.stored_arrays(name, record.kind, record.bits, record.shape, record.correction)
         told = {array.key: array for array in told}
         assert told.keys() == record.arrays.keys()
         for key, array in record.arrays.items():
             assert (told[key].dims, types[told[key].dtype]) == (tuple(array.shape), array.dtype), (name, key)
-            if array.dtype == torch.int8:
-                assert -told[key].top - 1 <= int(array.min()) and int(array.max()) <= told[key].top
+            if array.dtype != torch.float16:
+                top = told[key].top << (array.dtype == torch.int16)  # a trellis reaches twice as far
+                assert -top - 2 <= int(array.min()) and int(array.max()) <= top + 1
 
 
 def test_artifact_table_has_every_array_once(tg):
