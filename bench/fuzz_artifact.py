@@ -48,7 +48,7 @@ MOST_SECONDS, LEAST_GROWTH = 5.0, 64 << 20
 
 
 def format_config(kind: str) -> tg.Config:
-    """Settings of a small model that is stored in a format; trellis is the codec ans with QUANTIZER=trellis."""
+    """Settings of a small model that is stored in a format; `trellis` is ans with that QUANTIZER."""
     chosen = {"published": {}, "trellis": {"compressor": "ans", "quantizer": "trellis"}}
     return tg.Config(**TINY, **chosen.get(kind, {"compressor": kind}))
 

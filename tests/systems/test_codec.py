@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from bench.fuzz_artifact import FORMATS, TINY, contents, format_config, fuzz, published_artifact, small_records
+from bench.fuzz_artifact import (
+    FORMATS,
+    TINY,
+    contents,
+    format_config,
+    fuzz,
+    published_artifact,
+    small_records,
+)
 
 SHAPES = [(0, 5), (5, 0), (1, 1), (1, 300), (300, 1), (16, 7), (65, 33), (200, 64)]
 
@@ -93,6 +101,27 @@ def test_codec_uses_unequal_columns(tg):
     packed = brotli.compress(b"".join(levels.tobytes() for levels, _ in matrices), quality=11, lgwin=24)
     assert 0.97 * entropy < size < 0.99 * entropy
     assert size < 0.98 * len(packed)
+
+
+def test_codec_keeps_a_bounded_number_of_tables(tg, monkeypatch):
+    """Columns of every deviation and mean: a table for each would take memory and time without a bound."""
+    made, plain = [], tg.FrequencyTables
+
+    def kept() -> object:
+        made.append(plain())
+        return made[-1]
+
+    monkeypatch.setattr(sys.modules[plain.__module__], "FrequencyTables", kept)
+    rng = np.random.Generator(np.random.PCG64(3))
+    matrices = []
+    for top in (1, 3, 7, 15, 31, 63, 127):
+        deviations, means = np.exp(rng.uniform(-3, 5, 2000)), rng.uniform(-16, 16, 2000)
+        drawn = np.rint(rng.standard_normal((20, 2000)) * deviations + means)
+        matrices.append((np.clip(drawn, -128, 127).astype(np.int8), top))
+    round_trip(tg, matrices)
+    assert all(tg.MOST_TABLES <= len(tables.index) <= 2 * tg.MOST_TABLES for tables in made)
+    bytes_held = sum(array.nbytes for array in vars(made[-1]).values() if isinstance(array, np.ndarray))
+    assert bytes_held < 64 << 20
 
 
 def test_codec_of_random_words_is_refused_or_wrong(tg):
