@@ -2,7 +2,7 @@
 
     python bench/fuzz_artifact.py [--cases 100000] [--seed 0] [--json]
 
-Every format in turn: our container with each codec, and the published one. A third of the cases are forged:
+Every format in turn: our container with each codec and quantiser, and the published one. A third of the cases are forged:
 damaged inside the checksum (of the container) or inside compression and archive (of the published format),
 which are then made to fit. A forged file that is read may be another model, as its author could have written
 one. Ends with exit code 1 at the first case that raises anything else, takes over 5 seconds or lets the
@@ -43,8 +43,14 @@ TINY = {
     "float16_max_elements": 1024,
     "gated_attn_quant_gate": True,
 }
-FORMATS = ("brotli", "lzma", "ans", "published")
+FORMATS = ("brotli", "lzma", "ans", "trellis", "published")
 MOST_SECONDS, LEAST_GROWTH = 5.0, 64 << 20
+
+
+def format_config(kind: str) -> tg.Config:
+    """Settings of a small model that is stored in a format; `trellis` is ans with that QUANTIZER."""
+    chosen = {"published": {}, "trellis": {"compressor": "ans", "quantizer": "trellis"}}
+    return tg.Config(**TINY, **chosen.get(kind, {"compressor": kind}))
 
 
 def small_records(config: tg.Config) -> dict[str, tg.QuantizedTensor]:
@@ -189,7 +195,7 @@ def main() -> int:
     torch.set_num_threads(1)
     report = {}
     for kind in FORMATS:
-        config = tg.Config(**TINY, compressor="brotli" if kind == "published" else kind)
+        config = format_config(kind)
         records = small_records(config)
         artifact = published_artifact(records) if kind == "published" else tg.pack_artifact(records, config)
         fuzz(artifact, 300, arguments.seed - 1)  # what the libraries allocate once

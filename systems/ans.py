@@ -5,7 +5,7 @@ row, are dealt out to parallel coders. Each column has a model of its own, told 
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -35,6 +35,8 @@ ESCAPE, ZERO = 0, 128  # symbols: of a level that has no frequency, of level 0
 LEVELS_PER_CODER, STATE_BYTES = 15, 5  # log2; of a coder at the end of coding
 LOWEST = 1 << 24  # a coder's state is from here to 2^40
 SEGMENT = 256  # rows after which a trellis begins anew
+MOST_TABLES = 2048  # that may tell means; matrices of the record's size have 608
+TABLES_AT_ONCE = 256  # which are made: more would take memory
 
 
 class ColumnModels:
@@ -101,6 +103,11 @@ def choose_column_model(levels: np.ndarray) -> tuple[int, int]:
     return int(costs.reshape(count, -1).sum(1).argmin()), level
 
 
+def _batches(values: np.ndarray) -> Iterator[np.ndarray]:
+    """Parts of at most TABLES_AT_ONCE values."""
+    return (values[low : low + TABLES_AT_ONCE] for low in range(0, len(values), TABLES_AT_ONCE))
+
+
 class FrequencyTables:
     """Frequencies of symbols in each class, of 2^16 in all: learnt in the order of decoding.
 
@@ -115,30 +122,44 @@ class FrequencyTables:
         self.first, self.packed = np.zeros((0, 1 << 13), np.uint8), np.zeros((0, 256), np.int64)
 
     def rows(self, keys: np.ndarray) -> np.ndarray:
-        """The rows of the tables of some keys: (lattice, kind, mean) as one number. New ones are made."""
+        """The rows of the tables of some keys: (lattice, kind, mean) as one number. New ones are made.
+
+        Where there are MOST_TABLES, what is new has mean 0: a file that means harm may ask for any number.
+        """
         distinct, inverse = np.unique(keys, return_inverse=True)
-        fresh = [int(key) for key in distinct if int(key) not in self.index]
+        known = np.array([int(key) in self.index for key in distinct])
+        surplus = np.flatnonzero(~known)[max(MOST_TABLES - len(self.index), 0) :]
+        distinct[surplus] = distinct[surplus] & -128 | 64
+        fresh = [key for key in dict.fromkeys(distinct.tolist()) if key not in self.index]
         self.index |= {key: len(self.index) + i for i, key in enumerate(fresh)}
-        if fresh:
-            self._grow(np.array(fresh))
-        rows = np.array([self.index[int(key)] for key in distinct])
-        self._make(rows[4 * self.learnt[rows] >= 5 * self.made[rows]])
+        self._make_room()
+        for batch in _batches(np.array(fresh, int)):
+            self._begin(batch)
+        rows = np.array([self.index[key] for key in distinct.tolist()])
+        for batch in _batches(np.unique(rows[4 * self.learnt[rows] >= 5 * self.made[rows]])):
+            self._make(batch)
         return rows[inverse].reshape(keys.shape)
 
-    def _grow(self, keys: np.ndarray) -> None:
-        """Tables of new classes. Lattice 0 has every integer, lattices 2 and 3 the even and the odd ones."""
+    def _make_room(self) -> None:
+        """Longer arrays, at least twice as long, where there are more tables than in them."""
+        end, room = len(self.index), len(self.learnt)
+        if end <= room:
+            return
+        for name in ("weights", "learnt", "made", "following", "first", "packed"):
+            old = getattr(self, name)
+            setattr(self, name, np.zeros((max(end, 2 * room), *old.shape[1:]), old.dtype))
+            getattr(self, name)[:room] = old
+
+    def _begin(self, keys: np.ndarray) -> None:
+        """Weights of new classes. Lattice 0 has every integer, lattices 2 and 3 the even and the odd ones."""
         lattice, kind, mean = keys >> 14 & 3, keys >> 7 & 127, (keys & 127) - 64
         numbers = (np.arange(256) - ZERO << (lattice > 1)[:, None]) + (lattice & 1)[:, None]
         bell = 2048 * (4 * numbers - mean[:, None]) ** 2 // VARIANCE_STEPS[kind][:, None]
         bell = np.where(bell < len(BELL), BELL[np.minimum(bell, len(BELL) - 1)], 0)
         weights = (bell << 23) // np.maximum(bell.sum(1), 1)[:, None]
         weights[:, ESCAPE] += 1 << 12
-        self.weights = np.concatenate([self.weights, weights])
-        self.learnt = np.concatenate([self.learnt, np.full(len(keys), 128)])
-        self.made = np.concatenate([self.made, np.zeros(len(keys), np.int64)])
-        self.first = np.concatenate([self.first, np.zeros((len(keys), 1 << 13), np.uint8)])
-        self.following = np.concatenate([self.following, np.zeros((len(keys), 256), np.uint8)])
-        self.packed = np.concatenate([self.packed, np.zeros((len(keys), 256), np.int64)])
+        rows = [self.index[key] for key in keys.tolist()]
+        self.weights[rows], self.learnt[rows] = weights, 128
 
     def _make(self, rows: np.ndarray) -> None:
         """Frequencies by the weights, at least 1 of what has a weight; the commonest gets what is left."""
@@ -158,10 +179,8 @@ class FrequencyTables:
 
     def learn(self, rows: np.ndarray, symbols: np.ndarray) -> None:
         """Count symbols uint8 in the tables of their rows, both [n]."""
-        places = rows.ravel() << 8 | symbols.ravel()
-        counts = np.bincount(places, minlength=self.weights.size).reshape(-1, 256)
-        self.weights += counts << 16
-        self.learnt += counts.sum(1)
+        np.add.at(self.weights.reshape(-1), rows.ravel() << 8 | symbols.ravel(), 1 << 16)
+        self.learnt += np.bincount(rows.ravel(), minlength=len(self.learnt))
 
 
 def next_states(states: np.ndarray, numbers: np.ndarray) -> np.ndarray:

@@ -47,7 +47,7 @@ def samples(tg) -> dict[str, bytes]:
     """An artifact of a small model in each format."""
     made = {}
     for kind in fuzz_artifact.FORMATS:
-        cfg = tg.Config(**fuzz_artifact.TINY, compressor="brotli" if kind == "published" else kind)
+        cfg = fuzz_artifact.format_config(kind)
         records = fuzz_artifact.small_records(cfg)
         published = kind == "published"
         made[kind] = (

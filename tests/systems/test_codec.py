@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from bench.fuzz_artifact import FORMATS, TINY, contents, fuzz, published_artifact, small_records
+from bench.fuzz_artifact import (
+    FORMATS,
+    TINY,
+    contents,
+    format_config,
+    fuzz,
+    published_artifact,
+    small_records,
+)
 
 SHAPES = [(0, 5), (5, 0), (1, 1), (1, 300), (300, 1), (16, 7), (65, 33), (200, 64)]
 
@@ -95,6 +103,27 @@ def test_codec_uses_unequal_columns(tg):
     assert size < 0.98 * len(packed)
 
 
+def test_codec_keeps_a_bounded_number_of_tables(tg, monkeypatch):
+    """Columns of every deviation and mean: a table for each would take memory and time without a bound."""
+    made, plain = [], tg.FrequencyTables
+
+    def kept() -> object:
+        made.append(plain())
+        return made[-1]
+
+    monkeypatch.setattr(sys.modules[plain.__module__], "FrequencyTables", kept)
+    rng = np.random.Generator(np.random.PCG64(3))
+    matrices = []
+    for top in (1, 3, 7, 15, 31, 63, 127):
+        deviations, means = np.exp(rng.uniform(-3, 5, 2000)), rng.uniform(-16, 16, 2000)
+        drawn = np.rint(rng.standard_normal((20, 2000)) * deviations + means)
+        matrices.append((np.clip(drawn, -128, 127).astype(np.int8), top))
+    round_trip(tg, matrices)
+    assert all(tg.MOST_TABLES <= len(tables.index) <= 2 * tg.MOST_TABLES for tables in made)
+    bytes_held = sum(array.nbytes for array in vars(made[-1]).values() if isinstance(array, np.ndarray))
+    assert bytes_held < 64 << 20
+
+
 def test_codec_of_random_words_is_refused_or_wrong(tg):
     """Decoding never runs away: as many levels as asked for, or an ArtifactError."""
     rng = np.random.Generator(np.random.PCG64(0))
@@ -119,9 +148,10 @@ def test_ans_asks_for_brotli_before_training(tg, monkeypatch):
 def sample(request, tg):
     """(format, records, artifact) of a small model."""
     kind = request.param
-    config = tg.Config(**TINY, compressor="brotli" if kind == "published" else kind)
+    config = format_config(kind)
     records = small_records(config)
-    assert {record.kind for record in records.values()} == {"gptq", "int8_rows", "fp16"}
+    matrices = "trellis" if kind == "trellis" else "gptq"
+    assert {record.kind for record in records.values()} == {matrices, "int8_rows", "fp16"}
     assert any(record.correction for record in records.values())
     artifact = published_artifact(records) if kind == "published" else tg.pack_artifact(records, config)
     return kind, records, artifact
@@ -144,15 +174,16 @@ def test_artifact_of_every_format_is_read(tg, sample):
 
 def test_artifact_table_is_what_the_quantiser_makes(tg, sample):
     """Keys, types, dimensions and largest levels of the table are those of the arrays."""
-    types = {"|i1": torch.int8, "<f2": torch.float16}
+    types = {"|i1": torch.int8, "<i2": torch.int16, "<f2": torch.float16}
     for name, record in sample[1].items():
         told = tg.stored_arrays(name, record.kind, record.bits, record.shape, record.correction)
         told = {array.key: array for array in told}
         assert told.keys() == record.arrays.keys()
         for key, array in record.arrays.items():
             assert (told[key].dims, types[told[key].dtype]) == (tuple(array.shape), array.dtype), (name, key)
-            if array.dtype == torch.int8:
-                assert -told[key].top - 1 <= int(array.min()) and int(array.max()) <= told[key].top
+            if array.dtype != torch.float16:
+                top = told[key].top << (array.dtype == torch.int16)  # a trellis reaches twice as far
+                assert -top - 2 <= int(array.min()) and int(array.max()) <= top + 1
 
 
 def test_artifact_table_has_every_array_once(tg):
