@@ -2,11 +2,12 @@
 
     python bench/fuzz_artifact.py [--cases 100000] [--seed 0] [--json]
 
-Every format in turn: our container with each codec and quantiser, and the published one. A third of the cases are forged:
-damaged inside the checksum (of the container) or inside compression and archive (of the published format),
-which are then made to fit. A forged file that is read may be another model, as its author could have written
-one. Ends with exit code 1 at the first case that raises anything else, takes over 5 seconds or lets the
-process grow by more than 4 times the declared size (at least 64 MiB: the codecs' own windows).
+Every format in turn: our container with each codec and quantiser, and the published one. A third of the
+cases are forged: damaged inside the checksum (of the container) or inside compression and archive (of the
+published format), which are then made to fit. A forged file that is read may be another model, as its author
+could have written one. Ends with exit code 1 at the first case that raises anything else, takes over 5
+seconds or lets the process grow by more than 4 times the declared size (at least 64 MiB: the codecs' own
+windows).
 """
 
 import argparse

@@ -198,7 +198,8 @@ class LevelCoder:
 
     def __init__(self, matrices: Sequence[np.ndarray], tops: Sequence[int], options: bytes):
         shapes = [matrix.shape for matrix in matrices]
-        self.matrices, self.order = matrices, sorted(range(len(shapes)), key=lambda i: -shapes[i][0])
+        filled = [i for i, (_, columns) in enumerate(shapes) if columns]
+        self.matrices, self.order = matrices, sorted(filled, key=lambda i: -shapes[i][0])
         places = np.repeat(self.order, [shapes[i][1] for i in self.order]).astype(int)
         facts = [(len(m), top, m.dtype == np.int16) for m, top in zip(matrices, tops, strict=True)]
         self.heights, tops, trellis = np.array(facts, int).reshape(-1, 3)[places].T

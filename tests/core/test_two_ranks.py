@@ -108,6 +108,20 @@ def test_given_weights_are_quantised_to_the_same_bytes(work, alone):
     assert (work / "quantised" / name).read_bytes() == alone[2]
 
 
+@pytest.mark.parametrize("fit_bytes", [0, 60_000])
+def test_trellis_is_the_same_on_any_number_of_ranks(work, alone, fit_bytes):
+    """Matrices are rounded together with others: which ones depends on the ranks, their levels must not."""
+    settings = {"QUANTIZE_ONLY": 1, "MODEL_PATH": work / "alone" / "final_model.pt", "TTT_ENABLED": 0}
+    settings |= {"QUANTIZER": "trellis", "COMPRESSOR": "ans", "FIT_BYTES": fit_bytes}
+    artifacts = []
+    for count in (1, 2):
+        name = f"trellis_{fit_bytes}_{count}"
+        for process in ranks(work, name, count, **settings):
+            assert process.returncode == 0, process.stderr
+        artifacts.append((work / name / "final_model.int6.ptz").read_bytes())
+    assert artifacts[0] == artifacts[1]
+
+
 def rank_process(parent: int, rank: int) -> int | None:
     """Process number of a rank below a torchrun process."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()

@@ -58,6 +58,15 @@ def test_codec_round_trips_any_levels(tg, shape, top):
     round_trip(tg, [(levels, top) for levels in (uniform, rare.astype(np.int8), *fixed)])
 
 
+def test_codec_of_matrices_together(tg):
+    """Of any shapes and both types, empty ones among them; levels that have no frequency are frequent."""
+    rng = np.random.Generator(np.random.PCG64(1))
+    matrices = [(rng.integers(-128, 128, shape).astype(np.int8), 127) for shape in SHAPES]
+    matrices += [(np.zeros((9, columns), np.int16), 127) for columns in (0, 1, 40)]
+    rare = np.where(rng.random((3000, 30)) < 0.03, rng.integers(-128, 128, (3000, 30)), 0)
+    round_trip(tg, [*matrices, (rare.astype(np.int8), 127)])
+
+
 def test_codec_of_nothing(tg):
     assert len(round_trip(tg, [])) == 5  # the state of a coder
 
