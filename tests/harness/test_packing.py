@@ -328,6 +328,7 @@ VARIANTS = {
         "TIE_EMBEDDINGS": 0, "CLIP_GLOBAL": 1, "LQER_ASYM_ENABLED": 0, "COMPRESSOR": "lzma",
         "TTT_GRAD_STEPS": 2, "TTT_CACHE_WINDOW": 32, "TTT_CHUNK_BY_LENGTH": "20:8", "TTT_WARM_START_A": 1,
     },
+    "trellis, fitted": {"QUANTIZER": "trellis", "COMPRESSOR": "ans", "FIT_BYTES": 60_000},
 }  # fmt: skip
 
 
@@ -375,7 +376,7 @@ def test_the_counted_script_gives_the_digits_alone(tg, data_folders, tmp_path, c
     assert alone(folder, DATA_PATH=data, ARTIFACT_DIR="out") == bits(whole)
     for name in ("final_model.int6.ptz", "train_gpt.packed.py"):
         assert (folder / "out" / name).read_bytes() == (whole / name).read_bytes()
-    if preset in ("pr1667-demo", "pr1858-demo"):  # of plain text: an artifact is evaluated, and nothing else
+    if variant in ("pr1667-demo", "pr1858-demo", "trellis, fitted"):  # evaluated, and nothing else
         given = {"QUANTIZED_MODEL_PATH": whole / "final_model.int6.ptz", "TTT_EVAL_ONLY": 1}
         again = alone(folder, DATA_PATH=data, ARTIFACT_DIR="again", **given)
         assert again == {name: bits(whole)[name] for name in again} and "ttt" in again

@@ -1,4 +1,7 @@
-"""The honest run of every preset is VERIFIED by the whole audit, exit code 0; the suite has one preset."""
+"""The honest run of every preset is VERIFIED by the whole audit, exit code 0; the suite has one preset.
+
+So is that of a trellis, fitted to a size.
+"""
 
 import sys
 from pathlib import Path
@@ -17,10 +20,15 @@ import audit  # noqa: E402
 UNMASKED = {"D8"}
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name.endswith("demo")])
-def test_preset_is_verified(tg, data_folders, tmp_path, capsys, preset):  # noqa: F811
-    settings = {"PRESET": preset, "AUDIT": 1, "TTT_CHUNK_TOKENS": 128, "EVAL_STRIDE": 16, "RUN_ID": "r"}
-    data = data_folders[tg.read_settings({"PRESET": preset}).caseops_enabled]
+TRELLIS = {"QUANTIZER": "trellis", "COMPRESSOR": "ans", "FIT_BYTES": 60_000}
+RUNS = {name: {"PRESET": name} for name in PRESETS if name.endswith("demo")}
+RUNS["trellis, fitted"] = {"PRESET": "demo"} | TRELLIS
+
+
+@pytest.mark.parametrize("variant", RUNS)
+def test_preset_is_verified(tg, data_folders, tmp_path, capsys, variant):  # noqa: F811
+    settings = {"AUDIT": 1, "TTT_CHUNK_TOKENS": 128, "EVAL_STRIDE": 16, "RUN_ID": "r"} | RUNS[variant]
+    data = data_folders[tg.read_settings({"PRESET": settings["PRESET"]}).caseops_enabled]
     environment = smoke.environment(**settings, DATA_PATH=data, ARTIFACT_DIR=tmp_path / "run")
     assert tg.main([], environment) == 0, capsys.readouterr().err
     code, said = audit.main([str(tmp_path / "run")]), capsys.readouterr().out
