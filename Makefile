@@ -9,7 +9,7 @@ DEV := .venv/dev.installed
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(RUN) data/demo/manifest.json  ## the whole system on demo data: train, quantise, reload, score, audit (4 minutes, CPU)
+demo: $(RUN) data/demo/manifest.json  ## the whole system on demo data: train, quantise, reload, score, audit (6 minutes, CPU)
 	PRESET=demo $(BIN)/python train_gpt.py
 	$(BIN)/python tools/audit.py "$$(ls -td runs/*/ | head -n 1)"
 
@@ -40,7 +40,7 @@ data/demo/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dat
 data/demo_plain/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dataprep/*.py) | $(RUN)
 	$(BIN)/python prepare_caseops_data.py --demo --plain --overwrite
 
-test: $(DEV)  ## all tests (CPU, 15 minutes on 2 cores with other jobs, 14.5 of processor time)
+test: $(DEV)  ## all tests (10 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -n 2 --durations 5
 
 stress: $(DEV)  ## fuzzers, every preset packed, cheats audited (an hour on 2 cores); STRESS_SEED=2 draws other cases, STRESS_CASES=10 ten times as many
