@@ -195,6 +195,7 @@ class TrainedDemo:
         loader = tg.ShuffledLoader(tg.shard_paths(self.cfg.data_folder, "train"), self.cfg)
         self.hessians = tg.calibrate(self.model, self.cfg, loader, looping=True)
         self.gradients = calibrate_gradients(self.model, self.cfg, loader, looping=True)
+        self.whole = self.predictions(self.model)
         self.chosen_step: dict[str, float] = {}  # log2, by quantiser
 
     def new_model(self, state: Mapping[str, torch.Tensor]) -> tg.GPT:
@@ -223,8 +224,7 @@ class TrainedDemo:
     def divergence(self, records: Mapping[str, tg.QuantizedTensor]) -> float:
         """KL divergence of the model that is stored from the whole one, nats per target."""
         stored = self.new_model(tg.dequantize_state(records, self.cfg.num_layers))
-        whole = self.predictions(self.model)
-        return float((whole.exp() * (whole - self.predictions(stored))).sum(-1).mean())
+        return float((self.whole.exp() * (self.whole - self.predictions(stored))).sum(-1).mean())
 
     def size_and_error(self, search: FitSearch, quantizer: str, log2_step: float) -> tuple[int, float]:
         """Bytes of levels and scales, and the Hessian-weighted error, of all matrices at a step."""

@@ -6,30 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_quant_fit import hessian, normal
 
-TINY = {
-    "vocab_size": 64,
-    "num_layers": 2,
-    "model_dim": 32,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "mlp_mult": 2.0,
-    "rope_dims": 4,
-    "num_loops": 0,
-    "parallel_start_layer": 1,
-    "float16_max_elements": 256,
-}
-
-
-def normal(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def hessian(seed: int, columns: int) -> torch.Tensor:
-    x = normal(seed, 3 * columns, columns) * torch.linspace(0.2, 3.0, columns)
-    x[:, 1:] += 0.6 * x[:, :-1]
-    return x.T @ x
-
+from bench.fuzz_artifact import TINY
 
 # The trellis as papers print it: in each state, subset -> next state; a level's subset is its remainder by 4.
 STATES = [
@@ -142,7 +121,7 @@ def test_trellis_error_is_the_weighted_error_and_smaller(tg):
 @pytest.mark.parametrize("fit", [False, True])
 def test_trellis_artifact_round_trip(tg, fit):
     """Records by trellis, with LQER or with column scales, come back as they were."""
-    cfg = tg.Config(**TINY, compressor="ans", quantizer="trellis")
+    cfg = tg.Config(**TINY | {"float16_max_elements": 256}, compressor="ans", quantizer="trellis")
     model = tg.GPT(cfg)
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
@@ -156,7 +135,7 @@ def test_trellis_artifact_round_trip(tg, fit):
         assert [spare for _, spare in search.trials()][-1] in range(2001)
         records = search.best_records()
     kinds = {record.kind for record in records.values()}
-    assert kinds == {"trellis", "fp16"}
+    assert kinds == {"trellis", "int8_rows", "fp16"}
     settings, read = tg.read_artifact(tg.pack_artifact(records, cfg), tg.Config())
     assert (settings["compressor"], settings["quantizer"]) == ("ans", "trellis")
     for name, record in records.items():
