@@ -228,6 +228,7 @@ class Config:
     mlp_clip_sigmas: Positive = 12.0  # MLP matrices
     embed_clip_sigmas: Positive = 15.0  # embedding and head
     gptq_calibration_batches: Count = 16  # batches of TRAIN_BATCH_TOKENS behind the Hessians
+    gptq_drift_batches: Whole = 0  # batches by which layers make good what was lost before them; 0: off
     gated_attn_quant_gate: bool = False  # int8 rows for attention-gate weights
     lqer_enabled: bool = True  # low-rank correction of the largest quantisation errors (PR #1797)
     lqer_rank: Count = 4  # its rank
@@ -3212,16 +3213,15 @@ class Run:
 def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
     parts = dict.fromkeys(("plain_windows", "sliding_window_enabled", "ttt_sgd"), "stream")
-    parts |= {"fit_bytes": "fit_bytes", "ttt_cache_window": "cache", "ttt_chunk_by_length": "chunks"}
-    parts |= {"caseops_enabled": "plain_text", "quantizer": "trellis"}
+    parts |= {"fit_bytes": "fit_bytes", "gptq_drift_batches": "drift", "ttt_cache_window": "cache"}
+    parts |= {"ttt_chunk_by_length": "chunks", "caseops_enabled": "plain_text", "quantizer": "trellis"}
     needed = {name: part for name, part in parts.items() if getattr(cfg, name) != getattr(Config, name)}
     chosen = {"ans": "ans", "fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"}
     needed |= {name: chosen.get(getattr(cfg, name)) for name in ("compressor", "attention_backend")}
     needed["triton_kernels"] = cfg.triton_kernels not in ("", "0", Config.triton_kernels) and "kernels"
     for name, part in needed.items():
         if part and not has_part(part):
-            value = getattr(cfg, name)
-            shown = int(value) if isinstance(value, bool) else value
+            shown = value if isinstance(value := getattr(cfg, name), str) else int(value)
             raise ConfigError(f"{name.upper()}={shown}: needs systems/{part}.py beside train_gpt.py")
 
 

@@ -9,7 +9,7 @@
   published recipe with brotli, and FIT_BYTES with ans.
 * QUANTIZER=trellis against scalar: seconds, bytes and error at the record's size; counted code; on the demo
   models coded bytes (scales among them) at equal Hessian-weighted error, and the KL divergence of the
-  quantised from the whole model's predictions at equal bytes, code included.
+  quantised from the whole model's predictions at equal bytes, code included; so with GPTQ_DRIFT_BATCHES.
 --quick leaves out brotli at full size (minutes) and the demo.
 """
 
@@ -37,6 +37,7 @@ from harness.packing import packed_script  # noqa: E402
 from harness.readers import load_weights  # noqa: E402
 from harness.settings import read_settings  # noqa: E402
 from systems.ans import decode_levels, encode_levels  # noqa: E402
+from systems.drift import LayersInOrder  # noqa: E402
 from systems.fit_bytes import FitSearch, calibrate_gradients, fit_matrices  # noqa: E402
 
 SPREADS = {"mlp.proj": 0.45, "c_k": 0.15, "c_v": 0.12, "mlp.fc": 0.2}  # of log column deviations, as trained
@@ -196,7 +197,6 @@ class TrainedDemo:
         self.hessians = tg.calibrate(self.model, self.cfg, loader, looping=True)
         self.gradients = calibrate_gradients(self.model, self.cfg, loader, looping=True)
         self.whole = self.predictions(self.model)
-        self.chosen_step: dict[str, float] = {}  # log2, by quantiser
 
     def new_model(self, state: Mapping[str, torch.Tensor]) -> tg.GPT:
         """A model with some weights."""
@@ -212,13 +212,16 @@ class TrainedDemo:
         hidden = (model.hidden(rows, looping=True) for rows in x.split(4))
         return torch.cat([model.logits(h).float().log_softmax(-1).flatten(0, 1) for h in hidden])
 
-    def search(self, quantizer: str, budget: int) -> FitSearch:
-        """A search that has been gone through."""
-        cfg = dataclasses.replace(self.cfg, quantizer=quantizer)
+    def search(self, quantizer: str, total: int, drift_batches: int = 0) -> FitSearch:
+        """A search that has been gone through; code and model have at most `total` bytes."""
+        settings = {"quantizer": quantizer, "fit_bytes": total, "gptq_drift_batches": drift_batches}
+        self.model.cfg = cfg = dataclasses.replace(self.cfg, **settings)
+        budget = total - counted_code(COMPRESSOR="ans", **{key.upper(): v for key, v in settings.items()})
         search = FitSearch(self.flat, self.hessians, self.gradients, cfg, budget)
-        for step, spare_bytes in search.trials():
-            if search.best and spare_bytes == search.best[0]:
-                self.chosen_step[quantizer] = step
+        list(search.trials())
+        if drift_batches:
+            loader = tg.ShuffledLoader(tg.shard_paths(cfg.data_folder, "train"), cfg, seed=1)
+            list(search.trials_in_order(LayersInOrder(self.model, loader, looping=True).store))
         return search
 
     def divergence(self, records: Mapping[str, tg.QuantizedTensor]) -> float:
@@ -237,13 +240,13 @@ class TrainedDemo:
         return size, sum(record.report["weighted_error"] for record in records.values())
 
     def compare(self, total: int) -> dict[str, float]:
-        """Trellis over scalar: KL at equal bytes, bytes at equal error, error at equal bytes."""
+        """Trellis over scalar: KL and error at equal bytes, bytes at equal error; KL with drift."""
         searches, divergences = {}, {}
         for quantizer in ("scalar", "trellis"):
-            code = counted_code(COMPRESSOR="ans", QUANTIZER=quantizer, FIT_BYTES=total)
-            searches[quantizer] = self.search(quantizer, total - code)
+            searches[quantizer] = self.search(quantizer, total)
             divergences[quantizer] = self.divergence(searches[quantizer].best_records())
-        start = self.chosen_step["scalar"]
+        in_order = self.search("trellis", total, self.cfg.gptq_calibration_batches)
+        start = searches["scalar"].best[1]
         size, error = self.size_and_error(searches["scalar"], "scalar", start)
         rows = [self.size_and_error(searches["trellis"], "trellis", start - d) for d in (1.0, 0.8, 0.6)]
         sizes, errors = [row[0] for row in rows], [math.log(row[1]) for row in rows]
@@ -251,24 +254,29 @@ class TrainedDemo:
             "model": str(self.path),
             "kl_scalar": divergences["scalar"],
             "kl_trellis": divergences["trellis"],
+            "kl_in_order": self.divergence(in_order.best_records()),
             "bytes_over_scalar": float(np.interp(math.log(error), errors, sizes)) / size,
             "error_ratio": math.exp(np.interp(-size, [-s for s in sizes], errors)) / error,
         }
+
+
+def interval(name: str, ratios: list[float]) -> dict[str, float]:
+    """The mean of some ratios, and half of its 95 % interval."""
+    half = math.nan
+    if len(ratios) > 1:
+        half = statistics.stdev(ratios) / math.sqrt(len(ratios)) * stats.t.ppf(0.975, len(ratios) - 1)
+    return {name: statistics.mean(ratios), f"{name}_half_interval": half}
 
 
 def compare_trellis(models: list[Path], total: int) -> dict[str, object]:
     """Trellis against scalar on demo models, each by itself and in the mean with its 95 % interval."""
     torch.manual_seed(0)
     rows = [TrainedDemo(path).compare(total) for path in models]
-    ratios = [row["kl_trellis"] / row["kl_scalar"] for row in rows]
-    half = math.nan
-    if len(rows) > 1:
-        half = statistics.stdev(ratios) / math.sqrt(len(rows)) * stats.t.ppf(0.975, len(rows) - 1)
     return {
+        **interval("trellis_kl_ratio", [row["kl_trellis"] / row["kl_scalar"] for row in rows]),
+        **interval("drift_kl_ratio", [row["kl_in_order"] / row["kl_trellis"] for row in rows]),
         "trellis_bytes_over_scalar": max(row["bytes_over_scalar"] for row in rows),
         "trellis_error_ratio": max(row["error_ratio"] for row in rows),
-        "trellis_kl_ratio": statistics.mean(ratios),
-        "trellis_kl_ratio_half_interval": half,
         "trellis_models": rows,
     }
 

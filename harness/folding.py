@@ -117,8 +117,8 @@ def _in_order(trees: Mapping[str, ast.Module], wanted: list[str]) -> list[str]:
     """Modules of systems/, each behind those that it imports at its beginning."""
     done: list[str] = []
     for name in wanted:
-        before = [part for statement in trees[name].body for part in _parts_of(ast.Module([statement], []))]
-        needed = _in_order(trees, [part for part in before if part != name]) if before else []
+        imports = [node for node in trees[name].body if isinstance(node, ast.ImportFrom)]
+        needed = _in_order(trees, [*_parts_of(ast.Module(imports, []))]) if imports else []
         done += [part for part in [*needed, name] if part not in done]
     return done
 

@@ -169,6 +169,8 @@ def _other_rules(cfg: Config) -> Iterable[tuple[bool, str, str]]:
         f"at least {1 << 15} (most of it is code)",
     )
     yield fits, "FIT_BYTES", f"must be 0 or {least}"
+    fits = not cfg.gptq_drift_batches or cfg.fit_bytes > 0
+    yield fits, "GPTQ_DRIFT_BATCHES", "needs FIT_BYTES (clip widths and LQER do not know the order of layers)"
     coded = cfg.quantizer == "scalar" or cfg.compressor == "ans"
     yield coded, "QUANTIZER COMPRESSOR", "a trellis needs COMPRESSOR=ans (levels are coded by its states)"
     text = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"

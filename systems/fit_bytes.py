@@ -7,7 +7,7 @@ steps to be found, by coding the model. The same holds for the columns of a matr
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,7 @@ from train_gpt import (
     tensors_of_rank,
 )
 
+Store = Callable[..., dict[str, QuantizedTensor]]
 FIT_SAMPLES, FIT_ROWS = 32, 8  # gradients; training windows behind each
 FIT_SLACK, FIT_TRIALS = 2000, 16  # bytes that may be left; trials at most
 FIT_REACH, FIT_RANGE = 8, 96.0  # octaves: of steps that all give the same size, so none gives another; of all
@@ -236,7 +237,8 @@ class FitSearch:
         factors = factorise_all(hessians)
         self.clips = fit_clips(flat, hessians, factors, gradients)
         self.problems = {n: FitProblem(w, hessians[n], factors[n]) for n, w in self.matrices.items()}
-        self.best: tuple[int, dict[str, QuantizedTensor]] | None = None
+        self.store_in_order: Store | None = None  # `LayersInOrder.store`
+        self.best: tuple[int, float, dict[str, QuantizedTensor]] | None = None  # spare bytes, step, tensors
 
     def trials(self) -> Iterator[tuple[float, int]]:
         """Search for the step; yields log2 of the factor on all clip widths, and the bytes that it spares."""
@@ -246,27 +248,42 @@ class FitSearch:
         start -= self.cfg.quantizer == "trellis"  # whose levels are at half the distance for as many bits
         return search_step(self._measure, start, weights / 8)
 
+    def trials_in_order(self, store: Store) -> Iterator[tuple[float, int]]:
+        """Search on from the step that was found, with `LayersInOrder.store`, which corrects the layers."""
+        weights, plain = sum(w.numel() for w in self.matrices.values()), self.best
+        self.best_records()
+        self.store_in_order, self.best = store, None
+        yield from search_step(self._measure, plain[1], weights / 8)
+        self.best = self.best or plain
+
     def best_records(self) -> dict[str, QuantizedTensor]:
         """The stored tensors of the trial that spared the fewest bytes. Raises ConfigError if none fitted."""
         if self.best is None:
             left = f"leaves {self.budget} bytes for the model, too few"
             raise ConfigError(f"FIT_BYTES={self.cfg.fit_bytes}: {left}")
-        return self.best[1]
+        return self.best[2]
 
     def _measure(self, log2_step: float) -> int:
         """Spare bytes at a step."""
-        mine = tensors_of_rank(self.flat, self.ranks)
-        clips = {name: 2.0**log2_step * clip for name, clip in self.clips.items()}
-        problems = {name: self.problems[name] for name in mine if name in self.problems}
-        records = fit_matrices(problems, clips, self.cfg.quantizer)
-        records |= {name: self._store(name) for name in mine if name not in problems}
-        records = gather_by_name(records, self.flat, self.ranks)
+        records = self._stored({name: 2.0**log2_step * clip for name, clip in self.clips.items()})
         size = len(pack_artifact(records, self.cfg, self.looping)) if self.ranks.is_main else 0
         self.ranks.wait_for_all("fit")
         spare_bytes = self.budget - self.ranks.gather(size)[0]
         if spare_bytes >= 0 and (self.best is None or spare_bytes < self.best[0]):
-            self.best = spare_bytes, records
+            self.best = spare_bytes, log2_step, records
         return spare_bytes
+
+    def _stored(self, clips: Mapping[str, float]) -> dict[str, QuantizedTensor]:
+        """All tensors, at the clip widths of the matrices; on every rank."""
+        if self.cfg.gptq_drift_batches and self.store_in_order:
+            others = {name: self._store(name) for name in self.flat if name not in self.problems}
+            records = self.store_in_order(others, self.problems, clips)
+            return {name: records[name] for name in self.flat}
+        mine = tensors_of_rank(self.flat, self.ranks)
+        problems = {name: self.problems[name] for name in mine if name in self.problems}
+        records = fit_matrices(problems, clips, self.cfg.quantizer)
+        records |= {name: self._store(name) for name in mine if name not in problems}
+        return gather_by_name(records, self.flat, self.ranks)
 
     def _store(self, name: str) -> QuantizedTensor:
         """A tensor that is no matrix of weights."""
@@ -282,12 +299,21 @@ def fit_run(
 ) -> dict[str, QuantizedTensor]:
     """The stored tensors of a run whose artifact and code have at most FIT_BYTES; the trials are logged."""
     cfg, ranks = run.cfg, run.ranks
+    options = {"looping": run.looping, "ranks": ranks}
     with run.clock.stage("calibrate"):
-        options = {"looping": run.looping, "ranks": ranks}
         gradients = calibrate_gradients(run.model, cfg, loader, **options)
     code = len(run.packed_code[0]) if ranks.is_main else 0
     budget = cfg.fit_bytes - ranks.gather(code)[0]
     search = FitSearch(flat, hessians, gradients, cfg, budget, ranks, run.looping)
-    for trial, (log2_step, spare_bytes) in enumerate(search.trials()):
-        run.log.event("fit", trial=trial, clip_factor=2.0**log2_step, bytes_left=spare_bytes)
+
+    def follow(trials: Iterable[tuple[float, int]]) -> None:
+        for trial, (log2_step, spare_bytes) in enumerate(trials):
+            run.log.event("fit", trial=trial, clip_factor=2.0**log2_step, bytes_left=spare_bytes)
+
+    follow(search.trials())
+    if cfg.gptq_drift_batches:
+        from systems.drift import LayersInOrder
+
+        with run.clock.stage("calibrate"):  # it reads training text
+            follow(search.trials_in_order(LayersInOrder(run.model, loader, **options).store))
     return search.best_records()

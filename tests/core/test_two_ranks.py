@@ -113,6 +113,7 @@ def test_trellis_is_the_same_on_any_number_of_ranks(work, alone, fit_bytes):
     """Matrices are rounded together with others: which ones depends on the ranks, their levels must not."""
     settings = {"QUANTIZE_ONLY": 1, "MODEL_PATH": work / "alone" / "final_model.pt", "TTT_ENABLED": 0}
     settings |= {"QUANTIZER": "trellis", "COMPRESSOR": "ans", "FIT_BYTES": fit_bytes}
+    settings |= {"GPTQ_DRIFT_BATCHES": int(fit_bytes > 0)}
     artifacts = []
     for count in (1, 2):
         name = f"trellis_{fit_bytes}_{count}"

@@ -153,7 +153,7 @@ OURS |= {
 OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "clip_global", "fit_bytes"}
 OURS |= {"preflight_only", "wd_taper_start_frac", "wd_taper_final_mult"}
 OURS |= {"allow_unverified_data", "audit", "wandb_project", "tensorboard_dir", "plain_windows"}
-OURS |= {"checkpoint_seconds", "resume", "quantizer"}
+OURS |= {"checkpoint_seconds", "resume", "quantizer", "gptq_drift_batches"}
 
 # What else a setting's other value needs, so that the whole makes sense.
 COMPANIONS = {
@@ -162,6 +162,7 @@ COMPANIONS = {
     "GATED_ATTN_ENABLED": {"SPARSE_ATTN_GATE_ENABLED": "0"},
     "NUM_KV_HEADS": {"NUM_HEADS": "8"},
     "QUANTIZER": {"COMPRESSOR": "ans"},
+    "GPTQ_DRIFT_BATCHES": {"FIT_BYTES": "16000000"},
 }
 OTHER_VALUES = {  # where twice the default is out of range or makes no sense
     "TTT_CHUNK_BY_LENGTH": "256:8,2000:24",

@@ -20,7 +20,7 @@ import audit  # noqa: E402
 UNMASKED = {"D8"}
 
 
-TRELLIS = {"QUANTIZER": "trellis", "COMPRESSOR": "ans", "FIT_BYTES": 60_000}
+TRELLIS = {"QUANTIZER": "trellis", "COMPRESSOR": "ans", "FIT_BYTES": 60_000, "GPTQ_DRIFT_BATCHES": 1}
 RUNS = {name: {"PRESET": name} for name in PRESETS if name.endswith("demo")}
 RUNS["trellis, fitted"] = {"PRESET": "demo"} | TRELLIS
 

@@ -80,6 +80,11 @@ TECHNIQUES = (
     Technique("GPTQ with scales by standard deviation (SDClip)", (1394,), lambda s: s["FIT_BYTES"] == 0),
     Technique("FIT_BYTES, steps by what an error costs the loss", (), lambda s: s["FIT_BYTES"] > 0),
     Technique(
+        "Layers in order, each against what is stored (Qronos)",
+        (),
+        lambda s: s.get("GPTQ_DRIFT_BATCHES", 0) > 0,
+    ),
+    Technique(
         "Embeddings in {EMBED_BITS} bits", (1586,), lambda s: s["FIT_BYTES"] == 0 and s["EMBED_BITS"] == 7
     ),
     Technique("Attention gates in 8 bits by row", (1736,), lambda s: s["GATED_ATTN_QUANT_GATE"]),

@@ -1,0 +1,131 @@
+"""Quantisation in the order of the layers, each against what is stored before it (GPTQ_DRIFT_BATCHES).
+
+GPTQ takes the inputs x of a matrix from the whole model, yet the stored one gives it others, x': what is
+stored before it has drifted. Of all matrices W' the least mean |W x - W' x'|^2 has W' = W C H^-1, with C the
+mean of x x'^T and H that of x' x'^T (Qronos, arXiv 2505.11695). So W' is quantised, with H as its Hessian.
+This has to follow the traversal, the halves of a layer one by one: a correction against weights that are
+stored anew afterwards trades one drift for another (logs/EXPERIMENTS.md).
+"""
+
+import contextlib
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from systems.fit_bytes import FitProblem, fit_matrices
+from train_gpt import (
+    CPU,
+    GPT,
+    HessianFactor,
+    QuantizedTensor,
+    Ranks,
+    ShuffledLoader,
+    factorise,
+    flatten_banks,
+    gather_by_name,
+    layer_order,
+    micro_batches,
+    tensors_of_rank,
+)
+
+STAGES = (("attn.c_q", "attn.c_k", "attn.c_v"), ("attn.proj",), ("mlp.fc",), ("mlp.proj",))  # of a layer
+
+
+class Reached(Exception):
+    """The traversal need not go on."""
+
+
+@torch.no_grad()
+def inputs_of(model: GPT, ids: Tensor, name: str, visits: int, looping: bool) -> list[Tensor]:
+    """What a matrix is given at each of its visits, float32 [tokens, columns], for ids [rows, T]."""
+    inputs: list[Tensor] = []
+
+    def keep(matrix: str, x: Tensor) -> None:
+        if matrix == name:
+            inputs.append(x.flatten(0, -2).float())
+            if len(inputs) == visits:
+                raise Reached
+
+    with contextlib.suppress(Reached):
+        model.hidden(ids, looping=looping, on_input=keep)
+    return inputs
+
+
+class LayersInOrder:
+    """Stores the matrices of a model as FIT_BYTES does, one stage after the other, on texts of its own."""
+
+    def __init__(self, model: GPT, loader: ShuffledLoader, *, looping: bool, ranks: Ranks = CPU):
+        """Draws GPTQ_DRIFT_BATCHES batches: all ranks draw all of them and keep each its own."""
+        cfg, world_size = model.cfg, ranks.world_size
+        self.model, self.looping, self.ranks = model, looping, ranks
+        on_rank, tokens = micro_batches(cfg, model.backends, world_size)
+        rows, self._texts = tokens // cfg.train_seq_len, []
+        for micro in range(cfg.gptq_drift_batches * on_rank * world_size):
+            if micro % world_size == ranks.rank:
+                self._texts.append(loader.next(rows)[0].to(ranks.device))
+            else:
+                loader.skip(rows)
+
+    def store(
+        self,
+        records: Mapping[str, QuantizedTensor],
+        problems: Mapping[str, FitProblem],
+        clips: Mapping[str, float],
+    ) -> dict[str, QuantizedTensor]:
+        """All tensors, the matrices among them corrected; on every rank.
+
+        Args:
+            records: the tensors that are not matrices.
+            problems: the matrices, with Hessians of the whole model.
+            clips: the clip width of each matrix.
+        """
+        cfg, records, stored = self.model.cfg, dict(records), copy.deepcopy(self.model)
+        weights = flatten_banks(dict(stored.state_dict()), cfg.num_layers)  # views: what is put there is used
+
+        def put(new: Mapping[str, QuantizedTensor]) -> None:
+            records.update(new)
+            for name, record in new.items():
+                weights[name].copy_(record.dequantize())
+
+        def correct(names: list[str], visits: int) -> None:
+            if chosen := {name: problems[name].original for name in names if name in problems}:
+                transform, hessian, factor = self._drift(stored, names[0], visits)
+                corrected = {name: weight.float() @ transform for name, weight in chosen.items()}
+                put(self._fit({n: FitProblem(w, hessian, factor) for n, w in corrected.items()}, clips))
+
+        put(records)
+        put(self._fit({name: problems[name] for name in ("tok_emb.weight",) if name in problems}, clips))
+        order = sum(layer_order(cfg, self.looping), [])
+        for layer in dict.fromkeys(order):
+            for parts in STAGES:
+                correct([f"blocks.{layer}.{part}.weight" for part in parts], order.count(layer))
+        correct(["lm_head.weight"], 1)
+        return records
+
+    def _drift(self, stored: GPT, name: str, visits: int) -> tuple[Tensor, Tensor, HessianFactor]:
+        """C H^-1, both damped as H's factor is, then H [columns, columns] and the factor."""
+        cross = hessian = 0
+        if self.ranks.on_gpu:  # as in `calibrate`
+            torch.set_float32_matmul_precision("high")
+        for ids in self._texts:
+            with self.ranks.autocast():
+                whole, drifted = (inputs_of(m, ids, name, visits, self.looping) for m in (self.model, stored))
+            for x, y in zip(whole, drifted, strict=True):
+                cross, hessian = cross + x.mT @ y, hessian + y.mT @ y
+        torch.set_float32_matmul_precision("highest")
+        self.ranks.wait_for_all("calibrate")
+        cross, hessian = (self.ranks.sum_(total) / len(self._texts) for total in (cross, hessian))
+        factor = factorise(hessian)
+        damping = factor.damping * hessian.diagonal().where(~factor.dead, 1).mean()
+        damping = damping * torch.eye(len(hessian), device=hessian.device)
+        return torch.linalg.solve(hessian + damping, cross + damping, left=False), hessian, factor
+
+    def _fit(
+        self, problems: Mapping[str, FitProblem], clips: Mapping[str, float]
+    ) -> dict[str, QuantizedTensor]:
+        """Matrices that do not wait for each other, shared out over the ranks."""
+        mine = tensors_of_rank({name: problem.original for name, problem in problems.items()}, self.ranks)
+        fitted = fit_matrices({name: problems[name] for name in mine}, clips, self.model.cfg.quantizer)
+        return gather_by_name(fitted, problems, self.ranks)
