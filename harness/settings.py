@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import train_gpt
 from harness.lineage import OF_LORA, OF_SGD, VOCABULARY, in_our_names, same
@@ -240,17 +240,23 @@ def _in_lower_case(environ: Mapping[str, str]) -> Iterator[str]:
 FAMILIES = re.compile("(TTT|GLOBAL_TTT|PHASED_TTT|GPTQ|LQER|MUON|SMEAR|SPARSE_ATTN|GATED_ATTN|ATTN_OUT|XSA)_")
 
 
+ELSEWHERE = {"NUM_THREADS"}  # a variable of other tools that is no slip of ours (NUM_HEADS)
+
+
+def nearest_name(name: str, names: Collection[str]) -> str | None:
+    """The name that was meant, if any: the same letters, or so few others that it is no other word."""
+    likely = [other for other in names if abs(len(other) - len(name)) <= 1 + len(name) // 16]
+    letters = [other for other in likely if sorted(other) == sorted(name)]
+    return next(iter(letters or difflib.get_close_matches(name, likely, n=1, cutoff=0.86)), None)
+
+
 def _refuse_unknown_names(environ: Mapping[str, str], known: Sequence[str]) -> None:
-    for name in sorted(environ.keys() - set(known) - VOCABULARY):
-        near = [other for other in known if sorted(other) == sorted(name)]
-        for names in (known, sorted(VOCABULARY)):
-            near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.86)
-        if near and "/" in environ[name] and type(getattr(Config, near[0].lower(), "")) is not str:
+    for name in sorted(environ.keys() - set(known) - VOCABULARY - ELSEWHERE):
+        near = nearest_name(name, known) or nearest_name(name, sorted(VOCABULARY))
+        if near and "/" in environ[name] and type(getattr(Config, near.lower(), "")) is not str:
             continue  # a path, as MODEL_DIR of many a cluster, is not meant as MODEL_DIM
         if name.isupper() and (near or FAMILIES.match(name)):
-            meant = (
-                f"did you mean {near[0]}? (unset it or see --help)" if near else "must be unset; see --help"
-            )
+            meant = f"did you mean {near}? (unset it or see --help)" if near else "must be unset; see --help"
             raise ConfigError(f"{name}={environ[name]!r}: no such setting; {meant}")
 
 

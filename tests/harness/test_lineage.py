@@ -262,3 +262,14 @@ def test_a_path_is_no_mistyped_number(tg, capsys):
     tg.read_settings({"MODEL_DIR": "/models"})
     assert capsys.readouterr().err == ""
     assert "did you mean MODEL_DIM?" in refusal(tg, {"MODEL_DIR": "512"})
+
+
+@pytest.mark.parametrize("environ", [{"NUM_THREADS": "8"}, {"NUM_WORKERS": "4"}, {"DATA_HOME": "/x"}])
+def test_other_tools_variables_are_none_of_ours(tg, capsys, environ):
+    tg.read_settings(environ)
+    assert capsys.readouterr().err == ""
+
+
+def test_no_other_word_is_suggested(tg):
+    assert refusal(tg, {"TTT_HOME": "x"}) == "TTT_HOME='x': no such setting; must be unset; see --help"
+    assert "did you mean" not in refusal(tg, {"MUON_HEADS": "8"})
