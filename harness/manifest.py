@@ -95,7 +95,8 @@ def _how_to_get_data(cfg: Config, split: str) -> str:
     others = _other_data_sets(cfg)
     choose = f"set {_settings_for(cfg, others[0])}" if others else "set DATA_PATH"
     if (plain, cfg.vocab_size) in SOURCES:
-        return f"{choose}, or fetch it: {download_command(plain, cfg.vocab_size, folder)}"
+        fetch = download_command(plain, cfg.vocab_size, folder)
+        return f"{choose}, or fetch it: {fetch} (PRESET=demo makes do with the data of `make data`)"
     options = f"--train-tokenizer {cfg.vocab_size}{' --plain' * plain}"
     return f"{choose}, or build it: {prepare_command()} --docs docs.jsonl --out DIR {options}"
 
