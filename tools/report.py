@@ -69,13 +69,11 @@ class Report:
 
     def parts(self) -> list[str]:
         """The page from top to bottom."""
-        runs, states = self.runs, []
-        for run in runs:
-            label = f"{run.label}: " if len(runs) > 1 else ""
-            states.append(f'<p class="soft">{page.text(label + run.state)}</p>')
-        title = ", ".join(run.label for run in runs)
+        runs = self.runs
+        level = 1 if len(runs) == 1 else 3
+        heads = [f"<h{level}>{page.text(page.title(run))}</h{level}>{page.headline(run)}" for run in runs]
         return [
-            f"<h1>{page.text(title)}</h1>{''.join(states)}",
+            f"<h1>{len(runs)} runs</h1>" * (len(runs) > 1) + "".join(heads),
             _section("Scores", page.overview(runs) + self._stages()),
             _section("Training", self._curves()),
             _section("Seconds and bytes", self._limits()),

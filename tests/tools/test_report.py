@@ -251,3 +251,38 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, arguments, reason)
     error = capsys.readouterr().err
     assert error.startswith("report.py: error: ") and error.count("\n") == 1 and reason in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_head_says_what_ran_and_what_the_score_is_worth(run):
+    shown = page.headline(Run(run))
+    assert "bits per byte" in shown and "not audited: python tools/audit.py" in shown
+    assert "Not the contest&#x27;s validation set: " in shown
+    audit = {"counts": {}, "checks": {}, "verdict": "FAIL", "headline": "FAIL: E1 <broken>"}
+    (run / "audit.json").write_text(json.dumps(audit))
+    assert '<p class="bad">FAIL: E1 &lt;broken&gt;</p>' in page.headline(Run(run))
+    assert page.title(Run(run)) == "PRESET=pr1851, seed 42 (run)"
+    table = page.overview([Run(run)])
+    record = Run(run).record
+    for name, value in (("script", record.script_sha256), ("data", record.data_sha256)):
+        assert f"{name}, SHA-256" in table and value[:12] in table
+    assert all(f"<td>{name}</td>" in table for name in ("parameters", "commit", "ended"))
+
+
+def test_scores_of_other_text_are_not_subtracted(run, tmp_path):
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    assert "+0.00000" in page.overview([Run(run), Run(other)])
+    result = json.loads((other / "result.json").read_text())
+    result["stages"][result["final_stage"]]["bytes"] += 1
+    (other / "result.json").write_text(json.dumps(result))
+    table = page.overview([Run(run), Run(other)])
+    assert "other text" in table and "+0.00000" not in table
+
+
+def test_a_short_run_stays_within_the_axis(run, tmp_path):
+    short = Path(shutil.copytree(run, tmp_path / "short"))
+    events = [json.loads(line) for line in (short / "metrics.jsonl").read_text().splitlines()]
+    few = [e for e in events if e["stage"] != "train" or e["step"] <= 2]
+    few = [e | {"train_loss": 50.0} if e["stage"] == "train" else e for e in few]
+    (short / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in few))
+    low, high = figures.later_losses([Run(run), Run(short)])
+    assert low < 10 and high > 50

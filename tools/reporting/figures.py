@@ -151,7 +151,7 @@ def later_losses(runs: Sequence[Run]) -> tuple[float, float] | None:
     for run in runs:
         with contextlib.suppress(Missing):
             steps, _, losses = run.curve("train_loss")
-            later += [loss for step, loss in zip(steps, losses, strict=True) if step > 5]
+            later += [loss for step, loss in zip(steps, losses, strict=True) if step > 5] or losses[-1:]
     if not later:
         return None
     low, high = min(later + checks), max(later + checks)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from reporting.figures import COLOURS, octaves
 from reporting.run import GROUPS, Missing, Run
+from reproducing.submission import CONTEST_DOCUMENTS
 from runs import SIZE_LIMIT
 
 CSS = """
@@ -86,8 +87,33 @@ def absent(what: str, reason: str) -> str:
 # -- parts
 
 
+def title(run: Run) -> str:
+    """What ran, in a few words: the preset, its seed, and the name of the run."""
+    preset, seed = run.record.settings.get("PRESET"), run.record.seed
+    told = [f"PRESET={preset}" if preset else "", "" if seed is None else f"seed {seed}"]
+    told = [word for word in told if word and word.replace("PRESET=", "") != run.label]
+    return f"{', '.join(told)} ({run.label})" if told else run.label
+
+
+def headline(run: Run) -> str:
+    """The verdict on a run: its score, what the audit says of it, and whose text was scored."""
+    if not run.finished:
+        return f'<p class="soft">{text(run.state)}</p>'
+    record, audit = run.record, run.record.audit or {}
+    verdict = audit.get("headline") or f"not audited: python tools/audit.py {run.folder or 'RUN_DIR'}"
+    look = {"VERIFIED": "good", "FAIL": "bad"}.get(audit.get("verdict"), "soft")
+    documents = record.stages[record.final_stage].get("documents")
+    note = ""
+    if documents not in (None, CONTEST_DOCUMENTS):
+        note = f" Not the contest's validation set: {documents:,} documents, not {CONTEST_DOCUMENTS:,}."
+    return (
+        f"<p><b>{record.val_bpb:.5f} bits per byte</b> ({text(record.final_stage)}).{text(note)}</p>"
+        f'<p class="{look}">{text(verdict)}</p><p class="soft">{text(run.state)}</p>'
+    )
+
+
 def overview(runs: Sequence[Run]) -> str:
-    """One column a run: its scores, sizes, times."""
+    """One column a run: its scores, sizes, times, and what it was made of."""
 
     def row(name: str, value: object) -> list[object]:
         return [name, *(value(run) for run in runs)]
@@ -106,15 +132,20 @@ def overview(runs: Sequence[Run]) -> str:
         row("calibration, s", lambda r: _seconds(r.record.calibrate_seconds)),
         row("final evaluation, s", lambda r: _seconds(r.record.eval_seconds)),
         row("limits kept", _legal),
+        row("parameters", lambda r: _count(r.parameters)),
         row("device", lambda r: r.record.environment.get("device", "-")),
         row("seed", lambda r: "-" if r.record.seed is None else r.record.seed),
+        row("ended", lambda r: r.ended),
+        row("commit", lambda r: (r.record.environment.get("commit") or "-")[:12]),
+        row("script, SHA-256", lambda r: (r.record.script_sha256 or "-")[:12]),
+        row("data, SHA-256", lambda r: (r.record.data_sha256 or "-")[:12]),
     ]
     head = [
         "",
         *(Raw(_key(i) + text(run.label)) if len(runs) > 1 else run.label for i, run in enumerate(runs)),
     ]
     rows = [row for row in rows if any(cell != "-" for cell in row[1:])]
-    return f'<div class="box{" full" * (len(runs) > 3)} runs">{table(head, rows)}</div>'
+    return f'<div class="box{" full" * (len(runs) > 1)} runs">{table(head, rows)}</div>'
 
 
 def _key(number: int) -> str:
@@ -130,8 +161,11 @@ def _score(run: Run, stage: str) -> str:
 
 
 def _difference(run: Run, first: Run) -> str:
-    known = run is not first and run.finished and first.finished
-    return f"{run.record.val_bpb - first.record.val_bpb:+.5f}" if known else "-"
+    if run is first or not (run.finished and first.finished):
+        return "-"
+    if run.scored_text != first.scored_text:
+        return "other text"
+    return f"{run.record.val_bpb - first.record.val_bpb:+.5f}"
 
 
 def _count(value: int | None) -> str:

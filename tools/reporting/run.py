@@ -1,5 +1,6 @@
 """A run as the report needs it: the record of `runs.py`, and what only the model files tell."""
 
+import datetime
 import functools
 import json
 import math
@@ -75,6 +76,27 @@ class Run:
         silence = time.time() - (self.folder / "metrics.jsonl").stat().st_mtime
         last = self.record.events[-1]["stage"] if self.record.events else "nothing"
         return f"not finished: under way or dead; last event '{last}' {silence / 60:.0f} minutes ago"
+
+    @property
+    def parameters(self) -> int | None:
+        """Parameters of the model, as logged."""
+        return next(
+            (event.get("parameters") for event in self.record.events if event["stage"] == "model"), None
+        )
+
+    @property
+    def ended(self) -> str:
+        """When the last file of the run was written."""
+        result = self.folder and self.folder / "result.json"
+        if not result or not result.is_file():
+            return "-"
+        return f"{datetime.datetime.fromtimestamp(result.stat().st_mtime):%Y-%m-%d %H:%M}"
+
+    @property
+    def scored_text(self) -> tuple[object, ...]:
+        """What tells the scored text from another: only scores of the same one can be compared."""
+        stage = self.record.stages[self.record.final_stage]
+        return tuple(stage.get(key) for key in ("documents", "targets", "bytes"))
 
     def curve(self, key: str) -> tuple[list[int], list[float], list[float]]:
         """Steps, seconds and values of a key of the training events."""
