@@ -56,6 +56,7 @@ from auditing.run import (
 from auditing.strange import boxed_verdicts
 from auditing.verdict import EXIT_CODES, outcome, worst
 from command import Mistake, Parser, complain, start
+from runs import hashes_of_files
 from scripts import sha256_of
 
 EVIDENCE = 1000  # characters of what a check says that are shown
@@ -92,6 +93,7 @@ def summary_of(audit: Audit, verdicts: Mapping[str, Verdict], seconds: float, ju
         "script_sha256": audit.script_sha256,
         "repository_script_is_the_same": audit.known,
         "strange_files": audit.strange_files,
+        "files": hashes_of_files(audit.folder, audit.result),
         "judge": judge,
         "full": audit.options.full,
         "seconds": round(seconds, 1),

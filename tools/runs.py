@@ -11,7 +11,7 @@ both messages are one line that names the file.
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -202,9 +202,7 @@ def read_result(path: Path | str) -> RunRecord:
     if log.is_file():
         logged = read_log(log)
         events = events or logged.events
-        final = next(event for event in reversed(logged.events) if event["stage"] == "final")
-        for key, value in [("SEED", logged.seed), *final.items()]:
-            told = settings.get("SEED") if key == "SEED" else result.get(key, value)
+        for key, told, value in _told_twice(result, logged):
             if ours.shown(told) != ours.shown(value):
                 raise ReadError(f"{path}: says {key} {told}, its log {log} {value}")
     return _checked(
@@ -215,6 +213,41 @@ def read_result(path: Path | str) -> RunRecord:
         missing=_missing(result.get("environment", {}), audit.is_file()),
         **_fields(result),
     )
+
+
+def _told_twice(result: Mapping, logged: RunRecord) -> Iterator[tuple[str, object, object]]:
+    """What both a result and its log tell: name, and what each says."""
+    yield "SEED", result["settings"].get("SEED"), logged.seed
+    for key, value in ours.last(logged.events, "final").items():
+        yield key, result.get(key, value), value
+    environment = {key: told for key, told in result.get("environment", {}).items() if told is not None}
+    for key, value in ours.environment_of(logged.events).items():
+        yield key, environment.get(key, value), value
+    for name, score in result["stages"].items():
+        for key, value in ours.last(logged.events, name).items():
+            yield f"{key} of {name}", score.get(key, value), value
+
+
+def hashes_of_files(path: Path, result: Mapping) -> dict[str, str]:
+    """SHA-256 of what an audit judges: a run's result, log, ledger, artifact and counted script, by role.
+
+    Of a copy NAME.json only result and log are there.
+    """
+    if path.is_dir():
+        artifact = Path(str(result.get("settings", {}).get("QUANTIZED_MODEL_PATH", ""))).name
+        files = {"result": path / "result.json", "log": path / "logs" / f"{result.get('run')}.txt"}
+        files |= {"ledger": path / "ledger.jsonl", "script": path / "train_gpt.packed.py"}
+        files |= {"artifact": path / artifact}
+    else:
+        files = {"result": path, "log": log_beside(path)}
+    return {role: sha256_of(file) for role, file in files.items() if file.is_file()}
+
+
+def changed_since_audit(record: RunRecord) -> list[str]:
+    """Roles of the files that are not those that the run's audit judged."""
+    told = (record.audit or {}).get("files", {})
+    here = hashes_of_files(record.path, record.result) if told else {}
+    return [role for role, value in here.items() if told.get(role) != value]
 
 
 def _checked(**fields: object) -> RunRecord:

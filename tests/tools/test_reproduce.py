@@ -469,11 +469,57 @@ def test_the_record_track_needs_all_of_it(trio):
     records = trio(2.0, 2.5, 3.0)
     documents = {**records[0].stages["ttt"], "documents": 50_000}
     machine = environment(records[0], device="NVIDIA H100 80GB HBM3", ranks=8, data_sha256="d")
-    good = [change(record, **machine, stages={"ttt": documents}) for record in records]
+    audit = records[0].audit | {"files": {"result": "0"}}
+    good = [change(record, **machine, stages={"ttt": documents}, audit=audit) for record in records]
     assert submission.not_a_record(good) == []
+    partial = audit | {"checks": audit["checks"] | {"E2": {"status": "NOT CHECKED"}, "D1": {}}}
+    assert submission.not_a_record([change(good[0], audit=partial), *good[1:]]) == ["not checked: E2, D1"]
+    unbound = {key: value for key, value in audit.items() if key != "files"}
+    told = submission.not_a_record([change(good[0], audit=unbound), *good[1:]])
+    assert told == ["its audit does not tell of which files"]
     assert submission.not_a_record(good[:2]) == ["2 of 3 seeds"]
     assert submission.not_a_record([change(good[0], audit=None), *good[1:]]) == ["not audited"]
     assert len(submission.not_a_record(records)) >= 2
+
+
+def test_the_checks_that_a_record_needs_are_those_of_the_audit():
+    from auditing.checks import ORDER, QUESTIONS
+
+    assert sorted(submission.NEEDED) == sorted({*ORDER} - {*QUESTIONS, "W2"})
+
+
+def test_an_audit_of_other_files_is_not_believed(site):
+    """Each file that it judged, in the run's folder and of the copies that are published."""
+    folder, record = site
+    (record.path / "ledger.jsonl").write_text("{}")
+    hashes = runs.hashes_of_files(record.path, record.result)
+    assert sorted(hashes) == ["ledger", "log", "result"]
+    edit_json(record.path / "audit.json", "files", hashes)
+    assert runs.changed_since_audit(runs.read_run(record.path)) == []
+    (record.path / "ledger.jsonl").write_text("{ }")
+    assert runs.changed_since_audit(runs.read_run(record.path)) == ["ledger"]
+    with pytest.raises(submission.SubmissionError, match="its audit is that of another ledger"):
+        submission.check_submittable([runs.read_run(record.path)])
+    published = submission.publish([record], folder / "logs")[0]
+    assert runs.changed_since_audit(published) == []
+    published.path.write_text(published.path.read_text() + "\n")
+    assert runs.changed_since_audit(runs.read(published.path)) == ["result"]
+
+
+@pytest.mark.parametrize(
+    "places, told",
+    [
+        (("environment", "device"), "NVIDIA H100 80GB HBM3"),
+        (("environment", "ranks"), 8),
+        (("stages", "ttt", "documents"), 50_000),
+        (("stages", "quantised", "val_bpb"), 1.05),
+    ],
+)
+def test_a_result_must_say_what_its_log_says(site, places, told):
+    _, record = site
+    edit_json(record.path / "result.json", *places, told)
+    with pytest.raises(runs.ReadError, match=f"says {places[-1]}.* {told}, its log"):
+        runs.read_run(record.path)
 
 
 def edit_json(path: Path, *places_and_value) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from runs import NAMES_AND_PLACES, RunRecord, Unfinished, given, read_run
+from runs import NAMES_AND_PLACES, RunRecord, Unfinished, changed_since_audit, given, read_run
 from scripts import hash_on_disk
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,7 +119,7 @@ def run_missing(experiment: Experiment, folder: Path, seeds: Sequence[int], audi
             record = run_seed(experiment, path, seed)
         else:
             print(f"reproduce: seed {seed}: finished before, {record.path}", flush=True)
-        if audit and record.audit is None:
+        if audit and (record.audit is None or changed_since_audit(record)):
             judge = [sys.executable, ROOT / "tools" / "audit.py", record.path]
             others = ["--seeds", *(other.path for other in records)] if records else []
             code = subprocess.run([*judge, *others]).returncode
