@@ -32,8 +32,11 @@ VARIANCE_STEPS, BELL = _variance_steps(), _bell()
 COLUMN_OPTIONS = tuple(itertools.product((0, 1, 2), (8, 32, 128, 512), (0, 8, 32)))
 OPTIONS = np.array(COLUMN_OPTIONS).T
 ESCAPE, ZERO = 0, 128  # symbols: of a level that has no frequency, of level 0
+MIXED = 255  # what is told of a bucket (8 slots side by side) that several symbols share
 LEVELS_PER_CODER, STATE_BYTES = 15, 5  # log2; of a coder at the end of coding
-LOWEST = 1 << 24  # a coder's state is from here to 2^40
+# A coder's state is from LOWEST to 2^40. These are arrays, because numpy would convert a Python integer anew
+# in each operation, which takes a third of the time of one on so few states.
+LOWEST, WORD, LOW_WORD, BUCKET = map(np.array, (1 << 24, 16, 0xFFFF, 3))
 SEGMENT = 256  # rows after which a trellis begins anew
 MOST_TABLES = 2048  # that may tell means; matrices of the record's size have 608
 TABLES_AT_ONCE = 256  # which are made: more would take memory
@@ -69,13 +72,15 @@ class ColumnModels:
 
     def add(self, *sums: object) -> None:
         """Take in a block of rows: their number, the sums of its columns and of their squares."""
-        self.told = (self.told >> self.counts[0]) + 256 * np.stack(np.broadcast_arrays(*sums))
+        self.told >>= self.counts[0]
+        for told, value in zip(self.told, sums, strict=True):
+            told += 256 * value
 
 
 def _column_sums(levels: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
     """Rows of a block, and the sums of its columns and of their squares."""
-    block = levels.astype(np.int32)
-    return len(block), block.sum(0), (block * block).sum(0)
+    sums = levels.sum(0, dtype=np.int32), np.square(levels, dtype=np.int32).sum(0, dtype=np.int32)
+    return len(levels), *sums
 
 
 def _block_starts(rows: int) -> list[int]:
@@ -113,87 +118,79 @@ class FrequencyTables:
 
     A table begins as 128 imagined symbols of a Gaussian; it is made anew when the class has a quarter more
     symbols. What is further away than 5.6 deviations and was never seen has no frequency: it is an escape.
+
+    A symbol of table `row` has the place 256 row + symbol. `packed` tells the first slot of each place,
+    counted through all tables, and in 16 bits below it the frequency. `bucket` tells the symbol that has all
+    slots of a bucket, or MIXED, which is symbol 255 too: then the place is looked for in `packed`.
     """
 
-    def __init__(self):
-        self.index: dict[int, int] = {}
-        self.weights, self.learnt, self.made = np.zeros((0, 256), np.int64), *np.zeros((2, 0), np.int64)
-        self.following = np.zeros((0, 256), np.uint8)
-        self.first, self.packed = np.zeros((0, 1 << 13), np.uint8), np.zeros((0, 256), np.int64)
+    def __init__(self, scales: int):
+        self.index, self.count = np.full(scales << 15, -1, np.int16), 0  # row of each key; rows
+        self.weights, self.made = np.zeros((0, 256), np.int64), np.zeros(0, np.int64)
+        self.bucket, self.packed = np.zeros((0, 1 << 13), np.uint8), np.zeros((0, 256), np.int64)
 
-    def rows(self, keys: np.ndarray) -> np.ndarray:
-        """The rows of the tables of some keys: (lattice, kind, mean) as one number. New ones are made.
+    def places(self, keys: np.ndarray) -> np.ndarray:
+        """First places of the tables of keys: (lattice, kind, mean) as one number, [lattices, columns].
+
+        New tables are begun, and made where enough was learnt.
+        """
+        for row in keys:
+            self._add(np.unique(row[self.index[row] < 0]))
+        learnt = self.weights.sum(1) >> 16
+        for batch in _batches(np.flatnonzero(4 * learnt >= 5 * self.made)):
+            self._make(batch)
+            self.made[batch] = learnt[batch]
+        return self.index[keys].astype(int) << 8
+
+    def _add(self, keys: np.ndarray) -> None:
+        """Begin tables of keys that have none, each once.
 
         Where there are MOST_TABLES, what is new has mean 0: a file that means harm may ask for any number.
         """
-        distinct, inverse = np.unique(keys, return_inverse=True)
-        known = np.array([int(key) in self.index for key in distinct])
-        surplus = np.flatnonzero(~known)[max(MOST_TABLES - len(self.index), 0) :]
-        distinct[surplus] = distinct[surplus] & -128 | 64
-        fresh = [key for key in dict.fromkeys(distinct.tolist()) if key not in self.index]
-        self.index |= {key: len(self.index) + i for i, key in enumerate(fresh)}
-        self._make_room()
-        for batch in _batches(np.array(fresh, int)):
+        kept = np.where(np.arange(len(keys)) < MOST_TABLES - self.count, keys, keys & -64 | 32)
+        fresh = np.unique(kept[self.index[kept] < 0])
+        self.index[fresh] = np.arange(len(fresh)) + self.count
+        self.index[keys] = self.index[kept]
+        self.count += len(fresh)
+        for array in (self.weights, self.made, self.bucket, self.packed):  # no longer than is needed: memory
+            array.resize((self.count, *array.shape[1:]), refcheck=False)
+        for batch in _batches(fresh):
             self._begin(batch)
-        rows = np.array([self.index[key] for key in distinct.tolist()])
-        for batch in _batches(np.unique(rows[4 * self.learnt[rows] >= 5 * self.made[rows]])):
-            self._make(batch)
-        return rows[inverse].reshape(keys.shape)
-
-    def _make_room(self) -> None:
-        """Longer arrays, at least twice as long, where there are more tables than in them."""
-        end, room = len(self.index), len(self.learnt)
-        if end <= room:
-            return
-        for name in ("weights", "learnt", "made", "following", "first", "packed"):
-            old = getattr(self, name)
-            setattr(self, name, np.zeros((max(end, 2 * room), *old.shape[1:]), old.dtype))
-            getattr(self, name)[:room] = old
 
     def _begin(self, keys: np.ndarray) -> None:
         """Weights of new classes. Lattice 0 has every integer, lattices 2 and 3 the even and the odd ones."""
-        lattice, kind, mean = keys >> 14 & 3, keys >> 7 & 127, (keys & 127) - 64
+        lattice, kind, mean = keys >> 13 & 3, keys >> 6 & 127, 2 * (keys & 63) - 64
         numbers = (np.arange(256) - ZERO << (lattice > 1)[:, None]) + (lattice & 1)[:, None]
         bell = 2048 * (4 * numbers - mean[:, None]) ** 2 // VARIANCE_STEPS[kind][:, None]
         bell = np.where(bell < len(BELL), BELL[np.minimum(bell, len(BELL) - 1)], 0)
-        weights = (bell << 23) // np.maximum(bell.sum(1), 1)[:, None]
+        bell[:, ZERO] += ~bell.any(1)  # so quiet a class between two levels has none: two symbols at least
+        weights = (bell << 23) // bell.sum(1)[:, None]
         weights[:, ESCAPE] += 1 << 12
-        rows = [self.index[key] for key in keys.tolist()]
-        self.weights[rows], self.learnt[rows] = weights, 128
+        self.weights[self.index[keys]] = weights
 
     def _make(self, rows: np.ndarray) -> None:
         """Frequencies by the weights, at least 1 of what has a weight; the commonest gets what is left."""
         weights = self.weights[rows]
         known = weights > 0
         left = (1 << 16) - known.sum(1, keepdims=True)
-        counts = known + weights * left // np.maximum(weights.sum(1, keepdims=True), 1)
+        counts = known + weights * left // weights.sum(1, keepdims=True)
         counts[np.arange(len(rows)), counts.argmax(1)] += (1 << 16) - counts.sum(1)
-        self.packed[rows] = counts << 16 | (counts.cumsum(1) - counts) & 0xFFFF
-        ends = counts.cumsum(1) + 7 >> 3
-        buckets = np.diff(ends, axis=1, prepend=0).ravel()  # of 8 slots, by the symbol of their first slot
+        ends = counts.cumsum(1)
+        self.packed[rows] = (rows[:, None] << 16) + ends - counts << 16 | counts
+        buckets = np.diff(ends + 7 >> 3, axis=1, prepend=0).ravel()  # by the symbol of their first slot
         symbols = np.tile(np.arange(256, dtype=np.uint8), len(rows))
-        self.first[rows] = np.repeat(symbols, buckets).reshape(-1, 1 << 13)
-        following = np.where(known, np.arange(256), 255)[:, :0:-1]
-        self.following[rows, :-1] = np.minimum.accumulate(following, axis=1)[:, ::-1]
-        self.made[rows] = self.learnt[rows]
-
-    def learn(self, rows: np.ndarray, symbols: np.ndarray) -> None:
-        """Count symbols uint8 in the tables of their rows, both [n]."""
-        np.add.at(self.weights.reshape(-1), rows.ravel() << 8 | symbols.ravel(), 1 << 16)
-        self.learnt += np.bincount(rows.ravel(), minlength=len(self.learnt))
-
-
-def next_states(states: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """States of the trellis after the levels `2 numbers + (states & 1)`: see systems/trellis.py."""
-    return states << 1 & 6 | (numbers ^ states >> 1 ^ states >> 2) & 1
+        self.bucket[rows] = np.repeat(symbols, buckets).reshape(-1, 1 << 13)
+        mixed = (ends & 7).nonzero()
+        self.bucket[rows[mixed[0]], ends[mixed] >> 3] = MIXED
 
 
 class LevelCoder:
     """The walk over all levels, which coding and decoding share, and the states of the parallel coders.
 
     A column with a trellis has a state that allows the even or the odd levels; what is coded of a level is
-    its number among these. Columns of the matrices with the most rows come first, so that those that go on
-    are always the beginning. Coders' states have 40 bits, and give and take words of 16.
+    its number among these. The state is whether the levels of this row and of the two above are odd. Columns
+    of the matrices with the most rows come first, so that those that go on are always the beginning. Coders'
+    states have 40 bits, and give and take words of 16.
     """
 
     def __init__(self, matrices: Sequence[np.ndarray], tops: Sequence[int], options: bytes):
@@ -201,48 +198,48 @@ class LevelCoder:
         filled = [i for i, (_, columns) in enumerate(shapes) if columns]
         self.matrices, self.order = matrices, sorted(filled, key=lambda i: -shapes[i][0])
         places = np.repeat(self.order, [shapes[i][1] for i in self.order]).astype(int)
-        facts = [(len(m), top, m.dtype == np.int16) for m, top in zip(matrices, tops, strict=True)]
-        self.heights, tops, trellis = np.array(facts, int).reshape(-1, 3)[places].T
-        self.trellis = trellis.astype(np.int16)
-        self.lattices = (tops << 2 | trellis << 1) << 14
+        scales = sorted(set(tops))
+        kinds = zip(matrices, tops, strict=True)
+        facts = [(len(m), scales.index(top), m.dtype == np.int16) for m, top in kinds]
+        self.heights, scale, trellis = np.array(facts, int).reshape(-1, 3)[places].T
+        self.trellis = trellis.astype(np.uint8)
+        parities = np.arange(1 + trellis.any())[:, None]
+        self.lattices = (scale << 2 | trellis << 1 | trellis & parities) << 13
         chosen = np.frombuffer(options, np.uint8).reshape(-1, 2)[places].T
         self.models = ColumnModels(len(places), *chosen)
-        self.tables = FrequencyTables()
+        self.tables = FrequencyTables(len(scales))
         self.coders = np.full((self.heights.sum() >> LEVELS_PER_CODER) + 1, LOWEST, np.int64)
 
     def code(self) -> None:
         """Go through the matrices row by row; decoding fills them."""
-        height, states = self.heights.max(initial=0), np.zeros(len(self.heights), np.int16)
+        height, past = self.heights.max(initial=0), np.zeros((3, len(self.heights)), np.uint8)
         edges = np.unique([*_block_starts(height), *self.heights])
         for start, end in itertools.pairwise(edges.tolist()):
             width = np.count_nonzero(self.heights > start)
             self.models.cut(width)
-            trellis, states = self.trellis[:width], states[:width]
-            trellises = trellis.any()
+            trellis = self.trellis[:width]
             kind, mean = self.models.classes()
-            keys = self.lattices[:width] + (kind << 7) + mean + 64
-            tables = self.tables.rows(keys), self.tables.rows(keys + (trellis.astype(int) << 14))
+            tables = self.tables.places(self.lattices[:, :width] + (kind << 6) + (mean >> 1) + 32)
+            between = tables[-1] - tables[0]
             parts = [self.matrices[i][start:end] for i in self.order if len(self.matrices[i]) > start]
-            block = np.concatenate(parts, axis=1, dtype=np.int16) >> trellis
-            rows, parities = np.tile(tables[0].astype(np.int32), (end - start, 1)), np.zeros_like(block)
-            for row, numbers in enumerate(block):
-                table = tables[0]
-                if trellises:
-                    states = states * trellis if (start + row) % SEGMENT else np.zeros_like(states)
-                    parities[row] = states & 1
-                    rows[row] = table = np.where(parities[row], tables[1], table)
-                numbers[:] = self._code_row(table, numbers)
-                if trellises:
-                    states = next_states(states, numbers)
-            self.tables.learn(rows, block + ZERO)
-            levels = (block << trellis) + parities
+            symbols = (np.concatenate(parts, axis=1) >> trellis).astype(np.uint8) ^ ZERO
+            odd = np.zeros((len(symbols) + 3, width), np.uint8)  # levels, from those two rows above on
+            if start % SEGMENT:
+                odd[:3] = past[:, :width]
+            for row, numbers in enumerate(symbols):
+                places = odd[row + 2] * between + tables[0]
+                self._code_row(places, numbers)
+                np.add.at(self.tables.weights.reshape(-1), places, 1 << 16)
+                odd[row + 3] = (numbers ^ odd[row] ^ odd[row + 1]) & trellis
+            past = odd[-3:]
+            levels = ((symbols ^ ZERO).view(np.int8).astype(np.int16) << trellis) + odd[2:-1]
             self.models.add(*_column_sums(levels))
             edges = np.cumsum([part.shape[1] for part in parts])[:-1]
             for part, decoded in zip(parts, np.split(levels, edges, axis=1), strict=True):
                 self._end_block(part, decoded)
 
-    def _code_row(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """Code the numbers of a row by their tables; returns them, or what they are in decoding."""
+    def _code_row(self, places: np.ndarray, symbols: np.ndarray) -> None:
+        """Code the symbols uint8 of a row, or fill them in; first places of their tables become their own."""
         raise NotImplementedError
 
     def _end_block(self, part: np.ndarray, levels: np.ndarray) -> None:
@@ -256,14 +253,13 @@ class LevelEncoder(LevelCoder):
         super().__init__(*arguments)
         self.jobs, self.escapes = [], []
 
-    def _code_row(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        symbols = numbers + ZERO
-        packed = self.tables.packed[rows, symbols]
-        escapes = np.flatnonzero((packed < 1 << 16) | (symbols == ESCAPE))
-        packed[escapes] = self.tables.packed[rows[escapes], ESCAPE]
-        self.escapes.append(symbols[escapes].astype(np.uint8))
+    def _code_row(self, places: np.ndarray, symbols: np.ndarray) -> None:
+        places += symbols
+        packed = self.tables.packed.take(places)
+        escapes = np.flatnonzero((packed & LOW_WORD == 0) | (symbols == ESCAPE))
+        packed[escapes] = self.tables.packed.take(places[escapes] & -256 | ESCAPE)
+        self.escapes.append(symbols[escapes])
         self.jobs.append(packed.astype(np.uint32))
-        return numbers
 
     def stream(self) -> bytes:
         """The coders' states, the words, and the escapes from behind."""
@@ -271,12 +267,12 @@ class LevelEncoder(LevelCoder):
         for packed in reversed(self.jobs):
             for low in reversed(range(0, len(packed), count)):
                 part = packed[low : low + count].astype(np.int64)
-                frequency, coders = part >> 16, self.coders[: len(part)]
+                frequency, coders = part & 0xFFFF, self.coders[: len(part)]
                 full = coders // LOWEST >= frequency
                 words.append(coders[full].astype("<u2"))
                 coders[full] >>= 16
                 whole, rest = np.divmod(coders, frequency)
-                coders[:] = (whole << 16) + rest + (part & 0xFFFF)
+                coders[:] = (whole << 16) + rest + (part >> 16)
         escapes = b"".join(part.tobytes() for part in self.escapes)
         words = b"".join(part.tobytes() for part in reversed(words))
         states = self.coders.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :STATE_BYTES]
@@ -291,32 +287,31 @@ class LevelDecoder(LevelCoder):
         size = STATE_BYTES * len(self.coders)
         states = np.frombuffer(data[:size], np.uint8).reshape(-1, STATE_BYTES)
         self.coders[:] = np.pad(states, ((0, 0), (0, 8 - STATE_BYTES))).view("<i8")[:, 0]
-        self.words = np.frombuffer(data[size:], "<u2", len(data) - size >> 1).astype(np.int64)
+        self.words = np.frombuffer(data[size:], "<u2", len(data) - size >> 1)
         self.escapes, self.left = np.frombuffer(data, np.uint8)[::-1], len(data) - size
         self.used = self.escaped = 0
 
-    def _code_row(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        symbols, first, packed = np.empty(len(rows), np.uint8), rows << 13, rows << 8
-        tables, count = self.tables, len(self.coders)
-        for low in range(0, len(rows), count):
-            coders, row = self.coders[: len(rows) - low], packed[low : low + count]
-            slot = coders & 0xFFFF
-            found = tables.first.take(first[low : low + count] + (slot >> 3))
-            table = tables.packed.take(row + found)
-            rest, frequency = slot - (table & 0xFFFF), table >> 16
-            while len(late := (rest >= frequency).nonzero()[0]):  # a later symbol of the bucket
-                found[late] = tables.following.take(row[late] + found[late])
-                table = tables.packed.take(row[late] + found[late])
-                rest[late], frequency[late] = slot[late] - (table & 0xFFFF), table >> 16
-            coders[:] = frequency * (coders >> 16) + rest
+    def _code_row(self, places: np.ndarray, symbols: np.ndarray) -> None:
+        tables, packed, count, slots = self.tables, self.tables.packed.ravel(), len(self.coders), places << 8
+        for low in range(0, len(places), count):
+            coders, place = self.coders[: len(places) - low], places[low : low + count]
+            slot = (coders & LOW_WORD) + slots[low : low + count]
+            symbol = tables.bucket.take(slot >> BUCKET)
+            place += symbol
+            if len(mixed := (symbol == MIXED).nonzero()[0]):
+                place[mixed] = packed.searchsorted(slot[mixed] + 1 << WORD) - 1
+            table = packed.take(place)
+            coders >>= WORD
+            coders *= table & LOW_WORD
+            coders += slot - (table >> WORD)
             empty = (coders < LOWEST).nonzero()[0]
-            coders[empty] = coders[empty] << 16 | self.words[self.used : self.used + len(empty)]
+            coders[empty] = coders[empty] << WORD | self.words[self.used : self.used + len(empty)]
             self.used += len(empty)
-            symbols[low : low + count] = found
+        symbols[:] = places
         escapes = np.flatnonzero(symbols == ESCAPE)
         symbols[escapes] = self.escapes[self.escaped : self.escaped + len(escapes)]
+        places[escapes] += symbols[escapes]
         self.escaped += len(escapes)
-        return symbols.astype(np.int16) - ZERO
 
     def _end_block(self, part: np.ndarray, levels: np.ndarray) -> None:
         part[:] = levels

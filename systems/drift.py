@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from systems.fit_bytes import FitProblem, fit_matrices
+from systems.fit_bytes import FitProblem, column_scales, fit_matrices
 from train_gpt import (
     CPU,
     GPT,
@@ -92,8 +92,9 @@ class LayersInOrder:
         def correct(names: list[str], visits: int) -> None:
             if chosen := {name: problems[name].original for name in names if name in problems}:
                 transform, hessian, factor = self._drift(stored, names[0], visits)
-                corrected = {name: weight.float() @ transform for name, weight in chosen.items()}
-                put(self._fit({n: FitProblem(w, hessian, factor) for n, w in corrected.items()}, clips))
+                shared = hessian, factor, column_scales(factor)
+                corrected = {n: FitProblem(w.float() @ transform, *shared) for n, w in chosen.items()}
+                put(self._fit(corrected, clips))
 
         put(records)
         put(self._fit({name: problems[name] for name in ("tok_emb.weight",) if name in problems}, clips))

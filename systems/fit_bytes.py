@@ -17,7 +17,6 @@ from torch import Tensor
 from train_gpt import (
     COUNTED,
     CPU,
-    DAMPING,
     GPT,
     Config,
     ConfigError,
@@ -118,41 +117,41 @@ def fit_clips(
 
 
 class FitProblem(NamedTuple):
-    """A matrix that is to be stored, its Hessian [columns, columns] and that one's factor."""
+    """A matrix that is to be stored, its Hessian [columns, columns], its factor and `column_scales`."""
 
     original: Tensor
     hessian: Tensor
     factor: HessianFactor
+    columns: Tensor
 
     def scaled(self, clip_sigmas: float, largest: int) -> tuple[Tensor, HessianFactor, Tensor]:
         """The same problem in units of the columns' scales, at steps so coarse as the clip width says.
 
         No weight is clipped; `largest` is the largest level.
         """
-        columns = column_scales(self.factor)
-        weight = self.original.float() / columns
-        factor = self.factor._replace(upper=self.factor.upper / columns[self.factor.order])
+        weight = self.original.float() / self.columns
+        factor = self.factor._replace(upper=self.factor.upper / self.columns[self.factor.order])
         least = weight.abs().amax(1) / largest * (1 + 2.0**-FIT_SCALES)  # rounded, it is still enough
         spread = weight.std(dim=1, correction=min(1, weight.size(1) - 1))
         scale = (clip_sigmas * spread / FIT_TOP).maximum(least)
         return weight, factor, short_half(scale.clamp(2.0**-14, 2.0**15), FIT_SCALES)
 
-    def refit_columns(self, restored: Tensor, columns: Tensor) -> tuple[Tensor, float]:
+    def refit_columns(self, restored: Tensor) -> tuple[Tensor, float]:
         """Column scales of least error for the levels that were chosen, and what they change of tr(E H E^T).
 
         The old ones where rounding takes all of that back. The error is quadratic in the scales (a normal
         equation); `restored` is the weight as it is stored with the old ones.
         """
-        damping = DAMPING * self.hessian.diagonal().mean()
-        hessian = self.hessian + damping * torch.eye(len(self.hessian), device=self.hessian.device)
+        hessian = self.hessian + torch.diag(self.factor.dead.float())  # damped as `factorise` did
+        hessian.diagonal().add_(self.factor.damping * hessian.diagonal().mean())
         curvature = ((restored.t() @ restored) * hessian).double()
         slope = (((self.original.float() - restored) @ hessian) * restored).sum(0).double()
         curvature.diagonal().add_(1e-6 * curvature.diagonal().mean() + 1e-30)
         change = torch.linalg.solve(curvature, slope)
-        fitted = short_half((columns * (1 + change)).clamp(2.0**-8, 2.0**8).float(), FIT_SCALES).float()
-        change = (fitted / columns - 1).double()
+        fitted = short_half((self.columns * (1 + change)).clamp(2.0**-8, 2.0**8).float(), FIT_SCALES).float()
+        change = (fitted / self.columns - 1).double()
         error = float(change @ (curvature @ change) - 2 * slope @ change)
-        return (fitted, error) if error < 0 else (columns, 0.0)
+        return (fitted, error) if error < 0 else (self.columns, 0.0)
 
 
 def fit_matrices(
@@ -169,11 +168,10 @@ def fit_matrices(
         solved = [gptq(weight, factor, FIT_BITS, scale) for weight, factor, scale in scaled]
     records = {}
     for (name, problem), (levels, scale, error) in zip(problems.items(), solved, strict=True):
-        columns = column_scales(problem.factor)
-        arrays = {"q": levels, "scale": scale, "columns": columns.half()}
+        arrays = {"q": levels, "scale": scale, "columns": problem.columns.half()}
         kind, shape = "trellis" if trellis else "gptq", tuple(problem.original.shape)
         record = records[name] = QuantizedTensor(kind, FIT_BITS, shape, arrays, ("columns", 0, 0))
-        columns, change = problem.refit_columns(record.dequantize(), columns)
+        columns, change = problem.refit_columns(record.dequantize())
         record.arrays = {key: array.cpu() for key, array in (arrays | {"columns": columns.half()}).items()}
         if not COUNTED:
             scheme = Scheme("gptq", FIT_BITS, clips[name])
@@ -236,7 +234,10 @@ class FitSearch:
         hessians = {name: hessians[name] for name in self.matrices}
         factors = factorise_all(hessians)
         self.clips = fit_clips(flat, hessians, factors, gradients)
-        self.problems = {n: FitProblem(w, hessians[n], factors[n]) for n, w in self.matrices.items()}
+        self.problems = {
+            name: FitProblem(w, hessians[name], factors[name], column_scales(factors[name]))
+            for name, w in self.matrices.items()
+        }
         self.store_in_order: Store | None = None  # `LayersInOrder.store`
         self.best: tuple[int, float, dict[str, QuantizedTensor]] | None = None  # spare bytes, step, tensors
 

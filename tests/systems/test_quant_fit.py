@@ -398,7 +398,7 @@ def test_quant_fit_of_odd_matrices(tg, name, log2_step, quantizer):
         {name: weight}, {name: torch.eye(weight.size(1))}, {name: factor}, {name: weight[:, 0] ** 2}
     )
     assert 0 < clips[name] < math.inf
-    problems = {name: tg.FitProblem(weight, torch.eye(weight.size(1)), factor)}
+    problems = {name: tg.FitProblem(weight, torch.eye(weight.size(1)), factor, tg.column_scales(factor))}
     record = tg.fit_matrices(problems, {name: 2.0**log2_step}, quantizer)[name]
     assert all(array.isfinite().all() for array in record.arrays.values() if array.is_floating_point())
     error = (record.dequantize() - weight).abs().amax(1)
@@ -407,17 +407,31 @@ def test_quant_fit_of_odd_matrices(tg, name, log2_step, quantizer):
         assert (error <= (weight.abs().amax(1) * (2.0**-5 + 1 / 254)).clamp_min(smallest)).all()
 
 
+@pytest.mark.parametrize("damping", [0.01, 0.1, 1.0])
 @pytest.mark.parametrize("quantizer", ["scalar", "trellis"])
-def test_fit_columns_are_refitted(tg, quantizer):
-    """The error is what the records have, and never above that with the scales that the sweep went by."""
+def test_fit_columns_are_refitted(tg, quantizer, damping):
+    """The error is what the records have, and never above that with the scales that the sweep went by.
+
+    Also where a Hessian is not positive, so that it was damped more, and with a column without inputs.
+    """
     weight, h = normal(5, 120, 40), hessian(6, 40)
+    weight[:, 7] = h[7] = h[:, 7] = 0
+    damped = 1e-4 * h.double()  # so small that the 1 of the column without inputs matters
+    damped[7, 7] = 1
+    if damping > 0.01:
+        least = torch.linalg.eigvalsh(damped)[0] + 0.3 * damping * damped.diagonal().mean()
+        damped -= least * torch.eye(40)
+        damped[7, 7] = 1
+    h = damped.float()
+    h[7, 7] = 0
     factor = tg.factorise(h)
-    problem = tg.FitProblem(weight, h, factor)
-    damped = h.double() + tg.DAMPING * h.diagonal().mean() * torch.eye(40)
+    problem = tg.FitProblem(weight, h, factor, tg.column_scales(factor))
+    damped += damping * damped.diagonal().mean() * torch.eye(40)
+    assert factor.damping == pytest.approx(damping)
     gains = []
     for clip_sigmas in (60.0, 250.0, 800.0):
         record = tg.fit_matrices({"m": problem}, {"m": clip_sigmas}, quantizer)["m"]
-        old = {**record.arrays, "columns": tg.column_scales(factor).half()}
+        old = {**record.arrays, "columns": problem.columns.half()}
         errors = []
         for arrays in (record.arrays, old):
             record.arrays = arrays
@@ -432,9 +446,9 @@ def test_fit_columns_of_least_error(tg, monkeypatch):
     """Without rounding, no other column scales would do better: the slope there is zero."""
     monkeypatch.setattr(tg, "short_half", lambda x, mantissa: x)
     weight, h = normal(7, 50, 12), hessian(8, 12)
-    problem = tg.FitProblem(weight, h, tg.factorise(h))
+    problem = tg.FitProblem(weight, h, tg.factorise(h), torch.ones(12))
     restored = (weight / 0.7).round() * 0.7
-    columns, change = problem.refit_columns(restored, torch.ones(12))
+    columns, change = problem.refit_columns(restored)
     damped = h + tg.DAMPING * h.diagonal().mean() * torch.eye(12)
 
     def error(scales: torch.Tensor) -> float:
