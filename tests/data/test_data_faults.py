@@ -206,16 +206,21 @@ def test_reading_texts_without_a_space_for_a_tokenizer(tmp_path, capsys, plain):
 
 
 def test_reading_twice_from_a_pipe_is_refused(tmp_path, capsys):
+    def refused(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as left:
+            prepare.parse_arguments([*map(str, arguments), "--out", str(tmp_path / "out")])
+        err = capsys.readouterr().err
+        assert left.value.code == 2 and err.count("\n") == 1
+        return err
+
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    out = ["--out", tmp_path / "out"]
-    code, err = told_by(capsys, "--docs", pipe, "--train-tokenizer", 400, *out)
-    assert code == 2 and f"--docs {pipe}: --train-tokenizer reads the documents twice" in err
+    told = f"--docs {pipe}: --train-tokenizer reads the documents twice and needs a file"
+    assert told in refused("--docs", pipe, "--train-tokenizer", 400)
     for twice in (pipe, "-"):
-        code, err = told_by(capsys, "--docs", twice, twice, "--sp", "m", *out)
-        assert code == 2 and f"--docs {twice}: can be read once only, and is named 2 times" in err
-    code, err = told_by(capsys, "--docs", "d.jsonl", "--sp", "m", "--workers", 99_999, *out)
-    assert code == 2 and "--workers 99999: must be at most" in err and err.count("\n") == 1
+        told = f"--docs {twice}: can be read once only, and is named 2 times"
+        assert told in refused("--docs", twice, twice, "--sp", "m")
+    assert "--workers 99999: must be at most" in refused("--docs", "d", "--sp", "m", "--workers", 99_999)
 
 
 LINES = b"".join(json.dumps({"text": f"Document {n}"}).encode() + b"\n" for n in range(9))
