@@ -38,10 +38,10 @@ ablations: $(DEV) data/demo/manifest.json  ## the record without its parts, thre
 
 data: data/demo/manifest.json data/demo_plain/manifest.json  ## the demo data sets alone, CaseOps and plain
 
-data/demo/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dataprep/*.py) | $(RUN)
+data/demo/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dataprep/*.py) dataprep/demo.jsonl.xz | $(RUN)
 	$(BIN)/python prepare_caseops_data.py --demo --overwrite
 
-data/demo_plain/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dataprep/*.py) | $(RUN)
+data/demo_plain/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dataprep/*.py) dataprep/demo.jsonl.xz | $(RUN)
 	$(BIN)/python prepare_caseops_data.py --demo --plain --overwrite
 
 test: $(DEV)  ## all tests (10 minutes on 2 cores)

@@ -38,15 +38,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from sentencepiece import SentencePieceProcessor
 
 from dataprep.checking import check_folder, report_table, split_report
 from dataprep.crew import EXAMPLES, Crew, HeldOut, Result, Worker
 from dataprep.demo import DEMO_VAL_DOCS, DEMO_VOCAB, demo_documents
 from dataprep.download import download
-from dataprep.encoding import MAX_VOCAB, Tokenizer, make_tokenizer, tokenizer_texts, train_tokenizer
+from dataprep.encoding import (
+    MAX_VOCAB,
+    SPACE_PIECE,
+    Tokenizer,
+    has_space,
+    make_tokenizer,
+    tokenizer_texts,
+    train_tokenizer,
+)
 from dataprep.leaks import NearIndex
 from dataprep.progress import Progress
 from dataprep.reading import Block, Document, Reader, document_blocks, make_document, parse_block
+from dataprep.scanning import validation_hashes
 from dataprep.shards import (
     BYTES_SHARD,
     FORMAT,
@@ -55,9 +65,11 @@ from dataprep.shards import (
     TRANSFORM,
     UNFINISHED,
     VAL_SHARD,
+    BusyError,
     DataError,
     DataFolder,
     ShardWriter,
+    locked,
 )
 from systems.layout import DEMO_OUT, DEMO_PLAIN_OUT, SOURCES
 
@@ -92,6 +104,7 @@ class Split:
             "bytes",
             "dropped_duplicates",
             "dropped_space_duplicates",
+            "dropped_token_duplicates",
             "near_duplicates",
             "dropped_near_duplicates",
             "empty_documents",
@@ -110,6 +123,10 @@ class Split:
         ),
     }
 
+    SELDOM = (
+        "dropped_token_duplicates",
+    )  # named where there are some, so that other manifests stay as they were
+
     def __init__(self, name: str, *writers: ShardWriter) -> None:
         self.name, self.writers = name, writers
         self.counts, self.lengths = Counter(), Counter()
@@ -122,6 +139,14 @@ class Split:
         self.near += result.near[: EXAMPLES - len(self.near)]
         streams = (result.tokens, result.token_bytes)
         return sum(writer.add(values) for writer, values in zip(self.writers, streams, strict=False))
+
+    def lacks(self) -> str:
+        """Why a validation split of these documents could not be scored, "" if it can."""
+        if not (self.counts["documents"] or self.counts["empty_documents"] or self.counts["bad_documents"]):
+            return "the input holds no documents"
+        if not self.counts["documents"]:
+            return "all these documents are empty" + " or broken" * bool(self.counts["bad_documents"])
+        return "" if self.counts["bytes"] else "these documents leave no bytes to score (white space alone?)"
 
     def flush(self) -> None:
         """Write the last shard."""
@@ -150,7 +175,8 @@ class Split:
 
     def manifest(self) -> dict:
         """The split's entry in the manifest."""
-        return {name: self.counts[name] for name in self.COUNTS[self.name]}
+        names = self.COUNTS[self.name]
+        return {name: self.counts[name] for name in names if self.counts[name] or name not in self.SELDOM}
 
 
 class Preparation:
@@ -167,6 +193,7 @@ class Preparation:
         self._val, self._train = Split("val", val, val_bytes), Split("train", train)
         self._digests: list[bytes] = []  # of validation documents, in order
         self._keys: set[bytes] = set()
+        self._refused: set[str] = set()  # digests of validation documents that are not taken, in hex
         self._bad: list[str] = []
         self._noted = 0
         self.resumed = False
@@ -244,8 +271,10 @@ class Preparation:
     def _validation(self, blocks: Iterator[Block]) -> None:
         """Tokenise and write the validation split, or where that is done, read its hashes only."""
         if self.resumed:
+            self._refused = set(self._state.get("refused", []))
             for (_, size, _), block in self._tagged(blocks):
                 documents = [document for document in parse_block(block).documents if document.utf8]
+                documents = [d for d in documents if d.digest.hex() not in self._refused]
                 self._hold_out([d.digest for d in documents], [d.key for d in documents])
                 self._progress.update(0, size)
             self._val.resume(self._state["val"])
@@ -254,10 +283,9 @@ class Preparation:
             for (_, size, _), result in crew.map(self._tagged(blocks), attrgetter("size")):
                 self._take(self._val, result, size)
                 self._hold_out(result.digests, result.keys)
-        if not self._val.counts["documents"]:
-            if self._val.counts["empty_documents"]:
-                raise DataError(f"--val-docs {self._job.val_docs}: all these documents are empty")
-            raise DataError("the input holds no documents")
+                self._refused.update(digest.hex() for digest in result.refused)
+        if fault := self._val.lacks():
+            raise DataError(f"--val-docs {self._job.val_docs}: {fault}")
         self._val.flush()
 
     def _crew(self, held_out: HeldOut | None) -> Crew:
@@ -280,7 +308,8 @@ class Preparation:
         else:
             self._save(0, self._input.hexdigest())
         near = NearIndex.of_folder(self._folder.path)
-        held_out = HeldOut(set(self._digests), self._keys, near, self._job.drop_near)
+        same = validation_hashes(self._folder.path)
+        held_out = HeldOut(set(self._digests), self._keys, same, near, self._job.drop_near)
         with self._crew(held_out) as crew:
             for (number, size, digest), result in crew.map(tagged, attrgetter("size")):
                 if self._take(self._train, result, size):
@@ -299,6 +328,7 @@ class Preparation:
         }
         self._state |= {"val": self._val.state(), "train": self._train.state(), "files": files}
         self._state |= {"blocks": blocks, "input": digest, "bad": self._bad}
+        self._state |= {"refused": sorted(self._refused)}
         self._folder.remember(self._state)
 
     def _skip(self, tagged: Iterator[tuple[tuple[int, int, str], Block]]) -> None:
@@ -362,14 +392,15 @@ def prepare(
             nothing left for one of the splits.
     """
     blocks = documents if isinstance(documents, Reader) else list(document_blocks(documents))
-    folder = DataFolder(out, overwrite)
-    preparation = Preparation(blocks, tokenizer, folder, Job(val_docs, shard_tokens, **how))
-    try:
-        return preparation.run()
-    except BaseException:
-        if not preparation.worth_keeping:
-            folder.discard()
-        raise
+    with locked(out):
+        folder = DataFolder(out, overwrite)
+        preparation = Preparation(blocks, tokenizer, folder, Job(val_docs, shard_tokens, **how))
+        try:
+            return preparation.run()
+        except BaseException:
+            if not preparation.worth_keeping:
+                folder.discard()
+            raise
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
@@ -387,6 +418,15 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _place(text: str) -> str:
+    """A file or folder, with the user's home for `~` where no shell has put it: `--out=~/x`."""
+    return os.path.expanduser(text)
+
+
+def _folder(text: str) -> Path:
+    return Path(_place(text))
+
+
 def _count_or_none(text: str) -> int:
     return 0 if text == "0" else _count(text)
 
@@ -394,8 +434,14 @@ def _count_or_none(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--docs", metavar="FILE", nargs="+", help="documents: JSONL (.xz, .gz, .zst, -) or .parquet")
-    add("--out", metavar="DIR", type=Path, help=f"output folder (with --demo: {DEMO_OUT})")
+    add(
+        "--docs",
+        metavar="FILE",
+        nargs="+",
+        type=_place,
+        help="documents: JSONL (.xz, .gz, .zst, -) or .parquet",
+    )
+    add("--out", metavar="DIR", type=_folder, help=f"output folder (with --demo: {DEMO_OUT})")
     add("--val-docs", metavar="N", type=_count, help=f"validation documents (default: {CANONICAL_VAL_DOCS})")
     add("--shard-tokens", metavar="N", type=_count, help=f"tokens of a shard (default: {SHARD_TOKENS})")
     add("--workers", metavar="N", type=_count, help="processes (default: one a core); the result is the same")
@@ -407,12 +453,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--write-manifest", action="store_true", help="with --check: for a right folder that has none")
     add("--shards", metavar="N", type=_count, help="with --download: only the first N training shards")
     add("--vocab", metavar="N", type=_count, help="with --download: pieces of the tokenizer (default: 8192)")
-    add("--sp", metavar="MODEL", help="use this SentencePiece model; with --check: it is the tokenizer")
+    add(
+        "--sp",
+        metavar="MODEL",
+        type=_place,
+        help="use this SentencePiece model; with --check: it is the tokenizer",
+    )
     add = parser.add_mutually_exclusive_group().add_argument
     add("--train-tokenizer", metavar="VOCAB", type=_count, help="train one, lossless, on the training split")
-    add("--demo", action="store_true", help="small data set from Python's own documentation")
+    add("--demo", action="store_true", help="small data set from the documentation of Python 3.11")
     add("--download", action="store_true", help="the contest's ready-made data, into data/ (or --out)")
-    add("--check", metavar="DIR", type=Path, help="verify a folder; says what is wrong and how to mend it")
+    add("--check", metavar="DIR", type=_folder, help="verify a folder; says what is wrong and how to mend it")
     return parser
 
 
@@ -441,6 +492,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         options.train_tokenizer = DEMO_VOCAB
     options.val_docs = options.val_docs or (DEMO_VAL_DOCS if options.demo else CANONICAL_VAL_DOCS)
     options.shard_tokens = options.shard_tokens or SHARD_TOKENS
+    most = 4 * (os.cpu_count() or 1)  # far more than cores, and they only take memory
+    if (options.workers or 0) > most:
+        parser.error(f"--workers {options.workers}: must be at most {most} on this machine")
     options.workers = options.workers or (1 if options.demo else _cores())
     options.max_bad = options.max_bad or 0
     return options
@@ -456,8 +510,12 @@ def _check_making(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         parser.error("--docs FILE and --out DIR are required (or --demo, --download, --check DIR)")
     if options.sp is None and options.train_tokenizer is None:
         parser.error("a tokenizer is required: --sp MODEL or --train-tokenizer VOCAB")
-    if "-" in options.docs and options.train_tokenizer is not None:
-        parser.error("--docs -: --train-tokenizer reads the documents twice and needs a file")
+    for path, times in Counter(options.docs).items():
+        pipe = path == "-" or os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
+        if pipe and options.train_tokenizer is not None:
+            parser.error(f"--docs {path}: --train-tokenizer reads the documents twice and needs a file")
+        if pipe and times > 1:
+            parser.error(f"--docs {path}: can be read once only, and is named {times} times")
     if (options.train_tokenizer or 0) > MAX_VOCAB:
         limit = f"a shard can hold at most {MAX_VOCAB} pieces"
         parser.error(f"--train-tokenizer {options.train_tokenizer}: {limit}")
@@ -478,11 +536,16 @@ def make_data(options: argparse.Namespace) -> dict:
     def documents() -> Reader | list[Document]:
         return Reader(options.docs) if demo is None else demo
 
-    if options.train_tokenizer is not None:
+    def trained(required: str) -> bytes:
         source = documents()
         blocks = source if isinstance(source, Reader) else document_blocks(source)
         texts = training_texts(blocks, options.val_docs, options.max_bad)
-        model = train_tokenizer(texts, options.train_tokenizer, plain)
+        return train_tokenizer(texts, options.train_tokenizer, plain, required)
+
+    if options.train_tokenizer is not None:
+        model = trained(required="")
+        if not has_space(SentencePieceProcessor(model_proto=model)):  # of Chinese text, for example
+            model = trained(required=SPACE_PIECE)
         tokenizer = make_tokenizer("tokenizer.model", model, lossless=True, plain=plain)
     else:
         tokenizer = make_tokenizer(options.sp, Path(options.sp).read_bytes(), plain=plain)
@@ -554,16 +617,18 @@ def run(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry: 0; 2 after one line on stderr when the input cannot be used; 130 after Ctrl-C."""
     options = parse_arguments(arguments)
-    code, reason = 2, ""
+    code, reason, busy = 2, "", False
     try:
         return run(options)
     except DataError as error:
+        busy = isinstance(error, BusyError)
         reason = str(error)
     except OSError as error:
         reason = f"{error.filename or options.out}: {error.strerror or error}"
     except KeyboardInterrupt:
         code, reason = 130, "interrupted"
-    if options.out and (options.out / UNFINISHED).is_file() and "--overwrite" not in reason:
+    unfinished = options.out and not busy and (options.out / UNFINISHED).is_file()
+    if unfinished and "--overwrite" not in reason:
         reason += f"; the whole shards in {options.out} are kept, the same command goes on after them"
     print(f"prepare_caseops_data.py: error: {reason}", file=sys.stderr)
     return code

@@ -340,7 +340,7 @@ def parse_setting(name: str, text: str, annotation: object) -> object:
     try:
         if kind is bool:
             return {"0": False, "1": True, "false": False, "true": True}[text.strip().lower()]
-        return kind(text)
+        return kind(os.path.expanduser(text) if name.endswith(("_DIR", "_PATH")) else text)
     except (KeyError, ValueError):
         words = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
         raise ConfigError(f"{name}={text!r}: must be {words}") from None

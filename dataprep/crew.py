@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from dataprep.encoding import Encoder, Tokenizer, tokenise_validation
-from dataprep.leaks import NearIndex
+from dataprep.leaks import NearIndex, document_hashes
 from dataprep.reading import Block, Document, parse_block
 from dataprep.shards import FIRST_OPERATOR_ID, OPERATOR_COUNT, DataError
 
@@ -23,10 +23,12 @@ Tag = TypeVar("Tag")
 
 
 class HeldOut(NamedTuple):
-    """What training documents are compared with: texts, texts without white space, sampled windows."""
+    """What training documents are compared with: texts, texts without spaces, tokens, sampled windows."""
 
     digests: set[bytes]
     keys: set[bytes]
+    tokens: np.ndarray
+    """Hashes of the validation documents' tokens, ascending, (n,) uint64."""
     near: NearIndex
     drop_near: bool
 
@@ -46,6 +48,8 @@ class Result(NamedTuple):
     """Where near duplicates are."""
     digests: list[bytes]
     keys: list[bytes]
+    refused: list[bytes]
+    """Digests of validation documents that shards cannot hold, or the tokenizer not give back."""
 
 
 class Worker:
@@ -55,20 +59,18 @@ class Worker:
         self._encoder, self._held_out = Encoder(tokenizer), held_out
 
     def __call__(self, block: Block) -> Result:
-        """Result of a block: of training where there is something held out, else of validation.
-
-        Raises:
-            DataError: as `tokenise_validation`.
-        """
+        """Result of a block: of training where there is something held out, else of validation."""
         documents, bad, notes = parse_block(block)
         filled = [document for document in documents if document.utf8]
         notes += [f"{d.origin}: empty document left out" for d in documents if not d.utf8]
-        counts = Counter(empty_documents=len(documents) - len(filled), bad_documents=len(bad))
         result = self._validation(filled) if self._held_out is None else self._training(filled)
         operator = result.tokens - np.uint16(FIRST_OPERATOR_ID) < OPERATOR_COUNT
         operator &= not self._encoder.tokenizer.plain  # there the same numbers are of other pieces
-        counts.update(
+        bad += result.bad
+        counts = Counter(
             result.counts,
+            empty_documents=len(documents) - len(filled),
+            bad_documents=len(bad),
             documents=len(result.lengths),
             tokens=len(result.tokens),
             operator_tokens=int(np.count_nonzero(operator)),
@@ -76,20 +78,23 @@ class Worker:
         return result._replace(counts=counts, bad=bad, notes=notes)
 
     def _validation(self, documents: list[Document]) -> Result:
-        tokens, token_bytes, counts = [], [], Counter()
+        tokens, token_bytes, counts, bad, kept, refused = [], [], Counter(), [], [], []
         for document in documents:
-            own, carried, round_trip = tokenise_validation(self._encoder, document)
+            try:
+                own, carried, round_trip = tokenise_validation(self._encoder, document)
+            except DataError as error:
+                bad.append(str(error))
+                refused.append(document.digest)
+                continue
+            kept.append(document)
             tokens.append(own)
             token_bytes.append(carried)
             charged = int(carried.sum(dtype=np.int64))
             counts.update(
                 bytes=charged, uncharged_bytes=document.size - charged, round_trip_documents=round_trip
             )
-        digests = [document.digest for document in documents]
-        keys = [document.key for document in documents]
-        return Result(
-            _joined(tokens), _joined(token_bytes), _lengths(tokens), counts, [], [], [], digests, keys
-        )
+        own = [document.digest for document in kept], [document.key for document in kept], refused
+        return Result(_joined(tokens), _joined(token_bytes), _lengths(tokens), counts, bad, [], [], *own)
 
     def _training(self, documents: list[Document]) -> Result:
         kept, counts = [], Counter()
@@ -102,16 +107,33 @@ class Worker:
                 counts["dropped_space_duplicates"] += 1
         parts = self._encoder.documents([document.utf8 for document in kept])
         tokens = [np.frombuffer(part, np.uint16) for part in parts]
+        same = self._same_tokens(tokens)
+        _remove(same, kept, tokens)
+        counts["dropped_token_duplicates"] = len(same)
         near = self._held_out.near.near(_joined(tokens))
         origins = [kept[number].origin for number in near]
         counts["near_duplicates"] = len(near)
         if self._held_out.drop_near:
-            for number in reversed(near):
-                del kept[number], tokens[number]
+            _remove(near, kept, tokens)
             counts["dropped_near_duplicates"] = len(near)
         counts["bytes"] = sum(document.size for document in kept)
         nothing = np.empty(0, np.uint16)
-        return Result(_joined(tokens), nothing, _lengths(tokens), counts, [], [], origins, [], [])
+        return Result(_joined(tokens), nothing, _lengths(tokens), counts, [], [], origins, [], [], [])
+
+    def _same_tokens(self, tokens: list[np.ndarray]) -> list[int]:
+        """Numbers of the documents whose tokens are those of a validation document."""
+        lengths = _lengths(tokens)
+        found = document_hashes(_joined(tokens), np.cumsum(lengths) - lengths)
+        known = self._held_out.tokens
+        place = np.minimum(np.searchsorted(known, found), len(known) - 1)
+        return np.flatnonzero(known[place] == found).tolist()
+
+
+def _remove(numbers: list[int], *lists: list) -> None:
+    """Take the items of ascending numbers out of lists."""
+    for number in reversed(numbers):
+        for items in lists:
+            del items[number]
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

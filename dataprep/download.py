@@ -4,11 +4,14 @@ Nothing that is here is replaced or removed, but for a file that an earlier down
 since. A file with the hub's content is kept, whoever put it here.
 """
 
+import contextlib
 import hashlib
+import json
 import os
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +21,7 @@ from dataprep.shards import (
     SHARD_NAME,
     UNFINISHED,
     DataError,
+    locked,
     manifest_bytes,
     shard_paths,
     sync_folder,
@@ -64,7 +68,7 @@ def download(source: Source, out: Path | None, shards: int | None, workers: int 
     """
     try:
         import huggingface_hub as hub
-        from huggingface_hub import errors, utils
+        from huggingface_hub import utils
     except ImportError:
         raise DataError("--download needs huggingface_hub: pip install huggingface_hub") from None
     utils.logging.set_verbosity_error()
@@ -72,25 +76,55 @@ def download(source: Source, out: Path | None, shards: int | None, workers: int 
         utils.disable_progress_bars()
     folder, tokenizers = out or source.folder, out or source.home / "tokenizers"
     repository, staging = source.repository, folder / ".download"
-    own = _own_files(folder, source, tokenizers)
-    _refuse_other_staging(staging)
     warnings.filterwarnings("ignore", "Not enough free disk space")  # the error itself is one line
-    try:
-        revision = hub.HfApi().dataset_info(repository).sha
-        tree = hub.HfApi().list_repo_tree(repository, recursive=True, revision=revision, repo_type="dataset")
+    with locked(folder):
+        own = _own_files(folder, source, tokenizers)
+        _refuse_other_staging(staging)
+        with _hub_errors(repository, folder):
+            revision = hub.HfApi().dataset_info(repository).sha
+            listed = {"recursive": True, "revision": revision, "repo_type": "dataset"}
+            tree = list(hub.HfApi().list_repo_tree(repository, **listed))
         files = [entry for entry in tree if hasattr(entry, "size")]
         wanted = _wanted(source, files, folder, tokenizers, shards)
         for file in _missing(folder, wanted, own):
             _fetch(hub, repository, file, revision, staging)
-    except (OSError, errors.HTTPError) as error:
-        if isinstance(error, OSError) and error.errno:  # of this machine, a full disk for example
+        shutil.rmtree(staging, ignore_errors=True)
+        check = Checker(folder, tokenizers / tokenizer_name(source.dataset), workers)
+        return folder, _write_manifest(check, source, revision)
+
+
+@contextlib.contextmanager
+def _hub_errors(repository: str, folder: Path) -> Iterator[None]:
+    """What goes wrong with the hub, in one line with the host; what is this machine's fault goes through.
+
+    The client library lets through whatever its own libraries raise: no package for a SOCKS proxy
+    (ImportError), a page of HTML where JSON should be (ValueError), JSON of another form (KeyError).
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # a full disk for example
             error.filename = error.filename or str(folder)
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{repository}: cannot be fetched: {lines[0]}; run again to go on") from error
-    shutil.rmtree(staging, ignore_errors=True)
-    check = Checker(folder, tokenizers / tokenizer_name(source.dataset), workers)
-    return folder, _write_manifest(check, source, revision)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, KeyError | TypeError | AttributeError | json.JSONDecodeError):
+            reason = f"it does not answer as a hub does ({type(error).__name__}: {reason})"
+        host = _host(error)
+        raise DataError(
+            f"{repository}: cannot be fetched from {host}: {reason}; run again to go on"
+        ) from error
+
+
+def _host(error: BaseException | None) -> str:
+    """The host that a request went to which failed; the hub's where the error does not tell."""
+    from huggingface_hub import constants
+
+    while error is not None:
+        with contextlib.suppress(AttributeError, RuntimeError):
+            if host := error.request.url.netloc.decode():
+                return host
+        error = error.__cause__ or error.__context__
+    return constants.ENDPOINT.partition("://")[2] or constants.ENDPOINT
 
 
 def _own_files(folder: Path, source: Source, tokenizers: Path) -> dict[str, str]:
@@ -175,16 +209,14 @@ def _fetch(hub: object, repository: str, file: Wanted, revision: str, staging: P
     staging.mkdir(parents=True, exist_ok=True)
     file.target.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(TRIES):
-        got = Path(
-            hub.hf_hub_download(
-                repository, file.remote, repo_type="dataset", revision=revision, local_dir=staging
-            )
-        )
+        where = {"repo_type": "dataset", "revision": revision, "local_dir": staging}
+        with _hub_errors(repository, staging.parent):
+            got = Path(hub.hf_hub_download(repository, file.remote, **where))
         if not (fault := file.fault(got)):
             break
         got.unlink()
     else:
-        raise DataError(f"{file.target}: the hub sent {fault}, {TRIES} times; run again to go on")
+        raise DataError(f"{file.target}: {_host(None)} sent {fault}, {TRIES} times; run again to go on")
     with open(got, "rb+") as whole:
         os.fsync(whole.fileno())
     os.replace(got, file.target)

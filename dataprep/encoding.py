@@ -61,12 +61,17 @@ def make_tokenizer(path: str, model: bytes, lossless: bool = False, plain: bool 
         if processor.encode(operator) != [token]:
             what = f"U+{ord(operator):04X} is not token {token}"
             raise DataError(f"{path}: not a CaseOps tokenizer: {what}; for text as it is: --plain")
-    if processor.piece_to_id(SPACE_PIECE) == processor.unk_id():
+    if not has_space(processor):
         raise DataError(f"{path}: has no piece for a bare space (U+2581)")
     return Tokenizer(path.replace("\\", "/").rpartition("/")[2], model, processor, lossless, plain)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, plain: bool = False) -> bytes:
+def has_space(processor: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether there is a piece for a bare space."""
+    return processor.piece_to_id(SPACE_PIECE) != processor.unk_id()
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, plain: bool = False, required: str = "") -> bytes:
     """Serialized SentencePiece BPE model that gives back every text without U+2581 unchanged.
 
     Args:
@@ -74,6 +79,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, plain: bool = False) 
         vocab_size: pieces, including 4 control pieces, the 4 operators and 256 bytes.
         plain: no CaseOps, no operators. No piece then holds more than one space, its first character:
             the byte tables of plain data count by that.
+        required: characters that get a piece however rare they are in the texts.
 
     Raises:
         DataError: `vocab_size` does not suit the texts. What `texts` raises goes through.
@@ -96,6 +102,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, plain: bool = False) 
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=not plain,
+            **({"required_chars": required} if required else {}),  # an empty one would be in the model too
             max_sentence_length=1 << 30,  # bytes; longer texts would be skipped, there are none
             minloglevel=2,
         )

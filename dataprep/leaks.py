@@ -3,6 +3,9 @@
 Exact, and equal but for white space: by hash of the text (`Document.digest`, `Document.key`); dropped and
 counted.
 
+Other texts with the same tokens, because the tokenizer normalises (ligatures, full-width letters, U+200B): by
+hash of the tokens (`document_hashes`), as the check of a finished folder compares them; dropped and counted.
+
 Nearly equal, counted and dropped on request: by hashed windows of WINDOW tokens. One window in SAMPLE is
 looked at, chosen by its hash, so the same windows in every document. A training document is near a
 validation document if at least NEAR_SHARE of the sampled windows of either of the two occur in the other
@@ -27,6 +30,23 @@ _VALUES = np.random.Generator(np.random.PCG64(1729)).integers(1, 1 << 63, size=6
 def token_values(tokens: np.ndarray) -> np.ndarray:
     """A fixed random value for each token, (T,) uint64: what hashes of token sequences are made of."""
     return _VALUES[tokens]
+
+
+def document_hashes(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Hash of each document: sum over its tokens of value * factor^place, (n,) uint64.
+
+    Args:
+        tokens: (T,) uint16, whole documents.
+        starts: (n,) where each begins, ascending from 0.
+    """
+    if not len(starts):
+        return np.empty(0, np.uint64)
+    lengths = np.diff(starts, append=len(tokens))
+    places = np.arange(len(tokens)) - np.repeat(starts, lengths)
+    powers = np.full(lengths.max(), _FACTOR, np.uint64)
+    powers[0] = 1
+    powers = np.multiply.accumulate(powers)
+    return np.add.reduceat(token_values(tokens) * powers[places], starts)
 
 
 class Windows(NamedTuple):

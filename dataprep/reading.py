@@ -21,6 +21,13 @@ TEXT_TYPES = (  # Arrow's, of a Parquet column; or a dictionary of such values
     *("binary", "large_binary", "binary_view", "fixed_size_binary"),
 )
 _BOM = b"\xef\xbb\xbf"
+_SIGNATURES = {  # what a file begins with, whatever its name ends in
+    b"\xfd7zXZ\0": ".xz",
+    b"\x1f\x8b": ".gz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"PAR1": ".parquet",
+}
+_LONG_WINDOW = "made with zstd --long: unpack it first, zstd -d --long=31 FILE"
 _SPACE = bytes([9, 10, 11, 12, 13, 28, 29, 30, 31, 32])  # what str.split() takes for white space in ASCII
 
 
@@ -63,6 +70,13 @@ def make_document(text: str, origin: str) -> Document:
         raise DataError(f"{origin}: lone surrogate U+{code:04X} at character {error.start}") from error
 
 
+def _is_blank(line: "bytes | Document") -> bool:
+    """Whether a line holds no document: white space, at most behind a byte order mark."""
+    if isinstance(line, Document):
+        return False
+    return line.isspace() or line.startswith(_BOM) and not line[len(_BOM) :].strip()
+
+
 class Block(NamedTuple):
     """Consecutive lines of one file (blank ones too), or documents that were never in a file."""
 
@@ -78,7 +92,7 @@ class Block(NamedTuple):
     @property
     def documents(self) -> int:
         """How many, good or bad: lines that are not blank."""
-        return sum(not (isinstance(line, bytes) and line.isspace()) for line in self.lines)
+        return sum(not _is_blank(line) for line in self.lines)
 
     def update(self, digest: "hashlib._Hash") -> None:
         """Add the block to a running hash of the input."""
@@ -91,7 +105,7 @@ class Block(NamedTuple):
         for line in self.lines:
             if not documents:
                 break
-            documents -= not (isinstance(line, bytes) and line.isspace())
+            documents -= not _is_blank(line)
             number += 1
         rest = self._replace(first_line=self.first_line + number, lines=self.lines[number:])
         return self._replace(lines=self.lines[:number]), rest
@@ -111,7 +125,7 @@ def parse_block(block: Block) -> Parsed:
     for number, line in enumerate(block.lines, block.first_line):
         if isinstance(line, Document):
             parsed.documents.append(line)
-        elif not line.isspace():
+        elif not _is_blank(line):
             origin = f"{block.name} line {number}"
             if line.startswith(_BOM):
                 parsed.notes.append(f"{origin}: byte order mark removed")
@@ -178,17 +192,19 @@ class Reader:
                     lines, size, first = [], 0, number + 1
         except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
             where = f"{name} after line {number}" if number else name
-            reason = str(getattr(error, "strerror", None) or error)
-            raise DataError(f"{where}: cannot be read: {' '.join(reason.split())}") from error
+            reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+            if isinstance(error, zstandard.ZstdError) and "too much memory" in reason:
+                reason = _LONG_WINDOW
+            raise DataError(f"{where}: cannot be read: {reason}") from error
         if lines:
             yield Block(name, first, lines)
 
     def _lines(self, path: str) -> Iterator[bytes]:
         if path == "-":
-            yield from sys.stdin.buffer
+            yield from _opener(path, sys.stdin.buffer)(sys.stdin.buffer)
             return
         with open(path, "rb") as self._file:
-            yield from _OPENERS.get(Path(path).suffix, iter)(self._file)
+            yield from _opener(path, self._file)(self._file)
         self._before, self._file = self._before + os.path.getsize(path), None
 
 
@@ -252,8 +268,10 @@ def _parquet_lines(file: BinaryIO) -> Iterator[bytes]:
         import pyarrow.parquet
     except ImportError:
         raise OSError(0, "Parquet needs pyarrow: pip install pyarrow") from None
+    if not file.seekable():
+        raise OSError(0, "Parquet must be a file, not a pipe")
     try:
-        table = pyarrow.parquet.ParquetFile(file)
+        table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
         _check_columns(table.schema_arrow)
         for batch in table.iter_batches(batch_size=256, columns=["text"]):
             column = batch.column(0)
@@ -261,7 +279,7 @@ def _parquet_lines(file: BinaryIO) -> Iterator[bytes]:
                 column = column.dictionary_decode()
             # Strings are decoded here because Arrow neither checks them nor says which row is no UTF-8.
             yield from map(_row_line, column.cast(pyarrow.large_binary()).to_pylist())
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # of text; of a column's name
         raise OSError(0, str(error)) from error
 
 
@@ -294,6 +312,13 @@ _OPENERS = {
     ".zst": _Packing(lambda: zstandard.ZstdDecompressor().decompressobj(), padding=0).lines,
     ".parquet": _parquet_lines,
 }
+
+
+def _opener(path: str, file: BinaryIO) -> Callable[[BinaryIO], Iterable[bytes]]:
+    """What gives the lines of a file: by how it begins, else by its name's ending, else it is text."""
+    start = file.peek(8)
+    suffixes = (suffix for signature, suffix in _SIGNATURES.items() if start.startswith(signature))
+    return _OPENERS.get(next(suffixes, Path(path).suffix.lower()), iter)
 
 
 def document_blocks(documents: Iterable[Document]) -> Iterator[Block]:

@@ -3,10 +3,13 @@
 A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros), then uint16 values.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +22,71 @@ FORMAT, TRANSFORM, NO_TRANSFORM = "parameter-golf-data/1", "lossless_caps_caseop
 SHARD_NAME = re.compile(r"fineweb_(train|val|val_bytes)_\d{6}\.bin")
 
 
+_LOCKS: set[int] = set()  # descriptors of the folders that this process has locked
+
+
 class DataError(ValueError):
     """Something the user gave cannot be used; the message is one line that names it."""
+
+
+class BusyError(DataError):
+    """Another process writes into the folder."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Own a folder, which is made where it is not there, and removed again if nothing came into it.
+
+    The lock is the kernel's, so that it ends with this process, however that ends. Where the file system
+    knows no locks there is none.
+
+    Raises:
+        BusyError: another process has it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    descriptor = _lock(folder)
+    _LOCKS.add(descriptor)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the first that is not empty
+            for path in made:
+                path.rmdir()
+        _LOCKS.discard(descriptor)
+        with contextlib.suppress(OSError):  # a worker that is just being forked may still have it open
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _lock(folder: Path) -> int:
+    """Descriptor of a folder, locked. A folder that its owner has just removed is made again."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            what = "another process writes there; wait, or choose another --out"
+            raise BusyError(f"{folder}: {what}") from None
+        except OSError:
+            return descriptor
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+                return descriptor
+        os.close(descriptor)
+
+
+def _forget_locks() -> None:
+    """In a child process: else the lock would last as long as its workers, who learn late of a kill -9."""
+    while _LOCKS:
+        os.close(_LOCKS.pop())
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def shard_bytes(values: np.ndarray) -> bytes:
@@ -92,7 +158,6 @@ class DataFolder:
         self.path, self.overwrite = path, overwrite
         self.sha256: dict[str, str] = {}  # of every file of this data set, by name
         self._created: list[Path] = []
-        self._made = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         for other in sorted(path.glob("*.bin")):
             if not SHARD_NAME.fullmatch(other.name):
@@ -167,8 +232,6 @@ class DataFolder:
         """Remove what this run has written."""
         for path in self._created:
             path.unlink(missing_ok=True)
-        if self._made and not any(self.path.iterdir()):
-            self.path.rmdir()
 
     @staticmethod
     def _other_data(path: Path) -> DataError:

@@ -206,6 +206,9 @@ class Preflight(Watch):
             self.manifest = check_data(run.cfg, splits)
         elif kind == "sizes":
             splits = ["train"] if run.trains or run.cfg.quantize_only else []
+            if not run.val.target_bytes.any():
+                what = "no target has bytes (documents of white space alone?), must be text"
+                raise DataError(f"{run.cfg.data_folder}/fineweb_val_*: {what}")
             self.check_hashes(self.manifest, splits, wait=not run.trains)
             if not run.cfg.ttt_eval_only:
                 self.check_memory(run.cfg, run.backends, run.trains, run.val)

@@ -63,7 +63,7 @@ def load_tokenizer(cfg: Config) -> object:
     if not os.path.isfile(path):
         raise DataError(f"TOKENIZER_PATH={path}: no such file, must be the model that made {cfg.data_folder}")
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes() or b"\0")
     except (RuntimeError, OSError):
         raise DataError(f"TOKENIZER_PATH={path}: not a SentencePiece model") from None
     if processor.get_piece_size() != cfg.vocab_size:

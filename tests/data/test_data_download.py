@@ -18,7 +18,7 @@ import pytest
 import prepare_caseops_data as prepare
 from dataprep.checking import check_folder
 from dataprep.encoding import make_tokenizer
-from dataprep.shards import shard_bytes
+from dataprep.shards import locked, shard_bytes
 from systems.layout import SOURCES, file_sha256
 
 PUBLISHED = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
@@ -36,6 +36,7 @@ class Hub(ThreadingHTTPServer):
         self.files, self.repository = files, CASEOPS.repository
         self.faults: dict[str, list[str]] = {}  # by path, what goes wrong with the next answers
         self.sent, self.ranges = Counter(), []
+        self.page = b""  # what is answered to everything, if anything
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -55,7 +56,9 @@ class Page(BaseHTTPRequestHandler):
         path = urlparse(self.path).path
         repository = self.server.repository
         api = f"/api/datasets/{repository}"
-        if path.startswith(f"{api}/tree/"):
+        if self.server.page:
+            self._send(self.server.page, "text/html")
+        elif path.startswith(f"{api}/tree/"):
             self._json([self._entry(*item) for item in self.server.files.items()])
         elif path.startswith(api):
             self._json({"id": repository, "sha": REVISION})
@@ -73,9 +76,11 @@ class Page(BaseHTTPRequestHandler):
         return entry
 
     def _json(self, value: object) -> None:
-        data = json.dumps(value).encode()
+        self._send(json.dumps(value).encode(), "application/json")
+
+    def _send(self, data: bytes, kind: str) -> None:
         self.send_response(200)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -353,4 +358,31 @@ def test_data_download_errors(hub, tmp_path):
     hub.url = "http://127.0.0.1:9"
     result = download(hub, tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert f"{CASEOPS.repository}: cannot be fetched" in result.stderr
+    assert f"{CASEOPS.repository}: cannot be fetched from 127.0.0.1:9: " in result.stderr
+
+
+def test_data_download_of_something_that_is_no_hub(hub, here, tmp_path, monkeypatch):
+    """A login page of a network, a proxy that cannot be used: one line with the host, and no folder left."""
+    from huggingface_hub import utils
+
+    host = hub.url.removeprefix("http://")
+    for page in (b"<html>Log in</html>", b"[1]", b"{}"):
+        hub.page = page
+        code, _, err = here()
+        assert code == 2 and err.count("\n") == 1
+        assert f"{CASEOPS.repository}: cannot be fetched from {host}: it does not answer as a hub does" in err
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv(
+        "ALL_PROXY", "socks5://127.0.0.1:9"
+    )  # its package may be missing, nobody listens there
+    utils.close_session()
+    code, _, err = here()
+    utils.close_session()
+    assert code == 2 and err.count("\n") == 1 and f"cannot be fetched from {host}: " in err
+    assert not (tmp_path / "data").exists()
+
+
+def test_data_download_waits_for_no_lock(here, tmp_path):
+    with locked(tmp_path / CASEOPS.folder):
+        code, _, err = here()
+    assert code == 2 and f"{CASEOPS.folder}: another process writes there" in err

@@ -697,7 +697,7 @@ def test_data_scan_of_documents_across_chunks_and_shards(tmp_path, monkeypatch):
         for number, start in enumerate(range(0, len(tokens), size)):
             shard = folder / f"fineweb_train_{number:06d}.bin"
             shard.write_bytes(shard_bytes(tokens[start : start + size]))
-        monkeypatch.setattr("dataprep.checking.CHUNK_TOKENS", chunk)
+        monkeypatch.setattr("dataprep.scanning.CHUNK_TOKENS", chunk)
         paths = shard_paths(folder, "train")
         shards = scan_shards(paths, workers)
         found.append(joined(shards[path.name].scan for path in paths))

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from quick_run import QUICK
 
 from bench.settings import TINY, make_data
+from dataprep.shards import BOS_ID, shard_bytes
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,17 @@ def event(text: str, stage: str) -> dict[str, str]:
 
 
 # -- before the run
+
+
+def test_preflight_refuses_validation_without_bytes(run, work, tmp_path):
+    """Documents of white space alone: there is nothing to divide by."""
+    shutil.copytree(work / "data", tmp_path / "data")
+    (tmp_path / "data/manifest.json").unlink(missing_ok=True)
+    for split, value in (("val", BOS_ID), ("val_bytes", 0)):
+        path = tmp_path / f"data/fineweb_{split}_000000.bin"
+        path.write_bytes(shard_bytes(np.full(3, value)))
+    code, _, err = run(DATA_PATH=tmp_path / "data", ALLOW_UNVERIFIED_DATA=1, ARTIFACT_DIR=tmp_path / "out")
+    assert code == 2 and err.count("\n") == 1 and "fineweb_val_*: no target has bytes" in err
 
 
 def test_preflight_only_leaves_nothing(run, work):
