@@ -59,6 +59,7 @@ from dataprep.shards import (
     DataFolder,
     ShardWriter,
 )
+from systems.console import keep_consoles
 from systems.layout import DEMO_OUT, DEMO_PLAIN_OUT, SOURCES
 
 CANONICAL_VAL_DOCS = 50_000  # the contest's validation split; fewer would train on validation documents
@@ -570,4 +571,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_consoles()
     sys.exit(main())

@@ -23,7 +23,7 @@ are tried again when the sweep goes on; kill -9 ends it too. At the end: the bes
 each variable's importance (fANOVA), sweep.png. A run over a limit of the contest never is the best while
 there is another.
 
-Exit code 0, 1 (no trial has a score), 2 (a mistake in the command, one line), 130 or 143 (stopped).
+Exit code 0, 1 (no trial has a score), 2 (a mistake in the command, one line), 128 + signal (stopped).
 """
 
 import argparse
@@ -53,6 +53,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import runs  # noqa: E402
 import train_gpt as tg  # noqa: E402
 from command import Mistake, Parser, complain, start  # noqa: E402
+from harness.guards import unless_ignored  # noqa: E402
 from harness.lineage import SWITCHES, same  # noqa: E402
 from harness.settings import read_settings  # noqa: E402
 from scripts import hash_on_disk  # noqa: E402
@@ -392,7 +393,7 @@ def _alive(process: int) -> bool:
 
 
 class Stop:
-    """Set by SIGINT and SIGTERM: the run under way is ended, then the sweep."""
+    """Set by a signal to stop: the run under way is ended, then the sweep."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -400,7 +401,8 @@ class Stop:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Take the signals while entered."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM, *unless_ignored(signal.SIGHUP, signal.SIGUSR1)]
+        before = {number: signal.getsignal(number) for number in numbers}
         for number in before:
             signal.signal(number, self._take)
         try:
