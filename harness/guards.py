@@ -135,6 +135,8 @@ class Guard(Watch):
         if unverified := manifest.get("unverified"):
             run.result["unverified_data"] = unverified
             log.event("notice", text=f"unverified data: {unverified}")
+        if taken := run.result.get("names_without"):
+            log.event("notice", text=f"MODEL_PATH={cfg.model_path}: {', '.join(taken)} taken off its names")
         reserve = cfg.gptq_reserve_seconds
         if run.trains and cfg.max_wallclock_seconds - reserve > TRAIN_LIMIT - 4:
             text = f"GPTQ_RESERVE_SECONDS={reserve:g}: calibration may end too late, PRESET=pr1868 keeps 8"

@@ -431,6 +431,21 @@ def test_checkpoint_with_other_tensors(work, refused, change):
     assert ("another" if change == "extra" else "skip_weights") in message
 
 
+def test_checkpoint_of_a_wrapped_model(tg, work):
+    """`_orig_mod.` of torch.compile, `module.` of DDP, before the names or within them, are taken off."""
+    state, taken = state_of(work), ["_orig_mod", "module"]
+    names = {name: name.replace(".", "._orig_mod.", 1) if "." in name else f"module.{name}" for name in state}
+    renamed = {f"module._orig_mod.{names[name]}": tensor for name, tensor in state.items()}
+    assert tg.unwrapped(renamed) == (state, taken) and tg.unwrapped(state) == (state, [])
+
+
+def test_checkpoint_that_holds_a_name_twice(work, refused):
+    state = state_of(work)
+    torch.save(state | {"module.skip_weights": state["skip_weights"]}, work / "twins.pt")
+    message = refused(QUANTIZE_ONLY=1, MODEL_PATH="twins.pt")
+    assert "MODEL_PATH=twins.pt" in message and "only by what wraps the model" in message
+
+
 def test_checkpoint_that_is_not_finite(work, refused):
     """Quantising it would fail in the middle or give an artifact of nonsense."""
     state = state_of(work)

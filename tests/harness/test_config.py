@@ -560,6 +560,23 @@ def test_unrelated_variables_are_ignored(tg, name):
     assert tg.read_settings({name: "anything"}) == tg.Config()
 
 
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, ["8 tasks, each is a run of its own: torchrun"]),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, []),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "3"}, []),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "WORLD_SIZE": "8"}, []),
+        ({"SLURM_NTASKS": "8"}, []),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, ["2 tasks, each is a run of its own"]),
+    ],
+)
+def test_tasks_without_torchrun_are_said(tg, capsys, environ, said):
+    tg.read_settings(environ)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(said) and all(words in line for words, line in zip(said, lines, strict=True))
+
+
 def test_this_environment_is_accepted(tg, fields):
     """Whatever this machine has set, as far as it is none of our names."""
     environ = {name: value for name, value in os.environ.items() if name not in fields}
