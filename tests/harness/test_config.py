@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.rules import TAKEN
 from harness.settings import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -456,7 +457,22 @@ def test_output_file_needs_a_name(tg, name, path):
     assert name in refusal(tg, {name: path})
 
 
-@pytest.mark.parametrize("run_id", ["a/b", "../elsewhere", "/absolute", ".", ".."])
+@pytest.mark.parametrize("name", ["MODEL_PATH", "QUANTIZED_MODEL_PATH"])
+@pytest.mark.parametrize("path", [*sorted(TAKEN), "a/ledger.3.jsonl", "\U00020000" * 90])
+def test_output_file_is_none_of_the_others(tg, name, path):
+    """Which would be overwritten, or overwrite it, after the training."""
+    assert name in refusal(tg, {name: path})
+
+
+def test_every_file_of_a_run_has_a_name_that_no_model_may_have():
+    """Names of files in the sources of harness/ and of the tools that write into a run's folder."""
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "harness").glob("*.py")]
+    texts += [(ROOT / "tools" / name).read_text(encoding="utf-8") for name in ("audit.py", "sweep.py")]
+    written = set(re.findall(r"""["'/]([a-z_]+\.(?:jsonl|json|txt))["']""", "\n".join(texts)))
+    assert written - {"manifest.json", "requirements-dev.txt"} <= TAKEN
+
+
+@pytest.mark.parametrize("run_id", ["a/b", "../elsewhere", "/absolute", ".", "..", "\U00020000" * 90])
 def test_run_id_is_a_name_and_no_path(tg, run_id):
     assert "RUN_ID" in refusal(tg, {"RUN_ID": run_id})
 
