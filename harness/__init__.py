@@ -62,13 +62,16 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], sources: Mapping[
     keep_consoles()
     unknown = set(arguments) - {"--help", "-h", "--show", "--json"}
     if unknown or ("--json" in arguments and "--show" not in arguments):
-        raise ConfigError(f"{' '.join(arguments)}: unknown, must be --help or --show [--json]")
+        settings = [text for text in arguments if text.partition("=")[0] in Config().as_env()]
+        hint = f"; settings are environment variables: {' '.join(settings)} python train_gpt.py"
+        text = f"{' '.join(arguments)}: unknown, must be --help or --show [--json]{hint * bool(settings)}"
+        raise ConfigError(text)
     if {"--help", "-h"} & set(arguments):
         return show(help_text(sources["train_gpt.py"].decode()))
     cfg = read_settings(environ)
     if "--show" in arguments:
         resolved = json.dumps({"preset": cfg.preset, "settings": cfg.as_env()})
-        return show("\n".join([show_settings(cfg), *[resolved] * ("--json" in arguments)]))
+        return show(resolved if "--json" in arguments else show_settings(cfg))
     check_ranks(cfg, environ)
     ranks = Ranks.from_env(cfg, environ)
     try:

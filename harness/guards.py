@@ -149,6 +149,11 @@ class Guard(Watch):
             log.event("notice", text="python-minifier is missing: the code will count in full")
         self._preflight.report(run)
 
+    def _result(self, run: Run) -> None:
+        """Say why a run that keeps all limits is not legal."""
+        if not run.result.get("artifact_bytes"):
+            run.log.event("notice", text="legal:False, for there is no artifact (PREQUANT_ONLY=1)")
+
     def _memory(self, run: Run) -> None:
         """Smaller micro-batches, and a loader for them, where the device's memory asks for them.
 

@@ -61,8 +61,14 @@ def check_ranks(cfg: Config, environ: Mapping[str, str]) -> None:
         if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) == 0):
             raise ConfigError(f"{name}={text!r}: must be a whole number, as torchrun sets it")
     rank, local_rank, world_size = map(int, given.values())
-    if not local_rank <= rank < world_size:
-        raise ConfigError(f"RANK={rank}: must be below WORLD_SIZE={world_size}, LOCAL_RANK at most RANK")
+    if rank >= world_size:
+        raise ConfigError(f"RANK={rank}: must be below WORLD_SIZE={world_size}")
+    for name, wrong in (("WORLD_SIZE", world_size > 1), ("LOCAL_RANK", local_rank > 0)):
+        if wrong and not {"RANK", "MASTER_ADDR"} <= environ.keys():
+            lacks = "without what torchrun sets beside it (RANK, MASTER_ADDR)"
+            raise ConfigError(f"{name}={given[name]}: {lacks}; unset {name}, or start with torchrun")
+    if local_rank > rank:
+        raise ConfigError(f"LOCAL_RANK={local_rank}: must be at most RANK={rank}")
     check_micro_batches(cfg, world_size)
     devices = torch.cuda.device_count() if cfg.device != "cpu" and torch.cuda.is_available() else world_size
     if local_rank >= devices:

@@ -294,6 +294,7 @@ def show_settings(cfg: Config) -> str:
     rows = []
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        mark = "" if value == field.default else f"    # default {field.default!r}"
-        rows.append(f"{field.name.upper()}={int(value) if isinstance(value, bool) else value}{mark}")
+        value, default = (int(v) if isinstance(v, bool) else v for v in (value, field.default))
+        mark = "" if value == default else f"    # default {default!r}"
+        rows.append(f"{field.name.upper()}={value}{mark}")
     return "\n".join(rows)

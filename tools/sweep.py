@@ -344,7 +344,8 @@ def _check_question(study: optuna.Study, question: Mapping[str, object]) -> None
     for name in sorted(asked["settings"].keys() | question["settings"].keys()):
         was, now = asked["settings"].get(name), question["settings"].get(name)
         if was != now:
-            raise SweepError(f"{begun} {name}={was}, not {now}; choose another --study")
+            shown = [int(value) if isinstance(value, bool) else value for value in (was, now)]
+            raise SweepError(f"{begun} {name}={shown[0]}, not {shown[1]}; choose another --study")
 
 
 def sampler(options: argparse.Namespace) -> optuna.samplers.BaseSampler:

@@ -329,7 +329,8 @@ def test_several_processes_without_torchrun(refused, monkeypatch, ranks):
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     message = refused(WORLD_SIZE=2, **ranks)
-    assert "WORLD_SIZE=2" in message and "torchrun" in message
+    assert "WORLD_SIZE=2" in message and "unset WORLD_SIZE, or start with torchrun" in message
+    assert refused(LOCAL_RANK=1).startswith("LOCAL_RANK=1: without what torchrun sets beside it")
 
 
 @pytest.mark.parametrize("ranks", [{"RANK": 2, "WORLD_SIZE": 2}, {"RANK": 1}, {"RANK": "x"}], ids=str)

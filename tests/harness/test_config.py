@@ -715,7 +715,7 @@ def test_config_is_frozen(tg, fields):
 
 def test_show_json(tg, fields, capsys):
     assert tg.main(["--show", "--json"], {"PRESET": "pr1855", "SEED": "7", "TTT_K_LORA": "0"}) == 0
-    shown = json.loads(capsys.readouterr().out.splitlines()[-1])
+    shown = json.loads(capsys.readouterr().out)
     assert shown.keys() == {"preset", "settings"}
     assert shown["preset"] == "pr1855"
     assert list(shown["settings"]) == list(fields)
@@ -748,6 +748,7 @@ def test_shown_settings_are_an_environment(tg, capsys):
     environ = {"PRESET": "pr1667", "NUM_LOOPS": "1"}
     tg.main(["--show"], environ)
     lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if line.endswith(("True", "False"))], "0 and 1, as they are set"
     again = dict(line.partition("    #")[0].split("=", 1) for line in lines)
     assert tg.read_settings(again) == tg.read_settings(environ)
 
@@ -776,6 +777,11 @@ def test_unknown_argument(tg, arguments, capsys):
     captured = capsys.readouterr()
     assert captured.out == "" and len(captured.err.splitlines()) == 1
     assert any(argument in captured.err for argument in arguments) and "--help" in captured.err
+
+
+def test_settings_as_arguments_are_said_to_be_variables(tg, capsys):
+    assert tg.main(["SEED=1", "--show"], {}) == 2
+    assert "settings are environment variables: SEED=1 python train_gpt.py" in capsys.readouterr().err
 
 
 def test_json_alone_starts_no_run(tg, capsys):
