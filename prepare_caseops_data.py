@@ -71,6 +71,7 @@ from dataprep.shards import (
     ShardWriter,
     locked,
 )
+from systems.console import keep_consoles
 from systems.layout import DEMO_OUT, DEMO_PLAIN_OUT, SOURCES
 
 CANONICAL_VAL_DOCS = 50_000  # the contest's validation split; fewer would train on validation documents
@@ -635,4 +636,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_consoles()
     sys.exit(main())

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,8 @@ from harness.logfiles import LogFiles
 from harness.preflight import Preflight
 from harness.rules import check_ranks
 from harness.settings import help_text, read_settings, show_settings
-from harness.tracking import Progress, Trackers
+from harness.tracking import ConsoleNotice, Progress, Trackers
+from systems.console import Console, keep_consoles
 from train_gpt import Config, ConfigError, Ranks, Run, RunError, Trainer, Watch, execute, run_name
 
 
@@ -59,15 +59,19 @@ class Rehearsal(Run):
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], sources: Mapping[str, bytes]) -> int:
     """The command line of the whole house; exit code as `train_gpt.main`, which reports UserError."""
+    keep_consoles()
     unknown = set(arguments) - {"--help", "-h", "--show", "--json"}
     if unknown or ("--json" in arguments and "--show" not in arguments):
-        raise ConfigError(f"{' '.join(arguments)}: unknown, must be --help or --show [--json]")
+        settings = [text for text in arguments if text.partition("=")[0] in Config().as_env()]
+        hint = f"; settings are environment variables: {' '.join(settings)} python train_gpt.py"
+        text = f"{' '.join(arguments)}: unknown, must be --help or --show [--json]{hint * bool(settings)}"
+        raise ConfigError(text)
     if {"--help", "-h"} & set(arguments):
         return show(help_text(sources["train_gpt.py"].decode()))
     cfg = read_settings(environ)
     if "--show" in arguments:
         resolved = json.dumps({"preset": cfg.preset, "settings": cfg.as_env()})
-        return show("\n".join([show_settings(cfg), *[resolved] * ("--json" in arguments)]))
+        return show(resolved if "--json" in arguments else show_settings(cfg))
     check_ranks(cfg, environ)
     ranks = Ranks.from_env(cfg, environ)
     try:
@@ -85,10 +89,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], sources: Mapping[
 
 def show(text: str) -> int:
     """Print a text. Returns the exit code, also when its reader has had enough (`| head`)."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+    print(text, file=Console(sys.stdout), flush=True)
     return 0
 
 
@@ -114,6 +115,7 @@ def watched_run(
         if cfg.wandb_project or cfg.tensorboard_dir:
             cfg = dataclasses.replace(cfg, run_id=run_name(cfg))
             watches.append(closing.enter_context(contextlib.closing(Trackers(cfg, ranks))))
+        watches.append(ConsoleNotice())
     watches.insert(0, closing.enter_context(contextlib.closing(LogFiles(ranks, folder))))
     kind = Rehearsal if cfg.preflight_only else Run
     run = kind(cfg, ranks, backends, sources, Watches(watches))

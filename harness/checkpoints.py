@@ -21,7 +21,7 @@ from torch import Tensor
 
 from harness.guards import Stopped
 from harness.ledger import Ledger
-from harness.unfinished import CheckpointFolder, UnfinishedRun, lock_folder, read_checkpoint
+from harness.unfinished import CheckpointFolder, UnfinishedRun, lock_folder, read_checkpoint, unlike
 from train_gpt import (
     ArtifactError,
     Config,
@@ -136,6 +136,8 @@ class Checkpoints(Watch):
             for path in [*self._checkpoints.parent.glob(".*.tmp"), *self._checkpoints.glob(".*.tmp")]:
                 path.unlink()
         run.log.text(f"resumed {self._checkpoints.parent} {self._place(before)}", console=True)
+        if others := unlike(self.identity["places"], before["identity"]["places"]):
+            run.log.text(f"resumed with what no number depends on: {'; '.join(others)}", console=True)
 
     def _output(self, stage: str) -> tuple[Path, bytes]:
         """The file that a stage leaves, and what is in it (nothing where it is missing)."""

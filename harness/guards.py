@@ -39,7 +39,7 @@ from train_gpt import (
 
 
 class Stopped(BaseException):
-    """SIGTERM or SIGINT: everything is left whole; exit code 128 + number."""
+    """A signal to stop: everything is left whole; exit code 128 + number."""
 
     stage = "start"
 
@@ -50,8 +50,10 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def signals(ranks: Ranks):
-    """SIGTERM (torchrun's, when another rank has failed) and SIGINT raise Stopped; a second one ends all.
+    """What tells a run to stop raises Stopped; a second signal ends all.
 
+    SIGTERM (torchrun's, when another rank has failed), SIGINT, SIGHUP (the terminal is gone) and SIGUSR1 (a
+    batch system, before its time limit). The last two are left ignored where they are, as by `nohup`.
     Where `ranks.stage_handles_stop`, whoever watches the stage looks at `ranks.stop_signal` and raises it.
     """
 
@@ -62,12 +64,18 @@ def signals(ranks: Ranks):
         if not ranks.stage_handles_stop:
             raise Stopped(number)
 
-    handlers = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT, *unless_ignored(signal.SIGHUP, signal.SIGUSR1)]
+    handlers = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def unless_ignored(*numbers: int) -> list[int]:
+    """The signals that this process was not started to ignore."""
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def command_output(*command: str) -> str:
@@ -127,6 +135,8 @@ class Guard(Watch):
         if unverified := manifest.get("unverified"):
             run.result["unverified_data"] = unverified
             log.event("notice", text=f"unverified data: {unverified}")
+        if taken := run.result.get("names_without"):
+            log.event("notice", text=f"MODEL_PATH={cfg.model_path}: {', '.join(taken)} taken off its names")
         reserve = cfg.gptq_reserve_seconds
         if run.trains and cfg.max_wallclock_seconds - reserve > TRAIN_LIMIT - 4:
             text = f"GPTQ_RESERVE_SECONDS={reserve:g}: calibration may end too late, PRESET=pr1868 keeps 8"
@@ -138,6 +148,11 @@ class Guard(Watch):
         if importlib.util.find_spec("python_minifier") is None:
             log.event("notice", text="python-minifier is missing: the code will count in full")
         self._preflight.report(run)
+
+    def _result(self, run: Run) -> None:
+        """Say why a run that keeps all limits is not legal."""
+        if not run.result.get("artifact_bytes"):
+            run.log.event("notice", text="legal:False, for there is no artifact (PREQUANT_ONLY=1)")
 
     def _memory(self, run: Run) -> None:
         """Smaller micro-batches, and a loader for them, where the device's memory asks for them.

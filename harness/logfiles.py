@@ -55,8 +55,9 @@ class LogFiles(Watch):
             log.folder = self._folder or new_folder(log.folder, outputs)
             (log.folder / "result.json").unlink(missing_ok=True)  # of a resumed run: it is made again
             text, metrics = log.folder / "logs" / f"{log.run_id}.txt", log.folder / "metrics.jsonl"
-        self._text = open(text, "a", encoding="utf-8")  # noqa: SIM115
-        self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115
+        # A name that is no text in this locale comes as surrogates, and goes into the log as the bytes it is.
+        options = {"encoding": "utf-8", "errors": "surrogateescape"}
+        self._text, self._metrics = open(text, "a", **options), open(metrics, "a", **options)  # noqa: SIM115
 
     @staticmethod
     def _write(file: io.TextIOBase, line: str) -> None:

@@ -47,6 +47,8 @@ MEMBER, MOST_MEMBERS = b"PK\1\2", 1 << 12  # of a published archive, which has o
 PICKLED = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch (?!Typed|Untyped)\w+Storage"
 )
+# What wraps a model stands in the names of its tensors: torch.compile, DDP, FSDP, DeepSpeed, checkpointing.
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_forward_module", "_checkpoint_wrapped_module"}
 TORCH_TYPES = {"|i1": torch.int8, "<f2": torch.float16}
 
 
@@ -263,12 +265,30 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def unwrapped(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors by the names that they have in the model alone, and what was taken off.
+
+    Raises ValueError where two would have the same name.
+    """
+    parts = {name: name.split(".") for name in state}
+    names = {name: ".".join(part for part in parts[name] if part not in WRAPPERS) for name in state}
+    if len({*names.values()}) < len(names):
+        raise ValueError("some tensors differ only by what wraps the model")
+    taken = sorted(WRAPPERS.intersection(*[itertools.chain(*parts.values())]))
+    return {names[name]: tensor for name, tensor in state.items()}, taken
+
+
 def model_of_checkpoint(run: Run, path: Path) -> GPT:
     """The full-precision model of an earlier run."""
     model = run.new_model(run.cfg)
     try:
-        model.load_state_dict(load_weights(path))
-    except (RuntimeError, TypeError, AttributeError) as error:
+        state, taken = unwrapped(load_weights(path))
+        if taken:
+            run.result["names_without"] = taken
+        model.load_state_dict(state)
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         reason = one_line(error)
         raise ArtifactError(f"MODEL_PATH={path}: does not fit the model settings ({reason})") from None
     return model

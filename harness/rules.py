@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,6 +27,10 @@ EXCLUSIVE = (  # settings of which at most one may be on
     ("PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY"),
 )
 OUTPUTS = ("metrics.jsonl", "result.json", "train_gpt.packed.py")  # a run's files, but for its models
+# And what else is written into its folder, by ledger, checkpoints and tools: no model may have such a name.
+TAKEN = {*OUTPUTS, "ledger.jsonl", "documents.json", "audit.json", "submission.json", "checkpoints", "logs"}
+TAKEN |= {"report", "console.txt", "", ".", ".."}
+MOST_BYTES = 200  # of a name: 255 less what is put before and behind it
 
 
 def check_settings(cfg: Config) -> None:
@@ -56,8 +61,14 @@ def check_ranks(cfg: Config, environ: Mapping[str, str]) -> None:
         if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) == 0):
             raise ConfigError(f"{name}={text!r}: must be a whole number, as torchrun sets it")
     rank, local_rank, world_size = map(int, given.values())
-    if not local_rank <= rank < world_size:
-        raise ConfigError(f"RANK={rank}: must be below WORLD_SIZE={world_size}, LOCAL_RANK at most RANK")
+    if rank >= world_size:
+        raise ConfigError(f"RANK={rank}: must be below WORLD_SIZE={world_size}")
+    for name, wrong in (("WORLD_SIZE", world_size > 1), ("LOCAL_RANK", local_rank > 0)):
+        if wrong and not {"RANK", "MASTER_ADDR"} <= environ.keys():
+            lacks = "without what torchrun sets beside it (RANK, MASTER_ADDR)"
+            raise ConfigError(f"{name}={given[name]}: {lacks}; unset {name}, or start with torchrun")
+    if local_rank > rank:
+        raise ConfigError(f"LOCAL_RANK={local_rank}: must be at most RANK={rank}")
     check_micro_batches(cfg, world_size)
     devices = torch.cuda.device_count() if cfg.device != "cpu" and torch.cuda.is_available() else world_size
     if local_rank >= devices:
@@ -155,12 +166,13 @@ def _layer_rules(cfg: Config) -> Iterable[tuple[bool, str, str]]:
 
 
 def _other_rules(cfg: Config) -> Iterable[tuple[bool, str, str]]:
-    name = re.fullmatch(r"(\w[\w.+-]{0,99})?", cfg.run_id)
-    yield bool(name), "RUN_ID", "must be a name of letters, digits and . _ + -"
+    name = re.fullmatch(r"(\w[\w.+-]{0,99})?", cfg.run_id) and len(os.fsencode(cfg.run_id)) <= MOST_BYTES
+    yield bool(name), "RUN_ID", f"must be a name of letters, digits and . _ + -, at most {MOST_BYTES} bytes"
     files = [Path(path).name for path in (cfg.model_path, cfg.quantized_model_path)]
     for setting, file in zip(("MODEL_PATH", "QUANTIZED_MODEL_PATH"), files, strict=True):
-        shared = file in ("", "..", "logs") or len(file) > 99 or [*files, *OUTPUTS].count(file) > 1
-        yield not shared, setting, "must name a file of its own"
+        taken = file in TAKEN or re.fullmatch(r"ledger\.\d+\.jsonl", file) or files.count(file) > 1
+        fits = len(file) <= 99 and len(os.fsencode(file)) <= MOST_BYTES
+        yield fits and not taken, setting, "must name a file of its own, none that a run writes besides"
     seconds, reserve = cfg.max_wallclock_seconds, cfg.gptq_reserve_seconds
     fits = not 0 < seconds < reserve + 0.001
     yield fits, "GPTQ_RESERVE_SECONDS", f"must be below {pair(cfg, 'MAX_WALLCLOCK_SECONDS')}"

@@ -195,7 +195,7 @@ def translate(environ: Mapping[str, str]) -> dict[str, str]:
         *_give_way(given, base, preset),
         *_unread({**environ, **given}, base),
     ]
-    notices += _in_lower_case(environ)
+    notices += [*_in_lower_case(environ), *_alone_among_tasks(environ)]
     if environ.get("LOCAL_RANK", "0") == "0":
         for notice in notices:
             print(f"train_gpt.py: notice: {notice}", file=sys.stderr)
@@ -234,6 +234,19 @@ def _in_lower_case(environ: Mapping[str, str]) -> Iterator[str]:
     for name in sorted(environ):
         if name.upper() in ours:
             yield f"{name}={environ[name]}: not read; did you mean {name.upper()}?"
+
+
+# How many tasks a batch system has started, and which of them this is.
+TASKS = {"SLURM_STEP_NUM_TASKS": "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK"}
+
+
+def _alone_among_tasks(environ: Mapping[str, str]) -> Iterator[str]:
+    """Say of several tasks that torchrun has not made ranks that each is a run of its own."""
+    for count, number in TASKS.items():
+        tasks = environ.get(count, environ.get("SLURM_NTASKS", "1"))
+        first = environ.get(number) == "0" and "WORLD_SIZE" not in environ
+        if first and tasks.isdecimal() and int(tasks) > 1:
+            yield f"{tasks} tasks, each is a run of its own: torchrun makes one of them (docs/ranks.md)"
 
 
 # Variables with these beginnings are ours, so an unknown one is a mistake.
@@ -287,6 +300,7 @@ def show_settings(cfg: Config) -> str:
     rows = []
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        mark = "" if value == field.default else f"    # default {field.default!r}"
-        rows.append(f"{field.name.upper()}={int(value) if isinstance(value, bool) else value}{mark}")
+        value, default = (int(v) if isinstance(v, bool) else v for v in (value, field.default))
+        mark = "" if value == default else f"    # default {default!r}"
+        rows.append(f"{field.name.upper()}={value}{mark}")
     return "\n".join(rows)

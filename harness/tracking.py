@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from systems.console import Console, lost_consoles
 from train_gpt import Config, ConfigError, Ranks, Run, UserError, Watch, Worker
 
 
@@ -16,7 +17,7 @@ class Progress(Watch):
     """Rate and remaining time of a stage: one line that rewrites itself on a terminal, 50 in the log."""
 
     def __init__(self, ranks: Ranks):
-        self._live = ranks.is_main and sys.stderr.isatty()
+        self._live = Console(sys.stderr) if ranks.is_main and sys.stderr.isatty() else None
         self._run: Run | None = None
         self._begun: dict[str, tuple[float, int]] = {}  # stage -> when it began, and its lines in the log
 
@@ -39,11 +40,27 @@ class Progress(Watch):
         if meter and meter.tokens:
             line += f" running_loss:{meter.val_loss:.5g}"
         if self._live:
-            end = "\n" if share >= 1 else ""
-            print(f"\r\x1b[K{line}", end=end, file=sys.stderr, flush=True)
+            self._live.show_progress(line, share >= 1)
         if int(share * 50) > shown:
             self._begun[stage] = start, int(share * 50)
             self._run.log.text(line)
+
+
+class ConsoleNotice(Watch):
+    """Says in the log of a run that a console is given up: a broken pipe, a full disk, a closed terminal.
+
+    It stands behind all other watches, so that they have the event that met the fault before the notice.
+    """
+
+    def __init__(self):
+        self._said: list[str] = []
+
+    def see(self, kind: str, **facts: object) -> None:
+        """Look after each event but the last one, behind which nothing stands."""
+        lost = [name for name in lost_consoles() if name not in self._said]
+        if kind == "line" and facts["stage"] != "final" and lost:
+            self._said += lost
+            facts["log"].event("notice", text=f"given up, the run goes on without: {', '.join(lost)}")
 
 
 def tracker_module(setting: str, value: str, module: str, package: str) -> object:

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 from harness.logfiles import numbered
 from harness.rules import OUTPUTS
+from systems.layout import WITHOUT_EFFECT
 from systems.plain_text import tokenizer_file
 from train_gpt import (
     ArtifactError,
@@ -24,6 +26,7 @@ from train_gpt import (
 )
 
 MAGIC = b"PGOLFKP1"
+MOST_TOLD = 3  # of the unfinished runs that are passed over
 
 
 def write_checkpoint(path: Path, values: object, tensors: object = None) -> None:
@@ -117,32 +120,55 @@ def clear_beginning(folder: Path, cfg: Config) -> bool:
     return True
 
 
+def unlike(now: Mapping[str, object], then: Mapping[str, object]) -> list[str]:
+    """The settings that are others than they were, each with both values."""
+    rows = []
+    for name, value in now.items():
+        shown = [int(v) if isinstance(v, bool) else v for v in (value, then.get(name))]
+        rows += [f"{name}={shown[0]} there {'nothing' if shown[1] == '' else shown[1]}"] * (
+            shown[0] != shown[1]
+        )
+    return rows
+
+
 class UnfinishedRun:
     """Which unfinished run a command goes on with: its folder, locked, and its newest whole checkpoint."""
 
     def __init__(self, cfg: Config, sources: Mapping[str, bytes]):
         self.cfg, self.folder, self.lock = cfg, None, None
+        self._passed_over: list[str] = []  # unfinished runs without a name, and why they are left as they are
         self.values: dict = {}
         self.damaged: dict[Path, str] = {}
+        self.files: dict[str, Path] = {}  # name in the identity -> where it lies now
         self.identity = self._identity(sources)
         if cfg.resume:
             self._find()
 
     def _identity(self, sources: Mapping[str, bytes]) -> dict[str, object]:
-        """What the result of a run depends on: settings, hashes of the house, the data and given files."""
-        cfg, settings = self.cfg, self.cfg.as_env()
-        del settings["RESUME"]
+        """What the result of a run depends on: settings, hashes of the house, the data and given files.
+
+        Files go by what they are for, not by where they lie; a device by what it comes to. "places" has the
+        settings that no number depends on: they may be others.
+        """
+        cfg, env = self.cfg, self.cfg.as_env()
         inputs = ["quantized_model_path"] * cfg.ttt_eval_only + ["model_path"] * cfg.quantize_only
         model = find_file(cfg, "model_path", needed=False) if cfg.prequant_only else None
         if model and not self._is_unfinished(model.parent):
             inputs.append("model_path")
         splits = ["train"] * (cfg.quantize_only or not inputs) + ["val", "val_bytes"]
-        files = [path for split in splits for path in shard_paths(cfg.data_folder, split)]
-        files += [cfg.data_folder / "manifest.json", tokenizer_file(cfg)]
-        files += [find_file(cfg, field, needed=False) for field in inputs]
+        shards = [path for split in splits for path in shard_paths(cfg.data_folder, split)]
+        self.files = {path.name: path for path in (*shards, cfg.data_folder / "manifest.json")}
+        self.files["tokenizer"] = tokenizer_file(cfg)
+        given = {name.upper(): find_file(cfg, name, needed=False) for name in inputs}
+        self.files |= {name: path for name, path in given.items() if path}
         known = {name: hashlib.sha256(text).hexdigest() for name, text in sources.items()}
-        known |= {str(path): file_digest(path) for path in files if path}
-        return {"settings": settings, "files": known}
+        known |= {name: file_digest(path) for name, path in self.files.items()}
+        settings = {name: value for name, value in env.items() if name not in WITHOUT_EFFECT}
+        settings["DEVICE"] = "cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu"
+        outputs = {"MODEL_PATH", "QUANTIZED_MODEL_PATH"} - given.keys()
+        settings |= {name: Path(env[name]).name for name in sorted(outputs)}
+        places = {name: env[name] for name in sorted(WITHOUT_EFFECT - {"RESUME"})}
+        return {"settings": settings, "files": known, "places": places}
 
     @staticmethod
     def _is_unfinished(folder: Path) -> bool:
@@ -157,6 +183,8 @@ class UnfinishedRun:
             folders = [path for path in Path("runs").glob("*/checkpoints") if path.is_dir()]
             folders.sort(key=lambda path: -path.stat().st_mtime)
             any(self._claim(path, named=False) for path in folders)
+            for text in self._passed_over[:MOST_TOLD] if self.folder is None else ():
+                print(f"train_gpt.py: notice: {text}", file=sys.stderr)
             return
         wanted = Path(cfg.artifact_dir or Path("runs") / cfg.run_id)
         there = [folder / "checkpoints" for folder in itertools.takewhile(Path.exists, numbered(wanted))]
@@ -172,26 +200,30 @@ class UnfinishedRun:
         lock, damaged, values = lock_folder(folder), {}, {}
         if lock is not None:
             values, _ = next(iter(CheckpointFolder(folder, "run").readable(damaged)), ({}, None))
-        unlike = self._differences(values["identity"]) if values else []
+        others = self._differences(values["identity"], named) if values else []
         begun = named and lock is not None and not (values or damaged)
         if (begun and clear_beginning(folder.parent, self.cfg)) or (
-            values and not unlike and (named or "ended" not in values)
+            values and not others and (named or "ended" not in values)
         ):
             self.folder, self.lock, self.values, self.damaged = folder.parent, lock, values, damaged
             return True
         reason = "; ".join(damaged.values()) if lock is not None else "another process is at work there"
         if lock is not None:
             os.close(lock)
-        reason = f"begun with other settings or data: {'; '.join(unlike[:6])}" if unlike else reason
+        reason = f"begun with other settings or data: {'; '.join(others[:6])}" if others else reason
         if named and reason and "ended" not in values:
             raise ConfigError(f"{folder.parent}: this run cannot go on, {reason} (RESUME=0 begins a new one)")
+        if lock is not None and reason and "ended" not in values:
+            self._passed_over.append(f"{folder.parent}: unfinished, left as it is, {reason}")
         return False
 
-    def _differences(self, then: Mapping) -> list[str]:
-        now, rows = self.identity, []
-        for name, value in now["settings"].items():
-            other = then["settings"].get(name)
-            rows += [f"{name}={value} there {other}"] * (value != other)
-        for name in sorted(now["files"].keys() | then["files"].keys()):
-            rows += [f"{name} differs"] * (now["files"].get(name) != then["files"].get(name))
+    def _differences(self, then: Mapping, named: bool) -> list[str]:
+        now, files = self.identity, self.identity["files"]
+        rows = unlike(now["settings"], then["settings"])
+        if not named:  # whoever gave a run a name goes on with it by its name
+            names = ("RUN_ID", "ARTIFACT_DIR")
+            rows += unlike(dict.fromkeys(names, ""), then.get("places", {}))
+        for name in sorted(files.keys() | then["files"].keys()):
+            differs = files.get(name) != then["files"].get(name)
+            rows += [f"{self.files.get(name, name)} differs"] * differs
         return rows

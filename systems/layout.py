@@ -16,6 +16,11 @@ TITLE_OPERATOR, TITLE_TOKEN = "\ue001", 4  # of CaseOps; where it is not that to
 UNNAMED = "tokenizer.model"  # of a set with a name of its own
 DEMO_OUT, DEMO_PLAIN_OUT = Path("data/demo"), Path("data/demo_plain")
 PREPARE = Path(__file__).resolve().parents[1] / "prepare_caseops_data.py"
+# Settings that no number of a run depends on: where things lie, what they are called, how it is watched and
+# kept. A run that goes on may have others. A file that one of them names counts by its contents.
+WITHOUT_EFFECT = {"RUN_ID", "ARTIFACT_DIR", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "MODEL_PATH"}
+WITHOUT_EFFECT |= {"QUANTIZED_MODEL_PATH", "WANDB_PROJECT", "TENSORBOARD_DIR", "CHECKPOINT_SECONDS", "RESUME"}
+WITHOUT_EFFECT |= {"CPU_THREADS", "DEVICE"}  # a device counts as what it comes to
 
 
 class Source(NamedTuple):

@@ -1,10 +1,18 @@
 """What the tools' command lines share: a mistake is one line on standard error and exit code 2."""
 
 import argparse
+import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from systems.console import keep_consoles  # noqa: E402
 
 
 class Mistake(ValueError):
@@ -23,13 +31,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def start(main: Callable[..., int], *arguments: object) -> NoReturn:
-    """Run a tool and leave with its exit code; without a word where its reader has had enough (`| head`)."""
-    try:
-        sys.exit(main(*arguments))
-    except BrokenPipeError:
-        sys.exit(128 + signal.SIGPIPE)
-    finally:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for what Python writes at its end
+    """Run a tool to its end, also where its output cannot be written, and leave with its exit code.
+
+    Where that would be 0 without all of the output, it is that of a closed pipe (`| head`, without a word).
+    """
+    keep_consoles()
+    code = main(*arguments)
+    sys.stdout.flush()
+    lost = getattr(sys.stdout, "lost", "")
+    if lost not in ("", os.strerror(errno.EPIPE)):
+        complain(Path(sys.argv[0]).name, OSError(f"standard output cannot be written ({lost})"))
+    sys.exit(code or (128 + signal.SIGPIPE if lost else 0))
 
 
 def complain(tool: str, error: Exception) -> int:

@@ -18,12 +18,13 @@ folder of its own (`--out`/trial_0000, ...; console.txt there is its console). D
     --json            the last line is one JSON object
 
 The first trial has the values that the settings have now, where they lie in the ranges. A trial that crashes
-is recorded as failed, with its last line, and the sweep goes on. Ctrl-C ends the run under way, whose values
+is recorded as failed, with its last line, and the sweep goes on, unless the first three fail alike: the same
+command, or a mended script, then tries their values again. Ctrl-C ends the run under way, whose values
 are tried again when the sweep goes on; kill -9 ends it too. At the end: the best settings as a line to paste,
 each variable's importance (fANOVA), sweep.png. A run over a limit of the contest never is the best while
 there is another.
 
-Exit code 0, 1 (no trial has a score), 2 (a mistake in the command, one line), 130 or 143 (stopped).
+Exit code 0, 1 (no trial has a score), 2 (a mistake in the command, one line), 128 + signal (stopped).
 """
 
 import argparse
@@ -38,12 +39,11 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,15 +53,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import runs  # noqa: E402
 import train_gpt as tg  # noqa: E402
 from command import Mistake, Parser, complain, start  # noqa: E402
+from harness.guards import unless_ignored  # noqa: E402
 from harness.lineage import SWITCHES, same  # noqa: E402
 from harness.settings import read_settings  # noqa: E402
 from scripts import hash_on_disk  # noqa: E402
+from sweeping.owner import holding, is_gone, myself  # noqa: E402
 
 try:
     import optuna
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from optuna.trial import FrozenTrial, Trial, TrialState
+
+    from sweeping.storage import SweepError, open_storage
 except ImportError as error:
     sys.exit(f"sweep.py: error: {error.name} is not installed: pip install -r requirements-dev.txt")
 
@@ -75,12 +79,10 @@ GUARD = """read _  # the sweep writes nothing: this returns when it is gone, eve
 kill -TERM -$1 || exit
 for second in $(seq $2); do sleep 1; kill -0 -$1 || exit; done
 kill -KILL -$1"""
+MOST_FAILURES = 3  # of one kind, before a command that fails every time is given up
+FORGIVEN = "forgiven"  # of a study: numbers of failed trials that do not count
 MOST_CELLS = 10_000  # of a grid
 MOST_COMBINATIONS = 4096  # of the ends of other variables, looked at for one that allows a value
-
-
-class SweepError(Mistake):
-    """The command or its study makes no sense: one line, exit code 2."""
 
 
 class TrialFailed(Exception):
@@ -270,31 +272,22 @@ def grid_cells(variables: Sequence[Variable]) -> int:
 # -- the study
 
 
-def open_storage(where: str, out: Path) -> optuna.storages.BaseStorage:
-    """A database by its URL, or a journal file."""
-    try:
-        if "://" in where:
-            waiting = {"connect_args": {"timeout": 60}} if where.startswith("sqlite") else {}
-            return optuna.storages.RDBStorage(where, engine_kwargs=waiting)
-        path = Path(where) if where else out / "study.journal"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        backend = optuna.storages.journal.JournalFileBackend(str(path))
-        return optuna.storages.JournalStorage(backend)
-    except Exception as error:  # SQLAlchemy, drivers and the journal have a dozen types
-        reason = " ".join(str(error).split())[:200]
-        raise SweepError(f"--storage {where or out}: cannot be opened ({reason})") from None
-
-
 def open_study(options: argparse.Namespace) -> optuna.Study:
     """The study of that name: made with its first trial, or one of the same question to go on with."""
     settings, question = options.base.as_env(), question_of(options)
-    storage = open_storage(options.storage, options.out)
+    storage = open_storage(options.storage, options.out, lambda: Stop.signal > 0)
     options_of_study = {"sampler": sampler(options), "pruner": optuna.pruners.MedianPruner(4)}
     try:
         study = optuna.create_study(storage=storage, study_name=options.study, **options_of_study)
     except optuna.exceptions.DuplicatedStudyError:
         study = optuna.load_study(storage=storage, study_name=options.study, **options_of_study)
         _check_question(study, question)
+        if failed := all_failed(study):
+            study.set_user_attr("question", question)
+            study.set_user_attr(FORGIVEN, [trial.number for trial in failed])
+            for trial in failed:
+                study.enqueue_trial(trial.params)
+            print(f"all {len(failed)} trials of the study have failed: their values are tried again")
         if options.seed is not None:  # not the same draws once more
             options.seed += len(study.trials)
             study.sampler = sampler(options)
@@ -344,12 +337,15 @@ def _check_question(study: optuna.Study, question: Mapping[str, object]) -> None
     for key in ("set", "metric", "sampler"):
         if asked[key] != question[key]:
             raise SweepError(f"{begun} --{key} {asked[key]}; choose another --study")
+    if all_failed(study):
+        return  # what was wrong with the script or its settings may be mended now
     if asked["script"] != question["script"]:
         raise SweepError(f"{begun} another script (sha256 {asked['script'][:12]}); choose another --study")
     for name in sorted(asked["settings"].keys() | question["settings"].keys()):
         was, now = asked["settings"].get(name), question["settings"].get(name)
         if was != now:
-            raise SweepError(f"{begun} {name}={was}, not {now}; choose another --study")
+            shown = [int(value) if isinstance(value, bool) else value for value in (was, now)]
+            raise SweepError(f"{begun} {name}={shown[0]}, not {shown[1]}; choose another --study")
 
 
 def sampler(options: argparse.Namespace) -> optuna.samplers.BaseSampler:
@@ -360,17 +356,35 @@ def sampler(options: argparse.Namespace) -> optuna.samplers.BaseSampler:
     return optuna.samplers.TPESampler(n_startup_trials=startup, seed=options.seed)
 
 
-def counted(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials that count: with a score, pruned, running, or failed by themselves, not stopped."""
+def counted(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that count: with a score, pruned, running, or failed by themselves, not stopped.
+
+    Those of a study in which all had failed count no more when it goes on.
+    """
     failed, waiting = TrialState.FAIL, TrialState.WAITING
-    return [t for t in trials if t.state not in (failed, waiting) or "error" in t.user_attrs]
+    trials, forgiven = study.get_trials(deepcopy=False), study.user_attrs.get(FORGIVEN, ())
+    made = (t for t in trials if t.state not in (failed, waiting) or "error" in t.user_attrs)
+    return [trial for trial in made if trial.number not in forgiven]
 
 
-def take_up(study: optuna.Study) -> None:
-    """Trials whose sweep on this machine was killed are closed, and their values tried again."""
+def all_failed(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that count, where all of them have failed, else none."""
+    trials = counted(study)
+    return trials if all(trial.state == TrialState.FAIL for trial in trials) else []
+
+
+def same_failure(study: optuna.Study) -> str:
+    """The failure of the first trials where all so far, three or more, have failed alike; numbers aside."""
+    failures = [trial.user_attrs["error"] for trial in all_failed(study)]
+    alike = {re.sub(r"[-+.\d]+(e[-+]?\d+)?", "#", failure) for failure in failures}
+    return failures[-1] if len(failures) >= MOST_FAILURES and len(alike) == 1 else ""
+
+
+def take_up(study: optuna.Study, out: Path) -> None:
+    """Trials whose sweep is gone are closed, and their values tried again."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        host, process = trial.user_attrs.get("host"), trial.user_attrs.get("process")
-        if host != socket.gethostname() or process is None or _alive(process):
+        folder = Path(trial.user_attrs.get("folder", ""))
+        if not is_gone(trial.user_attrs, [folder, out / folder.name]):
             continue
         faster = (ValueError, optuna.exceptions.UpdateFinishedTrialError)  # another process of the sweep
         with contextlib.suppress(*faster):
@@ -378,29 +392,20 @@ def take_up(study: optuna.Study) -> None:
             study.enqueue_trial(trial.params)
 
 
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 # -- a trial
 
 
 class Stop:
-    """Set by SIGINT and SIGTERM: the run under way is ended, then the sweep."""
+    """Set by a signal to stop: the run under way is ended, then the sweep."""
 
-    def __init__(self) -> None:
-        self.signal = 0
+    signal = 0  # of the process: a storage that waits looks at it too
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Take the signals while entered."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        Stop.signal = 0
+        numbers = [signal.SIGINT, signal.SIGTERM, *unless_ignored(signal.SIGHUP, signal.SIGUSR1)]
+        before = {number: signal.getsignal(number) for number in numbers}
         for number in before:
             signal.signal(number, self._take)
         try:
@@ -410,7 +415,7 @@ class Stop:
                 signal.signal(number, handler)
 
     def _take(self, number: int, _: object) -> None:
-        self.signal = number
+        Stop.signal = number
 
 
 class Sweep:
@@ -421,15 +426,20 @@ class Sweep:
 
     def run(self) -> None:
         """Trials until the study has as many as asked for, or a signal came."""
-        started = len(counted(self.study.get_trials(deepcopy=False)))
+        started = len(counted(self.study))
         goal = f"{self.options.metric} of {shlex.join(self.options.command)}"
         print(f"study {self.study.study_name}, {goal}: {started} of {self.options.trials} trials", flush=True)
         with self.stop.listening():
             while not self.stop.signal:
-                take_up(self.study)
+                take_up(self.study, self.options.out)
                 trials = self.study.get_trials(deepcopy=False)
                 waiting = any(trial.state == TrialState.WAITING for trial in trials)
-                if len(counted(trials)) >= self.options.trials or (
+                if failure := same_failure(self.study):
+                    print(
+                        f"{MOST_FAILURES} trials have failed alike and none has a score, stopped: {failure}"
+                    )
+                    break
+                if len(counted(self.study)) >= self.options.trials or (
                     self.options.sampler == "grid" and not waiting
                 ):
                     break
@@ -440,17 +450,17 @@ class Sweep:
 
     def objective(self, trial: Trial) -> float:
         """Run one trial and return what is made small."""
-        earlier = counted(t for t in self.study.get_trials(deepcopy=False) if t.number < trial.number)
+        earlier = [other for other in counted(self.study) if other.number < trial.number]
         values = {variable.name: variable.suggest(trial) for variable in self.options.variables}
         if len(earlier) >= self.options.trials:  # without "error" it does not count
             self.study.enqueue_trial(trial.params)
             raise TrialFailed("another process has taken the last one")
-        about = {"host": socket.gethostname(), "process": os.getpid(), "values": values}
-        for key, value in about.items():
+        about = myself()
+        for key, value in {**about, "values": values}.items():
             trial.set_user_attr(key, value)
         start, outcome = time.perf_counter(), "stopped"
         try:
-            value = self._score(trial, values)
+            value = self._score(trial, values, about)
             over = " (over a limit)" if trial.user_attrs["over_limit"] else ""
             outcome = f"{self.options.metric} {value:.6g}{over}"
             return value
@@ -470,14 +480,15 @@ class Sweep:
             shown = " ".join(f"{name}={value}" for name, value in values.items())
             print(f"trial {trial.number} {shown}: {outcome}, {seconds:.0f} s", flush=True)
 
-    def _score(self, trial: Trial, values: Mapping[str, str]) -> float:
+    def _score(self, trial: Trial, values: Mapping[str, str], owner: Mapping[str, object]) -> float:
         try:
             settle(self.options.environ, **values)
         except SweepError as error:
             raise TrialFailed(str(error)) from None
         folder = self._folder(trial)
         trial.set_user_attr("folder", str(folder))
-        code = self._execute(trial, folder, values)
+        with holding(folder, owner):
+            code = self._execute(trial, folder, values)
         if code not in (0, 3):  # 3: a limit of the contest is exceeded
             name = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
             raise TrialFailed(f"{name}: {last_line(folder / 'console.txt')}")
@@ -616,7 +627,7 @@ def importances(study: optuna.Study) -> tuple[dict[str, float], str]:
 
 def summary(options: argparse.Namespace, study: optuna.Study) -> dict:
     """What `--json` prints."""
-    trials = counted(study.get_trials(deepcopy=False))
+    trials = counted(study)
     states = ("COMPLETE", "PRUNED", "FAIL", "RUNNING")
     result = {
         "study": study.study_name,

@@ -40,7 +40,7 @@ REPLACED = {
     ("ATTENTION_BACKEND", "torch_varlen"): "varlen",
 }
 UNASKED = {"attention_kernels", "compiled", "prefetch"}  # used on a GPU where they stand
-TAKEN_ALONG = {"layout"}  # by harness/, and by what prepares data
+TAKEN_ALONG = {"console", "layout"}  # by harness/, and by what prepares data
 NO_MATTER = {  # read in harness/ alone, and without effect on what a script alone does
     "RESUME": "nothing is kept from which it could go on",
     "ALLOW_UNVERIFIED_DATA": "no manifest is read",

@@ -329,7 +329,8 @@ def test_several_processes_without_torchrun(refused, monkeypatch, ranks):
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     message = refused(WORLD_SIZE=2, **ranks)
-    assert "WORLD_SIZE=2" in message and "torchrun" in message
+    assert "WORLD_SIZE=2" in message and "unset WORLD_SIZE, or start with torchrun" in message
+    assert refused(LOCAL_RANK=1).startswith("LOCAL_RANK=1: without what torchrun sets beside it")
 
 
 @pytest.mark.parametrize("ranks", [{"RANK": 2, "WORLD_SIZE": 2}, {"RANK": 1}, {"RANK": "x"}], ids=str)
@@ -429,6 +430,21 @@ def test_checkpoint_with_other_tensors(work, refused, change):
     message = refused(QUANTIZE_ONLY=1, MODEL_PATH="other.pt")
     assert "MODEL_PATH=other.pt" in message
     assert ("another" if change == "extra" else "skip_weights") in message
+
+
+def test_checkpoint_of_a_wrapped_model(tg, work):
+    """`_orig_mod.` of torch.compile, `module.` of DDP, before the names or within them, are taken off."""
+    state, taken = state_of(work), ["_orig_mod", "module"]
+    names = {name: name.replace(".", "._orig_mod.", 1) if "." in name else f"module.{name}" for name in state}
+    renamed = {f"module._orig_mod.{names[name]}": tensor for name, tensor in state.items()}
+    assert tg.unwrapped(renamed) == (state, taken) and tg.unwrapped(state) == (state, [])
+
+
+def test_checkpoint_that_holds_a_name_twice(work, refused):
+    state = state_of(work)
+    torch.save(state | {"module.skip_weights": state["skip_weights"]}, work / "twins.pt")
+    message = refused(QUANTIZE_ONLY=1, MODEL_PATH="twins.pt")
+    assert "MODEL_PATH=twins.pt" in message and "only by what wraps the model" in message
 
 
 def test_checkpoint_that_is_not_finite(work, refused):

@@ -472,7 +472,8 @@ def test_score_without_an_artifact_is_not_legal(finished, eval_data, in_process)
 
 
 def test_prequant_only_trains_without_a_checkpoint(data, in_process, tmp_path):
-    code, _ = in_process(tmp_path, DATA_PATH=data, ARTIFACT_DIR="run", PREQUANT_ONLY=1, ITERATIONS=1)
+    code, told = in_process(tmp_path, DATA_PATH=data, ARTIFACT_DIR="run", PREQUANT_ONLY=1, ITERATIONS=1)
+    assert "notice text:legal:False, for there is no artifact (PREQUANT_ONLY=1)" in told
     assert code == 0
     result = read_result(tmp_path / "run")
     assert result["steps"] == 1 and result["final_stage"] == "prequant"

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.rules import TAKEN
 from harness.settings import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -457,7 +458,22 @@ def test_output_file_needs_a_name(tg, name, path):
     assert name in refusal(tg, {name: path})
 
 
-@pytest.mark.parametrize("run_id", ["a/b", "../elsewhere", "/absolute", ".", ".."])
+@pytest.mark.parametrize("name", ["MODEL_PATH", "QUANTIZED_MODEL_PATH"])
+@pytest.mark.parametrize("path", [*sorted(TAKEN), "a/ledger.3.jsonl", "\U00020000" * 90])
+def test_output_file_is_none_of_the_others(tg, name, path):
+    """Which would be overwritten, or overwrite it, after the training."""
+    assert name in refusal(tg, {name: path})
+
+
+def test_every_file_of_a_run_has_a_name_that_no_model_may_have():
+    """Names of files in the sources of harness/ and of the tools that write into a run's folder."""
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "harness").glob("*.py")]
+    texts += [(ROOT / "tools" / name).read_text(encoding="utf-8") for name in ("audit.py", "sweep.py")]
+    written = set(re.findall(r"""["'/]([a-z_]+\.(?:jsonl|json|txt))["']""", "\n".join(texts)))
+    assert written - {"manifest.json", "requirements-dev.txt"} <= TAKEN
+
+
+@pytest.mark.parametrize("run_id", ["a/b", "../elsewhere", "/absolute", ".", "..", "\U00020000" * 90])
 def test_run_id_is_a_name_and_no_path(tg, run_id):
     assert "RUN_ID" in refusal(tg, {"RUN_ID": run_id})
 
@@ -559,6 +575,23 @@ UNRELATED = re.findall(
 def test_unrelated_variables_are_ignored(tg, name):
     """The last row is what GNU parallel sets for every job: sweeps are run with it."""
     assert tg.read_settings({name: "anything"}) == tg.Config()
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, ["8 tasks, each is a run of its own: torchrun"]),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, []),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "3"}, []),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "WORLD_SIZE": "8"}, []),
+        ({"SLURM_NTASKS": "8"}, []),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, ["2 tasks, each is a run of its own"]),
+    ],
+)
+def test_tasks_without_torchrun_are_said(tg, capsys, environ, said):
+    tg.read_settings(environ)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(said) and all(words in line for words, line in zip(said, lines, strict=True))
 
 
 def test_this_environment_is_accepted(tg, fields):
@@ -683,7 +716,7 @@ def test_config_is_frozen(tg, fields):
 
 def test_show_json(tg, fields, capsys):
     assert tg.main(["--show", "--json"], {"PRESET": "pr1855", "SEED": "7", "TTT_K_LORA": "0"}) == 0
-    shown = json.loads(capsys.readouterr().out.splitlines()[-1])
+    shown = json.loads(capsys.readouterr().out)
     assert shown.keys() == {"preset", "settings"}
     assert shown["preset"] == "pr1855"
     assert list(shown["settings"]) == list(fields)
@@ -716,6 +749,7 @@ def test_shown_settings_are_an_environment(tg, capsys):
     environ = {"PRESET": "pr1667", "NUM_LOOPS": "1"}
     tg.main(["--show"], environ)
     lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if line.endswith(("True", "False"))], "0 and 1, as they are set"
     again = dict(line.partition("    #")[0].split("=", 1) for line in lines)
     assert tg.read_settings(again) == tg.read_settings(environ)
 
@@ -744,6 +778,11 @@ def test_unknown_argument(tg, arguments, capsys):
     captured = capsys.readouterr()
     assert captured.out == "" and len(captured.err.splitlines()) == 1
     assert any(argument in captured.err for argument in arguments) and "--help" in captured.err
+
+
+def test_settings_as_arguments_are_said_to_be_variables(tg, capsys):
+    assert tg.main(["SEED=1", "--show"], {}) == 2
+    assert "settings are environment variables: SEED=1 python train_gpt.py" in capsys.readouterr().err
 
 
 def test_json_alone_starts_no_run(tg, capsys):

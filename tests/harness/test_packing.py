@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 
 import packing_cases
 import pytest
+import python_minifier
 import test_smoke as smoke
 import torch
 import warm
@@ -269,6 +271,13 @@ def test_size(tg, house, preset, on_gpu, limit):
     packed, minified = packing.packed_script(cfg, backends_of(tg, on_gpu), house, on_gpu)
     assert minified and len(packed) <= limit
     assert packing.packed_script(cfg, None, {"train_gpt.py": packed}, on_gpu) == (packed, True)
+    texts: list[str | bytes] = []  # what the wrapper runs
+    exec(packed, {"exec": texts.append})
+    text = texts[0] if isinstance(texts[0], str) else texts[0].decode()
+    ast.parse(text, feature_version=(3, 10))  # the oldest that torch has
+    for python in other_pythons():
+        reading = "import ast, sys; ast.parse(sys.stdin.read())"
+        subprocess.run([python, "-c", reading], input=text, encoding="utf-8", check=True)
     if preset == "demo":  # and the same bytes in a process that orders its sets differently
         env = os.environ | {"PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"}
         again = subprocess.run([sys.executable, "-c", REPEATED], cwd=ROOT, env=env, capture_output=True)
@@ -289,6 +298,40 @@ def test_every_backend_can_be_packed(tg, house, backend):
     cfg = tg.read_settings({"PRESET": "pr1855" if backend == "fa4" else "pr1493"})
     tree = packing.folded_tree(cfg, tg.Backends(backend, "loss", "inductor", 8), house, True)
     compile(ast.unparse(tree), "script", "exec")
+
+
+NESTED = """
+def told(values, name):
+    pairs = (f"{k}:{f'{v:.6g}' if isinstance(v, float) else v}" for k, v in values.items())
+    return " ".join(pairs) + f"{' '.join(name)}"
+"""
+ELSEWHERE = """
+import ast, sys, types, unittest.mock as mock
+sys.path.append(sys.argv[1])
+exec(sys.argv[2])
+print(minify(ast.parse(sys.stdin.read()))[0])
+"""
+
+
+def other_pythons() -> list[Path]:
+    """Interpreters of this machine that the script may be packed with, this one not among them."""
+    beside = Path(sys.base_prefix).parent.glob("3.*/bin/python3")
+    found = {path.resolve() for path in beside if int(path.parts[-3].split(".")[1]) >= 11}
+    return sorted(found - {Path(sys.executable).resolve()})
+
+
+def test_whichever_python_packs_the_text_is_the_same(tmp_path):
+    """From 3.12 on quotes nest: what is packed there must start under 3.11 too."""
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "python_minifier").symlink_to(Path(python_minifier.__file__).parent)
+    here = packing.minify(ast.parse(NESTED))[0]
+    assert "{f'{" in here and "{' '." in here, "no quote of an f-string stands within it"
+    code = inspect.getsource(packing.minify)
+    for python in other_pythons():
+        command = [python, "-c", ELSEWHERE, library, code]
+        there = subprocess.run(command, input=NESTED, capture_output=True, text=True)
+        assert there.stdout == f"{here}\n", (python, there.stderr)
 
 
 def test_without_the_minifier_it_is_longer(monkeypatch):

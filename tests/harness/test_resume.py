@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,10 @@ from quick_run import QUICK
 from test_smoke import environment, make_data
 
 from bench.faults import FULL, OUTPUTS, Bench, contents, difference, durations, full_disk, kill_chain, unwhole
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+import runs  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_packing")
 # A checkpoint before every step and after every batch; warm-started adapters, the harder case.
@@ -327,8 +332,12 @@ def test_resume_finds_the_unfinished_run_without_a_name(work, reference, cut_off
     cut_off("", "Run.quantise", 1, RUN_ID="")
     folder, *others = (work / "runs").iterdir()
     assert not others
-    code, output, _ = run("", RUN_ID="", SEED=7, PREQUANT_ONLY=1, ITERATIONS=1)
-    assert code == 0 and "resumed" not in output, "another command's run is left alone"
+    cut_off("", "Trainer.step", 1, RUN_ID="named", SEED=7, PREQUANT_ONLY=1, ITERATIONS=1)
+    code, output, errors = run("", RUN_ID="", SEED=7, PREQUANT_ONLY=1, ITERATIONS=1)
+    assert code == 0 and "resumed" not in output, "another command's run is left alone, and one with a name"
+    others = [line.partition(" other settings or data: ") for line in sorted(errors.splitlines())]
+    assert others[0][0] == "train_gpt.py: notice: runs/named: unfinished, left as it is, begun with"
+    assert others[0][2] == "RUN_ID= there named" and others[1][2].startswith("SEED=7 there 42; ")
     code, output, _ = run("", RUN_ID="")
     assert code == 0 and f"resumed {folder.relative_to(work)}" in output
     assert difference(folder, reference) == []
@@ -362,6 +371,24 @@ def test_resume_with_other_settings_script_or_data_is_refused(tg, work, cut_off,
     code, output, errors = run("fixed", DATA_PATH="copy")
     assert (code, output) == (2, "") and "copy/manifest.json differs" in errors
     assert {p: p.read_bytes() for p in (work / "fixed").rglob("*") if p.is_file()} == before
+
+
+def test_resume_with_what_no_number_depends_on(work, reference, cut_off, run, monkeypatch):
+    """Places by other names, other threads, trackers and times between checkpoints: it is the same run."""
+    cut_off("", "Trainer.step", 6, RUN_ID="")
+    folder = max((work / "runs").iterdir(), key=lambda path: path.stat().st_mtime)
+    (work / "elsewhere").mkdir()
+    (work / "data").rename(work / "elsewhere/moved")
+    folder.rename(work / "elsewhere/other")
+    monkeypatch.chdir(work / "elsewhere")
+    others = {"DATA_PATH": "./moved/", "DEVICE": "auto", "CPU_THREADS": 0, "CHECKPOINT_SECONDS": 1e-8}
+    code, output, errors = run(f"{work}/elsewhere/./other", RUN_ID="", **others)
+    (work / "elsewhere/moved").rename(work / "data")
+    assert code == 0 and "resumed" in output, errors
+    told = "resumed with what no number depends on: ARTIFACT_DIR="
+    assert told in output and "DATA_PATH=./moved/ there data; DEVICE=auto there cpu" in output
+    assert difference(work / "elsewhere/other", reference) == []
+    assert runs.read(work / "elsewhere/other").val_bpb == reference["val_bpb"], "its log can be read"
 
 
 def test_resume_of_a_run_at_work_is_refused(work, cut_off, run):

@@ -6,6 +6,7 @@ One tiny run is made; each test breaks a copy of its files, script or data, and 
 import base64
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -402,6 +403,19 @@ def test_a2_validation_document_in_a_train_shard(copy):
     copy.fails("A2", "validation document 3 opens a document of fineweb_train_000000.bin")
 
 
+def test_a2_documents_that_begin_alike(copy):
+    """As two licences do: no document is there as a whole. Many of them are no chance."""
+    val = np.fromfile(copy.data / "fineweb_val_000000.bin", "<u2")[512:]
+    starts = [*np.flatnonzero(val == 1), len(val)]
+    documents = [val[start:end] for start, end in itertools.pairwise(starts) if end - start > 80]
+    alike = [np.append(document[:70], FIRST_PIECE) for document in documents]
+    copy.shard("fineweb_train_000000.bin", lambda train: np.append(train, alike[0]))
+    status, evidence = copy.verdict("A2")
+    assert status in PASSES and "14 openings of 64 tokens, 1 among" in evidence, evidence
+    copy.shard("fineweb_train_000000.bin", lambda train: np.concatenate([train, *alike]))
+    copy.fails("A2", f"{len(alike)} of 14 validation documents open as training documents do")
+
+
 def test_a2_validation_text_within_training_documents(copy):
     """Behind one token more, so that no opening is the same."""
     val = np.fromfile(copy.data / "fineweb_val_000000.bin", "<u2")[512:]
@@ -458,6 +472,24 @@ def test_a3_recounts_given_documents(copy, tmp_path):
     texts[2] = texts[2].replace("a", "é", 1)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     copy.fails("A3", "docs.jsonl line 3: has other tokens", docs=str(path))
+
+
+def test_a3_recounts_documents_of_plain_text(tg, tmp_path):
+    """Whose tokenizer has no operators of CaseOps."""
+    from test_smoke import documents, prepare
+
+    texts, docs = documents(40), tmp_path / "docs.jsonl"
+    docs.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    model = prepare.train_tokenizer(texts, 320, plain=True)
+    tokenizer = prepare.make_tokenizer("tokenizer.model", model, lossless=True, plain=True)
+    named = [prepare.make_document(text, f"document {i}") for i, text in enumerate(texts)]
+    manifest = prepare.prepare(named, tokenizer, tmp_path / "plain", 14)
+    cfg = tg.Config(data_path=str(tmp_path / "plain"), caseops_enabled=False, vocab_size=320)
+    val = tg.load_validation(cfg)
+    facts = {"cfg": cfg, "script": tg, "options": SimpleNamespace(docs=str(docs)), "manifest": manifest}
+    sidecar = np.append([0], val.target_bytes.numpy())
+    told = data._recount(SimpleNamespace(**facts, tokens=val.tokens.numpy(), sidecar=sidecar))
+    assert f"bytes recounted from {docs}, 0 of the originals uncharged" in told
 
 
 def test_a4_case_folding(copy, monkeypatch):
@@ -517,6 +549,14 @@ def test_t4_connection(copy):
         lambda head, records: records[-1]["accesses"].append(["ttt", "network", "socket.connect x", 1.0])
     )
     copy.fails("T4", "1 connections, the first in ttt: socket.connect")
+
+
+def test_t4_socket_of_this_machine(copy):
+    """As wandb's own service has, offline too."""
+    sockets = [["train", "network", f"socket.connect {name}", 1.0] for name in ("/tmp/a.sock", "b'\\x00a'")]
+    copy.ledger(lambda head, records: records[-1]["accesses"].extend(sockets))
+    status, evidence = copy.verdict("T4")
+    assert status in PASSES and "2 within this machine (train: socket.connect /tmp/a.sock)" in evidence
 
 
 def test_t5_calibration_on_validation(copy):
@@ -858,6 +898,13 @@ def test_r5_ledger_of_another_seed(copy):
     copy.fails("R5", "line 1: changed, its hash is .*, line 2 follows on")
 
 
+def test_r4_a_run_that_went_on_with_other_threads(copy):
+    copy.result(lambda result: result["settings"].update(CPU_THREADS=2, DATA_PATH="moved"))
+    copy.fails("R4", "CPU_THREADS=1 in the log, 2 in result.json")
+    copy.result(lambda result: result.update(resumed=1))
+    assert copy.verdict("R4")[0] in PASSES
+
+
 def test_r4_seeds_of_other_settings(copy):
     other = copy.run.parent / "other"
     shutil.copytree(copy.run, other)
@@ -1001,6 +1048,20 @@ def verdicts_with(**changes: str) -> dict[str, audit.Verdict]:
         "W2": "NOT CHECKED"
     }
     return {name: audit.Verdict(status, f"as {name} says") for name, status in (told | changes).items()}
+
+
+def test_audit_of_a_folder_that_cannot_be_written_gives_its_verdict(tg, tmp_path, monkeypatch, capsys):
+    (tmp_path / "audit.json").mkdir()
+    verdicts = [("A1", audit.Verdict("VERIFIED", "whole"))]
+    monkeypatch.setattr(audit, "judged", lambda judged, names: verdicts)
+    monkeypatch.setattr(audit, "asked_of", lambda judged: ["A1"])
+    monkeypatch.setattr(audit, "told_judge", lambda judged: {"sha256": "0" * 64, "commit": "", "changed": []})
+    monkeypatch.setattr(audit, "summary_of", lambda *_: {"verdict": "VERIFIED", "headline": "all is well"})
+    facts = {"folder": tmp_path, "script": tg, "known": True, "script_sha256": "0" * 64, "strange_files": []}
+    assert audit.audited(SimpleNamespace(**facts, unchanged=lambda: None), []) == "VERIFIED"
+    told = capsys.readouterr()
+    assert "all is well" in told.out
+    assert told.err == f"audit.py: error: {tmp_path}/audit.json: cannot be written (Is a directory)\n"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,15 @@ README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 HOUSE = "harness|systems|tools|dataprep|experiments|bench|tests|docs"
 # Variables that are no settings: of Make, Slurm, trackers, the tests, data preparation, an experiment.
-ALSO_READ = {"RUN_DIR", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "WANDB_MODE", "HF_ENDPOINT", "ALLOW_ILLEGAL"}
+ALSO_READ = {
+    "RUN_DIR",
+    "PYTHON",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NODELIST",
+    "WANDB_MODE",
+    "HF_ENDPOINT",
+    "ALLOW_ILLEGAL",
+}
 ALSO_READ |= {"GOLDEN_DIR", "TOKENIZER_DIR", "PUBLISHED_LOGS", "SCALE", *lineage.VOCABULARY}
 ALSO_READ |= {"STRESS_SEED", "STRESS_CASES"}
 NO_VARIABLES = {"NO_EFFECT"}  # a table of a test

@@ -230,6 +230,14 @@ def test_a_run_over_a_limit_is_never_the_best(work, capsys):
     assert result["best"]["values"] == {"TTT_LORA_RANK": "80"} and result["best"]["over_limit"] == []
 
 
+def test_a_sweep_whose_command_always_fails_ends_and_begins_anew_once_it_is_mended(work, capsys):
+    (work / "stand_in.py").write_text("import sys\nsys.exit('wrong since 12:00')")
+    assert run(capsys, LR, trials=9, code=1)["trials"]["fail"] == 3
+    (work / "stand_in.py").write_text(STAND_IN)
+    result = run(capsys, LR, trials=4)
+    assert (result["trials"]["fail"], result["trials"]["complete"]) == (0, 4)
+
+
 @pytest.mark.parametrize("storage", ["sqlite:///sweep.db", "shared.journal"])
 def test_the_same_storage_goes_on_to_the_total(work, capsys, storage):
     options = f"--storage {storage}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from auditing.run import RECORDS, Audit, AuditError, Failed, NotChecked, check, require, short
 from harness.chain import BrokenChain, Link, anchor, follow
 from scripts import sha256_of
+from systems.layout import WITHOUT_EFFECT
 
 SCORES = ("ttt", "sliding", "quantised", "prequant")  # the last that was made is the run's
 AFTER_THE_END = ("limit", "final", "notice")  # events that follow the ledger's last line
@@ -148,6 +149,7 @@ def _settings(audit: Audit, chain: Chain) -> Iterator[Figure]:
     head, result = chain.head, audit.result
     yield "run", head, head.record["run"], result.get("run"), "result.json"
     given = set() if audit.trained else set(map(str.upper, audit.script.MODEL_SETTINGS))
+    given |= WITHOUT_EFFECT if "resumed" in result else set()
     mine, theirs = (
         {k: v for k, v in part["settings"].items() if k not in given} for part in (head.record, result)
     )

@@ -74,33 +74,46 @@ def a1_validation_is_whole(audit: Audit) -> str:
     return f"{documents:,} documents, {targets:,} targets, {total:,} bytes, all scored{note}"
 
 
-def _openings(tokens: np.ndarray) -> Iterator[bytes]:
-    """The first tokens of each document; of a shorter one all, with where it ends."""
+def _openings(tokens: np.ndarray) -> Iterator[tuple[int, bytes]]:
+    """Where each document starts, and its first tokens; of a shorter one all, with where it ends."""
     starts = np.flatnonzero(tokens == BOS)
     for start, end in itertools.pairwise([*starts, len(tokens)]):
-        yield np.asarray(tokens[start : min(start + PREFIX_TOKENS, end)], np.uint16).tobytes()
+        yield start, np.asarray(tokens[start : min(start + PREFIX_TOKENS, end)], np.uint16).tobytes()
 
 
 @check("A2", "no validation document among the training documents", RECOMPUTED)
 def a2_no_overlap(audit: Audit) -> str:
-    """The opening of every validation document is looked for at every document start of every train shard."""
+    """The opening of every validation document is looked for at every document start of every train shard.
+
+    A document that is there as a whole breaks the rule. Two may well begin alike, as two licences do, but not
+    many; nor may passages from anywhere come again more often than by chance.
+    """
     paths = audit.shards("train")
     if not paths:
         raise NotChecked(f"{audit.data_folder}: no training shards here")
-    openings = {opening: number for number, opening in enumerate(_openings(audit.tokens))}
-    passages, found, seen = _passages(audit), set(), 0
+    openings: dict[bytes, list[int]] = {}
+    for number, (_, opening) in enumerate(_openings(audit.tokens)):
+        openings.setdefault(opening, []).append(number)
+    passages, found, alike, seen = _passages(audit), set(), set(), 0
     for path, tokens in zip(paths, _with_next_start(paths), strict=True):
         listed = audit.manifest.get("files", {}).get(path.name, {}).get("sha256")
         require(listed in (None, sha256_of(path)), f"{path.name}: another checksum than in the manifest")
-        for opening in _openings(tokens):
+        for start, opening in _openings(tokens):
             seen += 1
-            where = f"validation document {openings.get(opening)} opens a document of {path.name}"
-            require(opening not in openings, where)
+            for number in openings.get(opening, ()):
+                alike.add(number)
+                first, count = audit.documents[number]
+                there = tokens[start : start + count]
+                whole = np.array_equal(there, audit.tokens[first : first + len(there)])
+                require(not whole, f"validation document {number} opens a document of {path.name}")
         found |= _found(tokens, passages)
+    share = f"{len(alike):,} of {len(audit.documents):,} validation documents open as training documents do"
+    require(len(alike) <= 1 + SHARED * len(audit.documents), share)
     again = f"of {len(passages):,} passages of {PASSAGE} tokens {len(found):,} stand in training text"
     require(len(found) <= 1 + SHARED * len(passages), again)
-    figure = f"{len(openings):,} openings of {PREFIX_TOKENS} tokens, none among {seen:,} training documents"
-    return f"{figure}; {again}"
+    figure = f"{len(openings):,} openings of {PREFIX_TOKENS} tokens, {len(alike) or 'none'} among {seen:,}"
+    others = " (of other documents)" * bool(alike)
+    return f"{figure} training documents{others}; {again}"
 
 
 def _passages(audit: Audit) -> set[bytes]:
@@ -174,7 +187,8 @@ def a3_bytes(audit: Audit) -> str:
 def _recount(audit: Audit) -> str:
     """Tokens and bytes of the validation documents made anew from the original texts."""
     path = audit.script.tokenizer_file(audit.cfg)
-    encoder = Encoder(make_tokenizer(str(path), path.read_bytes()))
+    plain = not audit.cfg.caseops_enabled
+    encoder = Encoder(make_tokenizer(str(path), path.read_bytes(), plain=plain))
     documents = (
         document for block in Reader([audit.options.docs]) for document in parse_block(block).documents
     )

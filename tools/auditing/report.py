@@ -9,6 +9,7 @@ from pathlib import Path
 from auditing.run import RECORDS, Audit, AuditError, check, read_json, require, short
 from runs import NAMES_AND_PLACES, config_hash
 from scripts import hash_told
+from systems.layout import WITHOUT_EFFECT
 
 
 @check("R1", "val_bpb = sum of nats / ln 2 / sum of bytes", RECORDS)
@@ -119,7 +120,8 @@ def r4_one_configuration(audit: Audit) -> str:
     model = set(map(str.upper, audit.script.MODEL_SETTINGS))  # an evaluated artifact brings its own
     for name, value in audit.result["settings"].items():
         told = str(int(value) if isinstance(value, bool) else value)
-        same = name in model or logged.get(name) == told
+        resumed = "resumed" in audit.result and name in WITHOUT_EFFECT
+        same = name in model or resumed or logged.get(name) == told
         require(same, f"{name}={logged.get(name)} in the log, {told} in result.json")
     for folder in audit.options.seeds:
         other = read_json(folder / "result.json")

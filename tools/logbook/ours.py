@@ -8,6 +8,7 @@ from pathlib import PurePath
 from logbook.lines import LogError, Value, parse_value
 from logbook.published import begins_run
 from scripts import RULE
+from systems.layout import WITHOUT_EFFECT
 
 SETTING = re.compile(r"(?m)^([A-Z][A-Z0-9_]*)=(.*?)(?:    # default .*)?$")
 EVENT = re.compile(r"([a-z]\w*) (\w+:.*)")
@@ -76,7 +77,7 @@ def check_one_run(text: str, settings: Mapping[str, Value], finals: int) -> None
     if finals > 1 or f"\n{RULE}\n" in text or begins_run(text):
         raise LogError("holds several runs, or parts of them")
     for name, value in SETTING.findall(text):
-        known = name in settings and name != "RESUME"  # which a run that goes on may have changed
+        known = name in settings and name not in WITHOUT_EFFECT  # a run that goes on may have others
         if known and settings[name] != parse_value(value):
             raise LogError(f"holds several runs, of {name}={value} and {settings[name]}")
 

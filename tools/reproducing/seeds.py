@@ -92,7 +92,8 @@ def finished(experiment: Experiment, folder: Path) -> RunRecord | None:
         for name, value in experiment.settings.items():
             told = record.settings.get(name)
             if name not in NAMES_AND_PLACES | RESOLVED and told != value:
-                raise SeedError(f"{path}: ran with {name}={told}, now it is {value}; choose another --out")
+                was, now = (int(v) if isinstance(v, bool) else v for v in (told, value))
+                raise SeedError(f"{path}: ran with {name}={was}, now it is {now}; choose another --out")
         return record
     return None
 
