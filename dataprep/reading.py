@@ -201,6 +201,8 @@ class Reader:
 
     def _lines(self, path: str) -> Iterator[bytes]:
         if path == "-":
+            if sys.stdin is None:
+                raise OSError(0, "it is closed")
             yield from _opener(path, sys.stdin.buffer)(sys.stdin.buffer)
             return
         with open(path, "rb") as self._file:

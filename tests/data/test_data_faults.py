@@ -223,6 +223,12 @@ def test_reading_twice_from_a_pipe_is_refused(tmp_path, capsys):
     assert "--workers 99999: must be at most" in refused("--docs", "d", "--sp", "m", "--workers", 99_999)
 
 
+def test_reading_a_standard_input_that_is_closed(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(DataError, match="^standard input: cannot be read: it is closed$"):
+        list(reading.Reader(["-"]))
+
+
 LINES = b"".join(json.dumps({"text": f"Document {n}"}).encode() + b"\n" for n in range(9))
 
 
