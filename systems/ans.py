@@ -73,8 +73,8 @@ class ColumnModels:
     def add(self, *sums: object) -> None:
         """Take in a block of rows: their number, the sums of its columns and of their squares."""
         self.told >>= self.counts[0]
-        for told, value in zip(self.told, sums, strict=True):
-            told += 256 * value
+        for kind, value in enumerate(sums):
+            self.told[kind] += 256 * value
 
 
 def _column_sums(levels: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
