@@ -2,7 +2,7 @@
 
 import ast
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from harness.expressions import is_boolean, is_kernel, is_pure, literal
 from harness.members import pairs
@@ -18,6 +18,7 @@ class Locals(Transformer):
         self.dead: set[ast.AST] = set()
         keep = set(itertools.chain(*(scope.outer for scope in self.analysis.module.walk())))
         simple = {}  # stores of the form `name = value`
+        self.augmented: set[ast.AST] = set()  # stores of the form `name += value`
         for node in walk(tree):
             if isinstance(node, ast.Assign):
                 for target, value in pairs(node):
@@ -25,6 +26,8 @@ class Locals(Transformer):
                         simple[target] = value
             elif isinstance(node, ast.NamedExpr):
                 simple[node.target] = node.value
+            elif isinstance(node, ast.AugAssign):
+                self.augmented.add(node.target)
         for scope in self.analysis.module.walk():
             if scope.is_class or is_kernel(scope.node):
                 continue
@@ -38,8 +41,16 @@ class Locals(Transformer):
         if value is not None and not in_kernel and self._propagates(binding, value):
             self.values[binding] = value
             self.dead.update(stores)
+        elif self._changes_others(stores, simple):
+            return
         elif not binding.loads and not binding.is_parameter and not binding.name.startswith("__"):
             self.dead.update(stores if binding.scope.parent or binding.name not in keep else ())
+
+    def _changes_others(self, stores: Sequence[ast.AST], simple: Mapping[ast.AST, ast.expr]) -> bool:
+        """Whether `+=` may change what others hold too: an array or a list, unless it began as a number."""
+        begins = [store for store in stores if store not in self.augmented]
+        numbers = [isinstance(literal(simple.get(store)), int | float) for store in begins]
+        return len(begins) < len(stores) and not all(numbers)
 
     def _propagates(self, binding: Binding, value: ast.expr) -> bool:
         if isinstance(value, ast.Attribute) and value.attr in self.silent:

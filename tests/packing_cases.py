@@ -252,6 +252,17 @@ def main():
     f, g = (make(1), make(2))
     print(f(1), f(1), g(3))
 
+# == added in place
+def main():
+    rows = [[1], [2]]
+    for row in rows:
+        row += [3]
+    first, second = rows
+    first += [4]
+    other = rows[1]
+    other *= 2
+    print(rows)
+
 # == late closure
 def main():
     fs = [lambda: i for i in range(3)]
