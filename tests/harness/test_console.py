@@ -155,3 +155,12 @@ def test_tool_outside_the_environment_says_how_to_start_it(tool):
     told = done.stderr.decode()
     assert done.returncode == 2 and len(told.splitlines()) == 1, told
     assert told.startswith(f"{tool.name}: error: ") and "is not installed for" in told
+
+
+def test_tool_that_is_interrupted_says_so_in_a_line(tmp_path):
+    """Also while it imports, which takes seconds."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    environ = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "tools/counted.py")]
+    done = subprocess.run(command, capture_output=True, env=environ)
+    assert (done.returncode, done.stderr) == (130, b"counted.py: error: interrupted\n")
