@@ -38,6 +38,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from command import Mistake, Parser, complain, start
+
+# What follows may not be installed: `command` says so.
+# isort: split
 from auditing import chain, recompute
 from auditing import folder as record_folder
 from auditing.checks import ORDER, asked_of
@@ -55,7 +59,6 @@ from auditing.run import (
 )
 from auditing.strange import boxed_verdicts
 from auditing.verdict import EXIT_CODES, outcome, worst
-from command import Mistake, Parser, complain, start
 from runs import hashes_of_files
 from scripts import sha256_of
 

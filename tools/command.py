@@ -1,4 +1,7 @@
-"""What the tools' command lines share: a mistake is one line on standard error and exit code 2."""
+"""What the tools' command lines share: a mistake is one line on standard error and exit code 2.
+
+A tool imports this first: what is missing of all that it imports then is such a line, too.
+"""
 
 import argparse
 import errno
@@ -7,12 +10,34 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from systems.console import keep_consoles  # noqa: E402
+
+
+def say_in_a_line(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+    """What an error that nobody takes is told by; one line for a library that is not there, and Ctrl-C."""
+    tool, name = Path(sys.argv[0]).name, str(getattr(error, "name", "")).partition(".")[0]
+    if kind is KeyboardInterrupt:
+        complain(tool, KeyboardInterrupt("interrupted"))
+        sys.stderr.flush()
+        os._exit(128 + signal.SIGINT)
+    ours = (ROOT / name).is_dir() or any(ROOT.glob(f"*/{name}.py"))
+    if kind is not ModuleNotFoundError or ours:
+        return sys.__excepthook__(kind, error, trace)
+    made = ROOT / ".venv/bin/python"
+    get = "python3.11 -m venv .venv && .venv/bin/pip install -r requirements-dev.txt"
+    text = f"start it with {made}" if made.exists() else f"make the environment in {ROOT}: {get}"
+    complain(tool, ImportError(f"{name} is not installed for {sys.executable}: {text}"))
+    sys.stderr.flush()
+    os._exit(2)
+
+
+sys.excepthook = say_in_a_line
 
 
 class Mistake(ValueError):

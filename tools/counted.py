@@ -16,8 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import train_gpt  # noqa: E402
 from command import start  # noqa: E402
+
+# What follows may not be installed: `command` says so.
+# isort: split
+import train_gpt  # noqa: E402
 from harness import packing, settings  # noqa: E402
 
 SCRIPTS = {  # key -> preset, backends, whether on a GPU

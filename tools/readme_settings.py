@@ -11,6 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import command  # noqa: E402, F401
+
+# What follows may not be installed: `command` says so.
+# isort: split
 import train_gpt  # noqa: E402
 from harness.rules import allowed  # noqa: E402
 from harness.settings import setting_comments  # noqa: E402

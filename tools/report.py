@@ -18,6 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+from command import Mistake, Parser, complain, start  # noqa: E402
+
+# What follows may not be installed: `command` says so.
+# isort: split
 import train_gpt as tg  # noqa: E402
 
 try:
@@ -29,7 +33,6 @@ except ImportError as error:
     sys.exit(f"report.py: error: {error.name} is not installed: pip install -r requirements-dev.txt")
 
 import runs as reader  # noqa: E402
-from command import Mistake, Parser, complain, start  # noqa: E402
 
 MOST_RUNS = 8  # as many as there are colours
 

@@ -251,15 +251,21 @@ def changed_since_audit(record: RunRecord) -> list[str]:
 
 
 def _checked(**fields: object) -> RunRecord:
-    """A record with a score that is a number, and with a notice where its name says another seed.
+    """A record with figures that are numbers, and with a notice where its name says another seed.
 
-    Raises `ReadError` where the final score is no positive number.
+    Raises `ReadError` where a score is no positive number, or a time or a size, which NaN would keep within
+    every limit, is a negative one or none.
     """
     record = RunRecord(**fields)
-    for key in ("val_loss", "val_bpb"):
-        score = record.stages[record.final_stage].get(key)
-        if not isinstance(score, int | float) or not 0 < score < math.inf:
-            raise ReadError(f"{record.path}: its score {key} of {record.final_stage} is {score}")
+    for name, stage in record.stages.items():
+        for key in ("val_loss", "val_bpb"):
+            score = stage.get(key) if name == record.final_stage else stage.get(key, 1)
+            if not isinstance(score, int | float) or not 0 < score < math.inf:
+                raise ReadError(f"{record.path}: its score {key} of {name} is {score}")
+    sizes = {name: getattr(record, name) or 0 for name in ("artifact_bytes", "code_bytes", "model_bytes")}
+    for name, value in {**{f"seconds of {name}": s for name, s in record.seconds.items()}, **sizes}.items():
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ReadError(f"{record.path}: its {name} are {value}")
     named = re.findall(r"(?i)(?<!\d)seed[ _-]?(\d+)", record.path.name)
     seed = int(named[-1]) if named else record.seed
     if record.seed == seed:

@@ -50,9 +50,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+from command import Mistake, Parser, complain, start  # noqa: E402
+
+# What follows may not be installed: `command` says so.
+# isort: split
 import runs  # noqa: E402
 import train_gpt as tg  # noqa: E402
-from command import Mistake, Parser, complain, start  # noqa: E402
 from harness.guards import unless_ignored  # noqa: E402
 from harness.lineage import SWITCHES, same  # noqa: E402
 from harness.settings import read_settings  # noqa: E402

@@ -143,3 +143,24 @@ def test_nohup_keeps_the_consoles_end_from_a_run(tg):
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+COMMANDS = [path for path in sorted((ROOT / "tools").glob("*.py")) if "\n    start(main" in path.read_text()]
+
+
+@pytest.mark.parametrize("tool", [*COMMANDS, ROOT / "tools/readme_settings.py"], ids=lambda path: path.name)
+def test_tool_outside_the_environment_says_how_to_start_it(tool):
+    """Python without its libraries, `-S`: one line."""
+    done = subprocess.run([sys.executable, "-SE", str(tool), "--help"], capture_output=True)
+    told = done.stderr.decode()
+    assert done.returncode == 2 and len(told.splitlines()) == 1, told
+    assert told.startswith(f"{tool.name}: error: ") and "is not installed for" in told
+
+
+def test_tool_that_is_interrupted_says_so_in_a_line(tmp_path):
+    """Also while it imports, which takes seconds."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    environ = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "tools/counted.py")]
+    done = subprocess.run(command, capture_output=True, env=environ)
+    assert (done.returncode, done.stderr) == (130, b"counted.py: error: interrupted\n")

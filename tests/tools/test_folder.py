@@ -71,7 +71,13 @@ def test_what_a_folder_holds(made, capsys):
     files = {path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file()}
     evidence = {f"train_seed{seed}{end}" for seed in SEEDS for end in (".log", ".json", "_audit.json")}
     parts = {f"dataprep/{path.name}" for path in (ROOT / "dataprep").glob("*.py")}
-    parts |= {"systems/__init__.py", "systems/layout.py", "lossless_caps.py", "prepare_caseops_data.py"}
+    parts |= {
+        "systems/__init__.py",
+        "systems/console.py",
+        "systems/layout.py",
+        "lossless_caps.py",
+        "prepare_caseops_data.py",
+    }
     parts |= {"requirements.txt", "tokenizers/fineweb.model"}
     assert files == {"README.md", "submission.json", "train_gpt.py"} | evidence | parts
     told = json.loads((made / "submission.json").read_text())

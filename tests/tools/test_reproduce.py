@@ -115,6 +115,38 @@ def test_no_test_without_spread():
     assert claim.welch([1.0], [1.0, 2.0]) is None and claim.welch([1.0, 1.0], [2.0, 2.0]) is None
 
 
+def test_why_there_is_no_test_is_said(trio, recwarn):
+    ours, base = trio(2.3, 2.3, 2.3), base_of(trio(2.4, 2.4, 2.4))
+    assert "No test: no run differs from another of its side." in claim.sentence(
+        claim.compare(ours, base), "b"
+    )
+    told = claim.sentence(claim.compare(ours[:1], base), "b")
+    assert "No test: it takes two runs on each side." in told
+    claim.compare(ours, base_of(trio(2.4, 2.5, 2.6)))
+    assert not recwarn.list, "scipy has something to say of a side whose scores are all the same"
+
+
+def test_a_run_does_not_stand_on_both_sides(trio):
+    ours = trio(2.3, 2.31, 2.32)
+    with pytest.raises(claim.ClaimError, match=r"stands on both sides, in base .* too \(seed 2\)"):
+        claim.compare(ours[1:], base_of(ours[:2]))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"stages": {"ttt": {"val_loss": 2.0, "val_bpb": -1.0}}}, "its score val_bpb of ttt is -1.0"),
+        ({"stages": {"ttt": {"val_loss": math.nan, "val_bpb": 1.0}}}, "its score val_loss of ttt is nan"),
+        ({"seconds": {"train": math.nan}}, "its seconds of train are nan"),
+        ({"artifact_bytes": -1}, "its artifact_bytes are -1"),
+    ],
+)
+def test_figures_that_keep_every_limit_are_refused(demo, change, told):
+    fields = {field.name: getattr(demo, field.name) for field in dataclasses.fields(demo)}
+    with pytest.raises(runs.ReadError, match=told):
+        runs._checked(**fields | {"final_stage": "ttt"} | change)
+
+
 def compared(published_logs, pattern, base, capsys) -> dict:
     """The last line of the tool on published logs, parsed."""
     logs = sorted(published_logs.glob(pattern))
@@ -176,7 +208,7 @@ def test_a_base_of_another_text_is_refused(demo):
     [
         ((2.29, 2.2901, 2.2902), 1e-6, True),
         ((2.2985, 2.2986, 2.2987), 1e-3, False),
-        ((2.3, 2.3, 2.4), 1, False),
+        ((2.30005, 2.30005, 2.4), 1, False),
     ],
 )
 def test_the_margin_of_0005_nats_is_more_than_a_plain_p(trio, scores, p_below, met):

@@ -33,21 +33,21 @@ class HeldFile:
     def acquire(self) -> bool:
         """Wait for the lock, then write who has it. SweepError after a minute."""
         latest = time.monotonic() + LOCKED_SECONDS
-        file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115 - `release` closes it
+        file = open(self._path, "ab+", buffering=0)  # noqa: SIM115 - `release` closes it
         while True:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             if time.monotonic() > latest:
                 file.seek(0)
-                holder = file.read().strip() or "somebody"
+                holder = file.read().decode(errors="replace").strip() or "somebody"
                 file.close()
                 raise SweepError(f"{self._path}: held for {LOCKED_SECONDS} s by {holder}; end that process")
             time.sleep(0.02)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} of {socket.gethostname()}")
-        file.flush()
         self._file = file
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+            file.truncate(0)
+            file.write(f"process {os.getpid()} of {socket.gethostname()}".encode())
         return True
 
     def release(self) -> None:
