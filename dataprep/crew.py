@@ -12,12 +12,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from dataprep.encoding import Encoder, Tokenizer, tokenise_validation
+from dataprep.encoding import Encoder, Tokenizer, check_validation
 from dataprep.leaks import NearIndex
 from dataprep.reading import Block, Document, parse_block
 from dataprep.shards import FIRST_OPERATOR_ID, OPERATOR_COUNT, DataError
 
 BYTES_IN_FLIGHT = 64 << 20  # of input that waits or is worked on, but for one block that is larger
+SAMPLED_FIRST, SAMPLED_EVERY = (
+    1000,
+    1000,
+)  # documents that SentencePiece tokenises too: these, and one of so many
 EXAMPLES = 20  # near duplicates and bad documents named in the manifest
 Tag = TypeVar("Tag")
 
@@ -58,9 +62,11 @@ class Worker:
         """Result of a block: of training where there is something held out, else of validation.
 
         Raises:
-            DataError: as `tokenise_validation`.
+            DataError: as `check_validation`; the encoder's word on a sampled document is not SentencePiece's.
         """
         documents, bad, notes = parse_block(block)
+        numbered = enumerate(documents, block.before)
+        self._sample = {d.origin for n, d in numbered if n < SAMPLED_FIRST or n % SAMPLED_EVERY == 0}
         filled = [document for document in documents if document.utf8]
         notes += [f"{d.origin}: empty document left out" for d in documents if not d.utf8]
         counts = Counter(empty_documents=len(documents) - len(filled), bad_documents=len(bad))
@@ -77,10 +83,12 @@ class Worker:
 
     def _validation(self, documents: list[Document]) -> Result:
         tokens, token_bytes, counts = [], [], Counter()
-        for document in documents:
-            own, carried, round_trip = tokenise_validation(self._encoder, document)
+        found = self._encoder.counted([document.utf8 for document in documents])
+        for document, (own, carried) in zip(documents, found, strict=True):
+            round_trip = check_validation(self._encoder.tokenizer, document, own, carried)
+            counts["sampled_documents"] += self._sampled(document, own, carried)
             tokens.append(own)
-            token_bytes.append(carried)
+            token_bytes.append(carried.astype(np.uint16))
             charged = int(carried.sum(dtype=np.int64))
             counts.update(
                 bytes=charged, uncharged_bytes=document.size - charged, round_trip_documents=round_trip
@@ -100,8 +108,8 @@ class Worker:
                 counts["dropped_duplicates"] += 1
             else:
                 counts["dropped_space_duplicates"] += 1
-        parts = self._encoder.documents([document.utf8 for document in kept])
-        tokens = [np.frombuffer(part, np.uint16) for part in parts]
+        tokens = self._encoder.documents([document.utf8 for document in kept])
+        counts["sampled_documents"] = sum(map(self._sampled, kept, tokens))
         near = self._held_out.near.near(_joined(tokens))
         origins = [kept[number].origin for number in near]
         counts["near_duplicates"] = len(near)
@@ -112,6 +120,21 @@ class Worker:
         counts["bytes"] = sum(document.size for document in kept)
         nothing = np.empty(0, np.uint16)
         return Result(_joined(tokens), nothing, _lengths(tokens), counts, [], [], origins, [], [])
+
+    def _sampled(self, document: Document, tokens: np.ndarray, carried: np.ndarray | None = None) -> bool:
+        """Whether a document is of the sample. DataError if SentencePiece gives it other tokens or bytes."""
+        encoder = self._encoder
+        if not encoder.by_words or document.origin not in self._sample:
+            return False
+        if carried is None:
+            same = np.array_equal(tokens, encoder.tokens_alone(document.utf8))
+        else:
+            alone = encoder.counted_alone(document.utf8)
+            same = np.array_equal(tokens, alone[0]) and np.array_equal(carried, alone[1])
+        if not same:
+            what = "the encoder and SentencePiece give other tokens"
+            raise DataError(f"{document.origin}: {what}; this is a fault of the program, nothing is written")
+        return True
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
