@@ -20,7 +20,7 @@ from dataprep.encoding import Encoder, make_tokenizer, train_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 BEFORE = "45873f6"  # the last commit whose encoder looked up one word at a time
 VAL_SHARE = 32  # one document in so many is validation
-BATCH = 256  # texts
+BATCH = 4096  # texts
 TRAINED_ON, TRAINED_VOCAB = 500, 2048  # documents and pieces of the tokenizer that is trained here
 CAPS = lossless_caps.TITLE, lossless_caps.ALLCAPS, lossless_caps.CAPNEXT, lossless_caps.ESC
 

@@ -170,8 +170,6 @@ class Encoder:
     def tokens_alone(self, text: bytes) -> np.ndarray:
         """`documents` of one text, by SentencePiece alone."""
         encoded = text if self.tokenizer.plain else lossless_caps.encode_utf8(text)
-        if len(encoded) > CHUNK_BYTES:
-            return _with_first(BOS_ID, self.spans(encoded)[0])
         return self._processor.encode(encoded, out_type="numpy", add_bos=True).astype(np.uint16)
 
     def counted_alone(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -236,6 +234,10 @@ class Encoder:
         text = [piece.removeprefix(SPACE_PIECE).encode() for piece in pieces]
         sizes = [1 if p.is_byte(i) else len(text[i]) for i in every]
         return np.array(sizes) * ~control, space, control
+
+    def beginning(self, text: bytes) -> bytes:
+        """A text up to its first megabyte or so, where its tokens so far do not depend on the rest."""
+        return text[: self._cuts(text)[0]]
 
     @staticmethod
     def _cuts(encoded: bytes) -> list[int]:
