@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 LONGEST = 23  # bytes of a text that is remembered; the 24th of its key says how many there are
-KEPT = 1 << 18  # texts remembered, in about 60 bytes each: 8 MB of arrays, and their tokens
+KEPT = 1 << 18  # texts remembered, in about 60 bytes each
 PADDING = 32  # bytes that must follow the texts in their buffer: keys are read in whole integers
 MISSES = 8  # a full memory to which one text in so many is new holds the wrong ones, and starts anew
 
@@ -50,16 +50,11 @@ class Memory:
 
     def _clear(self) -> None:
         """Forget everything but the empty text, which is number 0."""
-        self._slots = np.full(
-            1 << (2 * self._kept - 1).bit_length(), -1, np.int32
-        )  # numbers of texts, by hash
+        self._slots = np.full(1 << (2 * self._kept - 1).bit_length(), -1, np.int32)  # numbers, by hash
         self._keys = [np.empty(self._kept, np.uint64) for _ in _FACTORS]
         self._places, self._counts = np.zeros(self._kept, np.int64), np.zeros(self._kept, np.int64)
-        self._texts, self._end, self._used = (
-            1,
-            0,
-            0,
-        )  # ends of texts, of what they come to, of all that is there
+        self._texts = 1
+        self._end = self._used = 0  # in the columns: of what is remembered, of all
         self._outdated = False
 
     def find(self, raw: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
