@@ -47,6 +47,7 @@ from dataprep.download import download
 from dataprep.encoding import (
     MAX_VOCAB,
     SPACE_PIECE,
+    Encoder,
     Tokenizer,
     has_space,
     make_tokenizer,
@@ -196,7 +197,7 @@ class Preparation:
         self._keys: set[bytes] = set()
         self._refused: set[str] = set()  # digests of validation documents that are not taken, in hex
         self._bad: list[str] = []
-        self._noted = 0
+        self._noted = self._seen = 0
         self.resumed = False
 
     def run(self) -> dict:
@@ -253,6 +254,8 @@ class Preparation:
         """Each block with its number, its size and the hash of the input up to its end."""
         for number, block in enumerate(blocks, 1):
             block.update(self._input)
+            block = block._replace(before=self._seen)
+            self._seen += block.documents
             yield (number, block.size, self._input.hexdigest()), block
 
     def _take(self, split: Split, result: Result, size: int) -> int:
@@ -360,6 +363,8 @@ class Preparation:
                 "vocab_size": self._tokenizer.processor.get_piece_size(),
                 "lossless": val["round_trip_documents"] == val["documents"],
             },
+            "encoder": Encoder(self._tokenizer).name
+            | {"equal_documents": sum(s.counts["sampled_documents"] for s in (self._train, self._val))},
             "val_docs": self._job.val_docs,
             "splits": {"train": train, "val": val},
             "report": {s.name: split_report(s.counts, s.lengths) for s in (self._train, self._val)},
@@ -581,9 +586,9 @@ def training_texts(blocks: Iterable[Block], val_docs: int, max_bad: int) -> Iter
                 else:
                     yield from parsed.documents
 
-    left_out = yield from tokenizer_texts(training(), held_out, TOKENIZER_TRAINING_BYTES)
+    learnt, left_out = yield from tokenizer_texts(training(), held_out, TOKENIZER_TRAINING_BYTES)
     if left_out:
-        limit = f"the tokenizer learns from {TOKENIZER_TRAINING_BYTES} bytes at most"
+        limit = f"the tokenizer learns from {TOKENIZER_TRAINING_BYTES} bytes at most, here {learnt} documents"
         print(f"note: {limit}; {left_out.origin} and all that follows is left out")
     if place <= val_docs:
         raise DataError(f"--val-docs {val_docs}: leaves nothing for training, the input has {place}")

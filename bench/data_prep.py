@@ -1,22 +1,21 @@
 """Speed of data preparation, in MB of original text (UTF-8) per second, all in one run on the same documents.
 
-    python bench/data_prep.py --docs FILE [--megabytes 60] [--json]
+    python bench/data_prep.py --docs FILE [--megabytes 60] [--strings 1000] [--json]
     python bench/data_prep.py --docs FILE --round-trips 1000000   # instead: decode(encode(s)) == s
     python bench/data_prep.py --check-shards 24    # instead: what --check does, in one process and all
 
-CaseOps and the encoders are timed by the CPU time of one process; the pipeline, and SentencePiece alone with
-as many threads, by wall clock in turns, so that other work falls on both. Each is the best of --repeats.
-`*_cpu_ratio` compares the processor time of the two (all processes), which company changes less.
+CaseOps and the encoders are timed by the CPU time of one process, the best of --repeats. The whole command,
+from plain JSONL to shards, is laid beside that of an earlier commit (`bench/encoder.py`): `*_over_before` by
+wall clock, `*_cpu_over_before` by the processor time of all processes, which other work changes less. All
+documents and --strings generated texts go through SentencePiece alone too: `equal_*` have the same tokens.
 """
 
 import argparse
 import functools
 import json
-import lzma
 import os
 import random
 import resource
-import string
 import sys
 import tempfile
 import time
@@ -30,14 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import lossless_caps
 import prepare_caseops_data as prepare
+from bench.encoder import CAPS, compare, equality, random_text
 from dataprep.checking import scan_shards
 from dataprep.encoding import Encoder, make_tokenizer
 from dataprep.reading import Reader, parse_block
 from dataprep.shards import BOS_ID, shard_bytes
 
-CAPS = lossless_caps.TITLE, lossless_caps.ALLCAPS, lossless_caps.CAPNEXT, lossless_caps.ESC
 TOKENIZER = "../shared/tokenizer/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
-VAL_DOCS = 1800
+PLAIN_TOKENIZER = "../shared/tokenizer/fineweb_8192_bpe.model"
 DOCUMENT_TOKENS = 500  # of invented documents
 
 
@@ -136,63 +135,7 @@ def measure(options: argparse.Namespace) -> dict:
         "encoder_mb_s": rate(total, words),
     }
     table["caseops_speedup"] = round(table["caseops_mb_s"] / table["per_character_mb_s"], 1)
-    for workers in (1, 2):
-        table |= measure_pipeline(lines, texts, workers, options)
-    table["pipeline_mb_s"] = table["pipeline_2_workers_mb_s"]
-    table["tokenizer_only_mb_s"] = table["tokenizer_only_2_threads_mb_s"]
-    table["pipeline_ratio"] = table["pipeline_2_workers_ratio"]
-    return table
-
-
-def measure_pipeline(
-    lines: list[bytes], texts: list[bytes], workers: int, options: argparse.Namespace
-) -> dict:
-    """From the compressed file to shards on disk, and SentencePiece alone on encoded text, in turns."""
-    total = sum(map(len, texts)) / 1e6
-    model = Path(options.sp).read_bytes()
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    encoded = lossless_caps.encode_many(texts)
-    whole, alone = [], []
-    with tempfile.TemporaryDirectory() as place:
-        docs = Path(place) / "docs.jsonl.xz"
-        docs.write_bytes(lzma.compress(b"".join(lines), preset=1))
-        for number in range(options.repeats):
-            tokenizer = make_tokenizer(options.sp, model)
-            out = Path(place) / str(number)
-            arguments = (Reader([str(docs)]), tokenizer, out, min(VAL_DOCS, len(texts) // 30))
-            whole.append(
-                wall_and_cpu(lambda arguments=arguments: prepare.prepare(*arguments, workers=workers))
-            )
-            alone.append(
-                wall_and_cpu(lambda: processor.encode(encoded, out_type="numpy", num_threads=workers))
-            )
-    (pipeline, pipeline_cpu), (tokenizer, tokenizer_cpu) = (
-        map(min, zip(*times, strict=True)) for times in (whole, alone)
-    )
-    return {
-        f"pipeline_{workers}_workers_mb_s": round(total / pipeline, 2),
-        f"tokenizer_only_{workers}_threads_mb_s": round(total / tokenizer, 2),
-        f"pipeline_{workers}_workers_ratio": round(tokenizer / pipeline, 2),
-        f"pipeline_{workers}_workers_cpu_ratio": round(tokenizer_cpu / pipeline_cpu, 2),
-    }
-
-
-ALPHABETS = (
-    string.ascii_letters,
-    "aAbBzZ" + "".join(CAPS),
-    string.printable + "".join(CAPS),
-    "aZ " + "".join(map(chr, range(0x300, 0x330))) + "\u00e9\u00c9\u0130\u0131\ufb01\u212a\ufeff\u200b\0",
-)
-
-
-def random_text(generator: random.Random) -> str:
-    """Case mixes, operators, combining marks, or any characters but surrogates."""
-    length = generator.randrange(40)
-    kind = generator.randrange(len(ALPHABETS) + 1)
-    if kind < len(ALPHABETS):
-        return "".join(generator.choices(ALPHABETS[kind], k=length))
-    places = (generator.randrange(0x10F800) for _ in range(length))
-    return "".join(chr(place + 0x800 * (place >= 0xD800)) for place in places)
+    return table | compare(lines, options) | equality(texts, options)
 
 
 def round_trips(count: int, seed: int = 0) -> int:
@@ -244,7 +187,9 @@ def main() -> int:
     )
     parser.add_argument("--docs", metavar="FILE", help="documents")
     parser.add_argument("--sp", default=TOKENIZER, metavar="MODEL", help="CaseOps tokenizer")
-    parser.add_argument("--megabytes", type=float, default=60, help="how much of the file (default: 60)")
+    parser.add_argument("--plain-sp", default=PLAIN_TOKENIZER, metavar="MODEL", help="plain tokenizer")
+    parser.add_argument("--megabytes", type=float, default=float("inf"), help="of the file (default: all)")
+    parser.add_argument("--strings", type=int, default=1_000_000, metavar="N", help="generated texts")
     parser.add_argument("--repeats", type=int, default=3, help="of which the best counts (default: 3)")
     parser.add_argument("--round-trips", type=int, metavar="N", help="check N random texts and all documents")
     parser.add_argument(
@@ -267,7 +212,7 @@ def main() -> int:
         print(json.dumps(table))
     else:
         print("\n".join(f"{name:34} {value}" for name, value in table.items()))
-    return int(bool(table.get("wrong") or table.get("documents_wrong")))
+    return int(any(table.get(key) for key in ("wrong", "documents_wrong", "unequal")))
 
 
 if __name__ == "__main__":

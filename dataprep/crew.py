@@ -12,12 +12,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from dataprep.encoding import Encoder, Tokenizer, tokenise_validation
+from dataprep.encoding import Encoder, Tokenizer, check_validation
 from dataprep.leaks import NearIndex, document_hashes
 from dataprep.reading import Block, Document, parse_block
 from dataprep.shards import FIRST_OPERATOR_ID, OPERATOR_COUNT, DataError
 
 BYTES_IN_FLIGHT = 64 << 20  # of input that waits or is worked on, but for one block that is larger
+SAMPLED_FIRST, SAMPLED_EVERY = (
+    1000,
+    1000,
+)  # documents that SentencePiece tokenises too
 EXAMPLES = 20  # near duplicates and bad documents named in the manifest
 Tag = TypeVar("Tag")
 
@@ -59,8 +63,14 @@ class Worker:
         self._encoder, self._held_out = Encoder(tokenizer), held_out
 
     def __call__(self, block: Block) -> Result:
-        """Result of a block: of training where there is something held out, else of validation."""
+        """Result of a block: of training where there is something held out, else of validation.
+
+        Raises:
+            DataError: the encoder's word on a sampled document is not SentencePiece's.
+        """
         documents, bad, notes = parse_block(block)
+        numbered = enumerate(documents, block.before)
+        self._sample = {d.origin for n, d in numbered if n < SAMPLED_FIRST or n % SAMPLED_EVERY == 0}
         filled = [document for document in documents if document.utf8]
         notes += [f"{d.origin}: empty document left out" for d in documents if not d.utf8]
         result = self._validation(filled) if self._held_out is None else self._training(filled)
@@ -79,16 +89,18 @@ class Worker:
 
     def _validation(self, documents: list[Document]) -> Result:
         tokens, token_bytes, counts, bad, kept, refused = [], [], Counter(), [], [], []
-        for document in documents:
+        found = self._encoder.counted([document.utf8 for document in documents])
+        for document, (own, carried) in zip(documents, found, strict=True):
             try:
-                own, carried, round_trip = tokenise_validation(self._encoder, document)
+                round_trip = check_validation(self._encoder.tokenizer, document, own, carried)
             except DataError as error:
                 bad.append(str(error))
                 refused.append(document.digest)
                 continue
             kept.append(document)
+            counts["sampled_documents"] += self._sampled(document, own, carried)
             tokens.append(own)
-            token_bytes.append(carried)
+            token_bytes.append(carried.astype(np.uint16))
             charged = int(carried.sum(dtype=np.int64))
             counts.update(
                 bytes=charged, uncharged_bytes=document.size - charged, round_trip_documents=round_trip
@@ -105,8 +117,8 @@ class Worker:
                 counts["dropped_duplicates"] += 1
             else:
                 counts["dropped_space_duplicates"] += 1
-        parts = self._encoder.documents([document.utf8 for document in kept])
-        tokens = [np.frombuffer(part, np.uint16) for part in parts]
+        tokens = self._encoder.documents([document.utf8 for document in kept])
+        counts["sampled_documents"] = sum(map(self._sampled, kept, tokens))
         same = self._same_tokens(tokens)
         _remove(same, kept, tokens)
         counts["dropped_token_duplicates"] = len(same)
@@ -127,6 +139,26 @@ class Worker:
         known = self._held_out.tokens
         place = np.minimum(np.searchsorted(known, found), len(known) - 1)
         return np.flatnonzero(known[place] == found).tolist()
+
+    def _sampled(self, document: Document, tokens: np.ndarray, carried: np.ndarray | None = None) -> bool:
+        """Whether a document is of the sample. DataError if SentencePiece gives other tokens or bytes.
+
+        Of a long document that is asked of its beginning: SentencePiece takes 100 bytes for each of a text.
+        """
+        encoder = self._encoder
+        if not encoder.by_words or document.origin not in self._sample:
+            return False
+        text = encoder.beginning(document.utf8)
+        if carried is None:
+            pairs = [(tokens, encoder.tokens_alone(text))]
+        else:
+            pairs = zip((tokens, carried), encoder.counted_alone(text), strict=True)
+        cut = len(text) < document.size
+        same = all(np.array_equal(own[: len(alone)] if cut else own, alone) for own, alone in pairs)
+        if not same:
+            what = "the encoder and SentencePiece give other tokens"
+            raise DataError(f"{document.origin}: {what}; this is a fault of the program")
+        return True
 
 
 def _remove(numbers: list[int], *lists: list) -> None:

@@ -3,7 +3,6 @@
 import functools
 import io
 import re
-from array import array
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,22 +12,22 @@ import sentencepiece
 import lossless_caps
 from dataprep.reading import Document
 from dataprep.shards import BOS_ID, FIRST_OPERATOR_ID, DataError
+from dataprep.splitting import (
+    ASCII_SPACE,
+    OPERATORS,
+    SPACE_PIECE,
+    Units,
+    joins_spaces,
+    keeps_spaces,
+    splits_at_spaces,
+)
+from dataprep.words import Columns
 
 MAX_TOKEN_BYTES, MAX_VOCAB = 65_535, 65_536  # uint16 values
-OPERATORS = (lossless_caps.TITLE, lossless_caps.ALLCAPS, lossless_caps.CAPNEXT, lossless_caps.ESC)
-SPACE_PIECE = "\u2581"  # how SentencePiece writes a space
 RARE_MARK = "\u2585"  # what SentencePiece writes, in training, for a character that is in no piece
-WORDS_KEPT = 1 << 18  # two generations of this many: about 75 MB in each process
-LONGEST_WORD_KEPT = 24  # bytes; longer ones seldom come again
 CHUNK_BYTES = 1 << 20  # longer documents go through SentencePiece in parts: it takes 100 bytes for each
+BATCH_BYTES = 1 << 19  # of texts looked up at once: more is hardly faster and takes memory
 
-_PRINTABLE = bytes(range(0x21, 0x7F))
-_WORD_ENDS = frozenset(_PRINTABLE)
-_WORD_BEGINS = frozenset(_PRINTABLE + b"\xee")  # 0xEE: an operator, if the next byte says so
-_LETTERS = frozenset(b"abcdefghijklmnopqrstuvwxyz")
-_ASCII_SPACE = " \t\n\r\x0c"  # where bytes.split() cuts, and at 0x0B, which normalisers delete
-_PLAIN_WORD = re.compile(rb"(?:[!-~]|\xee\x80[\x81-\x84])+")
-_RUNS = re.compile(rb" ?[a-z]+|[^a-z]+")
 _SAFE_SPACE = re.compile(rb" (?<=[!-~] )(?=[!-~]|\xee\x80[\x81-\x84])")
 
 
@@ -127,128 +126,94 @@ def _sentences(texts: Iterable[str], plain: bool, failures: list[BaseException])
         raise
 
 
-def splits_at_spaces(processor: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether the tokens of words joined by single spaces are those of the words, one after the other.
-
-    So it is for a BPE model in which no piece goes on over a space: merges then stay inside " word". Further
-    the normaliser must leave printable ASCII, operators and single spaces between them alone, and add no
-    prefix.
-    """
-    pieces = [processor.id_to_piece(token) for token in range(processor.get_piece_size())]
-    scores = [processor.get_score(token) for token in range(len(pieces))]
-    if any(SPACE_PIECE in piece.lstrip(SPACE_PIECE) or " " in piece for piece in pieces):
-        return False
-    if any(score != int(score) for score in scores):  # BPE counts its merges; a unigram model has logarithms
-        return False
-    words = [*map(chr, _PRINTABLE), *OPERATORS]
-    text = " ".join(a + b for a in words for b in words)
-    same = processor.normalize(text) == text.replace(" ", SPACE_PIECE)
-    return same and processor.encode("a", out_type=str) == ["a"]
-
-
-def joins_spaces(processor: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether the normaliser makes one space of a run of ASCII white space, none at the ends of a text."""
-    runs = [*_ASCII_SPACE, "\r\n", " \n\n\t "]
-    text = "".join(f"{run}a" for run in runs) + "\n "
-    return processor.normalize(text) == SPACE_PIECE.join("a" * len(runs))
-
-
-def splits_at_letters(processor: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether no piece of printable ASCII holds a lower-case letter beside anything but a leading space."""
-    pieces = (processor.id_to_piece(token) for token in range(processor.get_piece_size()))
-    mixed = re.compile(r"[a-z][!-`{-~]|[!-`{-~][a-z]")
-    with_bytes = processor.piece_to_id("<0x00>") != processor.unk_id()
-    return with_bytes and not any(mixed.search(p) for p in pieces if not re.fullmatch("<.*>", p))
-
-
-class _Kept(dict):
-    """Tokens (bytes of uint16) by text, made when asked for. When full, what was not used of late goes."""
-
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
-        super().__init__()
-        self._encode = processor.encode
-        self._old: dict[bytes, bytes | None] = {}
-
-    def __missing__(self, text: bytes) -> bytes | None:
-        tokens = self._old.get(text) or self._make(text)
-        if len(text) <= LONGEST_WORD_KEPT:
-            if len(self) >= WORDS_KEPT:
-                self._old = dict(self)
-                self.clear()
-            self[text] = tokens
-        return tokens
-
-
-class _Runs(_Kept):
-    """Tokens of a run of letters, or of other characters, in a word (the first with its space)."""
-
-    def _make(self, run: bytes) -> bytes:
-        before = b"a" if run[0] not in _LETTERS else b"!"  # one token that the run does not merge with
-        return array("H", self._encode(before + run)[1:]).tobytes()
-
-
-class _Words(_Kept):
-    """Tokens of " word" by word; None for one that cannot stand alone."""
-
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
-        super().__init__(processor)
-        self._runs = _Runs(processor) if splits_at_letters(processor) else None
-
-    def _make(self, word: bytes) -> bytes | None:
-        if not _stands_alone(word):
-            return None
-        if self._runs is not None and _PLAIN_WORD.fullmatch(word):
-            return b"".join(map(self._runs.__getitem__, _RUNS.findall(b" " + word)))
-        return array("H", self._encode(b"a " + word)[1:]).tobytes()
-
-
-def _stands_alone(word: bytes) -> bool:
-    """It begins with printable ASCII or an operator, ends with ASCII: no rule reaches over its spaces."""
-    if not word or word[-1] not in _WORD_ENDS or word[0] not in _WORD_BEGINS:
-        return False
-    return word[0] != 0xEE or (word[1] == 0x80 and 0x81 <= word[2] <= 0x84)
-
-
-def _index_of_none(parts: list[bytes | None], start: int) -> int:
-    try:
-        return parts.index(None, start)
-    except ValueError:
-        return len(parts)
-
-
 class Encoder:
     """Tokens of texts. The same as SentencePiece's own, but each word goes through SentencePiece once.
 
-    Text repeats its words, so that a dictionary answers for nearly all of them, several times as fast. Where
-    a model does not allow it (`splits_at_spaces`) documents go through SentencePiece whole.
+    Text repeats its words, so that a memory answers for nearly all of them, ten times as fast. Where a model
+    does not allow it (`splits_at_spaces`) documents go through SentencePiece whole.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._processor = tokenizer.processor
-        by_words = not tokenizer.plain and splits_at_spaces(tokenizer.processor)
-        self._words = _Words(tokenizer.processor) if by_words else None
-        self._separator = None if joins_spaces(tokenizer.processor) else b" "
+        self._joins = joins_spaces(tokenizer.processor)
+        spaces_are_clear = self._joins or keeps_spaces(tokenizer.processor)
+        self.by_words = spaces_are_clear and splits_at_spaces(tokenizer.processor)
 
-    def documents(self, texts: Sequence[bytes]) -> list[bytes]:
-        """Tokens of each text (original, UTF-8), with BOS, as bytes of uint16."""
-        bos = array("H", [BOS_ID]).tobytes()
-        encoded = texts if self.tokenizer.plain else lossless_caps.encode_many(texts)
-        return [bos + self.tokens(text) for text in encoded]
+    @property
+    def name(self) -> dict:
+        """What makes the tokens, for the manifest."""
+        by = "dataprep/words.py" if self.by_words else "sentencepiece"
+        return {"name": by, "sentencepiece": sentencepiece.__version__}
 
-    def tokens(self, encoded: bytes) -> bytes:
-        """Tokens of one CaseOps text (UTF-8), as bytes of uint16."""
-        if self._words is None:
-            return self._plain(encoded)
-        cuts = self._cuts(encoded)
-        parts = [self._by_words(encoded[: cuts[0]], inner=False)]
-        for start, end in zip(cuts, cuts[1:], strict=False):
-            parts.append(self._by_words(encoded[start + 1 : end], inner=True))
-        return b"".join(parts)
+    @functools.cached_property
+    def _units(self) -> Units:
+        return Units(self._processor, counted=False)
+
+    @functools.cached_property
+    def _counted_units(self) -> Units:
+        return Units(self._processor, counted=True)
+
+    def documents(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Tokens, (T,) uint16, of each text (original, UTF-8), with BOS."""
+        if not (self.by_words and texts):
+            return [self.tokens_alone(text) for text in texts]
+        (tokens,), ends = self._columns(texts, self._units)
+        return _split(tokens, ends)
+
+    def counted(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Tokens, (T,) uint16, of each text with BOS, and the original bytes of each, (T,) int64.
+
+        White space that the tokenizer drops at the ends belongs to no token and is not counted. Plain text is
+        counted as the evaluation does, by the pieces: not a space at the start of a document.
+        """
+        if not (self.by_words and texts):
+            return [self.counted_alone(text) for text in texts]
+        if self.tokenizer.plain:
+            return [(tokens, self._plain_counts(tokens)) for tokens in self.documents(texts)]
+        (tokens, carried), ends = self._columns(texts, self._counted_units)
+        return [*zip(_split(tokens, ends), _split(carried, ends), strict=True)]
+
+    def tokens_alone(self, text: bytes) -> np.ndarray:
+        """`documents` of one text, by SentencePiece alone."""
+        encoded = text if self.tokenizer.plain else lossless_caps.encode_utf8(text)
+        return self._processor.encode(encoded, out_type="numpy", add_bos=True).astype(np.uint16)
+
+    def counted_alone(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """`counted` of one text, by SentencePiece alone."""
+        encoded = text if self.tokenizer.plain else lossless_caps.encode_utf8(text)
+        tokens, spans = self.spans(encoded)
+        tokens = _with_first(BOS_ID, tokens)
+        if self.tokenizer.plain:
+            return tokens, self._plain_counts(tokens)
+        return tokens, np.append(0, lossless_caps.span_byte_counts(encoded, spans))
+
+    def _columns(self, texts: Sequence[bytes], units: Units) -> tuple[Columns, np.ndarray]:
+        """Columns of all texts with a BOS before each, and the end (n,) of each text in them."""
+        parts, numbers = [], []
+        for number, text in enumerate(texts if self.tokenizer.plain else lossless_caps.encode_many(texts)):
+            text = text.strip(ASCII_SPACE) if self._joins else text
+            own = [text] if len(text) <= CHUNK_BYTES else _split(text, np.array(self._cuts(text)))
+            parts += own
+            numbers += [number] * len(own)
+        found, counts = [], []
+        for batch in _batches(parts):
+            columns, count = units.columns(batch)
+            found.append(columns)
+            counts.append(count)
+        lengths = np.bincount(numbers, np.concatenate(counts), len(texts)).astype(np.int64) + 1
+        ends = np.cumsum(lengths)
+        text = np.ones(ends[-1], bool)
+        text[ends - lengths] = False
+        columns = []
+        for first, column in zip((BOS_ID, 0), map(np.concatenate, zip(*found, strict=True)), strict=False):
+            columns.append(np.full(len(text), first, column.dtype))
+            columns[-1][text] = column
+        return columns, ends
 
     def spans(self, encoded: bytes) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (n,) and the byte offsets (n, 2) of their surfaces in one CaseOps text (UTF-8)."""
-        cuts = [0, *self._cuts(encoded)] if self._words is not None else [0, len(encoded)]
+        cuts = [0, *self._cuts(encoded)] if self.by_words else [0, len(encoded)]
         tokens, spans = [np.empty(0, np.int64)], [np.empty((0, 2), np.int64)]
         for start, end in zip(cuts, cuts[1:], strict=False):
             skip = start > 0  # a later part begins with its space; an "a" before it keeps that
@@ -258,14 +223,13 @@ class Encoder:
             spans.append(offsets + (start - skip))
         return np.concatenate(tokens), np.concatenate(spans)
 
-    def plain_counts(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes of the tokens of one plain document, as tables over the pieces count them.
+    def _plain_counts(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of the tokens of one plain document, BOS first, as tables over the pieces count them.
 
         A byte piece is 1; another its UTF-8 length, a leading space only behind a piece that is text.
         """
         base, space, control = self._piece_bytes
-        before = np.concatenate([[True], control[tokens[:-1]]])
-        return base[tokens] + (space[tokens] & ~before)
+        return base[tokens] + (space[tokens] & ~np.append(True, control[tokens[:-1]]))
 
     @functools.cached_property
     def _piece_bytes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -278,6 +242,10 @@ class Encoder:
         sizes = [1 if p.is_byte(i) else len(text[i]) for i in every]
         return np.array(sizes) * ~control, space, control
 
+    def beginning(self, text: bytes) -> bytes:
+        """A text up to its first megabyte or so, where its tokens so far do not depend on the rest."""
+        return text[: self._cuts(text)[0]]
+
     @staticmethod
     def _cuts(encoded: bytes) -> list[int]:
         """Ends of the parts of a long text: spaces between words that stand alone, and its own end."""
@@ -287,25 +255,24 @@ class Encoder:
             position = space.start() + CHUNK_BYTES
         return [*cuts, len(encoded)]
 
-    def _by_words(self, text: bytes, inner: bool) -> bytes:
-        """Tokens of a text; `inner`: a space went before it."""
-        words = text.split(b" " if b"\x0b" in text else self._separator)
-        parts = list(map(self._words.__getitem__, words))
-        if not inner and parts:
-            parts[0] = None  # no space before it
-        done, position = [], 0
-        while (bad := _index_of_none(parts, position)) < len(parts):
-            start, end = max(bad - 1, position), bad + 1
-            while end < len(parts) and (parts[end - 1] is None or parts[end] is None):
-                end += 1
-            segment = b" ".join(words[start:end])
-            done += parts[position:start]
-            done.append(self._plain(b"a " + segment)[2:] if inner or start else self._plain(segment))
-            position = end
-        return b"".join([*done, *parts[position:]])
 
-    def _plain(self, encoded: bytes) -> bytes:
-        return self._processor.encode(encoded, out_type="numpy").astype(np.uint16).tobytes()
+def _split(values: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
+    """Parts of values, up to each end."""
+    ends = ends.tolist()
+    return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _batches(parts: list[bytes]) -> Iterator[list[bytes]]:
+    """Consecutive parts that come to BATCH_BYTES, or one that is longer."""
+    batch, size = [], 0
+    for part in parts:
+        batch.append(part)
+        size += len(part)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def tokenise(processor: sentencepiece.SentencePieceProcessor, texts: Sequence[str]) -> np.ndarray:
@@ -314,36 +281,38 @@ def tokenise(processor: sentencepiece.SentencePieceProcessor, texts: Sequence[st
     return np.concatenate(processor.encode(encoded, out_type="numpy", add_bos=True)).astype(np.uint16)
 
 
-def tokenise_validation(encoder: Encoder, document: Document) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Tokens of one document, the original UTF-8 bytes of each (both (T,) uint16), and: do they decode to it?
-
-    White space that the tokenizer drops at the ends belongs to no token and is not counted. Plain text is
-    counted as the evaluation does, by the pieces: not a space at the start of a document.
+def check_validation(
+    tokenizer: Tokenizer, document: Document, tokens: np.ndarray, counts: np.ndarray
+) -> bool:
+    """Whether the tokens of a validation document decode to it; whether they and their counts can be kept.
 
     Raises:
         DataError: a token carries more bytes than uint16 can hold, or a lossless tokenizer loses something.
     """
-    if encoder.tokenizer.plain:
-        encoded = document.utf8
-        tokens, spans = encoder.spans(encoded)
-        counts = encoder.plain_counts(tokens)
-    else:
-        encoded = lossless_caps.encode_utf8(document.utf8)
-        tokens, spans = encoder.spans(encoded)
-        counts = lossless_caps.span_byte_counts(encoded, spans)
     if counts.max(initial=0) > MAX_TOKEN_BYTES:
         raise DataError(
             f"{document.origin}: one token carries {counts.max()} bytes (a run of white space?), "
             f"more than the {MAX_TOKEN_BYTES} that a shard can say"
         )
-    tokenizer = encoder.tokenizer
+    encoded = document.utf8 if tokenizer.plain else lossless_caps.encode_utf8(document.utf8)
     whole = tokenizer.plain or counts.sum() == document.size
-    round_trip = tokenizer.processor.decode(tokens.tolist()).encode("utf-8") == encoded
+    round_trip = tokenizer.processor.decode(tokens[1:].tolist()).encode("utf-8") == encoded
     if tokenizer.lossless and not (round_trip and whole):
         held = SPACE_PIECE.encode() in encoded
         why = ": it holds U+2581, which SentencePiece takes for a space" if held else ""
         raise DataError(f"{document.origin}: the trained tokenizer does not give this text back{why}")
-    return _with_first(BOS_ID, tokens), _with_first(0, counts), round_trip
+    return round_trip
+
+
+def tokenise_validation(encoder: Encoder, document: Document) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Tokens of one document, the original UTF-8 bytes of each (both (T,) uint16), and: do they decode to it?
+
+    Raises:
+        DataError: as `check_validation`.
+    """
+    tokens, counts = encoder.counted_alone(document.utf8)
+    round_trip = check_validation(encoder.tokenizer, document, tokens, counts)
+    return tokens, counts.astype(np.uint16), round_trip
 
 
 def _with_first(first: int, values: np.ndarray) -> np.ndarray:
@@ -352,17 +321,19 @@ def _with_first(first: int, values: np.ndarray) -> np.ndarray:
 
 def tokenizer_texts(
     documents: Iterator[Document], held_out: set[bytes], limit: int
-) -> Generator[str, None, Document | None]:
+) -> Generator[str, None, tuple[int, Document | None]]:
     """What a tokenizer may learn from: the first `limit` bytes of documents not in `held_out` (keys).
 
     Returns:
-        the first document that does not fit; it and those behind it are left out.
+        how many documents, and the first that does not fit; it and those behind it are left out.
     """
+    learnt = 0
     for document in documents:
         if document.key in held_out:
             continue
         limit -= document.size
         if limit < 0:
-            return document
+            return learnt, document
         yield document.text
-    return None
+        learnt += 1
+    return learnt, None

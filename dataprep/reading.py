@@ -83,6 +83,8 @@ class Block(NamedTuple):
     name: str
     first_line: int
     lines: Sequence[bytes | Document]
+    before: int = 0
+    """Documents of the whole input before this block."""
 
     @property
     def size(self) -> int:

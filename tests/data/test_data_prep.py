@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 import lossless_caps
 import prepare_caseops_data as prepare
 from bench import data_prep
-from dataprep import encoding, leaks, reading
+from bench import encoder as bench_encoder
+from dataprep import crew as crews
+from dataprep import encoding, leaks, reading, words
 from dataprep import progress as progress_bar
 from dataprep.checking import check_folder, joined, report_table, scan_shards
 from dataprep.crew import Crew, Worker
@@ -165,32 +167,80 @@ MIXED = st.lists(PARTS | st.text(st.characters(codec="utf-8"), max_size=3), max_
 
 
 @pytest.fixture(scope="module")
-def encoders(published, lossless) -> list[Encoder]:
-    return [Encoder(published), Encoder(lossless)]
+def plain(tokenizer_dir) -> encoding.Tokenizer:
+    path = tokenizer_dir / "fineweb_8192_bpe.model"
+    return make_tokenizer(path.name, path.read_bytes(), plain=True)
 
 
-@settings(max_examples=400, deadline=None)
+@pytest.fixture(scope="module")
+def encoders(published, lossless, plain) -> list[Encoder]:
+    """Of each model; and one that remembers next to nothing."""
+    full = Encoder(published)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(words, "KEPT", 8)
+        full.documents([b"made now"])
+    return [Encoder(published), Encoder(lossless), Encoder(plain), full]
+
+
+def equals_sentencepiece(encoder: Encoder, text: str) -> None:
+    """Tokens of the whole text, and the original bytes of each by the letter of their definition."""
+    tokenizer, data = encoder.tokenizer, text.encode()
+    encoded = data if tokenizer.plain else lossless_caps.encode(text).encode()
+    mapping = tokenizer.processor.encode(encoded, out_type="offset_mapping")
+    expected = [encoding.BOS_ID, *mapping["ids"]]
+    assert encoder.documents([data])[0].tolist() == expected
+    tokens, counts = encoder.counted([data])[0]
+    assert tokens.tolist() == expected
+    if not tokenizer.plain:
+        surfaces = [encoded[start:end].decode() for start, end in mapping["offsets"]]
+        assert lossless_caps.piece_byte_counts(surfaces) == counts[1:].tolist()
+    with pytest.MonkeyPatch.context() as patch:  # as if the text were long
+        patch.setattr(encoding, "CHUNK_BYTES", 8)
+        patch.setattr(encoding, "BATCH_BYTES", 16)
+        cut = encoder.counted_alone(data)
+        assert [values.tolist() for values in cut] == [expected, counts.tolist()]
+        cut = encoder.counted([data, b"", data])[2]
+        assert [values.tolist() for values in cut] == [expected, counts.tolist()]
+
+
+@settings(max_examples=200, deadline=None)
 @given(MIXED)
 @example(" ")
 @example("")
 @example("a \u0301b")
 @example("x\x0b y")
+@example("a  b \n c\u2019 \ue001 \u201cd")
 def test_data_encoder_equals_sentencepiece(encoders, text):
-    """Cached words, unsafe words, cuts of long documents: always the tokens of the whole text."""
     for encoder in encoders:
-        tokenizer = encoder.tokenizer
-        expected = tokenise(tokenizer.processor, [text])
-        assert np.frombuffer(encoder.documents([text.encode()])[0], np.uint16).tolist() == expected.tolist()
-        encoded = lossless_caps.encode(text).encode()
-        mapping = tokenizer.processor.encode(encoded, out_type="offset_mapping")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(encoding, "CHUNK_BYTES", 8)
-            patch.setattr(encoding, "WORDS_KEPT", 2)
-            tokens, spans = encoder.spans(encoded)
-            assert tokens.tolist() == mapping["ids"]
-            assert [tuple(span) for span in spans.tolist()] == mapping["offsets"]
-            again = np.frombuffer(encoder.documents([text.encode()])[0], np.uint16)
-            assert again.tolist() == expected.tolist()
+        equals_sentencepiece(encoder, text)
+
+
+def test_data_encoder_on_generated_texts(encoders):
+    generator = random.Random(3)
+    texts = [bench_encoder.tokens_text(generator) for _ in range(2000)]
+    for encoder in encoders:
+        assert encoder.by_words
+        assert bench_encoder.unequal([encoder], [text.encode() for text in texts]) == 0
+
+
+def test_data_encoder_when_hashes_are_the_same(published, monkeypatch):
+    """Texts are told apart by what they are; a hash only says where to begin to look."""
+    monkeypatch.setattr(words, "_hashes", lambda keys: np.zeros(len(keys[0]), np.uint64))
+    texts = [text.encode() for text in sentences(6, seed=9)]
+    assert bench_encoder.unequal([Encoder(published)], texts * 2) == 0
+
+
+def test_data_memory_starts_anew_when_it_is_full_of_other_texts(published, monkeypatch):
+    monkeypatch.setattr(words, "KEPT", 40)
+    encoder = Encoder(published)
+    made = []
+    parts = encoder._units._words
+    make = parts._make
+    monkeypatch.setattr(parts, "_make", lambda *texts: made.append(len(texts[1])) or make(*texts))
+    first, other = b" ".join(b"a%d" % n for n in range(30)), b" ".join(b"b%d" % n for n in range(30))
+    for text in (first, first, other, other, other):
+        assert bench_encoder.unequal([encoder], [text]) == 0
+    assert made == [30, 30, 30]  # the third time, room was made before
 
 
 def test_data_encoder_on_the_corpus(published, golden_dir):
@@ -199,13 +249,12 @@ def test_data_encoder_on_the_corpus(published, golden_dir):
         pytest.skip("no corpus")
     texts = [json.loads(line)["text"] for line in sample.read_text(encoding="utf-8").splitlines()]
     encoder = Encoder(published)
-    expected = tokenise(published.processor, texts)
-    assert b"".join(encoder.documents([text.encode() for text in texts])) == expected.tobytes()
-    for text in texts[:40]:
-        document = prepare.make_document(text, "")
-        tokens, counts, _ = tokenise_validation(encoder, document)
-        assert tokens.tobytes() == encoder.documents([document.utf8])[0]
-        assert counts.sum() == document.size
+    data = [text.encode() for text in texts]
+    assert b"".join(encoder.documents(data)) == tokenise(published.processor, texts).tobytes()
+    for text, (tokens, counts) in zip(data[:40], encoder.counted(data), strict=False):
+        expected = tokenise_validation(encoder, reading.Document(text, ""))
+        assert tokens.tolist() == expected[0].tolist() and counts.tolist() == expected[1].tolist()
+        assert counts.sum() == len(text)
 
 
 def plain_model(**settings) -> encoding.Tokenizer:
@@ -239,6 +288,35 @@ def test_data_encoder_with_models_that_do_not_split(settings):
         assert not encoding.splits_at_spaces(tokenizer.processor)
     parts = Encoder(tokenizer).documents([text.encode() for text in texts])
     assert b"".join(parts) == tokenise(tokenizer.processor, texts).tobytes()
+
+
+def test_an_encoder_that_is_not_sentencepieces_equal_ends_the_run(docs, published, monkeypatch, tmp_path):
+    """Each document of the sample goes through SentencePiece as well; the first other is named."""
+    monkeypatch.setattr(crews, "SAMPLED_FIRST", VAL_DOCS + 3)
+    monkeypatch.setattr(crews, "SAMPLED_EVERY", 100)
+    source = reading.Reader([str(docs)])
+    manifest = prepare.prepare(source, published, tmp_path / "right", VAL_DOCS)
+    assert manifest["encoder"] == {**Encoder(published).name, "equal_documents": VAL_DOCS + 3 + 3}
+    right = Encoder.documents
+
+    def wrong(self: Encoder, texts: list[bytes]) -> list[np.ndarray]:
+        found = right(self, texts)
+        found[280][-1] += 1  # number 300 from 0: the last of the sample
+        return found
+
+    monkeypatch.setattr(Encoder, "documents", wrong)
+    with pytest.raises(
+        DataError, match=r"docs.jsonl line 301: the encoder and SentencePiece give other tokens"
+    ):
+        prepare.prepare(source, published, tmp_path / "wrong", VAL_DOCS)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_tokenizer_learns_from_documents_of_any_length():
+    """SentencePiece leaves out lines of more than 4,192 bytes unless it is told not to."""
+    long = " ".join(["qzjv"] * 2000)
+    learnt = prepare.train_tokenizer([*sentences(20), long], 350)
+    assert learnt != prepare.train_tokenizer(sentences(20), 350)
 
 
 # ---- Workers, interruption --------------------------------------------------------------------------------

@@ -410,7 +410,7 @@ def test_texts_that_a_tokenizer_does_not_learn_from_are_named(docs, monkeypatch,
     monkeypatch.setattr(prepare, "TOKENIZER_TRAINING_BYTES", sum(len(text.encode()) for text in TEXTS[2:5]))
     blocks = reading.Reader([str(docs)])
     assert list(prepare.training_texts(blocks, 2, 0)) == TEXTS[2:5]
-    line = f"{docs} line 6 and all that follows is left out\n"
+    line = f"here 3 documents; {docs} line 6 and all that follows is left out\n"
     assert capsys.readouterr().out.endswith(line)
     monkeypatch.undo()
     assert list(prepare.training_texts(blocks, 2, 0)) == TEXTS[2:]
