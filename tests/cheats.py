@@ -547,6 +547,15 @@ def better_model(shop: Workshop, copy: Forgery) -> None:
     copy.forge()
 
 
+@cheat("a counted script that trains one step", FILES, "W4", r"tells no step \[2\]")
+def one_step_only(shop: Workshop, copy: Forgery) -> None:
+    """It says what the run told of the first one."""
+    log = next((copy.run / "logs").glob("*.txt")).read_text(encoding="utf-8")
+    told = next(line for line in log.splitlines() if line.startswith("train step:1 "))
+    (copy.run / CODE).write_text(f"print({told!r})\n")
+    resized(copy)
+
+
 # -- the environment
 
 ENVIRONMENT = "environment"

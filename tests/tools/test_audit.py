@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import audit  # noqa: E402
 import lossless_caps  # noqa: E402
-from auditing import box, data, questions, surroundings  # noqa: E402
+from auditing import box, data, packed, questions, surroundings  # noqa: E402
 from auditing import run as auditing_run  # noqa: E402
 from auditing.blackbox import subject_of  # noqa: E402
 from harness import packing  # noqa: E402
@@ -563,6 +563,43 @@ def test_t5_calibration_on_validation(copy):
     old = 'loader = ShuffledLoader(shard_paths(cfg.data_folder, "train"), cfg)'
     copy.script(old, old.replace("train", "val"))
     copy.fails("T5", "the artifact depends on the validation tokens")
+
+
+# -- W: the weights (W1 to W3: cheats.py)
+
+
+def test_w4_counted_code_lacks_a_part_of_an_optimiser(copy):
+    """As 500 bytes once did, unnoticed: here the weight decay of the matrices."""
+    copy.counted(r"\w\.mul_\(1-\w\['lr'\]\*\w\['weight_decay'\]\);", "")
+    copy.fails("W4", "step [23]: .* in metrics.jsonl, .* of the counted script")
+
+
+ONE_STEP = "train step:1 train_loss:9 grad_norm:1 a:1\n"
+
+
+@pytest.mark.parametrize(
+    "output, code, late, status, said",
+    [
+        ("", -9, True, "NOT CHECKED", "came to no step of training in 300 s here"),
+        ("", 1, False, "FAIL", r"tells no step \[1\], exit code 1: KeyError: 'x'"),
+        (ONE_STEP, 0, False, "FAIL", r"tells no step \[2\], exit code 0"),
+        (ONE_STEP, -9, True, "FAIL", "step 1: train_loss"),
+        ("train step:x\ntrain step:1 train_loss:nan", -9, True, "NOT CHECKED", "no step of training"),
+    ],
+)
+def test_w4_counted_code_that_tells_too_little(copy, monkeypatch, output, code, late, status, said):
+    ran = box.Ran(code, output, "Traceback\nKeyError: 'x'\n" * (code == 1), [], [], 300.0, late)
+    monkeypatch.setattr(packed, "trained_alone", lambda *_: ran)
+    monkeypatch.setattr(packed, "first_steps", lambda _: ([], True))
+    found = copy.verdict("W4")
+    assert found.status == status and re.search(said, found.evidence), found
+
+
+@pytest.mark.parametrize("name", ["S2", "S4", "T4", "W4"])
+def test_code_for_a_gpu_is_not_checked_on_a_cpu(copy, name):
+    copy.result(lambda result: result["environment"].update(device="NVIDIA H100 80GB HBM3"))
+    said = "the counted script is one for a GPU, and there is none here"
+    assert copy.verdict(name) == ("NOT CHECKED", said)
 
 
 # -- S: the artifact

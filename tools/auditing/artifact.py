@@ -15,10 +15,12 @@ from typing import NamedTuple
 import torch
 
 from auditing import box
+from auditing.recompute import runs_on_gpu
 from auditing.run import (
     RECOMPUTED,
     REPLAYED,
     Audit,
+    NotChecked,
     check,
     digest,
     read_json,
@@ -90,6 +92,12 @@ def s5_code_is_the_script(audit: Audit) -> str:
     return f"{len(data):,} bytes, {short(sha256_of(data))}, as the packing of the logged script"
 
 
+def need_its_device(audit: Audit) -> None:
+    """Raise NotChecked where the counted script is one for a GPU, and none is here to run it."""
+    if runs_on_gpu(audit) and audit.ranks.device.type != "cuda":
+        raise NotChecked("the counted script is one for a GPU, and there is none here")
+
+
 class Rerun(NamedTuple):
     """The artifact evaluated by itself: its result, what it did in the box, and the folder that it had."""
 
@@ -104,6 +112,7 @@ def alone(audit: Audit, part: bool = False) -> Rerun:
 
     `part`: only the start of the validation stream is there, and the windows that slide over it are few.
     """
+    need_its_device(audit)
     here = (audit.work / ("part" if part else "alone")).resolve()
     here.mkdir(exist_ok=True)
     packed = counted_code(audit)
