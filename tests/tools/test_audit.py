@@ -5,6 +5,7 @@ One tiny run is made; each test breaks a copy of its files, script or data, and 
 
 import base64
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -238,6 +239,35 @@ def test_data_that_have_moved_are_a_mistake_and_a_folder_that_is_read_only_is_no
     (copy.run / "audit.json").mkdir()
     assert audit.main([str(copy.run), "--data", str(copy.data.with_name("elsewhere"))]) == 3
     assert "audit.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        ("result.json", {"model_bytes": None}, "damaged: model_bytes is missing, must be a whole number"),
+        ("result.json", {"settings": []}, "damaged: settings is \\[\\], must be an object"),
+        ("result.json", {"environment.house_sha256": 1.5}, "house_sha256 is 1.5, must be an object"),
+        ("result.json", {"stages.quantised": [[]]}, "damaged: stages quantised is .* must be an object"),
+        ("result.json", {"seconds.train": "x"}, "damaged: seconds train is 'x', must be a number"),
+        ("result.json", {"settings.NUM_LAYERS": "x"}, "settings NUM_LAYERS is 'x', must be a whole"),
+        ("ledger.jsonl", b"", "empty, must hold the ledger of the run"),
+        ("ledger.jsonl", b'{"kind": "run"}\n\xff\n', "cannot be read .*can't decode byte 0xff"),
+        ("ledger.jsonl", b'{"kind": "run"}\n{"kind": "jo', "line 2 cannot be read as JSON"),
+        ("ledger.jsonl", b'{"kind": 7}\n', "line 1 is no record of a ledger"),
+    ],
+)
+def test_damaged_records_are_a_mistake_and_no_broken_rule(copy, capsys, name, change, said):
+    path = copy.run / name
+    if isinstance(change, bytes):
+        path.write_bytes(change)
+    else:
+        (place, value), result = next(iter(change.items())), json.loads(path.read_text())
+        *folders, key = place.split(".")
+        functools.reduce(dict.get, folders, result)[key] = value
+        path.write_text(json.dumps(result))
+    assert audit.main([str(copy.run), "--data", str(copy.data), "--only", "R1"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and re.search(f"{name}: .*{said}|{said}", err), err
 
 
 def test_links_and_pipes_in_the_folder_are_a_mistake(copy, capsys):
@@ -617,6 +647,16 @@ def test_s5_counted_code_is_another_script(copy):
     copy.fails("S5", "not the packing of the script in the log")
 
 
+def test_s5_the_same_statements_of_another_python(copy):
+    """Which may put spaces and quotes elsewhere: no accusation, and both Pythons are named."""
+    copy.result(lambda result: result["environment"].update(python="3.99.1"))
+    copy.counted(r"\Z", "\n\n# written otherwise\n")
+    status, evidence = copy.verdict("S5")
+    assert status == "NOT CHECKED" and "packed under Python 3.99.1, here is 3." in evidence, evidence
+    copy.counted("1e-10", "1e-09")
+    copy.fails("S5", "not the packing of the script in the log")
+
+
 def test_s2_evaluation_needs_training_data(copy):
     shards = "pathlib.Path(os.environ['DATA_PATH']).glob('fineweb_train_*.bin')"
     copy.counted(r"\A", f"import os,pathlib\nprint([*{shards}][0])\n")
@@ -923,10 +963,21 @@ def test_r3_seed_chosen_afterwards(copy):
 def test_r3_hidden_run(copy):
     other = copy.run.parent / "other"
     shutil.copytree(copy.run, other)
-    copy.json(other / "result.json", lambda result: result["settings"].update(SEED=7))
-    assert "1 other runs of the same script and settings beside it (7: " in copy.verdict("R3").evidence
+
+    def hide(result: dict) -> None:
+        """By what changes no result."""
+        result["settings"].update(SEED=7, TRAIN_LOG_EVERY=3, VAL_LOSS_EVERY=9, MODEL_PATH="else.pt")
+        result["settings"].update(CPU_THREADS=2, PRESET="pr1868")
+        result["environment"]["house_sha256"]["harness/tracking.py"] = "0" * 64
+
+    copy.json(other / "result.json", hide)
+    assert "1 other runs of the same experiment beside it (7: " in copy.verdict("R3").evidence
     (copy.run / "submission.json").write_text(json.dumps({"val_bpb": 2.0, "seeds": [42]}))
     copy.fails("R3", "does not list the runs with seeds 7")
+    copy.json(other / "result.json", lambda result: result["settings"].update(MATRIX_LR=0.5))
+    assert copy.verdict("R3").status in PASSES, "another experiment"
+    copy.json(other / "result.json", lambda result: result.update(settings=[]))
+    assert copy.verdict("R3").status in PASSES, "no result at all"
 
 
 def test_r5_ledger_of_another_seed(copy):
@@ -945,6 +996,8 @@ def test_r4_a_run_that_went_on_with_other_threads(copy):
 def test_r4_seeds_of_other_settings(copy):
     other = copy.run.parent / "other"
     shutil.copytree(copy.run, other)
+    assert copy.verdict("R4", seeds=[other]).status in PASSES
+    copy.json(other / "result.json", lambda result: result["settings"].update(TRAIN_LOG_EVERY=3))
     assert copy.verdict("R4", seeds=[other]).status in PASSES
     copy.json(other / "result.json", lambda result: result["settings"].update(TTT_LORA_LR=0.5))
     copy.fails("R4", r"other: other settings \(TTT_LORA_LR=0.5\)", seeds=[other])
