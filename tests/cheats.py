@@ -471,6 +471,15 @@ def overlap(shop: Workshop, copy: Forgery) -> None:
     shop.on_other_data(copy)
 
 
+@cheat("validation documents in a train shard with other words", DATA, "A2", "near validation documents")
+def near_overlap(shop: Workshop, copy: Forgery) -> None:
+    """As one document: no opening is the same, and too few passages are for that to be no chance."""
+    changed = np.concatenate([from_document(copy, number)[number > 3 :] for number in (3, 4, 5)])
+    changed[1::50] = changed[2]
+    rewritten(copy, TRAIN, lambda train: np.concatenate([changed, train]))
+    shop.on_other_data(copy)
+
+
 @cheat("documents joined, for more context", DATA, "A4", "not in the manifest")
 def joined_documents(shop: Workshop, copy: Forgery) -> None:
     second = np.flatnonzero(copy.values(VAL) == 1)[1]

@@ -465,6 +465,12 @@ def test_a5_pieces_made_for_the_validation_text(copy, monkeypatch):
     copy.fails("A5", "piece .* has .* characters: text that nobody counts")
 
 
+def test_a5_another_tokenizer_than_the_manifest_names(copy):
+    path = copy.data / "tokenizer.model"
+    path.write_bytes(path.read_bytes() + b"\x18\x00")  # what SentencePiece reads is the same
+    copy.fails("A5", "tokenizer.model: another checksum than in the manifest")
+
+
 def test_a3_flattering_byte_counts_of_one_document_beside_a_sample(copy, monkeypatch):
     """Those with most bytes a token are looked at, whatever is drawn."""
     starts = np.flatnonzero(np.fromfile(copy.data / "fineweb_val_000000.bin", "<u2")[512:] == 1)
