@@ -316,7 +316,7 @@ def read_events(path: Path | str) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             events.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise ReadError(f"{path}: line {number} is not JSON") from None
     return events

@@ -250,10 +250,12 @@ def test_data_that_have_moved_are_a_mistake_and_a_folder_that_is_read_only_is_no
         ("result.json", {"stages.quantised": [[]]}, "damaged: stages quantised is .* must be an object"),
         ("result.json", {"seconds.train": "x"}, "damaged: seconds train is 'x', must be a number"),
         ("result.json", {"settings.NUM_LAYERS": "x"}, "settings NUM_LAYERS is 'x', must be a whole"),
-        ("ledger.jsonl", b"", "empty, must hold the ledger of the run"),
+        ("ledger.jsonl", b"", "empty, must hold what the run told"),
         ("ledger.jsonl", b'{"kind": "run"}\n\xff\n', "cannot be read .*can't decode byte 0xff"),
         ("ledger.jsonl", b'{"kind": "run"}\n{"kind": "jo', "line 2 cannot be read as JSON"),
-        ("ledger.jsonl", b'{"kind": 7}\n', "line 1 is no record of a ledger"),
+        ("ledger.jsonl", b'{"kind": 7}\n', "line 1 is none of a run: it has no kind"),
+        ("metrics.jsonl", b'{"stage": "start"}\n{"sta', "line 2 cannot be read as JSON"),
+        ("documents.json", b"[]", "cannot be read as JSON .not a JSON object"),
     ],
 )
 def test_damaged_records_are_a_mistake_and_no_broken_rule(copy, capsys, name, change, said):

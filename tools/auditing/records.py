@@ -1,4 +1,4 @@
-"""A run's result and ledger, their forms checked: what is damaged is a mistake, and breaks no rule."""
+"""A run's result, ledger and events, their forms checked: damage is a mistake, and breaks no rule."""
 
 import json
 import math
@@ -95,24 +95,24 @@ def _shown(value: object) -> str:
     return "missing" if value is None else repr(value)[:60]
 
 
-def read_ledger(path: Path) -> list[dict]:
-    """Head and records of a ledger. Raises AuditError where a line is none, or the last one is not whole.
+def read_lines(path: Path, key: str) -> list[dict]:
+    """The records of a ledger (each has a `kind`) or the events of a run (a `stage`), a line each.
 
-    What the lines say, the checks look at: another text that is whole is no damage.
+    Raises AuditError where a line is none, or the last one is not whole. What the lines say, the checks look
+    at: another text that is whole is no damage.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise AuditError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    lines = text.splitlines()
     if not lines:
-        raise AuditError(f"{path}: empty, must hold the ledger of the run")
+        raise AuditError(f"{path}: empty, must hold what the run told")
     records = []
     for number, line in enumerate(lines, 1):
         try:
             records.append(_object(line))
         except (ValueError, RecursionError) as error:
             raise AuditError(f"{path}: line {number} cannot be read as JSON ({error})") from None
-        if not isinstance(records[-1].get("kind"), str):
-            raise AuditError(f"{path}: line {number} is no record of a ledger: it has no kind")
+        if not isinstance(records[-1].get(key), str):
+            raise AuditError(f"{path}: line {number} is none of a run: it has no {key}")
     return records

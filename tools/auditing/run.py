@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import os
 import random
 import stat
@@ -26,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import lossless_caps  # noqa: E402
 from auditing.house import AuditedHouse  # noqa: E402
-from auditing.records import AuditError, check_settings, read_json, read_ledger, read_result  # noqa: E402
+from auditing.records import AuditError, check_settings, read_json, read_lines, read_result  # noqa: E402
 from command import Mistake  # noqa: E402
 from scripts import CORE, HouseError, hash_told, house_beside, logged_house  # noqa: E402
 
@@ -246,8 +245,7 @@ class Audit:
             raise AuditError(f"{folder}: no such folder")
         self._began = state_of_files(folder)
         self.result = read_result(folder / "result.json")
-        if (folder / "ledger.jsonl").is_file():
-            self.ledger  # noqa: B018 - read now: one that is damaged is a mistake, before anything is judged
+        self._need_whole_records()
         self._temporary = tempfile.TemporaryDirectory(prefix="audit-")
         self.work = Path(self._temporary.name)
         try:
@@ -260,6 +258,17 @@ class Audit:
         except Exception as error:  # whatever settings of another kind make go wrong
             text = f"its settings make no run ({type(error).__name__}: {error})"
             raise AuditError(f"{folder / 'result.json'}: {text}") from None
+
+    def _need_whole_records(self) -> None:
+        """Read the records that there are. One that is damaged is a mistake, before anything is judged."""
+        readers = {
+            "ledger.jsonl": lambda _: self.ledger,
+            "metrics.jsonl": lambda _: self.metrics,
+            "documents.json": read_json,
+        }
+        for path in map(self.folder.joinpath, readers):
+            if path.is_file():
+                readers[path.name](path)
 
     def _prepare(self) -> None:
         """Settings, ranks and backends as the run had them, as far as this machine has the like."""
@@ -338,7 +347,7 @@ class Audit:
         path = self.folder / "ledger.jsonl"
         if not path.is_file():
             raise NotChecked("the run wrote no ledger.jsonl (AUDIT=1)")
-        return read_ledger(path)
+        return read_lines(path, "kind")
 
     @property
     def head(self) -> dict:
@@ -359,8 +368,9 @@ class Audit:
     @functools.cached_property
     def metrics(self) -> list[dict]:
         """The events of the run."""
-        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        path = self.folder / "metrics.jsonl"
+        require(path.is_file(), "metrics.jsonl is missing")
+        return read_lines(path, "stage")
 
     @functools.cached_property
     def imports(self) -> set[str]:
