@@ -13,12 +13,13 @@ validation document if at least NEAR_SHARE of the sampled windows of either of t
 have so many (some 80 tokens) are never near; where words changed, the windows that hold them do not match.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from dataprep.shards import BOS_ID, read_shard, shard_paths
+from dataprep.shards import BOS_ID, document_parts, read_shard, shard_paths
 
 WINDOW, SAMPLE = 16, 16
 NEAR_SHARE, NEAR_WINDOWS = 0.5, 4
@@ -94,30 +95,55 @@ class NearIndex:
     @classmethod
     def of_folder(cls, folder: Path) -> "NearIndex":
         """Index of the validation shards in a folder."""
-        tokens = np.concatenate([read_shard(path) for path in shard_paths(folder, "val")])
-        starts = np.flatnonzero(tokens == BOS_ID)
-        firsts = np.unique(np.searchsorted(starts, range(0, len(tokens), _SLICE)))
-        found = []
-        for first, past in zip(firsts, [*firsts[1:], len(starts)], strict=True):
-            end = starts[past] if past < len(starts) else len(tokens)
-            windows = sampled_windows(tokens[starts[first] if past > first else end : end])
+        return cls.of_stream(np.concatenate([read_shard(path) for path in shard_paths(folder, "val")]))
+
+    @classmethod
+    def of_stream(cls, tokens: np.ndarray) -> "NearIndex":
+        """Index of validation documents, (T,) uint16."""
+        found, first = [Windows(np.empty(0, np.uint64), np.empty(0, np.int32))], 0
+        for start, end in document_parts(tokens, _SLICE):
+            windows = sampled_windows(tokens[start:end])
             found.append(Windows(windows.hashes, windows.documents + np.int32(first)))
+            first += np.count_nonzero(tokens[start:end] == BOS_ID)
         return cls(Windows(*map(np.concatenate, zip(*found, strict=True))))
+
+    def overlap(self, tokens: np.ndarray) -> "Overlap":
+        """What a stream of training documents, (T,) uint16, has of the validation documents."""
+        documents, held = 0, set()
+        for start, end in document_parts(tokens, _SLICE):
+            for _, near, owners in self._suspects(np.asarray(tokens[start:end])):
+                documents += near
+                held |= owners
+        return Overlap(documents, held)
 
     def near(self, tokens: np.ndarray) -> list[int]:
         """Numbers, from 0, of the documents in `tokens` that are near a validation document."""
+        return [number for number, near, _ in self._suspects(tokens) if near]
+
+    def _suspects(self, tokens: np.ndarray) -> Iterator[tuple[int, bool, set[int]]]:
+        """Documents that share a window: number, is it near, and the validation documents that it holds."""
         windows = sampled_windows(tokens)
         place = np.searchsorted(self._hashes, windows.hashes)
         place[place == len(self._hashes)] = 0
         hit = self._hashes[place] == windows.hashes if len(self._hashes) else np.zeros(len(place), bool)
-        suspects = np.unique(windows.documents[hit])
-        return [int(n) for n in suspects if self._is_near(place, hit, windows.documents == n)]
+        for number in np.unique(windows.documents[hit]).tolist():
+            yield number, *self._compared(place, hit, windows.documents == number)
 
-    def _is_near(self, place: np.ndarray, hit: np.ndarray, own: np.ndarray) -> bool:
+    def _compared(self, place: np.ndarray, hit: np.ndarray, own: np.ndarray) -> tuple[bool, set[int]]:
         found = np.unique(place[own & hit])
         if len(found) < NEAR_WINDOWS:
-            return False
+            return False, set()
         share = np.count_nonzero(own & hit) / np.count_nonzero(own)
         owners = np.bincount(self._owners[found])
-        best = (owners / np.maximum(self._totals[: len(owners)], 1)).max()
-        return bool(max(share, best) >= NEAR_SHARE)
+        shares = owners / np.maximum(self._totals[: len(owners)], 1)
+        held = np.flatnonzero((owners >= NEAR_WINDOWS) & (shares >= NEAR_SHARE))
+        return bool(max(share, shares.max()) >= NEAR_SHARE), set(held.tolist())
+
+
+class Overlap(NamedTuple):
+    """What training documents have of validation documents."""
+
+    documents: int
+    """Training documents that are near a validation document."""
+    held: set[int]
+    """Validation documents, from 0, of which a training document holds the half, by their sampled windows."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataprep.leaks import document_hashes
+from dataprep.leaks import NearIndex, Overlap, document_hashes
 from dataprep.shards import BOS_ID, FIRST_OPERATOR_ID, OPERATOR_COUNT, read_shard, shard_paths
 from systems.layout import file_sha256
 
@@ -88,14 +88,21 @@ class ShardScan(NamedTuple):
     sha256: str
     scan: Scan
     """Empty for byte counts."""
+    overlap: Overlap = Overlap(0, set())
+    """With validation, of training shards where that is asked for."""
 
 
-def scan_shard(path: Path) -> ShardScan:
-    """Read a shard whole. DataError as `read_shard`."""
+def scan_shard(path: Path, near: NearIndex | None = None) -> ShardScan:
+    """Read a shard whole. DataError as `read_shard`.
+
+    With an index of validation documents, what a training shard has of them: there a document that runs on
+    into the next shard is looked at as two.
+    """
     scan, shard = Scan(), read_shard(path)
     for start in range(0, 0 if is_sidecar(path) else len(shard), CHUNK_TOKENS):
         scan.add(np.array(shard[start : start + CHUNK_TOKENS]))
-    return ShardScan(file_sha256(path), scan)
+    overlap = near.overlap(shard) if near and path.name.startswith("fineweb_train_") else Overlap(0, set())
+    return ShardScan(file_sha256(path), scan, overlap)
 
 
 def is_sidecar(path: Path) -> bool:

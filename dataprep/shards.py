@@ -6,6 +6,7 @@ A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros), then 
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -114,6 +115,14 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
         for path in folder.glob("fineweb_*.bin")
         if (name := SHARD_NAME.fullmatch(path.name)) and name[1] == split
     )
+
+
+def document_parts(tokens: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
+    """Start and end of parts of a stream, (T,) uint16: of about `size` tokens, from document to document."""
+    starts = np.flatnonzero(tokens == BOS_ID)
+    firsts = np.searchsorted(starts, range(size, len(tokens), size))
+    inner = starts[np.unique(firsts[firsts < len(starts)])].tolist()
+    return itertools.pairwise([0, *inner, len(tokens)])
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -471,6 +471,15 @@ def overlap(shop: Workshop, copy: Forgery) -> None:
     shop.on_other_data(copy)
 
 
+@cheat("validation documents in a train shard with other words", DATA, "A2", "near validation documents")
+def near_overlap(shop: Workshop, copy: Forgery) -> None:
+    """As one document: no opening is the same, and too few passages are for that to be no chance."""
+    changed = np.concatenate([from_document(copy, number)[number > 3 :] for number in (3, 4, 5)])
+    changed[1::50] = changed[2]
+    rewritten(copy, TRAIN, lambda train: np.concatenate([changed, train]))
+    shop.on_other_data(copy)
+
+
 @cheat("documents joined, for more context", DATA, "A4", "not in the manifest")
 def joined_documents(shop: Workshop, copy: Forgery) -> None:
     second = np.flatnonzero(copy.values(VAL) == 1)[1]
@@ -545,6 +554,15 @@ def better_model(shop: Workshop, copy: Forgery) -> None:
     state, other = (torch.load(folder / MODEL) for folder in (copy.run, shop.folder / "other"))
     torch.save(state | {"qo_bank": other["qo_bank"]}, copy.run / MODEL)
     copy.forge()
+
+
+@cheat("a counted script that trains one step", FILES, "W4", r"tells no step \[2\]")
+def one_step_only(shop: Workshop, copy: Forgery) -> None:
+    """It says what the run told of the first one."""
+    log = next((copy.run / "logs").glob("*.txt")).read_text(encoding="utf-8")
+    told = next(line for line in log.splitlines() if line.startswith("train step:1 "))
+    (copy.run / CODE).write_text(f"print({told!r})\n")
+    resized(copy)
 
 
 # -- the environment

@@ -19,6 +19,7 @@ from logbook import ours
 from logbook.lines import LogError, Value, cleaned, once
 from logbook.published import is_published, read_published
 from scripts import FILE_LINE, LOGGED_SCRIPT, RULE, hash_told, sha256_of
+from systems.layout import WITHOUT_EFFECT
 
 TRAIN_LIMIT = EVAL_LIMIT = 600.0  # seconds
 SIZE_LIMIT = 16_000_000  # decimal bytes, code plus model
@@ -29,6 +30,11 @@ NAMES_AND_PLACES = {"SEED", "RUN_ID", "ARTIFACT_DIR", "DATA_DIR", "DATA_PATH", "
 NAMES_AND_PLACES |= {"WANDB_PROJECT", "TENSORBOARD_DIR"}
 PUBLISHED_PLACES = NAMES_AND_PLACES | {"LOGFILE", "DATASETS_DIR", "MODEL_PATH", "QUANTIZED_MODEL_PATH"}
 PUBLISHED_PLACES |= {"TRAIN_FILES", "VAL_FILES", "VAL_BYTES_FILES", "RANK", "LOCAL_RANK", "IS_MAIN_PROCESS"}
+
+# And what no result depends on: how often a run tells of itself, and what its preset is called.
+UNFELT = NAMES_AND_PLACES | WITHOUT_EFFECT | {"PRESET", "TRAIN_LOG_EVERY", "VAL_LOSS_EVERY"}
+UNFELT |= {"PREFLIGHT_ONLY", "ALLOW_UNVERIFIED_DATA"}
+WITHOUT_TRAINING = ("PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY")  # then models are inputs
 
 # What the script reads besides its settings: a part of PRESET, and their names in published commands.
 ALSO_READ = ("SCALE", "SMEAR_GATE", "SMEAR_GATE_WIDTH", "GATE_WIDTH", "GATE_ATTN_OUT", "GATE_ATTN_SRC")
@@ -141,6 +147,12 @@ def given(environ: Mapping[str, str], settings: Iterable[str]) -> dict[str, str]
 def config_hash(settings: Mapping[str, object]) -> str:
     """Hash of the settings that make an experiment: all but the seed, names and places."""
     return _hash({name: value for name, value in settings.items() if name not in NAMES_AND_PLACES})
+
+
+def felt_settings(settings: Mapping[str, object]) -> dict[str, object]:
+    """The settings that the result of an experiment depends on, the seed aside."""
+    given = {"MODEL_PATH", "QUANTIZED_MODEL_PATH"} if any(map(settings.get, WITHOUT_TRAINING)) else set()
+    return {name: value for name, value in settings.items() if name not in UNFELT - given}
 
 
 def _hash(settings: Mapping[str, object]) -> str:
@@ -310,7 +322,7 @@ def read_events(path: Path | str) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             events.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise ReadError(f"{path}: line {number} is not JSON") from None
     return events

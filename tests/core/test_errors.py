@@ -186,6 +186,14 @@ def test_tokenizer_that_is_no_model(work, refused, content):
     assert "TOKENIZER_PATH=other.model: not the tokenizer that" in refused(TOKENIZER_PATH="other.model")
 
 
+def test_tokenizer_is_the_manifests_to_the_byte(work, refused):
+    """So `data_sha256`, the manifest's, which each log and result has, is the tokenizer's as well."""
+    own = (work / "data" / "tokenizer.model").read_bytes()
+    (work / "other.model").write_bytes(own + b"\x18\0")  # SentencePiece reads the same from it
+    said = "TOKENIZER_PATH=other.model: not the tokenizer that data/manifest.json was prepared with"
+    assert said in refused(TOKENIZER_PATH="other.model")
+
+
 def test_truncated_tokenizer(work, refused):
     content = (work / "data" / "tokenizer.model").read_bytes()
     (work / "other.model").write_bytes(content[: len(content) // 2])

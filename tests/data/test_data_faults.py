@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,12 @@ import zstandard
 from test_data_prep import change, contents, plain_model, sentences, write_jsonl, write_parquet
 
 import prepare_caseops_data as prepare
-from dataprep import encoding, reading, shards
+from dataprep import encoding, reading, shards, sidecar
 from dataprep.checking import check_folder
 from dataprep.shards import BusyError, DataError, locked, read_shard, shard_bytes
+from systems.layout import file_sha256
+
+VAL, SIZES, TRAIN = (f"fineweb_{split}_000000.bin" for split in ("val", "val_bytes", "train"))
 
 
 @pytest.fixture(scope="module")
@@ -138,19 +142,99 @@ def test_data_check_of_letters_that_are_not_ascii(folding, tmp_path):
     assert "the sidecar is not that of these tokens" in "\n".join(check_folder(tmp_path / "ligatures")[0])
 
 
-def unfit(kind: str, folding: encoding.Tokenizer) -> tuple[str, encoding.Tokenizer, str]:
+def retold(folder: Path, name: str, values: np.ndarray) -> None:
+    """Another shard, and a manifest that tells of it, as one who knows the checks would write it."""
+    (folder / name).write_bytes(shard_bytes(values))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"tokens": len(values), "sha256": file_sha256(folder / name)}
+    for split in ("train", "val"):
+        tokens = read_shard(folder / f"fineweb_{split}_000000.bin")
+        manifest["splits"][split] |= {"tokens": len(tokens), "documents": int((tokens == 1).sum())}
+    manifest["splits"]["val"]["bytes"] = int(read_shard(folder / SIZES).sum())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture(scope="module")
+def small() -> encoding.Tokenizer:
+    """A lossless one, of few pieces: many characters are bytes."""
+    texts = [text.replace("\u2581", "") for text in sentences(50)]
+    return encoding.make_tokenizer("small.model", encoding.train_tokenizer(texts, 400), lossless=True)
+
+
+def test_data_check_of_every_byte_where_the_tokenizer_loses_nothing(small, tmp_path):
+    """One byte more for one full stop of all; literal operators and characters of several bytes are right."""
+    texts = [text.replace("\u2581", "") + " \ue001\ue004\ue003x." for text in sentences(60)]
+    made(texts, small, tmp_path / "set", 50)
+    assert check_folder(tmp_path / "set")[0] == []
+    tokens, values = (np.array(read_shard(tmp_path / "set" / name)) for name in (VAL, SIZES))
+    stops = np.flatnonzero(tokens == small.processor.piece_to_id("."))
+    place = stops[stops > np.flatnonzero(tokens == 1)[7]][0]
+    values[place] += 1
+    retold(tmp_path / "set", SIZES, values)
+    (problem,) = check_folder(tmp_path / "set")[0]
+    said = (
+        f"1 of {(tokens != 1).sum()} tokens carry other bytes than their pieces hold, the first in validation"
+    )
+    assert f"{said} document 7" in problem
+
+
+def test_data_check_of_parts_of_the_stream(small, tmp_path, monkeypatch):
+    """However it is cut, the same is found."""
+    texts = [text.replace("\u2581", "") for text in sentences(30)]
+    made(texts, small, tmp_path / "set", 20)
+    tokens, values = (np.array(read_shard(tmp_path / "set" / name)) for name in (VAL, SIZES))
+    values[np.flatnonzero(tokens == 1)[12] + 5] += 1
+    pieces = sidecar.pieces_of(small.processor)
+    whole = sidecar.odd_tokens(tokens, values, pieces, True)
+    monkeypatch.setattr(sidecar, "CHUNK_TOKENS", 300)
+    assert whole == sidecar.odd_tokens(tokens, values, pieces, True) and (whole.wrong, whole.first) == (1, 12)
+
+
+def test_data_check_of_spaces_counted_twice(folding, tmp_path):
+    """Also where a tokenizer normalises, so that some spaces do stand for more; of a set of nobody's."""
+    made([f"{text} and so on" for text in sentences(60)], folding, tmp_path / "set", 50)
+    (tmp_path / "set/manifest.json").unlink()
+    tokens, values = (np.array(read_shard(tmp_path / "set" / name)) for name in (VAL, SIZES))
+    spaced = sidecar.pieces_of(folding.processor).spaced[tokens]
+    (tmp_path / "set" / SIZES).write_bytes(shard_bytes(values + spaced))
+    found = "\n".join(check_folder(tmp_path / "set", write_manifest=True)[0])
+    assert "pieces that begin with a space carry more than that" in found
+
+
+def test_data_check_of_documents_that_are_nearly_held_out(small, tmp_path):
+    """With a word changed here and there: more than the manifest tells of, or of too many documents."""
+    texts = [text.replace("\u2581", "") for text in sentences(40)]
+    manifest = made(texts, small, tmp_path / "set", 20)
+    assert manifest["splits"]["train"]["near_duplicates"] == 0 and check_folder(tmp_path / "set")[0] == []
+    val, train = (np.array(read_shard(tmp_path / "set" / name)) for name in (VAL, TRAIN))
+    changed = np.where((np.arange(len(val)) % 40 == 39) & (val != 1), 300, val)
+    second = np.flatnonzero(val == 1)[1]
+    for leaked, count in ((changed[:second], "1"), (changed, "1[0-9]")):
+        retold(tmp_path / "set", TRAIN, np.concatenate([train, leaked]))
+        (problem,) = check_folder(tmp_path / "set")[0]
+        said = f": {count} training documents are near validation documents, the manifest says 0"
+        assert re.search(said, problem) and "--drop-near-duplicates" in problem
+    manifest = json.loads((tmp_path / "set/manifest.json").read_text())
+    del manifest["splits"]["train"]["near_duplicates"]
+    (tmp_path / "set/manifest.json").write_text(json.dumps(manifest))
+    (problem,) = check_folder(tmp_path / "set")[0]
+    assert re.search("training documents hold the half of 1[0-9] of 20 validation documents", problem)
+
+
+Unfit = tuple[str, encoding.Tokenizer, str]
+
+
+def unfit(kind: str, folding: encoding.Tokenizer, small: encoding.Tokenizer) -> Unfit:
     """A text that shards cannot hold or a tokenizer not give back, such a tokenizer, what is said of it."""
     if kind == "long token":
         return "a" + " " * 70_000 + "b", folding, "one token carries 70001 bytes"
-    texts = [text.replace("\u2581", "") for text in sentences(50)]
-    lossless = encoding.make_tokenizer("small.model", encoding.train_tokenizer(texts, 400), lossless=True)
-    return "x \u2581 y", lossless, "it holds U+2581"
+    return "x \u2581 y", small, "it holds U+2581"
 
 
 @pytest.mark.parametrize("kind", ["long token", "U+2581"])
-def test_data_of_unfit_validation_documents_count_as_bad(folding, tmp_path, monkeypatch, kind):
+def test_data_of_unfit_validation_documents_count_as_bad(folding, small, tmp_path, monkeypatch, kind):
     """Also where the preparation goes on after an interruption: what is skipped is held out nowhere."""
-    text, tokenizer, words = unfit(kind, folding)
+    text, tokenizer, words = unfit(kind, folding, small)
     good = [document.replace("\u2581", "") for document in sentences(40)]
     texts = [*good[:3], text, *good[3:20], text, *good[20:]]
     with pytest.raises(DataError, match=rf"text 3: .*{words.replace('+', '.')}.*more than --max-bad 0"):

@@ -73,7 +73,7 @@ def test_cheat_is_found_by_the_whole_audit(shop, tmp_path, cheat: Cheat):
     assert code == 1 and found["status"] == "FAIL" and re.search(cheat.reason, found["evidence"]), found
 
 
-BOXED = {"S2", "S4", "S5", "T4"}  # they look at the counted script alone
+BOXED = {"S2", "S4", "S5", "T4", "W4"}  # they look at the counted script alone
 
 
 @pytest.mark.cases(30)

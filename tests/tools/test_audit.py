@@ -5,6 +5,7 @@ One tiny run is made; each test breaks a copy of its files, script or data, and 
 
 import base64
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -31,7 +32,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import audit  # noqa: E402
 import lossless_caps  # noqa: E402
-from auditing import box, data, questions, surroundings  # noqa: E402
+from auditing import box, data, packed, questions, surroundings  # noqa: E402
 from auditing import run as auditing_run  # noqa: E402
 from auditing.blackbox import subject_of  # noqa: E402
 from harness import packing  # noqa: E402
@@ -240,6 +241,37 @@ def test_data_that_have_moved_are_a_mistake_and_a_folder_that_is_read_only_is_no
     assert "audit.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        ("result.json", {"model_bytes": None}, "damaged: model_bytes is missing, must be a whole number"),
+        ("result.json", {"settings": []}, "damaged: settings is \\[\\], must be an object"),
+        ("result.json", {"environment.house_sha256": 1.5}, "house_sha256 is 1.5, must be an object"),
+        ("result.json", {"stages.quantised": [[]]}, "damaged: stages quantised is .* must be an object"),
+        ("result.json", {"seconds.train": "x"}, "damaged: seconds train is 'x', must be a number"),
+        ("result.json", {"settings.NUM_LAYERS": "x"}, "settings NUM_LAYERS is 'x', must be a whole"),
+        ("ledger.jsonl", b"", "empty, must hold what the run told"),
+        ("ledger.jsonl", b'{"kind": "run"}\n\xff\n', "cannot be read .*can't decode byte 0xff"),
+        ("ledger.jsonl", b'{"kind": "run"}\n{"kind": "jo', "line 2 cannot be read as JSON"),
+        ("ledger.jsonl", b'{"kind": 7}\n', "line 1 is none of a run: it has no kind"),
+        ("metrics.jsonl", b'{"stage": "start"}\n{"sta', "line 2 cannot be read as JSON"),
+        ("documents.json", b"[]", "cannot be read as JSON .not a JSON object"),
+    ],
+)
+def test_damaged_records_are_a_mistake_and_no_broken_rule(copy, capsys, name, change, said):
+    path = copy.run / name
+    if isinstance(change, bytes):
+        path.write_bytes(change)
+    else:
+        (place, value), result = next(iter(change.items())), json.loads(path.read_text())
+        *folders, key = place.split(".")
+        functools.reduce(dict.get, folders, result)[key] = value
+        path.write_text(json.dumps(result))
+    assert audit.main([str(copy.run), "--data", str(copy.data), "--only", "R1"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and re.search(f"{name}: .*{said}|{said}", err), err
+
+
 def test_links_and_pipes_in_the_folder_are_a_mistake(copy, capsys):
     """Neither is read: the one leads to files that are not the run's, the other never ends."""
     for make, what in (
@@ -435,6 +467,12 @@ def test_a5_pieces_made_for_the_validation_text(copy, monkeypatch):
     copy.fails("A5", "piece .* has .* characters: text that nobody counts")
 
 
+def test_a5_another_tokenizer_than_the_manifest_names(copy):
+    path = copy.data / "tokenizer.model"
+    path.write_bytes(path.read_bytes() + b"\x18\x00")  # what SentencePiece reads is the same
+    copy.fails("A5", "tokenizer.model: another checksum than in the manifest")
+
+
 def test_a3_flattering_byte_counts_of_one_document_beside_a_sample(copy, monkeypatch):
     """Those with most bytes a token are looked at, whatever is drawn."""
     starts = np.flatnonzero(np.fromfile(copy.data / "fineweb_val_000000.bin", "<u2")[512:] == 1)
@@ -565,6 +603,43 @@ def test_t5_calibration_on_validation(copy):
     copy.fails("T5", "the artifact depends on the validation tokens")
 
 
+# -- W: the weights (W1 to W3: cheats.py)
+
+
+def test_w4_counted_code_lacks_a_part_of_an_optimiser(copy):
+    """As 500 bytes once did, unnoticed: here the weight decay of the matrices."""
+    copy.counted(r"\w\.mul_\(1-\w\['lr'\]\*\w\['weight_decay'\]\);", "")
+    copy.fails("W4", "step [23]: .* in metrics.jsonl, .* of the counted script")
+
+
+ONE_STEP = "train step:1 train_loss:9 grad_norm:1 a:1\n"
+
+
+@pytest.mark.parametrize(
+    "output, code, late, status, said",
+    [
+        ("", -9, True, "NOT CHECKED", "came to no step of training in 300 s here"),
+        ("", 1, False, "FAIL", r"tells no step \[1\], exit code 1: KeyError: 'x'"),
+        (ONE_STEP, 0, False, "FAIL", r"tells no step \[2\], exit code 0"),
+        (ONE_STEP, -9, True, "FAIL", "step 1: train_loss"),
+        ("train step:x\ntrain step:1 train_loss:nan", -9, True, "NOT CHECKED", "no step of training"),
+    ],
+)
+def test_w4_counted_code_that_tells_too_little(copy, monkeypatch, output, code, late, status, said):
+    ran = box.Ran(code, output, "Traceback\nKeyError: 'x'\n" * (code == 1), [], [], 300.0, late)
+    monkeypatch.setattr(packed, "trained_alone", lambda *_: ran)
+    monkeypatch.setattr(packed, "first_steps", lambda _: ([], True))
+    found = copy.verdict("W4")
+    assert found.status == status and re.search(said, found.evidence), found
+
+
+@pytest.mark.parametrize("name", ["S2", "S4", "T4", "W4"])
+def test_code_for_a_gpu_is_not_checked_on_a_cpu(copy, name):
+    copy.result(lambda result: result["environment"].update(device="NVIDIA H100 80GB HBM3"))
+    said = "the counted script is one for a GPU, and there is none here"
+    assert copy.verdict(name) == ("NOT CHECKED", said)
+
+
 # -- S: the artifact
 
 
@@ -576,6 +651,16 @@ def test_s1_oversize_artifact(copy):
 
 
 def test_s5_counted_code_is_another_script(copy):
+    copy.counted("1e-10", "1e-09")
+    copy.fails("S5", "not the packing of the script in the log")
+
+
+def test_s5_the_same_statements_of_another_python(copy):
+    """Which may put spaces and quotes elsewhere: no accusation, and both Pythons are named."""
+    copy.result(lambda result: result["environment"].update(python="3.99.1"))
+    copy.counted(r"\Z", "\n\n# written otherwise\n")
+    status, evidence = copy.verdict("S5")
+    assert status == "NOT CHECKED" and "packed under Python 3.99.1, here is 3." in evidence, evidence
     copy.counted("1e-10", "1e-09")
     copy.fails("S5", "not the packing of the script in the log")
 
@@ -886,10 +971,21 @@ def test_r3_seed_chosen_afterwards(copy):
 def test_r3_hidden_run(copy):
     other = copy.run.parent / "other"
     shutil.copytree(copy.run, other)
-    copy.json(other / "result.json", lambda result: result["settings"].update(SEED=7))
-    assert "1 other runs of the same script and settings beside it (7: " in copy.verdict("R3").evidence
+
+    def hide(result: dict) -> None:
+        """By what changes no result."""
+        result["settings"].update(SEED=7, TRAIN_LOG_EVERY=3, VAL_LOSS_EVERY=9, MODEL_PATH="else.pt")
+        result["settings"].update(CPU_THREADS=2, PRESET="pr1868")
+        result["environment"]["house_sha256"]["harness/tracking.py"] = "0" * 64
+
+    copy.json(other / "result.json", hide)
+    assert "1 other runs of the same experiment beside it (7: " in copy.verdict("R3").evidence
     (copy.run / "submission.json").write_text(json.dumps({"val_bpb": 2.0, "seeds": [42]}))
     copy.fails("R3", "does not list the runs with seeds 7")
+    copy.json(other / "result.json", lambda result: result["settings"].update(MATRIX_LR=0.5))
+    assert copy.verdict("R3").status in PASSES, "another experiment"
+    copy.json(other / "result.json", lambda result: result.update(settings=[]))
+    assert copy.verdict("R3").status in PASSES, "no result at all"
 
 
 def test_r5_ledger_of_another_seed(copy):
@@ -908,6 +1004,8 @@ def test_r4_a_run_that_went_on_with_other_threads(copy):
 def test_r4_seeds_of_other_settings(copy):
     other = copy.run.parent / "other"
     shutil.copytree(copy.run, other)
+    assert copy.verdict("R4", seeds=[other]).status in PASSES
+    copy.json(other / "result.json", lambda result: result["settings"].update(TRAIN_LOG_EVERY=3))
     assert copy.verdict("R4", seeds=[other]).status in PASSES
     copy.json(other / "result.json", lambda result: result["settings"].update(TTT_LORA_LR=0.5))
     copy.fails("R4", r"other: other settings \(TTT_LORA_LR=0.5\)", seeds=[other])

@@ -231,7 +231,10 @@ class Box(NamedTuple):
         self, command: list[str], timeout: float = 60, memory: int | None = None, **options
     ) -> box.Ran:
         readable, environment = options.get("readable", ()), options.get("environment", {})
-        return box._run(command, self.folder, readable, environment, timeout, memory, self.namespaces)
+        enough = {"enough": options["enough"]} if "enough" in options else {}
+        return box._run(
+            command, self.folder, readable, environment, timeout, memory, self.namespaces, **enough
+        )
 
 
 @pytest.fixture(scope="module", params=MEANS)
@@ -386,6 +389,12 @@ def test_output_without_end_is_cut_to_its_last_bytes(boxed, monkeypatch):
 def test_a_program_that_does_not_end_is_ended(boxed):
     ran = boxed.run("import time; print('begun', flush=True); time.sleep(600)", timeout=1)
     assert ran.timed_out and ran.code == -signal.SIGKILL and ran.output == "begun\n"
+
+
+def test_a_program_whose_output_is_enough_is_ended(boxed):
+    code = "import time; print('one', flush=True); print('two', flush=True); time.sleep(600)"
+    ran = boxed.run(code, timeout=300, enough=lambda output: b"two" in output)
+    assert not ran.timed_out and ran.code == -signal.SIGKILL and ran.output == "one\ntwo\n"
 
 
 DAEMON = """

@@ -161,7 +161,8 @@ def test_lines_of_the_audit_page_are_those_of_the_committed_audit():
     assert lines
     for name, *told in lines:
         assert told == [checks[name][key] for key in ("status", "rule", "evidence")]
-    assert f"{len(checks)} checks" in read(README) and set(audit.ORDER) - checks.keys() == set(QUESTIONS)
+    asked = set(audit.ORDER) - set(QUESTIONS)
+    assert f"{len(asked)} checks" in read(README) and checks.keys() <= asked  # a check may be newer
 
 
 def test_the_glossary_knows_every_word_of_a_log():

@@ -136,6 +136,9 @@ def test_missing_files_and_unfinished_runs(tmp_path):
     with pytest.raises(runs.Unfinished, match="has not ended"):
         runs.read(tmp_path)
     assert runs.read_events(tmp_path / "metrics.jsonl") == [{"stage": "train", "step": 1}]
+    (tmp_path / "metrics.jsonl").write_text(f"{'[' * 9999}{']' * 9999}\n{{}}\n")
+    with pytest.raises(runs.ReadError, match="metrics.jsonl: line 1 is not JSON"):
+        runs.read_events(tmp_path / "metrics.jsonl")
 
 
 def test_our_log_alone_tells_the_same_as_its_result():

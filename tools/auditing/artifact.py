@@ -1,10 +1,12 @@
 """Checks S1-S4: the artifact."""
 
+import ast
 import dataclasses
 import functools
 import hashlib
 import math
 import os
+import platform
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +17,12 @@ from typing import NamedTuple
 import torch
 
 from auditing import box
+from auditing.recompute import runs_on_gpu
 from auditing.run import (
     RECOMPUTED,
     REPLAYED,
     Audit,
+    NotChecked,
     check,
     digest,
     read_json,
@@ -26,6 +30,7 @@ from auditing.run import (
     short,
     write_values,
 )
+from auditing.wrappers import Unreadable, layers, parse, without_fstrings
 from runs import SIZE_LIMIT
 from scripts import sha256_of
 
@@ -84,10 +89,36 @@ def s1_size(audit: Audit) -> str:
 
 @check("S5", "the counted code is the script that ran, packed", REPLAYED)
 def s5_code_is_the_script(audit: Audit) -> str:
-    """The logged script packed anew, by its own packing."""
-    data = counted_code(audit).read_bytes()
-    require(data in _packings(audit), "train_gpt.packed.py is not the packing of the script in the log")
+    """The logged script packed anew, by its own packing.
+
+    Another Python may write the same statements in another way, which is no other script.
+    """
+    data, packings = counted_code(audit).read_bytes(), []
+    if data not in (packings.append(packing) or packing for packing in _packings(audit)):
+        here, there = platform.python_version(), str(audit.result["environment"].get("python"))
+        same_minor = here.split(".")[:2] == there.split(".")[:2]
+        require(
+            not same_minor and _statements(data) in map(_statements, packings),
+            "train_gpt.packed.py is not the packing of the script in the log",
+        )
+        raise NotChecked(f"the same statements in other bytes: packed under Python {there}, here is {here}")
     return f"{len(data):,} bytes, {short(sha256_of(data))}, as the packing of the logged script"
+
+
+def need_its_device(audit: Audit) -> None:
+    """Raise NotChecked where the counted script is one for a GPU, and none is here to run it."""
+    if runs_on_gpu(audit) and audit.ranks.device.type != "cuda":
+        raise NotChecked("the counted script is one for a GPU, and there is none here")
+
+
+def _statements(packed: bytes) -> str:
+    """The program within a packed script, whatever its spelling, f-strings aside: what one Python writes into
+    them another may not read.
+    """
+    try:
+        return ast.dump(parse(without_fstrings(list(layers(packed))[-1].text)))
+    except Unreadable:
+        return repr(packed)
 
 
 class Rerun(NamedTuple):
@@ -104,6 +135,7 @@ def alone(audit: Audit, part: bool = False) -> Rerun:
 
     `part`: only the start of the validation stream is there, and the windows that slide over it are few.
     """
+    need_its_device(audit)
     here = (audit.work / ("part" if part else "alone")).resolve()
     here.mkdir(exist_ok=True)
     packed = counted_code(audit)

@@ -23,6 +23,7 @@ Not shut out: a full disk, and changed files of an installed distribution whose 
 """
 
 import base64
+import contextlib
 import csv
 import errno
 import functools
@@ -38,7 +39,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -101,11 +102,16 @@ def run(
     environment: Mapping[str, str] = {},
     timeout: float = 600,
     memory: int | None = None,
+    enough: Callable[[bytes], bool] = lambda output: False,
 ) -> Ran:
-    """Run a command in `folder`. `memory`: bytes that a process may have. Raises NotChecked without a box."""
+    """Run a command in `folder`. `memory`: bytes that a process may have. Raises NotChecked without a box.
+
+    Whoever wants no more than the beginning says when the output so far is `enough`: then all is killed.
+    """
     if reason := available():
         raise NotChecked(reason)
-    return _run(command, folder, readable, environment, timeout, memory, namespaces=not _lacks(True))
+    namespaces = not _lacks(True)
+    return _run(command, folder, readable, environment, timeout, memory, namespaces, enough)
 
 
 def available() -> str:
@@ -134,6 +140,7 @@ def _run(
     timeout: float,
     memory: int | None,
     namespaces: bool,
+    enough: Callable[[bytes], bool] = lambda output: False,
 ) -> Ran:
     folder = folder.resolve()
     given = {str(folder): True} | {os.path.abspath(path): False for path in readable}
@@ -150,18 +157,25 @@ def _run(
         "memory": memory,
     }
     start = time.perf_counter()
-    report, output, errors = _carry_out(plan)
+    report, output, errors = _carry_out(plan, enough)
     seconds = time.perf_counter() - start
     if "error" in report:
         raise NotChecked(f"no box: {report['error']}")
     opened = sorted(name for name in report["opened"] if not is_library(name))
     refused = _missed(plan, report["failed"]) + report["network"]
     names = [list(map(printable, names)) for names in (opened, refused)]
-    return Ran(report["code"], output, errors, *names, seconds, report["timed_out"])
+    late = report["timed_out"] and not enough(output.encode())
+    return Ran(report["code"], output, errors, *names, seconds, late)
 
 
-def _carry_out(plan: Mapping) -> tuple[dict, str, str]:
+def _carry_out(plan: Mapping, enough: Callable[[bytes], bool]) -> tuple[dict, str, str]:
     """Start jail.py, give it the plan: its report, and the program's output and errors."""
+
+    def look(text: bytearray) -> None:
+        if enough(bytes(text)):
+            with contextlib.suppress(OSError):  # it has ended by itself
+                ours.shutdown(socket.SHUT_WR)  # the supervisor sees that nobody wants it any more
+
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-I", "-S", str(JAIL), str(theirs.fileno())]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -170,8 +184,8 @@ def _carry_out(plan: Mapping) -> tuple[dict, str, str]:
         theirs.close()
         texts = [bytearray(), bytearray()]
         readers = [
-            threading.Thread(target=_keep, args=pair, daemon=True)
-            for pair in zip((process.stdout, process.stderr), texts, strict=True)
+            threading.Thread(target=_keep, args=part, daemon=True)
+            for part in zip((process.stdout, process.stderr), texts, (look, None), strict=True)
         ]
         for reader in readers:
             reader.start()
@@ -191,11 +205,13 @@ def _carry_out(plan: Mapping) -> tuple[dict, str, str]:
     return json.loads(answer) if answer else missing, output, errors
 
 
-def _keep(pipe: IO[bytes], text: bytearray) -> None:
-    """Read to the end; keep the last bytes."""
+def _keep(pipe: IO[bytes], text: bytearray, look: Callable[[bytearray], None] | None) -> None:
+    """Read to the end; keep the last bytes, and have somebody look at them."""
     while part := os.read(pipe.fileno(), 1 << 16):
         text += part
         del text[: max(0, len(text) - KEPT)]
+        if look:
+            look(text)
 
 
 def _environment(folder: Path) -> dict[str, str]:

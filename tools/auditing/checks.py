@@ -6,6 +6,7 @@ from auditing import (  # noqa: F401
     data,
     evaluation,
     outside,
+    packed,
     recompute,
     report,
     surroundings,

@@ -22,15 +22,17 @@ from auditing.run import (
     check,
     read_values,
     require,
+    short,
 )
+from dataprep.checking import SHARED, too_near
 from dataprep.encoding import Encoder, make_tokenizer, tokenise_validation
+from dataprep.leaks import NearIndex, Overlap
 from dataprep.reading import Reader, parse_block
 from reproducing.submission import CONTEST_DOCUMENTS
 from scripts import sha256_of
 
 PREFIX_TOKENS = 64  # what counts as the same opening of a document
 PASSAGE = 32  # tokens, from anywhere in a document, that count as the same text
-SHARED = 0.2  # of the documents; texts of the web come again (of the demo's documents 5 %)
 AT_ONCE = 1 << 22  # tokens whose passages are looked at together
 PRIME = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 LONGEST_PIECE = 64  # characters; SentencePiece makes none of more than 16
@@ -86,7 +88,8 @@ def a2_no_overlap(audit: Audit) -> str:
     """The opening of every validation document is looked for at every document start of every train shard.
 
     A document that is there as a whole breaks the rule. Two may well begin alike, as two licences do, but not
-    many; nor may passages from anywhere come again more often than by chance.
+    many; nor may passages from anywhere come again more often than by chance. Documents that are nearly there
+    are counted by windows of 16 tokens, as the data preparation does.
     """
     paths = audit.shards("train")
     if not paths:
@@ -95,6 +98,7 @@ def a2_no_overlap(audit: Audit) -> str:
     for number, (_, opening) in enumerate(_openings(audit.tokens)):
         openings.setdefault(opening, []).append(number)
     passages, found, alike, seen = _passages(audit), set(), set(), 0
+    index, near = NearIndex.of_stream(audit.tokens.astype(np.uint16)), Overlap(0, set())
     for path, tokens in zip(paths, _with_next_start(paths), strict=True):
         listed = audit.manifest.get("files", {}).get(path.name, {}).get("sha256")
         require(listed in (None, sha256_of(path)), f"{path.name}: another checksum than in the manifest")
@@ -107,13 +111,18 @@ def a2_no_overlap(audit: Audit) -> str:
                 whole = np.array_equal(there, audit.tokens[first : first + len(there)])
                 require(not whole, f"validation document {number} opens a document of {path.name}")
         found |= _found(tokens, passages)
+        part = index.overlap(tokens)
+        near = Overlap(near.documents + part.documents, near.held | part.held)
     share = f"{len(alike):,} of {len(audit.documents):,} validation documents open as training documents do"
     require(len(alike) <= 1 + SHARED * len(audit.documents), share)
     again = f"of {len(passages):,} passages of {PASSAGE} tokens {len(found):,} stand in training text"
     require(len(found) <= 1 + SHARED * len(passages), again)
+    problem = too_near(near, audit.manifest, len(audit.documents), len(paths))
+    require(not problem, problem)
     figure = f"{len(openings):,} openings of {PREFIX_TOKENS} tokens, {len(alike) or 'none'} among {seen:,}"
     others = " (of other documents)" * bool(alike)
-    return f"{figure} training documents{others}; {again}"
+    nearly = f"{near.documents:,} training documents near one"
+    return f"{figure} training documents{others}; {again}; {nearly}"
 
 
 def _passages(audit: Audit) -> set[bytes]:
@@ -245,7 +254,10 @@ def _bytes_per_token(audit: Audit, tokens: np.ndarray) -> np.ndarray:
 
 @check("A5", "the tokenizer holds no validation text", RECOMPUTED)
 def a5_tokenizer(audit: Audit) -> str:
-    """No piece is long, and validation text takes as many tokens a byte as training text."""
+    """The manifest's; no piece is long, and validation text takes as many tokens a byte as training text."""
+    model = audit.script.tokenizer_file(audit.cfg)
+    listed, found = audit.manifest.get("tokenizer", {}).get("sha256"), sha256_of(model)
+    require(listed in (None, found), f"{model.name}: another checksum than in the manifest")
     processor = audit.script.load_tokenizer(audit.cfg)
     every = range(processor.get_piece_size())
     longest, token = max((max(len(processor.id_to_piece(t)), len(processor.decode([t]))), t) for t in every)
@@ -262,4 +274,4 @@ def a5_tokenizer(audit: Audit) -> str:
     figure += f" {len(theirs):,} of training"
     known = ours.mean() > BETTER * theirs.mean() and ours.mean() - theirs.mean() > ERRORS * error
     require(not known, f"made for validation text: {figure}")
-    return f"{figure}; no piece of more than {longest} characters"
+    return f"{figure}; no piece of more than {longest} characters; tokenizer {short(found)}"

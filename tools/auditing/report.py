@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from auditing.run import RECORDS, Audit, AuditError, check, read_json, require, short
-from runs import NAMES_AND_PLACES, config_hash
+from auditing.records import AuditError, read_json, read_result
+from auditing.run import RECORDS, Audit, check, require, short
+from runs import config_hash, felt_settings
 from scripts import hash_told
 from systems.layout import WITHOUT_EFFECT
 
@@ -90,7 +91,7 @@ def r3_seeds(audit: Audit) -> str:
     require(not hidden, f"submission.json does not list the runs with seeds {', '.join(hidden)}")
     scores = ", ".join(f"{r['settings']['SEED']}: {r['val_bpb']:.5f}" for r in list(others.values())[:8])
     same = (
-        f"{len(others)} other runs of the same script and settings beside it ({scores})"
+        f"{len(others)} other runs of the same experiment beside it ({scores})"
         if others
         else "no other run beside it"
     )
@@ -98,15 +99,25 @@ def r3_seeds(audit: Audit) -> str:
 
 
 def _siblings(audit: Audit) -> dict[Path, dict]:
-    """Results of the runs in the same parent folder that have the same settings and script, by folder."""
-    mine = config_hash(audit.result["settings"]), audit.script_sha256
-    found = {}
+    """Results of the runs in the same parent folder that are of the same experiment, by folder.
+
+    That is what changes a result: other words in harness/, which never counts, or other intervals of the log
+    make no other experiment.
+    """
+    mine, found = _experiment(audit.result), {}
     for path in sorted(audit.folder.resolve().parent.glob("*/result.json")):
-        with contextlib.suppress(AuditError, KeyError):
-            other = read_json(path)
-            if (config_hash(other["settings"]), hash_told(other["environment"])) == mine:
+        with contextlib.suppress(AuditError):
+            other = read_result(path)
+            if _experiment(other) == mine:
                 found[path.parent] = other
     return found
+
+
+def _experiment(result: Mapping) -> tuple[dict, str, dict]:
+    """What a result depends on, seed and data aside: settings, and checksums of the files that may count."""
+    told = result["environment"]
+    counted = {path: value for path, value in told["house_sha256"].items() if path.startswith("systems/")}
+    return felt_settings(result["settings"]), told["source_sha256"], counted
 
 
 @check("R4", "one configuration for all seeds", RECORDS)
@@ -124,18 +135,16 @@ def r4_one_configuration(audit: Audit) -> str:
         same = name in model or resumed or logged.get(name) == told
         require(same, f"{name}={logged.get(name)} in the log, {told} in result.json")
     for folder in audit.options.seeds:
-        other = read_json(folder / "result.json")
-        same = config_hash(other["settings"]) == mine
-        require(same, f"{folder}: other settings ({_difference(audit, other)})")
+        other = read_result(folder / "result.json")
+        differs = _difference(audit, other)
+        require(not differs, f"{folder}: other settings ({', '.join(differs[:3])})")
         require(hash_told(other["environment"]) == script, f"{folder}: another script")
     count = len(audit.options.seeds) + 1
     return f"config {short(mine)}, script {short(script)}: {count} run{'s' * (count > 1)}"
 
 
-def _difference(audit: Audit, other: Mapping) -> str:
-    names = [
-        n
-        for n, v in audit.result["settings"].items()
-        if other["settings"].get(n) != v and n not in NAMES_AND_PLACES
-    ]
-    return ", ".join(f"{n}={other['settings'].get(n)}" for n in names[:3])
+def _difference(audit: Audit, other: Mapping) -> list[str]:
+    """Settings of another run that its result depends on, and that are not the run's."""
+    ours, theirs = (felt_settings(result["settings"]) for result in (audit.result, other))
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    return [f"{name}={theirs.get(name)}" for name in names]

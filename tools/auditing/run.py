@@ -7,8 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
-import math
 import os
 import random
 import stat
@@ -27,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import lossless_caps  # noqa: E402
 from auditing.house import AuditedHouse  # noqa: E402
+from auditing.records import AuditError, check_settings, read_json, read_lines, read_result  # noqa: E402
 from command import Mistake  # noqa: E402
 from scripts import CORE, HouseError, hash_told, house_beside, logged_house  # noqa: E402
 
@@ -34,10 +33,6 @@ BOS, HEADER_BYTES, SHARD_MAGIC = 1, 1024, 20240520
 UNTOLD = "its log does not hold it"  # the script that ran
 SAMPLE_DOCUMENTS = 10_000  # of which bytes are counted and round trips made
 FEWEST_DOCUMENTS = 12  # of any kind, for a spread to be known
-
-
-class AuditError(Mistake):
-    """The command makes no sense, or there is nothing to judge: one line, exit code 2."""
 
 
 class NotChecked(Exception):
@@ -214,35 +209,6 @@ def state_of_files(folder: Path) -> dict[str, tuple[int, ...]]:
     return state
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises AuditError where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise AuditError(f"{path}: cannot be read as JSON ({reason})") from None
-    if not isinstance(value, dict):
-        raise AuditError(f"{path}: not a JSON object")
-    return value
-
-
-def read_result(path: Path) -> dict:
-    """The result of a run, with what every check relies on. Raises AuditError where it is another file."""
-    if not path.is_file():
-        raise AuditError(f"{path.parent}: no result.json there: not the folder of a run that has ended")
-    result = read_json(path)
-    parts = [result.get(key) for key in ("settings", "stages", "environment")]
-    score, final = result.get("val_bpb"), result.get("final_stage")
-    whole = all(isinstance(part, dict) for part in parts) and isinstance(final, str)
-    whole = whole and isinstance(score, int | float) and math.isfinite(score)
-    if not whole or not isinstance(parts[1].get(final), dict):
-        raise AuditError(f"{path}: not the result of a run")
-    if "house_sha256" not in parts[2]:
-        text = "made by a script of before the house was rebuilt, it cannot be audited here"
-        raise AuditError(f"{path.parent}: {text}")
-    return result
-
-
 @functools.cache
 def repository() -> dict[str, bytes]:
     """The house that lies here: sources by path, the core first."""
@@ -279,12 +245,35 @@ class Audit:
             raise AuditError(f"{folder}: no such folder")
         self._began = state_of_files(folder)
         self.result = read_result(folder / "result.json")
+        self._need_whole_records()
         self._temporary = tempfile.TemporaryDirectory(prefix="audit-")
         self.work = Path(self._temporary.name)
         try:
             self.script = AuditedHouse(self.sources if boxed else repository(), self.work)
+            self._prepare()
         except HouseError as error:
             raise AuditError(f"{folder}: {error}") from None
+        except Mistake:
+            raise
+        except Exception as error:  # whatever settings of another kind make go wrong
+            text = f"its settings make no run ({type(error).__name__}: {error})"
+            raise AuditError(f"{folder / 'result.json'}: {text}") from None
+
+    def _need_whole_records(self) -> None:
+        """Read the records that there are. One that is damaged is a mistake, before anything is judged."""
+        readers = {
+            "ledger.jsonl": lambda _: self.ledger,
+            "metrics.jsonl": lambda _: self.metrics,
+            "documents.json": read_json,
+        }
+        for path in map(self.folder.joinpath, readers):
+            if path.is_file():
+                readers[path.name](path)
+
+    def _prepare(self) -> None:
+        """Settings, ranks and backends as the run had them, as far as this machine has the like."""
+        defaults = {field.name.upper(): field.default for field in dataclasses.fields(self.script.Config)}
+        check_settings(self.folder / "result.json", self.result["settings"], defaults)
         here = {"data_path": str(self.data_folder), "audit": False, "compile_backend": "off"}
         here |= {"checkpoint_seconds": 0.0, "wandb_project": "", "tensorboard_dir": ""}  # nobody watches
         if not torch.cuda.is_available():
@@ -358,7 +347,7 @@ class Audit:
         path = self.folder / "ledger.jsonl"
         if not path.is_file():
             raise NotChecked("the run wrote no ledger.jsonl (AUDIT=1)")
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return read_lines(path, "kind")
 
     @property
     def head(self) -> dict:
@@ -379,8 +368,9 @@ class Audit:
     @functools.cached_property
     def metrics(self) -> list[dict]:
         """The events of the run."""
-        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        path = self.folder / "metrics.jsonl"
+        require(path.is_file(), "metrics.jsonl is missing")
+        return read_lines(path, "stage")
 
     @functools.cached_property
     def imports(self) -> set[str]:

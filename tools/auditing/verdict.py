@@ -9,7 +9,7 @@ from auditing.run import CONSISTENT, FAIL, NOT_CHECKED, VERIFIED, Audit, Verdict
 # lets no other code in.
 CARRIES = ("A1", "A3", "S1", "S2", "S6", "E1")
 CONDITIONS = ("D1", "D2")  # where nothing adapts; else all four
-TRAINED, RETRAINED = ("W1", "W3"), "W2"
+TRAINED, RETRAINED = ("W1", "W3", "W4"), "W2"
 RECORDED = ("R5",)  # what cannot be made again must at least be told by a chain
 EXIT_CODES = {VERIFIED: 0, FAIL: 1, CONSISTENT: 3}
 

@@ -1,4 +1,4 @@
-"""Checks W1-W3: are the weights the outcome of the training that the run describes?
+"""Checks W1-W3 (W4: packed.py): are the weights the outcome of the training that the run describes?
 
 The first steps are repeated always, the whole training with --retrain; and the weights must not know the
 validation text better than text of the same kind that the training never reached.
@@ -6,6 +6,7 @@ validation text better than text of the same kind that the training never reache
 
 import contextlib
 import dataclasses
+import functools
 import io
 import math
 import os
@@ -89,20 +90,35 @@ def trains(audit: Audit) -> None:
         raise NotChecked(f"{audit.data_folder}: no training shards here")
 
 
-def _first_steps(audit: Audit, run: object) -> Iterator[tuple[dict, object]]:
-    """What the run told of each of its first steps, and that step's report here, while time lasts."""
+def told_steps(audit: Audit) -> dict[int, dict]:
+    """What the run told of its first steps, by number, as far as they can be repeated.
+
+    A clock's fractions of the training are not known to the digit: where they lower the rate, that ends.
+    """
     told = {event["step"]: event for event in audit.metrics if event["stage"] == "train"}
     require(1 in told, "metrics.jsonl does not tell the first step of training")
+    steps: dict[int, dict] = {}
+    for step in range(1, min(LOGGED_STEPS, audit.result["steps"]) + 1):
+        if told.get(step, {}).get("lr_multiplier", 1) != 1 and audit.cfg.max_wallclock_seconds > 0:
+            break
+        require(step in told, f"metrics.jsonl does not tell step {step}")
+        steps[step] = told[step]
+    if not steps:
+        raise NotChecked("no step can be repeated: all were below the full rate")
+    return steps
+
+
+def _first_steps(audit: Audit, run: object) -> Iterator[tuple[dict, object]]:
+    """What the run told of each of its first steps, and that step's report here, while time lasts."""
     trainer, started = (
         audit.script.Trainer(run.cfg, run.model, run.loader, run.ranks, run),
         time.perf_counter(),
     )
-    for step in range(min(LOGGED_STEPS, audit.result["steps"])):
-        late = step >= 2 and time.perf_counter() - started > SECONDS
-        if late or told.get(step + 1, {}).get("lr_multiplier", 1) != 1 and trainer.capped:
-            return  # by the clock of a run: its fractions of the training are not known to the digit
-        require(step + 1 in told, f"metrics.jsonl does not tell step {step + 1}")
-        yield told[step + 1], trainer.step(step, 0.0 if trainer.capped else step / run.cfg.iterations)
+    for number, told in told_steps(audit).items():
+        step = number - 1
+        if step >= 2 and time.perf_counter() - started > SECONDS:
+            return
+        yield told, trainer.step(step, 0.0 if trainer.capped else step / run.cfg.iterations)
 
 
 def _compare_steps(audit: Audit, run: object) -> tuple[str, bool]:
@@ -111,7 +127,7 @@ def _compare_steps(audit: Audit, run: object) -> tuple[str, bool]:
     """
     worst, steps, apart = 0.0, 0, []
     for told, report in _first_steps(audit, run):
-        bound = max(STEP_BOUNDS[steps], 10 * bounds(audit, "standard").document * (runs_on_gpu(audit)))
+        bound = step_bound(audit, steps + 1)
         steps += 1
         pairs = {
             "train_loss": (report.train_loss, bound),
@@ -127,13 +143,28 @@ def _compare_steps(audit: Audit, run: object) -> tuple[str, bool]:
             told["lr_multiplier"] == factor,
             f"step {steps}: lr_multiplier {told['lr_multiplier']}, not {factor}",
         )
-    if not steps:
-        raise NotChecked("no step can be repeated: all were below the full rate")
     alike = foreign(audit) and worst < SAME_BITS
     require(not alike, f"{steps} steps are those of float32: no GPU's bfloat16")
     text = f"{steps} steps from the seed " + (f"within {worst:.0e}" if worst else "the same to the bit")
     on_cpu = audit.ranks.device.type == "cpu" and audit.result["environment"]["ranks"] == 1
     return text, bool(steps and not worst and on_cpu)
+
+
+def step_bound(audit: Audit, step: int) -> float:
+    """The relative difference of a step's loss that rounding explains, steps from 1."""
+    return max(STEP_BOUNDS[step - 1], 10 * bounds(audit, "standard").document * runs_on_gpu(audit))
+
+
+@functools.cache
+def first_steps(audit: Audit) -> tuple[list[str], bool]:
+    """What is to be said of the untrained model and the first steps, repeated; whether all bits agree."""
+    run, told = fresh_run(audit, "first-steps"), []
+    with as_it_ran(audit):
+        if "untrained" in audit.result["stages"] and chosen_documents(audit, "untrained") is None:
+            found = standard(audit, run.model, looping=False)
+            told.append(compare(audit, "untrained", found, bounds(audit, "standard")))
+        text, exact = _compare_steps(audit, run)
+    return [*told, text], exact
 
 
 def _quantises_in_time(audit: Audit) -> bool:
@@ -196,19 +227,15 @@ def w1_first_steps(audit: Audit) -> str | Verdict:
     Only CONSISTENT where the artifact was not made again: the steps alone say nothing of it.
     """
     trains(audit)
-    run, told = fresh_run(audit, "first-steps"), []
+    told, exact = first_steps(audit)
+    path = audit.folder / Path(audit.cfg.model_path).name
     with as_it_ran(audit):
-        if "untrained" in audit.result["stages"] and chosen_documents(audit, "untrained") is None:
-            found = standard(audit, run.model, looping=False)
-            told.append(compare(audit, "untrained", found, bounds(audit, "standard")))
-        text, exact = _compare_steps(audit, run)
-        path = audit.folder / Path(audit.cfg.model_path).name
         again = path.is_file() and _quantises_in_time(audit)
         if path.is_file():
             last = _requantised(audit, path, exact) if again else _near(audit)
         else:
             last = f"no {path.name}: where the artifact comes from is not known"
-    return Verdict(VERIFIED if again else CONSISTENT, "; ".join([*told, text, last]))
+    return Verdict(VERIFIED if again else CONSISTENT, "; ".join([*told, last]))
 
 
 # -- W2
