@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness.checkpoints import Checkpoints
+from harness.console import ConsoleNotice, Progress, console_watch
 from harness.guards import Guard, Stopped, signals
 from harness.ledger import Ledger
 from harness.logfiles import LogFiles
 from harness.preflight import Preflight
 from harness.rules import check_ranks
 from harness.settings import help_text, read_settings, show_settings
-from harness.tracking import ConsoleNotice, Progress, Trackers
+from harness.tracking import Trackers
 from systems.console import Console, keep_consoles
 from train_gpt import Config, ConfigError, Ranks, Run, RunError, Trainer, Watch, execute, run_name
 
@@ -25,6 +26,7 @@ class Watches(Watch):
 
     def __init__(self, watches: Sequence[Watch]):
         self.watches = watches
+        self.shows = any(watch.shows for watch in watches)
 
     def saved(self, stage: str) -> dict | None:
         """The state that one of the watches has of a stage."""
@@ -74,9 +76,10 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], sources: Mapping[
         return show(resolved if "--json" in arguments else show_settings(cfg))
     check_ranks(cfg, environ)
     ranks = Ranks.from_env(cfg, environ)
+    shown = console_watch(ranks, environ)
     try:
         with signals(ranks), contextlib.ExitStack() as closing:
-            return watched_run(cfg, ranks, sources, closing)
+            return watched_run(cfg, ranks, sources, shown, closing)
     except Stopped as stopped:
         ranks.say(f"stage {stopped.stage}: {stopped}")
         return stopped.code
@@ -94,12 +97,12 @@ def show(text: str) -> int:
 
 
 def watched_run(
-    cfg: Config, ranks: Ranks, sources: Mapping[str, bytes], closing: contextlib.ExitStack
+    cfg: Config, ranks: Ranks, sources: Mapping[str, bytes], shown: Progress, closing: contextlib.ExitStack
 ) -> int:
     """Make a run with all that watches over it, and execute it. Exit code as `main`."""
     preflight = Preflight(cfg, ranks)
     backends, folder, checkpoints = preflight.backends(), None, None
-    watches: list[Watch] = [Guard(preflight), preflight, Progress(ranks)]
+    watches: list[Watch] = [Guard(preflight), preflight, shown]
     if cfg.preflight_only:  # a rehearsal leaves nothing
         folder = Path(closing.enter_context(tempfile.TemporaryDirectory()))
         (folder / "logs").mkdir()

@@ -765,7 +765,8 @@ def test_help_lists_every_setting_with_help(tg, fields, capsys, flag):
             text = re.fullmatch(r"      (.*) \[(.+)\]", below)
             assert text and re.search(r"\w\w", text[1]), f"{match[1]} has no help: {below!r}"
             listed[match[1]] = match[2]
-    assert listed == {name: as_text(field.default) for name, field in fields.items()}
+    settings = {name: as_text(field.default) for name, field in fields.items()}
+    assert listed == settings | {"SCALE": "full", "CONSOLE": "auto"}
     assert all(preset in output for preset in PRESETS)
     assert tg.core.__doc__.strip().splitlines()[0] in output
 
