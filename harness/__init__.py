@@ -12,7 +12,7 @@ from harness.checkpoints import Checkpoints
 from harness.console import ConsoleNotice, Progress, console_watch
 from harness.guards import Guard, Stopped, signals
 from harness.ledger import Ledger
-from harness.logfiles import LogFiles
+from harness.logfiles import LogFiles, StepFile
 from harness.preflight import Preflight
 from harness.rules import check_ranks
 from harness.settings import help_text, read_settings, show_settings
@@ -106,7 +106,8 @@ def watched_run(
     if cfg.preflight_only:  # a rehearsal leaves nothing
         folder = Path(closing.enter_context(tempfile.TemporaryDirectory()))
         (folder / "logs").mkdir()
-    else:
+    else:  # a step is told before a checkpoint holds it, and perhaps ends the run
+        watches.append(closing.enter_context(contextlib.closing(StepFile(ranks))))
         if cfg.audit:
             watches.append(closing.enter_context(contextlib.closing(Ledger(ranks))))
         if cfg.checkpoint_seconds:

@@ -177,6 +177,37 @@ def test_console_is_read_and_refused_like_a_setting(tg):
             tg.read_settings(environ)
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_steps_are_written_when_their_numbers_are_there(tg, tmp_path, on_gpu):
+    """Nothing waits for a GPU: a step is told one unit late, and the last one at the end."""
+    clock = iter(range(100))
+    run = types.SimpleNamespace(
+        log=types.SimpleNamespace(folder=tmp_path),
+        clock=types.SimpleNamespace(elapsed=lambda stage: float(next(clock)) + 2),
+        cfg=types.SimpleNamespace(train_batch_tokens=1000),
+    )
+    (tmp_path / "steps.jsonl").write_text('{"step": 3}\n{"step": 4}\n{"step": 5}\n{"st')
+    steps = tg.StepFile(types.SimpleNamespace(is_main=True, on_gpu=on_gpu))
+    steps.see("opened", run=run)
+    reports = [report(tg, step) for step in range(4, 8)]
+    for last in range(1, 4):  # resumed after step 4, whose report has no numbers
+        steps.unit("train", types.SimpleNamespace(steps=4 + last, reports=reports[last - 1 : last + 1]))
+        lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [3, 4, *range(5, 5 + last - on_gpu)]
+    steps._worker.reports = reports[2:]
+    steps.see("finished", stage="train", run=run)
+    lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4, 5, 6, 7] and lines[-1]["train_loss"] == 7.0
+    assert "tokens_per_second" not in lines[2] and lines[3]["tokens_per_second"] == 1000.0
+
+
+def report(tg, step: int):
+    """What a step did."""
+    return tg.StepReport(
+        step, tg.Pending(tg.torch.tensor([float(step), 1.0, 0.0, 0.0, 0.0])), 1.0, 0.9, False
+    )
+
+
 class Counting:
     """A worker that has done this much of four."""
 
