@@ -9,7 +9,7 @@ been scored.
     python train_gpt.py                                          # the same on one GPU
     PRESET=demo python train_gpt.py                              # minutes on a laptop's CPU (see `make demo`)
     PRESET=pr1667 SCALE=demo python train_gpt.py                 # another published system at that size
-    python train_gpt.py --help | --show [--json]                 # every setting | the resolved ones
+    python train_gpt.py --help [TOPIC] | --show [--json]         # the settings | the resolved ones
 
 A reader can stop at any banner (# ----) and have understood what is above it. harness/ watches over a run,
 systems/ has parts that some settings use; copied alone, this file still does the record and the demo.

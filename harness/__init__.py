@@ -11,11 +11,12 @@ from pathlib import Path
 from harness.checkpoints import Checkpoints
 from harness.console import ConsoleNotice, Progress, console_watch
 from harness.guards import Guard, Stopped, signals
+from harness.help import help_text
 from harness.ledger import Ledger
 from harness.logfiles import LogFiles, StepFile
 from harness.preflight import Preflight
 from harness.rules import check_ranks
-from harness.settings import help_text, read_settings, show_settings
+from harness.settings import read_settings, show_settings
 from harness.tracking import Trackers
 from systems.console import Console, keep_consoles
 from train_gpt import Config, ConfigError, Ranks, Run, RunError, Trainer, Watch, execute, run_name
@@ -62,14 +63,16 @@ class Rehearsal(Run):
 def main(arguments: Sequence[str], environ: Mapping[str, str], sources: Mapping[str, bytes]) -> int:
     """The command line of the whole house; exit code as `train_gpt.main`, which reports UserError."""
     keep_consoles()
-    unknown = set(arguments) - {"--help", "-h", "--show", "--json"}
+    flags = {"--help", "-h"} & set(arguments)
+    if flags:
+        topic = " ".join(text for text in arguments if text not in flags)
+        return show(help_text(sources["train_gpt.py"].decode(), topic))
+    unknown = set(arguments) - {"--show", "--json"}
     if unknown or ("--json" in arguments and "--show" not in arguments):
         settings = [text for text in arguments if text.partition("=")[0] in Config().as_env()]
         hint = f"; settings are environment variables: {' '.join(settings)} python train_gpt.py"
-        text = f"{' '.join(arguments)}: unknown, must be --help or --show [--json]{hint * bool(settings)}"
-        raise ConfigError(text)
-    if {"--help", "-h"} & set(arguments):
-        return show(help_text(sources["train_gpt.py"].decode()))
+        known = f"must be --help [TOPIC] or --show [--json]{hint * bool(settings)}"
+        raise ConfigError(f"{' '.join(arguments)}: unknown, {known}")
     cfg = read_settings(environ)
     if "--show" in arguments:
         resolved = json.dumps({"preset": cfg.preset, "settings": cfg.as_env()})

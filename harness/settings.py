@@ -10,7 +10,7 @@ import train_gpt
 from harness.console import console_form
 from harness.lineage import OF_LORA, OF_SGD, VOCABULARY, in_our_names, same
 from harness.manifest import find_data
-from harness.rules import EXCLUSIVE, allowed, check_settings, check_text, check_training
+from harness.rules import EXCLUSIVE, check_settings, check_text, check_training
 from train_gpt import Config, ConfigError
 
 _WINDOWS = {  # PR #1493 and its descendants
@@ -279,31 +279,6 @@ def _refuse_unknown_names(environ: Mapping[str, str], known: Sequence[str]) -> N
         if name.isupper() and (near or FAMILIES.match(name)):
             meant = f"did you mean {near}? (unset it or see --help)" if near else "must be unset; see --help"
             raise ConfigError(f"{name}={environ[name]!r}: no such setting; {meant}")
-
-
-def setting_comments(source: str) -> dict[str, str]:
-    """Help text of each setting: the comments behind the fields in the script's source."""
-    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
-
-
-def settings_table(source: str) -> str:
-    """The table of `--help`; a packed script has lost its comments."""
-    comments = setting_comments(source)
-    rows = [
-        f"  {name}={values[0]}\n      {text} [one of {', '.join(values)}]"
-        for name, (values, text) in NO_SETTINGS.items()
-    ]
-    for field in dataclasses.fields(Config):
-        default = int(field.default) if isinstance(field.default, bool) else field.default
-        help_text = comments.get(field.name, "")
-        rows.append(f"  {field.name.upper()}={default}\n      {help_text} [{allowed(field.type)}]")
-    return "\n".join(rows)
-
-
-def help_text(source: str) -> str:
-    """What `--help` prints, by the source of train_gpt.py."""
-    presets = f"Settings, as environment variables (PRESET one of {', '.join(PRESETS)}):"
-    return f"{train_gpt.__doc__}\n{presets}\n\n{settings_table(source)}"
 
 
 def show_settings(cfg: Config) -> str:
