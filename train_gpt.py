@@ -9,7 +9,7 @@ been scored.
     python train_gpt.py                                          # the same on one GPU
     PRESET=demo python train_gpt.py                              # minutes on a laptop's CPU (see `make demo`)
     PRESET=pr1667 SCALE=demo python train_gpt.py                 # another published system at that size
-    python train_gpt.py --help | --show [--json]                 # every setting | the resolved ones
+    python train_gpt.py --help [TOPIC] | --show [--json]         # the settings | the resolved ones
 
 A reader can stop at any banner (# ----) and have understood what is above it. harness/ watches over a run,
 systems/ has parts that some settings use; copied alone, this file still does the record and the demo.
@@ -605,6 +605,8 @@ def run_name(cfg: Config) -> str:
 class Watch:
     """What looks on while a run goes. These methods do nothing; those of harness/ keep, record and show."""
 
+    shows = False  # whether it shows the lines of the log in its own way
+
     def saved(self, stage: str) -> "dict | None":
         """The state from which a stage goes on; None: from its beginning."""
 
@@ -616,13 +618,11 @@ class Watch:
 
 
 class Worker:
-    """A stage whose `units()` works and yields after each unit; between two of them it may be cut off.
-
-    One that is kept has `state()`, of tensors and plain values, from which `load_state(state)` goes on.
-    """
+    """A stage whose `units()` works and yields after each unit; between two of them it may be cut off."""
 
     done, total = 0.0, 1.0  # how far it is
-    kept_by = ""  # whose state is kept: "rank 0" for all, "each rank" its own; empty: nobody's
+    # Whose `state()` (tensors, plain values) is kept, from which `load_state` goes on: "rank 0" for all,
+    kept_by = ""  # "each rank" its own; empty: nobody's
     seconds, stop_requested = 0.0, False  # by which all ranks decide together when "rank 0" keeps it
 
 
@@ -638,16 +638,16 @@ class RunLog:
                 raise ConfigError(f"ARTIFACT_DIR={self.folder}: holds an earlier run, must be another folder")
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def text(self, text: str, console: bool = False) -> None:
-        """Free text for the files, and for the console if asked."""
-        self._watch.see("text", text=text)
-        if console and self.is_main:
-            print(text, flush=True)
+    def text(self, text: str, said: bool = False) -> None:
+        """Free text for the files and, where it is said, for whoever reads the console."""
+        self._watch.see("text", text=text, said=said)
 
     def event(self, stage: str, **values: object) -> None:
         """One line `stage key:value ...`."""
         shown = " ".join(f"{k}:{f'{v:.6g}' if isinstance(v, float) else v}" for k, v in values.items())
-        self.text(f"{stage} {shown}", console=True)
+        self.text(f"{stage} {shown}")
+        if self.is_main and not self._watch.shows:
+            print(f"{stage} {shown}", flush=True)
         self._watch.see("line", stage=stage, values=values, log=self)
 
 

@@ -125,7 +125,7 @@ class Bench:
         self.work, self.ranks, self.script = work, ranks, script
         kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR")
         self.env = {name: os.environ[name] for name in kept if name in os.environ}
-        self.env |= {"OMP_NUM_THREADS": "1"} | settings
+        self.env |= {"OMP_NUM_THREADS": "1", "CONSOLE": "log"} | settings
 
     @contextlib.contextmanager
     def process(self, name: str, **env: str) -> Iterator[subprocess.Popen]:

@@ -202,7 +202,13 @@ def main() -> None:
     out = args.out.resolve()
     backend, path = pick_backend(out / "stand_in")
     settings = shared_settings(args, backend)
-    environ = {**os.environ, **settings, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environ = {
+        **os.environ,
+        **settings,
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "CONSOLE": "log",
+    }
     scripts = {"ours": ROOT / "train_gpt.py", "theirs": args.script.resolve()}
     runs = {who: [] for who in scripts}
     for number in range(args.rounds):

@@ -35,6 +35,7 @@ from harness.settings import PRESETS, read_settings
 
 VOCAB = 320
 TINY = {
+    "CONSOLE": "log",
     "DEVICE": "cpu",
     "CPU_THREADS": "1",
     "DATA_PATH": "data",

@@ -36,12 +36,12 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt as tg  # noqa: E402
 from harness import Watches  # noqa: E402
+from harness.console import console_watch  # noqa: E402
 from harness.guards import Guard  # noqa: E402
 from harness.ledger import Ledger  # noqa: E402
 from harness.logfiles import LogFiles  # noqa: E402
 from harness.preflight import Preflight  # noqa: E402
 from harness.settings import read_settings  # noqa: E402
-from harness.tracking import Progress  # noqa: E402
 
 NOTICE = (
     "NOT A LEGAL SCORE (C3): the weights are trained on the validation tokens before these are scored "
@@ -179,11 +179,11 @@ def check(cfg: tg.Config, options: argparse.Namespace) -> None:
             raise tg.ConfigError(f"{name.upper()}={value:g}: must be 0 here, {reason}")
 
 
-def run(cfg: tg.Config, ranks: tg.Ranks, options: argparse.Namespace) -> int:
+def run(cfg: tg.Config, ranks: tg.Ranks, options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """The run and what watches over it. Exit code as `main`."""
     preflight, ledger = Preflight(cfg, ranks), Ledger(ranks)
     with contextlib.closing(LogFiles(ranks)) as files:
-        watch = Watches([files, Guard(preflight), preflight, Progress(ranks), ledger])
+        watch = Watches([files, Guard(preflight), preflight, console_watch(ranks, environ), ledger])
         inputs = cfg, ranks, preflight.backends(), tg.read_sources(), watch
         return tg.execute(PrequantRun(*inputs, options=options, ledger=ledger))
 
@@ -197,7 +197,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
             print(NOTICE, flush=True)
         cfg = read_settings({name: v for name, v in environ.items() if name != "ALLOW_ILLEGAL"})
         check(cfg, options)
-        return run(dataclasses.replace(cfg, audit=True), tg.Ranks.from_env(cfg, environ), options)
+        ranks = tg.Ranks.from_env(cfg, environ)
+        return run(dataclasses.replace(cfg, audit=True), ranks, options, environ)
     except tg.UserError as error:
         if environ.get("LOCAL_RANK", "0") == "0":
             print(f"prequant_ttt.py: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness.checkpoints import Checkpoints
+from harness.console import ConsoleNotice, Progress, console_watch
 from harness.guards import Guard, Stopped, signals
+from harness.help import help_text
 from harness.ledger import Ledger
-from harness.logfiles import LogFiles
+from harness.logfiles import LogFiles, StepFile
 from harness.preflight import Preflight
 from harness.rules import check_ranks
-from harness.settings import help_text, read_settings, show_settings
-from harness.tracking import ConsoleNotice, Progress, Trackers
+from harness.settings import read_settings, show_settings
+from harness.tracking import Trackers
 from systems.console import Console, keep_consoles
 from train_gpt import Config, ConfigError, Ranks, Run, RunError, Trainer, Watch, execute, run_name
 
@@ -25,6 +27,7 @@ class Watches(Watch):
 
     def __init__(self, watches: Sequence[Watch]):
         self.watches = watches
+        self.shows = any(watch.shows for watch in watches)
 
     def saved(self, stage: str) -> dict | None:
         """The state that one of the watches has of a stage."""
@@ -60,23 +63,26 @@ class Rehearsal(Run):
 def main(arguments: Sequence[str], environ: Mapping[str, str], sources: Mapping[str, bytes]) -> int:
     """The command line of the whole house; exit code as `train_gpt.main`, which reports UserError."""
     keep_consoles()
-    unknown = set(arguments) - {"--help", "-h", "--show", "--json"}
+    flags = {"--help", "-h"} & set(arguments)
+    if flags:
+        topic = " ".join(text for text in arguments if text not in flags)
+        return show(help_text(sources["train_gpt.py"].decode(), topic))
+    unknown = set(arguments) - {"--show", "--json"}
     if unknown or ("--json" in arguments and "--show" not in arguments):
         settings = [text for text in arguments if text.partition("=")[0] in Config().as_env()]
         hint = f"; settings are environment variables: {' '.join(settings)} python train_gpt.py"
-        text = f"{' '.join(arguments)}: unknown, must be --help or --show [--json]{hint * bool(settings)}"
-        raise ConfigError(text)
-    if {"--help", "-h"} & set(arguments):
-        return show(help_text(sources["train_gpt.py"].decode()))
+        known = f"must be --help [TOPIC] or --show [--json]{hint * bool(settings)}"
+        raise ConfigError(f"{' '.join(arguments)}: unknown, {known}")
     cfg = read_settings(environ)
     if "--show" in arguments:
         resolved = json.dumps({"preset": cfg.preset, "settings": cfg.as_env()})
         return show(resolved if "--json" in arguments else show_settings(cfg))
     check_ranks(cfg, environ)
     ranks = Ranks.from_env(cfg, environ)
+    shown = console_watch(ranks, environ)
     try:
         with signals(ranks), contextlib.ExitStack() as closing:
-            return watched_run(cfg, ranks, sources, closing)
+            return watched_run(cfg, ranks, sources, shown, closing)
     except Stopped as stopped:
         ranks.say(f"stage {stopped.stage}: {stopped}")
         return stopped.code
@@ -94,16 +100,17 @@ def show(text: str) -> int:
 
 
 def watched_run(
-    cfg: Config, ranks: Ranks, sources: Mapping[str, bytes], closing: contextlib.ExitStack
+    cfg: Config, ranks: Ranks, sources: Mapping[str, bytes], shown: Progress, closing: contextlib.ExitStack
 ) -> int:
     """Make a run with all that watches over it, and execute it. Exit code as `main`."""
     preflight = Preflight(cfg, ranks)
     backends, folder, checkpoints = preflight.backends(), None, None
-    watches: list[Watch] = [Guard(preflight), preflight, Progress(ranks)]
+    watches: list[Watch] = [Guard(preflight), preflight, shown]
     if cfg.preflight_only:  # a rehearsal leaves nothing
         folder = Path(closing.enter_context(tempfile.TemporaryDirectory()))
         (folder / "logs").mkdir()
-    else:
+    else:  # a step is told before a checkpoint holds it, and perhaps ends the run
+        watches.append(closing.enter_context(contextlib.closing(StepFile(ranks))))
         if cfg.audit:
             watches.append(closing.enter_context(contextlib.closing(Ledger(ranks))))
         if cfg.checkpoint_seconds:

@@ -135,9 +135,9 @@ class Checkpoints(Watch):
         if ranks.is_main:
             for path in [*self._checkpoints.parent.glob(".*.tmp"), *self._checkpoints.glob(".*.tmp")]:
                 path.unlink()
-        run.log.text(f"resumed {self._checkpoints.parent} {self._place(before)}", console=True)
+        run.log.text(f"resumed {self._checkpoints.parent} {self._place(before)}", said=True)
         if others := unlike(self.identity["places"], before["identity"]["places"]):
-            run.log.text(f"resumed with what no number depends on: {'; '.join(others)}", console=True)
+            run.log.text(f"resumed with what no number depends on: {'; '.join(others)}", said=True)
 
     def _output(self, stage: str) -> tuple[Path, bytes]:
         """The file that a stage leaves, and what is in it (nothing where it is missing)."""
@@ -157,7 +157,7 @@ class Checkpoints(Watch):
                 text = f"{path}: not what this run wrote"
                 if stage == "train":
                     raise ArtifactError(f"{text}, it cannot go on (RESUME=0: a new one)")
-                run.log.text(f"{text}, it is made again", console=True)
+                run.log.text(f"{text}, it is made again", said=True)
                 run.finished.remove(stage)
             elif stage == "quantise":
                 run.artifact = data
@@ -293,7 +293,7 @@ class Checkpoints(Watch):
     def _write(self, kind: str, values: dict, tensors: object, wait: bool) -> bool:
         """Write in the background, one at a time. What goes wrong is said, and the run goes on."""
         if self._writing and not wait and not self._writing.done():
-            self._run.log.text("checkpoint left out: the one before is still being written", console=True)
+            self._run.log.text("checkpoint left out: the one before is still being written", said=True)
             return False
         self._finish_write()
         values = json.loads(json.dumps(values))  # as they are now
@@ -306,7 +306,7 @@ class Checkpoints(Watch):
         if not writing:
             return True
         if error := writing.exception():
-            self._run.log.text(f"checkpoint not written, going on without: {error}", console=True)
+            self._run.log.text(f"checkpoint not written, going on without: {error}", said=True)
             return False
         self._last_path = str(writing.result())
         return True
@@ -338,14 +338,14 @@ class Checkpoints(Watch):
             with open(self._metrics, "a", encoding="utf-8") as file:
                 file.write(values["events"])
         run.clock.seconds[stage] = max(ranks.gather(values["seconds"][stage]))
-        run.log.text(f"resumed within {stage}", console=True)
+        run.log.text(f"resumed within {stage}", said=True)
         return state
 
     def _set_aside(self, damaged: Mapping[Path, str]) -> None:
         for path, text in damaged.items():
             with contextlib.suppress(FileNotFoundError):  # another rank has done it
                 path.rename(path.with_suffix(".damaged"))
-            self._run.log.text(f"{text}; the one before is taken", console=True)
+            self._run.log.text(f"{text}; the one before is taken", said=True)
 
     def _cut_metrics(self, size: int) -> None:
         """Events behind the checkpoint are told again."""

@@ -159,7 +159,7 @@ class Ledger(Watch):
         elif stage == "count_bytes":
             sums = [hashlib.sha256(data).hexdigest() for data in (run.artifact, run.packed_code[0])]
             self._add("artifact", artifact_sha256=sums[0], code_sha256=sums[1])
-            run.log.text(anchor(self.head, Link(0, self.records[-1], self._ends[0])), console=True)
+            run.log.text(anchor(self.head, Link(0, self.records[-1], self._ends[0])), said=True)
 
     # -- what is scored and learnt
 

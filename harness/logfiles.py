@@ -1,5 +1,6 @@
 """The files of a run's log, in a folder that is the run's own."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -8,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from harness.rules import OUTPUTS
-from train_gpt import Config, ConfigError, Ranks, RunLog, Watch, writing
+from train_gpt import Config, ConfigError, Ranks, RunLog, StepReport, Trainer, Watch, Worker, writing
 
 
 def numbered(wanted: Path) -> Iterable[Path]:
@@ -69,3 +70,70 @@ class LogFiles(Watch):
         for file in (self._text, self._metrics):
             if file:
                 file.close()
+
+
+class StepFile(Watch):
+    """Every training step, in steps.jsonl: the keys of the log's line `train`, of that step alone.
+
+    Rank 0 writes a step when its numbers have come from the device, which on a GPU is a unit later: nothing
+    waits for them here. (There the step at which a run was cut off may be missing once it has been resumed.)
+    The log and metrics.jsonl have only some steps, for the ledger binds them line by line.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self._ranks, self._run, self._worker, self._file = ranks, None, None, None
+        self._first, self._seconds = 0, None  # first step of this process; the clock at the last one
+
+    def see(self, kind: str, **facts: object) -> None:
+        """Know the run; write the steps that are left once the training is over."""
+        if kind == "opened":
+            self._run = facts["run"]
+        elif kind == "finished" and facts["stage"] == "train" and self._file:
+            self._tell(self._worker.reports)
+            self.close()
+
+    def unit(self, stage: str, worker: Worker) -> None:
+        """Write the steps whose numbers are there."""
+        if stage != "train" or not self._ranks.is_main:
+            return
+        if not self._file:
+            self._open(worker)
+        self._tell(worker.reports[: len(worker.reports) - self._ranks.on_gpu])
+
+    def _open(self, worker: Trainer) -> None:
+        """Begin the file, or go on with it behind the steps that the run was resumed after."""
+        self._worker, self._first = worker, worker.steps
+        path = self._run.log.folder / "steps.jsonl"
+        with writing(path):
+            lines = path.read_bytes().splitlines(keepends=True) if self._first > 1 and path.is_file() else []
+            self._file = open(path, "wb")  # noqa: SIM115 - `close` closes it
+            self._file.writelines(line for line in lines if (_step(line) or self._first) < self._first)
+            self._file.flush()
+        self._seconds = None if self._first > 1 else 0.0
+
+    def _tell(self, reports: Sequence[StepReport]) -> None:
+        for report in reports:
+            if report.step < self._first:  # told already, or what stands for a step before the resume
+                continue
+            self._first, clock, tokens = report.step + 1, self._run.clock.elapsed("train"), 0.0
+            if self._seconds is not None:
+                tokens = self._run.cfg.train_batch_tokens / max(clock - self._seconds, 1e-9)
+            self._seconds = clock
+            values = {"step": report.step, "train_loss": report.train_loss, "grad_norm": report.grad_norm}
+            values |= {"lr_multiplier": report.lr_multiplier, "train_seconds": clock}
+            values |= {"tokens_per_second": tokens} if tokens else {}
+            with writing(self._file.name):
+                self._file.write(json.dumps(values).encode() + b"\n")
+                self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file:
+            self._file.close()
+            self._file = None
+
+
+def _step(line: bytes) -> int | None:
+    """The step of a line; None where it is half a line."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return json.loads(line)["step"]

@@ -26,7 +26,8 @@ EXCLUSIVE = (  # settings of which at most one may be on
     ("SPARSE_ATTN_GATE_ENABLED", "ATTN_OUT_GATE_ENABLED", "GATED_ATTN_ENABLED"),
     ("PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY"),
 )
-OUTPUTS = ("metrics.jsonl", "result.json", "train_gpt.packed.py")  # a run's files, but for its models
+GROWING = ("metrics.jsonl", "steps.jsonl")  # a run's files that grow while it goes
+OUTPUTS = (*GROWING, "result.json", "train_gpt.packed.py")  # all its files, but for its models
 # And what else is written into its folder, by ledger, checkpoints and tools: no model may have such a name.
 TAKEN = {*OUTPUTS, "ledger.jsonl", "documents.json", "audit.json", "submission.json", "checkpoints", "logs"}
 TAKEN |= {"report", "console.txt", "", ".", ".."}

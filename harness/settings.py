@@ -7,9 +7,10 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import train_gpt
+from harness.console import console_form
 from harness.lineage import OF_LORA, OF_SGD, VOCABULARY, in_our_names, same
 from harness.manifest import find_data
-from harness.rules import EXCLUSIVE, allowed, check_settings, check_text, check_training
+from harness.rules import EXCLUSIVE, check_settings, check_text, check_training
 from train_gpt import Config, ConfigError
 
 _WINDOWS = {  # PR #1493 and its descendants
@@ -152,6 +153,12 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 
 
+NO_SETTINGS = {  # variable that changes no number of a run, or only which preset is meant -> values, help
+    "SCALE": (("full", "demo"), "full: as published; demo: the same system at the demo's size, on its data"),
+    "CONSOLE": (("auto", "log"), "auto: the run in words, live on a terminal; log: the lines of the log"),
+}
+
+
 def read_settings(environ: Mapping[str, str]) -> Config:
     """The settings of a run: those of `Config.from_env`, by older names too, and never by a mistyped one.
 
@@ -160,7 +167,8 @@ def read_settings(environ: Mapping[str, str]) -> Config:
         DataError: a manifest that cannot be read, where it has to tell the tokenizer.
     """
     given = translate(environ)
-    _refuse_unknown_names(given, [*Config().as_env(), "SCALE"])
+    _refuse_unknown_names(given, [*Config().as_env(), *NO_SETTINGS])
+    console_form(given)  # a mistake is met here, before a rank is made
     for field in dataclasses.fields(Config):
         if (name := field.name.upper()) in given:
             check_text(name, given[name], field.type)
@@ -230,7 +238,7 @@ def _unread(given: Mapping[str, str], base: Mapping[str, str]) -> Iterator[str]:
 
 def _in_lower_case(environ: Mapping[str, str]) -> Iterator[str]:
     """Say of our names in lower case that they are not read, unless the right one is there too."""
-    ours = {*Config().as_env(), *VOCABULARY, "SCALE"} - environ.keys()
+    ours = {*Config().as_env(), *VOCABULARY, *NO_SETTINGS} - environ.keys()
     for name in sorted(environ):
         if name.upper() in ours:
             yield f"{name}={environ[name]}: not read; did you mean {name.upper()}?"
@@ -271,28 +279,6 @@ def _refuse_unknown_names(environ: Mapping[str, str], known: Sequence[str]) -> N
         if name.isupper() and (near or FAMILIES.match(name)):
             meant = f"did you mean {near}? (unset it or see --help)" if near else "must be unset; see --help"
             raise ConfigError(f"{name}={environ[name]!r}: no such setting; {meant}")
-
-
-def setting_comments(source: str) -> dict[str, str]:
-    """Help text of each setting: the comments behind the fields in the script's source."""
-    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
-
-
-def settings_table(source: str) -> str:
-    """The table of `--help`; a packed script has lost its comments."""
-    comments = setting_comments(source)
-    rows = []
-    for field in dataclasses.fields(Config):
-        default = int(field.default) if isinstance(field.default, bool) else field.default
-        help_text = comments.get(field.name, "")
-        rows.append(f"  {field.name.upper()}={default}\n      {help_text} [{allowed(field.type)}]")
-    return "\n".join(rows)
-
-
-def help_text(source: str) -> str:
-    """What `--help` prints, by the source of train_gpt.py."""
-    presets = f"Settings, as environment variables (PRESET one of {', '.join(PRESETS)}):"
-    return f"{train_gpt.__doc__}\n{presets}\n\n{settings_table(source)}"
 
 
 def show_settings(cfg: Config) -> str:

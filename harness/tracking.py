@@ -1,66 +1,12 @@
-"""How far a run is, on the terminal and elsewhere: progress, Weights & Biases, TensorBoard."""
+"""A run's numbers elsewhere: Weights & Biases, TensorBoard."""
 
 import contextlib
 import importlib
-import math
 import re
-import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from systems.console import Console, lost_consoles
-from train_gpt import Config, ConfigError, Ranks, Run, UserError, Watch, Worker
-
-
-class Progress(Watch):
-    """Rate and remaining time of a stage: one line that rewrites itself on a terminal, 50 in the log."""
-
-    def __init__(self, ranks: Ranks):
-        self._live = Console(sys.stderr) if ranks.is_main and sys.stderr.isatty() else None
-        self._run: Run | None = None
-        self._begun: dict[str, tuple[float, int]] = {}  # stage -> when it began, and its lines in the log
-
-    def see(self, kind: str, **facts: object) -> None:
-        """Know the run, whose log gets the lines."""
-        if kind == "opened":
-            self._run = facts["run"]
-
-    def saved(self, stage: str) -> None:
-        """A stage begins, perhaps within another one."""
-        self._begun[stage] = time.perf_counter(), 0
-
-    def unit(self, stage: str, worker: Worker) -> None:
-        """Show how much is done."""
-        start, shown = self._begun[stage]
-        elapsed, share = time.perf_counter() - start, worker.done / worker.total
-        left = elapsed / share - elapsed if share else math.inf
-        line = f"{stage} {worker.done:.0f}/{worker.total:.0f} elapsed:{elapsed:.0f}s left:{left:.0f}s"
-        meter = getattr(worker, "meter", None)  # an evaluation's: of this rank so far
-        if meter and meter.tokens:
-            line += f" running_loss:{meter.val_loss:.5g}"
-        if self._live:
-            self._live.show_progress(line, share >= 1)
-        if int(share * 50) > shown:
-            self._begun[stage] = start, int(share * 50)
-            self._run.log.text(line)
-
-
-class ConsoleNotice(Watch):
-    """Says in the log of a run that a console is given up: a broken pipe, a full disk, a closed terminal.
-
-    It stands behind all other watches, so that they have the event that met the fault before the notice.
-    """
-
-    def __init__(self):
-        self._said: list[str] = []
-
-    def see(self, kind: str, **facts: object) -> None:
-        """Look after each event but the last one, behind which nothing stands."""
-        lost = [name for name in lost_consoles() if name not in self._said]
-        if kind == "line" and facts["stage"] != "final" and lost:
-            self._said += lost
-            facts["log"].event("notice", text=f"given up, the run goes on without: {', '.join(lost)}")
+from train_gpt import Config, ConfigError, Ranks, UserError, Watch
 
 
 def tracker_module(setting: str, value: str, module: str, package: str) -> object:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from harness.logfiles import numbered
-from harness.rules import OUTPUTS
+from harness.rules import GROWING, OUTPUTS
 from systems.layout import WITHOUT_EFFECT
 from systems.plain_text import tokenizer_file
 from train_gpt import (
@@ -112,10 +112,14 @@ def lock_folder(folder: Path) -> int | None:
 
 def clear_beginning(folder: Path, cfg: Config) -> bool:
     """Clear a folder in which a run was cut off before its first checkpoint; False where it made outputs."""
-    names = Path(cfg.model_path).name, Path(cfg.quantized_model_path).name, *OUTPUTS[1:]
+    names = {Path(cfg.model_path).name, Path(cfg.quantized_model_path).name, *OUTPUTS} - {*GROWING}
     if any((folder / name).exists() for name in names):
         return False
-    for path in [folder / OUTPUTS[0], *(folder / "logs").glob("*.txt"), *folder.glob(".*.tmp")]:
+    for path in [
+        *(folder / name for name in GROWING),
+        *(folder / "logs").glob("*.txt"),
+        *folder.glob(".*.tmp"),
+    ]:
         path.unlink(missing_ok=True)
     return True
 

@@ -8,6 +8,7 @@ from pathlib import Path
 # Read when torch is imported, here and in what tests start: several processes of several threads each, on two
 # cores, spend most of their time waiting for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["CONSOLE"] = "log"  # what runs print is read here, in the form that is kept for programs
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -49,7 +49,7 @@ def _become(script: str, folder: str, environ: dict[str, str], files: list[str])
     signal.alarm(LIMIT)
     os.chdir(folder)
     os.environ.clear()
-    os.environ.update(environ)
+    os.environ.update({"CONSOLE": "log"} | environ)
     for number, path in enumerate([os.devnull, *files]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     sys.argv, sys.path[0] = [script], str(Path(script).parent)

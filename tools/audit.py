@@ -1,8 +1,8 @@
 """Is the number true and legal? Checks a finished run against the contest's rules and prints a table.
 
-    python tools/audit.py RUN_DIR [--docs FILE] [--data DIR] [--only A1,D3] [--full] [--seeds RUN_DIR ...]
-                          [--sample N] [--sample-seed SEED] [--retrain] [--blackbox] [--fresh FILE ...]
-                          [--anchor] [--anchored LINE]
+    python tools/audit.py RUN_DIR [--all] [--docs FILE] [--data DIR] [--only A1,D3] [--full]
+                          [--seeds RUN_DIR ...] [--sample N] [--sample-seed SEED] [--retrain] [--blackbox]
+                          [--fresh FILE ...] [--anchor] [--anchored LINE]
     python tools/audit.py --folder records/... [--script FILE] [--data DIR] [--fresh FILE ...]   # anybody's
 
 What the run brought (script, artifact, ledger, logs, result, data) is judged; what judges is this repository.
@@ -11,6 +11,7 @@ says VERIFIED (made again here, by code that the run did not bring), CONSISTENT 
 NOT CHECKED, or FAIL. audit.json in the run's folder keeps the table. Exit code 0 where all that carries the
 number is VERIFIED, 1 (a FAIL), 2 (a mistake in the command, one line), 3 (it rests on the run's own word).
 
+    --all         every check with what it found; without it those that pass are one line for each group
     --docs FILE   the documents (JSONL) the data were prepared from: their bytes are counted anew
     --data DIR    where the run's data lie now, if they have moved
     --full        evaluate the artifact again as a whole (S2), not on a few documents
@@ -57,6 +58,7 @@ from auditing.run import (
     printable,
     short,
 )
+from auditing.shown import folded, table_lines
 from auditing.strange import boxed_verdicts
 from auditing.verdict import EXIT_CODES, outcome, worst
 from runs import hashes_of_files
@@ -79,10 +81,8 @@ def judge(audit: Audit, names: Sequence[str] = tuple(ORDER)) -> dict[str, Verdic
 
 
 def table(verdicts: Mapping[str, Verdict]) -> str:
-    """Aligned lines: check, status, rule, evidence."""
-    rules = max(len(check.rule) for check in CHECKS.values())
-    rows = verdicts.items()
-    return "\n".join(f"{n}  {v.status:<11}  {CHECKS[n].rule:<{rules}}  {v.evidence}" for n, v in rows)
+    """All checks in full: name, status, rule, evidence."""
+    return "\n".join(table_lines(verdicts.items(), in_full=True))
 
 
 def summary_of(audit: Audit, verdicts: Mapping[str, Verdict], seconds: float, judge: Mapping) -> dict:
@@ -140,6 +140,7 @@ def parse_arguments(arguments: Sequence[str]) -> dict:
     parser.add_argument("--docs", metavar="FILE", default="")
     parser.add_argument("--data", metavar="DIR", type=Path)
     parser.add_argument("--only", metavar="A1,D3", default="")
+    parser.add_argument("--all", action="store_true")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--sample", metavar="N", type=int, default=0)
     parser.add_argument("--sample-seed", metavar="SEED", type=int)
@@ -172,7 +173,7 @@ def parse_arguments(arguments: Sequence[str]) -> dict:
     return options
 
 
-RUN_OPTIONS = ("docs", "only", "full", "sample", "sample_seed", "retrain", "blackbox")
+RUN_OPTIONS = ("docs", "only", "all", "full", "sample", "sample_seed", "retrain", "blackbox")
 RUN_OPTIONS += ("seeds", "anchor", "anchored")
 
 
@@ -188,18 +189,26 @@ def _check_subject(options: Mapping[str, object]) -> None:
         )
 
 
-def audited(audit: Audit, only: Sequence[str]) -> str:
-    """Judge and print, check by check; write audit.json where all were asked for. Returns the verdict."""
+def audited(audit: Audit, only: Sequence[str], in_full: bool = False) -> str:
+    """Judge and print, group by group or check by check; write audit.json where all were asked for.
+
+    Returns the verdict.
+    """
     began, verdicts = time.perf_counter(), {}
-    for name, verdict in judged(audit, only or asked_of(audit)):
-        verdicts[name] = verdict
-        print(table({name: verdict}), flush=True)
+
+    def kept() -> Iterator[tuple[str, Verdict]]:
+        for name, verdict in judged(audit, only or asked_of(audit)):
+            verdicts[name] = verdict
+            yield name, verdict
+
+    for line in table_lines(kept(), in_full or bool(only)):
+        print(line, flush=True)
     seconds = time.perf_counter() - began
     strange = f"NOT the repository's ({', '.join(audit.strange_files)})"
     whose = "the repository's" if audit.known else printable(strange)[:EVIDENCE]
-    print(f"script {short(audit.script_sha256)}, {whose}")
+    print(folded(f"script {short(audit.script_sha256)}, {whose}"))
     code = told_judge(audit)
-    print(f"judged by {printable(named_judge(code))}")
+    print(folded(f"judged by {named_judge(code)}"))
     counts = ", ".join(f"{count} {status}" for status, count in counted(verdicts).items())
     print(f"{len(verdicts)} checks in {seconds:.0f} s: {counts}")
     if only:
@@ -207,7 +216,7 @@ def audited(audit: Audit, only: Sequence[str]) -> str:
         return worst(verdicts)
     audit.unchanged()
     summary = summary_of(audit, verdicts, seconds, code)
-    print(printable(summary["headline"]))
+    print(folded(summary["headline"]))
     text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
     try:
         audit.script.write_whole(audit.folder / "audit.json", text.encode())
@@ -221,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         only, folder = options.pop("only"), options.pop("run_dir")
-        record, script = options.pop("folder"), options.pop("script")
+        record, script, in_full = (options.pop(name) for name in ("folder", "script", "all"))
         if record:
             return record_folder.main(record_folder.Case(record, script, options["data"], options["fresh"]))
         if options.pop("anchor"):
@@ -231,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             audit.need_data()
             aside = recompute.in_background(audit) if "E2" in (only or ORDER) else contextlib.nullcontext()
             with aside:
-                return EXIT_CODES[audited(audit, only)]
+                return EXIT_CODES[audited(audit, only, in_full)]
     except Mistake as error:
         return complain("audit.py", error)
 

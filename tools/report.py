@@ -101,6 +101,8 @@ class Report:
             note = ""
             if key == "train_loss":
                 note = " The first steps lie above." if figures.later_losses(self.runs) else ""
+                thin = any(len(run.steps) >= figures.SMOOTHED for run in self.runs)
+                note += " Thin: every step that is known; thick: means of neighbours." if thin else ""
                 note += " Diamonds: validations while training." if checked else ""
             for against in ("steps", "seconds"):
                 shown += self.figure(

@@ -29,6 +29,7 @@ VAL_DOCS, PHASE_DOCS = 14, (4, 8)
 
 # Small, but nothing is left out: looping, lanes, all gates of the record, GPTQ, LQER, two phases.
 TINY = {
+    "CONSOLE": "log",
     "DEVICE": "cpu",
     "CPU_THREADS": "1",
     "VOCAB_SIZE": str(VOCAB),
@@ -233,7 +234,7 @@ def test_log_holds_source_settings_and_console(finished):
     log = (folder / "logs" / "tiny.txt").read_text(encoding="utf-8")
     assert SCRIPT.read_text(encoding="utf-8") in log
     for name, value in TINY.items():
-        if name not in ("MLP_MULT", "MAX_WALLCLOCK_SECONDS", "TTT_LORA_ALPHA"):
+        if name not in ("CONSOLE", "MLP_MULT", "MAX_WALLCLOCK_SECONDS", "TTT_LORA_ALPHA"):
             assert f"\n{name}={value}" in f"\n{log}"
     assert "\nMLP_MULT=2.0    # default 4.0\n" in log
     for line in process.stdout.splitlines():

@@ -756,7 +756,7 @@ def test_shown_settings_are_an_environment(tg, capsys):
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_lists_every_setting_with_help(tg, fields, capsys, flag):
-    assert tg.main([flag], {"PRESET": "nonsense", "SEED": "x"}) == 0
+    assert tg.main([flag, "all"], {"PRESET": "nonsense", "SEED": "x"}) == 0
     output = capsys.readouterr().out
     lines = output.splitlines()
     listed = {}
@@ -765,9 +765,40 @@ def test_help_lists_every_setting_with_help(tg, fields, capsys, flag):
             text = re.fullmatch(r"      (.*) \[(.+)\]", below)
             assert text and re.search(r"\w\w", text[1]), f"{match[1]} has no help: {below!r}"
             listed[match[1]] = match[2]
-    assert listed == {name: as_text(field.default) for name, field in fields.items()}
+    settings = {name: as_text(field.default) for name, field in fields.items()}
+    assert listed == settings | {"SCALE": "full", "CONSOLE": "auto"}
     assert all(preset in output for preset in PRESETS)
     assert tg.core.__doc__.strip().splitlines()[0] in output
+
+
+def test_help_by_topics_has_every_setting_once(tg, fields, capsys):
+    """Alone it has the ten that are changed first, and names the topics."""
+    assert tg.main(["--help"], {}) == 0
+    said = capsys.readouterr().out
+    assert re.findall(r"(?m)^  ([A-Z][A-Z0-9_]*)=", said) == [*tg.FIRST] and len(tg.FIRST) == 10
+    topics, found = re.findall(r"(?m)^  ([a-z]+) +\d+ settings", said), []
+    for topic in topics[:-1]:
+        assert tg.main(["--help", topic], {}) == 0
+        found += re.findall(r"(?m)^  ([A-Z][A-Z0-9_]*)=", capsys.readouterr().out)
+    assert topics[-1] == "all" and sorted(found) == sorted([*fields, "SCALE", "CONSOLE"])
+    for topic, line in (("presets", "  PRESET=demo"), ("matrix_lr", "  MATRIX_LR=0.026")):
+        assert tg.main(["-h", topic], {}) == 0
+        assert line in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("topic", "said"),
+    [
+        ("nothing", "must be one of run speed "),
+        ("evaluatoin", "did you mean EVALUATION?"),
+        ("MATRX_LR", "did you mean MATRIX_LR?"),
+        ("--show", "--help --show"),
+    ],
+)
+def test_help_on_what_is_no_topic_is_one_line(tg, capsys, topic, said):
+    assert tg.main(["--help", topic], {}) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1 and said in captured.err
 
 
 @pytest.mark.parametrize(

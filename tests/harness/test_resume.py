@@ -124,6 +124,14 @@ PLACES = [  # what is being done for the n-th time when the run is killed: befor
 ]
 
 
+def steps_of(folder: Path) -> list[tuple]:
+    """What steps.jsonl tells of the steps, but for clock and speed."""
+    steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    return [
+        tuple(step[key] for key in ("step", "train_loss", "grad_norm", "lr_multiplier")) for step in steps
+    ]
+
+
 def test_resume_of_a_run_killed_at_eighteen_places(work, reference, cut_off, run):
     for target, count, after in PLACES:
         cut_off("chain", target, count, after)
@@ -136,6 +144,8 @@ def test_resume_of_a_run_killed_at_eighteen_places(work, reference, cut_off, run
     left = [path.name for path in (work / "chain/checkpoints").iterdir()]
     assert len(left) == 1 and left[0].startswith("run."), "only the mark of the end stays"
     assert len(list((work / "chain/logs").iterdir())) == 1
+    steps, undisturbed = (steps_of(work / name) for name in ("chain", "undisturbed"))
+    assert steps == undisturbed and len(steps) == reference["steps"]
 
 
 def test_resume_repeats_no_work(work, reference, cut_off, run):

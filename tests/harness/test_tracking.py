@@ -149,54 +149,6 @@ def test_a_tracker_that_does_not_start_is_a_mistake_of_the_users(tg, settings, t
     assert not (tmp_path / "run").exists()
 
 
-class Counting:
-    """A worker that has done this much of four."""
-
-    total, meter = 4.0, None
-
-    def __init__(self, done: float):
-        self.done = done
-
-
-def test_progress_of_a_stage_within_another(tg, settings, tmp_path, monkeypatch):
-    """The inner one begins anew each time, the outer one goes on from its own beginning."""
-    clock = iter(range(100))
-    seconds = types.SimpleNamespace(perf_counter=lambda: float(next(clock)))
-    monkeypatch.setattr("harness.tracking.time", seconds)  # not the module's own, which pytest uses too
-    progress, files = tg.Progress(tg.CPU), tg.LogFiles(tg.CPU)
-    log = tg.RunLog(settings(), watch=files)
-    progress.see("opened", run=types.SimpleNamespace(log=log))
-    progress.saved("train")  # at 0 s; each look at the clock is a second later
-    progress.unit("train", Counting(1.0))
-    for stage in ("step_1", "step_2"):
-        progress.saved(stage)
-        progress.unit(stage, Counting(4.0))
-    progress.unit("train", Counting(1.0))  # nothing new to show
-    progress.unit("train", Counting(2.0))
-    files.close()
-    assert (tmp_path / "run/logs/watched.txt").read_text().splitlines() == [
-        "train 1/4 elapsed:1s left:3s",
-        "step_1 4/4 elapsed:1s left:0s",
-        "step_2 4/4 elapsed:1s left:0s",
-        "train 2/4 elapsed:7s left:7s",
-    ]
-
-
-def test_progress_shows_the_loss_of_an_evaluation(tg, settings, tmp_path):
-    progress, files = tg.Progress(tg.CPU), tg.LogFiles(tg.CPU)
-    progress.see("opened", run=types.SimpleNamespace(log=tg.RunLog(settings(), watch=files)))
-    worker, progress_line = Counting(2.0), "ttt 2/4 elapsed:0s left:0s running_loss:3.5"
-    worker.meter = tg.BpbMeter()
-    progress.saved("ttt")
-    worker.done = 1.0
-    progress.unit("ttt", worker)  # a rank that has scored nothing yet has no loss
-    worker.done = 2.0
-    worker.meter.add_sums(7.0, 4.0, 2.0)
-    progress.unit("ttt", worker)
-    files.close()
-    assert (tmp_path / "run/logs/watched.txt").read_text().splitlines()[1:] == [progress_line]
-
-
 def test_all_ledgers_of_a_process_share_one_audit_hook(tg, monkeypatch):
     """None can be taken out again, each slows every import, `open` and `id`; the newest ledger is told."""
     hooks = []

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import runs  # noqa: E402
-from logbook import families  # noqa: E402
+from logbook import families, ours  # noqa: E402
 
 # By grep, `-` where a log says nothing: seed, steps; stage, val_bpb and val_loss of the last score; bytes of
 # artifact and code; milliseconds of training, seconds of calibration, milliseconds of the last evaluation.
@@ -387,3 +387,13 @@ def test_a_folder_of_logs_and_a_score_that_is_no_number(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(result))
     with pytest.raises(runs.ReadError, match="its score val_bpb of ttt is nan"):
         runs.read(tmp_path)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    "line", ["start run:a folder:runs/a b python:3.11.7 torch:2", "Run a, folder runs/a b\nOn a CPU"]
+)
+def test_what_a_console_showed_names_its_log(line, end):
+    """In both forms of CONSOLE, and as `script` captures it."""
+    assert ours.console(f"Running\n{line}\n".replace("\n", end)) == "runs/a b/logs/a.txt"
+    assert ours.console("Running\n") == ""

@@ -133,6 +133,24 @@ def test_nothing_is_missing_from_the_page_of_a_whole_run(whole, finished):
     assert whole.count("<svg") == len(names) == whole.count("aria-label=")
 
 
+def test_curves_are_of_every_step_where_the_run_kept_them(run):
+    """steps.jsonl agrees with the log where both tell of a step; without it the log's steps are drawn."""
+    told = {e["step"]: e for e in Run(run).record.events if e["stage"] == "train"}
+    steps, seconds, losses = Run(run).curve("train_loss")
+    assert steps == [*range(1, Run(run).record.steps + 1)] and sorted(seconds) == seconds
+    for key in ("train_loss", "grad_norm", "lr_multiplier"):
+        values = dict(zip(steps, Run(run).curve(key)[2], strict=True))
+        assert all(values[step] == event[key] for step, event in told.items())
+    assert Run(run).curve("tokens_per_second")[0] == steps
+    (run / "steps.jsonl").unlink()
+    assert Run(run).curve("train_loss")[0] == [*told]
+
+
+def test_a_smoothed_curve_is_of_means():
+    assert figures.smoothed([1.0] * 99).tolist() == [1.0] * 99
+    assert figures.smoothed([0.0, 3.0, 3.0, 6.0]).tolist() == [1.5, 2.0, 4.0, 4.5]
+
+
 def test_pictures_have_the_colours_of_the_page(whole):
     pictures = "".join(re.findall(r"(?s)<svg.*?</svg>", whole))
     fixed = [light for light, _ in figures.COLOURS.values() if light in pictures]
@@ -284,5 +302,6 @@ def test_a_short_run_stays_within_the_axis(run, tmp_path):
     few = [e for e in events if e["stage"] != "train" or e["step"] <= 2]
     few = [e | {"train_loss": 50.0} if e["stage"] == "train" else e for e in few]
     (short / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in few))
+    (short / "steps.jsonl").unlink()
     low, high = figures.later_losses([Run(run), Run(short)])
     assert low < 10 and high > 50

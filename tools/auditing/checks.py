@@ -15,9 +15,9 @@ from auditing import (  # noqa: F401
 )
 from auditing.questions import QUESTIONS
 from auditing.run import CHECKS, Audit
+from auditing.shown import GROUPS
 
-GROUPS = "ATWSEDBR"  # data, training, weights, storage, scores, evaluation, black box, report
-ORDER = sorted(CHECKS, key=lambda name: (GROUPS.index(name[0]), name))
+ORDER = sorted(CHECKS, key=lambda name: ([*GROUPS].index(name[0]), name))
 
 
 def asked_of(audit: Audit) -> list[str]:

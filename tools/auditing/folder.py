@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from auditing import claims, static
+from auditing import claims, shown, static
 from auditing.blackbox import Subject
 from auditing.questions import QUESTIONS, answers
 from auditing.run import (
@@ -26,7 +26,6 @@ from auditing.run import (
     Failed,
     NotChecked,
     Verdict,
-    printable,
     read_values,
     state_of_files,
     verdict_of,
@@ -231,22 +230,12 @@ def outcome(case: Case, found: Sequence[Row]) -> tuple[str, str]:
     return CONSISTENT, f"{CONSISTENT}: {number} rests on the folder's own word{open_}"
 
 
-WIDTH = max(
-    len(rule) for rule in (*FOLDER_RULES, *(r[1] for r in claims.CLAIMS), *(r.rule for r in static.RULES))
-)
-
-
-def line(row: Row) -> str:
-    """A row as it is printed."""
-    return f"{row.name:3}  {row.verdict.status:<11}  {row.rule:<{WIDTH}}  {printable(row.verdict.evidence)}"
-
-
 def main(case: Case) -> int:
     """Print table and headline. Exit code 0, 1 or 3; raises Mistake."""
     found = []
     for row in rows(case):
-        print(line(row), flush=True)
+        print(shown.row(row.name, row.verdict, row.rule), flush=True)
         found.append(row)
     verdict, headline = outcome(case, found)
-    print(printable(headline))
+    print(shown.folded(headline))
     return EXIT_CODES[verdict]

@@ -13,7 +13,7 @@ from systems.layout import WITHOUT_EFFECT
 SETTING = re.compile(r"(?m)^([A-Z][A-Z0-9_]*)=(.*?)(?:    # default .*)?$")
 EVENT = re.compile(r"([a-z]\w*) (\w+:.*)")
 PAIR = re.compile(r"(\w+):(.*?)(?= \w+:|$)")
-SHOWN = re.compile(r"(?m)^start run:(\S+) folder:(.*?) python:")
+SHOWN = re.compile(r"(?m)^(?:start run:(\S+) folder:(.*?) python:|Run (\S+), folder (.*?)\s*$)")
 BYTES = ("artifact_bytes", "code_bytes", "model_bytes")
 SECONDS = ("train_seconds", "calibrate_seconds")
 NEAR = 1e-5  # relative: seconds have six digits
@@ -22,7 +22,8 @@ NEAR = 1e-5  # relative: seconds have six digits
 def console(text: str) -> str:
     """Where the log of a run is of which a text is what its console showed; empty where it is none."""
     start = SHOWN.search(text)
-    return f"{start[2]}/logs/{start[1]}.txt" if start else ""
+    run, folder = [part for part in start.groups() if part is not None] if start else ("", "")
+    return f"{folder}/logs/{run}.txt" if run else ""
 
 
 def is_ours(text: str) -> bool:

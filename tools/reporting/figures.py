@@ -111,6 +111,8 @@ def _thousands(value: float, _: object = None) -> str:
 
 # -- curves
 
+SMOOTHED = 60  # steps from which a curve of losses is also drawn smoothed
+
 
 def curve(runs: Sequence[Run], key: str, against: str) -> Figure:
     """train_loss (with the validations while training) or lr_multiplier against steps or seconds."""
@@ -124,7 +126,11 @@ def curve(runs: Sequence[Run], key: str, against: str) -> Figure:
             continue
         found = True
         places, colour = {"steps": steps, "seconds": seconds}[against], _colour(number)
-        axes.plot(places, values, color=colour, label=run.label, marker="." if len(steps) < 60 else None)
+        options = {"color": colour, "label": run.label, "marker": "." if len(steps) < 60 else None}
+        if key == "train_loss" and len(values) >= SMOOTHED:
+            axes.plot(places, values, color=colour, linewidth=0.6, alpha=0.45)
+            values = smoothed(values)
+        axes.plot(places, values, **options)
         if key == "train_loss":
             checks, record = run.validations(), run.record
             if record.steps and record.train_seconds:
@@ -143,6 +149,12 @@ def curve(runs: Sequence[Run], key: str, against: str) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _legend(figure, runs)
     return figure
+
+
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """Means over a fortieth of all values, less at both ends."""
+    window = np.ones(2 * (len(values) // 80) + 3)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 def later_losses(runs: Sequence[Run]) -> tuple[float, float] | None:

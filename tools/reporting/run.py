@@ -98,9 +98,17 @@ class Run:
         stage = self.record.stages[self.record.final_stage]
         return tuple(stage.get(key) for key in ("documents", "targets", "bytes"))
 
+    @functools.cached_property
+    def steps(self) -> list[dict]:
+        """Every training step where the run kept them (steps.jsonl), else those of the log."""
+        path = self.folder and self.folder / "steps.jsonl"
+        if path and path.is_file() and (told := runs.read_events(path)):
+            return told
+        return [event for event in self.record.events if event["stage"] == "train"]
+
     def curve(self, key: str) -> tuple[list[int], list[float], list[float]]:
-        """Steps, seconds and values of a key of the training events."""
-        points = [e for e in self.record.events if e["stage"] == "train" and key in e]
+        """Steps, seconds and values of a key of the training steps."""
+        points = [step for step in self.steps if key in step]
         if not points:
             raise Missing(f"no {key} of training steps")
         return (

@@ -1,0 +1,81 @@
+"""What `--help` prints: the settings that are changed first, the topics, and each topic by itself."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+import train_gpt
+from harness.rules import allowed
+from harness.settings import NO_SETTINGS, PRESETS, WITHOUT, nearest_name
+from train_gpt import Config, ConfigError
+
+FIRST = (  # what people change first
+    *("PRESET", "SEED", "DATA_PATH", "ARTIFACT_DIR", "ITERATIONS", "MAX_WALLCLOCK_SECONDS", "MATRIX_LR"),
+    *("TTT_ENABLED", "CHECKPOINT_SECONDS", "AUDIT"),
+)
+LIKE = "PRESET=demo SEED=1 python train_gpt.py"
+
+
+def setting_comments(source: str) -> dict[str, str]:
+    """Help text of each setting: the comments behind the fields in the script's source."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+
+
+def setting_groups(source: str) -> dict[str, str]:
+    """The first field of each group of `Config` -> the comment that heads the group."""
+    return {field: title for title, field in re.findall(r"^    # (\w.*)\n    (\w+): ", source, re.M)}
+
+
+def help_text(source: str, topic: str = "") -> str:
+    """What `--help TOPIC` prints, by the source of train_gpt.py: a group of settings, a setting, or "all".
+
+    Raises ConfigError where there is no such topic.
+    """
+    rows, topics = _rows(source), _topics(source)
+    names = " ".join([*topics, "presets", "all"])
+    if not topic:
+        listed = "\n".join(f"  {name:<14}{len(found):>3} settings" for name, found in topics.items())
+        listed += f"\n  {'presets':<14}{len(PRESETS):>3} presets\n  {'all':<14}{len(rows):>3} settings"
+        first = f"Settings are environment variables: {LIKE}\nThe ten that are changed first:"
+        more = "Topics, for --help TOPIC; --help NAME tells of one setting:"
+        return f"{train_gpt.__doc__}\n{first}\n\n{_joined(rows, FIRST)}\n\n{more}\n\n{listed}"
+    if topic == "all":
+        head = f"Settings, as environment variables (PRESET one of {', '.join(PRESETS)}):"
+        return f"{train_gpt.__doc__}\n{head}\n\n{_joined(rows, rows)}"
+    if topic == "presets":
+        left_out = {name: f"  (without {text})" for name, text in WITHOUT.items()}
+        told = (f"  PRESET={name}{left_out.get(name.removesuffix('-demo'), '')}" for name in PRESETS)
+        return "\n".join(["Presets, each a base that explicit variables change:", "", *told])
+    if topic.upper() in rows:
+        return _joined(rows, [topic.upper()])
+    if topic.lower() not in topics:
+        near = nearest_name(topic.upper(), [*rows, *map(str.upper, topics)])
+        meant = f"; did you mean {near}?" if near else ""
+        raise ConfigError(f"--help {topic}: must be one of {names}, or a setting{meant}")
+    return _joined(rows, topics[topic.lower()])
+
+
+def _rows(source: str) -> dict[str, str]:
+    """Name of each variable -> its two lines; a packed script has lost its comments."""
+    comments, rows = setting_comments(source), {}
+    for field in dataclasses.fields(Config):
+        default = int(field.default) if isinstance(field.default, bool) else field.default
+        help_of = f"{comments.get(field.name, '')} [{allowed(field.type)}]"
+        rows[field.name.upper()] = f"  {field.name.upper()}={default}\n      {help_of}"
+    for name, (values, text) in NO_SETTINGS.items():
+        rows[name] = f"  {name}={values[0]}\n      {text} [one of {', '.join(values)}]"
+    return rows
+
+
+def _topics(source: str) -> dict[str, list[str]]:
+    """Topic, the first word of the head of a group, -> its variables."""
+    heads, topics = setting_groups(source), {"run": [*NO_SETTINGS]}
+    topic = "run"
+    for field in dataclasses.fields(Config):
+        topic = heads[field.name].split()[0].lower() if field.name in heads else topic
+        topics.setdefault(topic, []).append(field.name.upper())
+    return topics
+
+
+def _joined(rows: dict[str, str], names: Iterable[str]) -> str:
+    return "\n".join(rows[name] for name in names)
