@@ -37,6 +37,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
+import systems.early  # noqa: F401 - what is missing of the rest is said in one line
+
+# isort: split
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 

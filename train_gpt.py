@@ -44,6 +44,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 
+if __doc__ and importlib.util.find_spec("systems"):  # nothing of it is left in the counted script
+    import systems.early  # noqa: F401 - of the libraries below, a missing one is said in one line
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -3007,8 +3010,7 @@ class Run:
         self.stage("train", trainer)
         self.result |= {"steps": trainer.steps, "looping": trainer.looping}
         if self.ranks.is_main:
-            buffer = io.BytesIO()
-            torch.save(copy_tensors(dict(self.model.state_dict()), Tensor.cpu), buffer)
+            torch.save(copy_tensors(dict(self.model.state_dict()), Tensor.cpu), buffer := io.BytesIO())
             write_whole(self.output("model_path"), buffer.getvalue())
         seconds = self.clock.seconds["train"]
         self.log.event("saved", file=str(self.output("model_path")), train_seconds=seconds)
@@ -3025,10 +3027,9 @@ class Run:
 
     def score(self, stage: str, kind: "type[Evaluation]", looping: bool, documents: Sequence = None) -> None:
         """Let an evaluation do a stage, and record the score of all documents, or of those given."""
-        options = {"looping": looping, "ranks": self.ranks, "watch": self.watch}
-        worker = kind(self.model, self.val, self.model.cfg, **options)
-        self.stage(stage, worker)
-        self.record(stage, worker.meter, self.val.documents if documents is None else documents)
+        work = kind(self.model, self.val, self.model.cfg, looping=looping, ranks=self.ranks, watch=self.watch)
+        self.stage(stage, work)
+        self.record(stage, work.meter, self.val.documents if documents is None else documents)
 
     def evaluate(self, stage: str, looping: bool | None = None) -> None:
         """Standard evaluation."""
@@ -3257,10 +3258,9 @@ def execute(run: Run) -> int:
 def read_sources() -> dict[str, bytes]:
     """The script and, where they stand beside it, all files of harness/ and systems/, by name."""
     script = Path(__file__).resolve()
-    sources = {"train_gpt.py": script.read_bytes()}
-    for path in sorted((*script.parent.glob("harness/*.py"), *script.parent.glob("systems/*.py"))):
-        sources[f"{path.parent.name}/{path.name}"] = path.read_bytes()
-    return sources
+    paths = sorted((*script.parent.glob("harness/*.py"), *script.parent.glob("systems/*.py")))
+    house = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in paths}
+    return {"train_gpt.py": script.read_bytes(), **house}
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:

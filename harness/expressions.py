@@ -37,7 +37,7 @@ class Facts(NamedTuple):
     methods: Mapping[str, object] = {}  # cfg.name()
     backends: Mapping[str, object] = {}  # backends.name
     on_gpu: bool = False
-    names: Mapping[str, object] = {"COUNTED": True}  # of the module
+    names: Mapping[str, object] = {"COUNTED": True, "__doc__": None}  # of the module
 
 
 def as_node(value: object) -> ast.expr:
@@ -127,7 +127,8 @@ class Expressions(Transformer):
         return node if is_kernel(node) else self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> ast.AST:  # noqa: N802, D102
-        known = isinstance(node.ctx, ast.Load) and node.id in self.facts.names and node in self.module
+        of_module = node in self.module or node.id == "__doc__"  # which nothing assigns
+        known = isinstance(node.ctx, ast.Load) and node.id in self.facts.names and of_module
         return as_node(self.facts.names[node.id]) if known else node
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:  # noqa: N802, D102

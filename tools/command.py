@@ -10,34 +10,13 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import systems.early  # noqa: E402, F401 - what is missing of the rest is said in one line
 from systems.console import keep_consoles  # noqa: E402
-
-
-def say_in_a_line(kind: type, error: BaseException, trace: TracebackType | None) -> None:
-    """What an error that nobody takes is told by; one line for a library that is not there, and Ctrl-C."""
-    tool, name = Path(sys.argv[0]).name, str(getattr(error, "name", "")).partition(".")[0]
-    if kind is KeyboardInterrupt:
-        complain(tool, KeyboardInterrupt("interrupted"))
-        sys.stderr.flush()
-        os._exit(128 + signal.SIGINT)
-    ours = (ROOT / name).is_dir() or any(ROOT.glob(f"*/{name}.py"))
-    if kind is not ModuleNotFoundError or ours:
-        return sys.__excepthook__(kind, error, trace)
-    made = ROOT / ".venv/bin/python"
-    get = "python3.11 -m venv .venv && .venv/bin/pip install -r requirements-dev.txt"
-    text = f"start it with {made}" if made.exists() else f"make the environment in {ROOT}: {get}"
-    complain(tool, ImportError(f"{name} is not installed for {sys.executable}: {text}"))
-    sys.stderr.flush()
-    os._exit(2)
-
-
-sys.excepthook = say_in_a_line
 
 
 class Mistake(ValueError):

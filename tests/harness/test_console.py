@@ -148,7 +148,10 @@ def test_nohup_keeps_the_consoles_end_from_a_run(tg):
 COMMANDS = [path for path in sorted((ROOT / "tools").glob("*.py")) if "\n    start(main" in path.read_text()]
 
 
-@pytest.mark.parametrize("tool", [*COMMANDS, ROOT / "tools/readme_settings.py"], ids=lambda path: path.name)
+COMMANDS += [ROOT / name for name in ("tools/readme_settings.py", "train_gpt.py", "prepare_caseops_data.py")]
+
+
+@pytest.mark.parametrize("tool", COMMANDS, ids=lambda path: path.name)
 def test_tool_outside_the_environment_says_how_to_start_it(tool):
     """Python without its libraries, `-S`: one line."""
     done = subprocess.run([sys.executable, "-SE", str(tool), "--help"], capture_output=True)
@@ -157,10 +160,10 @@ def test_tool_outside_the_environment_says_how_to_start_it(tool):
     assert told.startswith(f"{tool.name}: error: ") and "is not installed for" in told
 
 
-def test_tool_that_is_interrupted_says_so_in_a_line(tmp_path):
+@pytest.mark.parametrize("name", ["tools/counted.py", "train_gpt.py"])
+def test_tool_that_is_interrupted_says_so_in_a_line(tmp_path, name):
     """Also while it imports, which takes seconds."""
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
     environ = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, str(ROOT / "tools/counted.py")]
-    done = subprocess.run(command, capture_output=True, env=environ)
-    assert (done.returncode, done.stderr) == (130, b"counted.py: error: interrupted\n")
+    done = subprocess.run([sys.executable, str(ROOT / name)], capture_output=True, env=environ)
+    assert (done.returncode, done.stderr) == (130, f"{Path(name).name}: error: interrupted\n".encode())
