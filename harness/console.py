@@ -135,6 +135,8 @@ class Display(Progress):
 
     def show(self, stage: str, worker: Worker, line: str, left: float) -> None:
         """How far a stage is: on a terminal at once, elsewhere from time to time."""
+        if not self._is_main:
+            return
         meter, steps, parts = getattr(worker, "meter", None), getattr(worker, "steps", 0), []
         tokens = meter.tokens * self._world_size if meter else steps * self._run.cfg.train_batch_tokens
         now = self._run.clock.elapsed(stage)  # without what other stages, as validations, take in between

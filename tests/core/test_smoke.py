@@ -221,6 +221,7 @@ def test_all_files_are_there(finished):
         "final_model.int6.ptz",
         "train_gpt.packed.py",
         "metrics.jsonl",
+        "steps.jsonl",
         "result.json",
         "logs/tiny.txt",
     }

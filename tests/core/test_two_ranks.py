@@ -151,6 +151,6 @@ def test_killed_rank_ends_the_job(work, alone, stage, line):
     assert f"rank 0 of 2, stage {stage}" in errors
     assert {path: path.read_bytes() for path in before} == before
     left = {path.name for path in (work / f"killed_{stage}").iterdir()}
-    whole = {"logs", "metrics.jsonl"}
+    whole = {"logs", "metrics.jsonl", "steps.jsonl"}
     whole |= {"final_model.pt", "final_model.int6.ptz", "train_gpt.packed.py"} if stage == "ttt" else set()
     assert left == whole

@@ -509,7 +509,7 @@ def test_preflight_guard_leaves_cleanly_when_told(work, number, code):
     assert job.returncode == code, errors
     said = f"train_gpt.py: rank 0 of 1, stage train: told to stop ({number.name})"
     assert errors.splitlines() == [said]
-    assert {path.name for path in (work / folder).iterdir()} == {"logs", "metrics.jsonl"}
+    assert {path.name for path in (work / folder).iterdir()} == {"logs", "metrics.jsonl", "steps.jsonl"}
     for line in (work / folder / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
 
@@ -522,7 +522,7 @@ def test_preflight_guard_leaves_two_ranks_when_torchrun_is_told(work):
     _, errors = job.communicate(timeout=60)
     assert job.returncode != 0 and time.monotonic() - before < 30  # torchrun kills after 30 s what is left
     assert re.search(r"rank \d of 2, stage train: told to stop \(SIGTERM\)", errors)
-    assert {path.name for path in (work / "told_ranks").iterdir()} == {"logs", "metrics.jsonl"}
+    assert {path.name for path in (work / "told_ranks").iterdir()} == {"logs", "metrics.jsonl", "steps.jsonl"}
 
 
 @pytest.mark.parametrize("handled, twice, code", [(False, False, 7), (True, False, 8), (True, True, 143)])

@@ -148,6 +148,16 @@ def test_resume_of_a_run_killed_at_eighteen_places(work, reference, cut_off, run
     assert steps == undisturbed and len(steps) == reference["steps"]
 
 
+def test_what_a_run_without_a_checkpoint_has_begun_is_cleared(tg, tmp_path):
+    """Files that grow from the start on are no outputs; weights are."""
+    for name in ("metrics.jsonl", "steps.jsonl"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "final_model.pt").write_text("")
+    assert not tg.clear_beginning(tmp_path, tg.Config())
+    (tmp_path / "final_model.pt").unlink()
+    assert tg.clear_beginning(tmp_path, tg.Config()) and list(tmp_path.iterdir()) == []
+
+
 def test_resume_repeats_no_work(work, reference, cut_off, run):
     cut_off("late", "Run.finish", 1)
     code, output, _ = run("late")
