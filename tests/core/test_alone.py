@@ -40,7 +40,7 @@ REPLACED = {
     ("ATTENTION_BACKEND", "torch_varlen"): "varlen",
 }
 UNASKED = {"attention_kernels", "compiled", "prefetch"}  # used on a GPU where they stand
-TAKEN_ALONG = {"console", "layout"}  # by harness/, and by what prepares data
+TAKEN_ALONG = {"console", "early", "layout"}  # by harness/, by what prepares data, before the libraries
 NO_MATTER = {  # read in harness/ alone, and without effect on what a script alone does
     "RESUME": "nothing is kept from which it could go on",
     "ALLOW_UNVERIFIED_DATA": "no manifest is read",
@@ -219,7 +219,8 @@ def test_mistakes_are_found_alone_too(ask):
 
 def test_every_part_of_systems_is_asked_for():
     parts = {path.stem for path in (ROOT / "systems").glob("*.py")} - {"__init__"}
-    imported = set(re.findall(r"from systems\.(\w+) import", SCRIPT.read_text(encoding="utf-8")))
+    texts = [path.read_text(encoding="utf-8") for path in (SCRIPT, ROOT / "systems" / "fit_bytes.py")]
+    imported = set(re.findall(r"from systems\.(\w+) import", "".join(texts)))
     assert parts - TAKEN_ALONG == imported == {*REPLACED.values(), *UNASKED}
 
 
