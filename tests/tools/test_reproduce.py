@@ -278,7 +278,7 @@ def test_a_seed_counts_once_and_hardware_is_noted(demo):
 def test_mixed_published_logs(published_logs, capsys):
     """PR #1493's seed 42 ran another script, with a hash embedding; PR #1868 and its re-run differ too."""
     code, _, err = call("--from-logs", *sorted(published_logs.glob("pr1493_*")), capsys=capsys)
-    assert code == 2 and "TTT_HASH_EMBED not there and True" in err and err.count("\n") == 1
+    assert code == 2 and "TTT_HASH_EMBED not there and 1" in err and err.count("\n") == 1
     logs = [published_logs / "pr1868_seed314.log", published_logs / "pr1868_rerun_seed42.log"]
     code, _, err = call("--from-logs", *logs, capsys=capsys)
     assert code == 2 and "GPTQ_RESERVE_SECONDS 0.5 and 8.0" in err
@@ -658,3 +658,9 @@ def test_a_refused_submission_leaves_logs_and_readme_as_they_were(site, monkeypa
     assert {p: after[p] for p in before if p.parent != record.path} == {
         p: v for p, v in before.items() if p.parent != record.path
     }
+
+
+def test_settings_that_differ_are_said_as_they_are_set(demo):
+    """0 and 1, not False and True."""
+    other = change(demo, settings={**demo.settings, "SMEAR_GATE_ENABLED": False})
+    assert "SMEAR_GATE_ENABLED 1 and 0" in " ".join(claim._differences(demo, other))

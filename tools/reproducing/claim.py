@@ -53,7 +53,8 @@ def _differences(one: RunRecord, two: RunRecord) -> Iterable[str]:
     """What makes two runs different experiments."""
     if one.final_stage != two.final_stage:
         yield f"scores of different evaluators: {one.final_stage}, {two.final_stage}"
-    mine, other = one.compared_settings, two.compared_settings
+    known = (record.compared_settings.items() for record in (one, two))
+    mine, other = ({n: int(v) if isinstance(v, bool) else v for n, v in values} for values in known)
     names = [n for n in {**mine, **other} if mine.get(n) != other.get(n)]
     if names:
         told = ", ".join(f"{n} {mine.get(n, 'not there')} and {other.get(n, 'not there')}" for n in names[:3])
