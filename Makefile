@@ -87,6 +87,9 @@ $(RUN): requirements.txt
 
 $(DEV): requirements-dev.txt $(RUN)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@# Kernels are tested in Triton's interpreter. A CUDA build of torch has brought its own release of it.
+	$(BIN)/python -c "import triton" 2> /dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.6.0
 	touch $@
 
 clean:  ## remove environment, demo data and caches; runs/ stays
