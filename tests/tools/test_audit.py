@@ -203,7 +203,7 @@ def test_what_passed_is_one_line_for_each_group():
     names = [name for name in audit.ORDER if name[0] in "WEDR"]
     found = [(name, audit.Verdict(changes.get(name, "VERIFIED"), evidence)) for name in names]
     lines = "\n".join(shown.table_lines(iter(found), in_full=False)).splitlines()
-    assert lines[0] == "W   weights      VERIFIED W1 W3"
+    assert lines[0] == "W   weights      VERIFIED W1 W3 W4"
     assert lines[1].startswith("W2  NOT CHECKED  ") and max(map(len, lines)) <= 100
     assert "D   evaluation   VERIFIED D1 D2 D3 D4 D5 D7 D8 D9; CONSISTENT D6" in lines
     assert [line[:2] for line in lines if line[0] != " "] == ["W ", "W2", "E1", "E2", "D ", "R ", "R1"]

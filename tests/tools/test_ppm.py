@@ -462,6 +462,7 @@ def test_ppm_mixture_of_a_run(run_folder):
             "logs",
             "metrics.jsonl",
             "result.json",
+            "steps.jsonl",
             "train_gpt.packed.py",
         ]
     ), "the run's folder is only read"

@@ -457,6 +457,13 @@ def site(tmp_path, demo):
     return tmp_path, runs.read_run(folder)
 
 
+def forget_files(path: Path) -> None:
+    """Make an audit one that does not tell which files it judged."""
+    told = json.loads(path.read_text())
+    del told["files"]
+    path.write_text(json.dumps(told))
+
+
 def write(site) -> dict:
     folder, record = site
     published = submission.publish([record], folder / "logs")
@@ -466,6 +473,7 @@ def write(site) -> dict:
 def test_a_run_that_tells_no_commit_is_submitted(site):
     """As where the script ran outside of a repository."""
     folder, record = site
+    forget_files(record.path / "audit.json")
     result = json.loads((record.path / "result.json").read_text())
     assert result["environment"].pop("commit")
     (record.path / "result.json").write_text(json.dumps(result))
@@ -601,7 +609,10 @@ def test_check_finds_another_readme_and_another_log(site):
     readme.write_text(text)
     log = folder / "logs" / "demo_seed42_cpu.txt"
     log.write_text(log.read_text().replace("\ntrain step:20 ", "\ntrain step:21 "))
-    assert "log_sha256" in submission.disagreements(folder)[0]
+    with pytest.raises(submission.SubmissionError, match="its audit is that of another log"):
+        submission.disagreements(folder)
+    forget_files(folder / "logs" / "demo_seed42_cpu_audit.json")
+    assert any("log_sha256" in line for line in submission.disagreements(folder))
     edit_json(folder / "logs" / "demo_seed42_cpu.json", "artifact_bytes", 7)
     with pytest.raises(runs.ReadError, match="says artifact_bytes 7, its log"):
         submission.disagreements(folder)

@@ -109,7 +109,9 @@ def parts_of(records: Sequence[RunRecord]) -> dict[str, bytes]:
     if first.settings["CASEOPS_ENABLED"]:
         sources = [ROOT / "prepare_caseops_data.py", ROOT / "lossless_caps.py"]
         sources += sorted((ROOT / "dataprep").glob("*.py"))
-        sources += [ROOT / "systems" / name for name in ("__init__.py", "console.py", "layout.py")]
+        sources += [
+            ROOT / "systems" / name for name in ("__init__.py", "console.py", "early.py", "layout.py")
+        ]
         parts |= {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in sources}
         tokenizer = tokenizer_of(first)
         parts[f"tokenizers/{tokenizer.name}"] = tokenizer.read_bytes()
