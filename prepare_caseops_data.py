@@ -128,9 +128,7 @@ class Split:
         ),
     }
 
-    SELDOM = (
-        "dropped_token_duplicates",
-    )  # named where there are some, so that other manifests stay as they were
+    SELDOM = {"dropped_token_duplicates"}  # named where there are some: other manifests stay as they were
 
     def __init__(self, name: str, *writers: ShardWriter) -> None:
         self.name, self.writers = name, writers

@@ -23,6 +23,7 @@ import torch
 from common import ROOT, SMALL, environment, report, tg
 
 from harness.backends import choose_attention
+from systems.layout import as_variables
 
 STAND_IN = '''"""Stands in for FlashAttention 3: its two functions, computed by a backend of train_gpt.py."""
 
@@ -143,7 +144,7 @@ def shared_settings(args: argparse.Namespace, backend: str) -> dict[str, str]:
     }
     cfg = tg.Config.from_env({**known, "ATTENTION_BACKEND": backend})
     args.batch_tokens = cfg.train_batch_tokens
-    settings = {k: str(int(v) if isinstance(v, bool) else v) for k, v in cfg.as_env().items()}
+    settings = as_variables(cfg.as_env())
     for name in ("DATA_PATH", "TOKENIZER_PATH", "DATA_DIR"):  # the scripts run in folders of their own
         if settings[name]:
             settings[name] = str(Path(settings[name]).resolve()) + "/" * (name == "DATA_DIR")

@@ -16,6 +16,7 @@ from dataprep.encoding import OPERATORS, SPACE_PIECE
 from dataprep.shards import BOS_ID, FIRST_OPERATOR_ID, OPERATOR_COUNT, document_parts
 
 ODD_BYTES_ALLOWED = 0.02  # share of tokens that may carry other bytes, where the tokenizer normalises
+ODD_LETTERS_ALLOWED = 0.01  # and of pieces of lower-case letters alone, which few texts write otherwise
 SPACES_ALLOWED = 1 / 3  # of the pieces with a space may stand for more white space (of web text: 2 %)
 ODD_ALLOWED = 20  # tokens, however few there are: of fewer, nothing can be said
 CHUNK_TOKENS = 1 << 22
@@ -31,6 +32,7 @@ class Pieces(NamedTuple):
     spaced: np.ndarray  # begins with a space
     byte: np.ndarray  # stands for one byte
     known: np.ndarray  # is text
+    letters: np.ndarray  # is lower-case letters alone
 
 
 class Odd(NamedTuple):
@@ -38,7 +40,9 @@ class Odd(NamedTuple):
 
     tokens: int  # that were looked at
     spaced: int  # of these begin with a space
+    letters: int  # are lower-case letters alone
     wrong: int  # carry what nothing explains
+    wrong_letters: int  # of the letters
     blocks: int  # may be U+2581
     spaces: int  # may stand for more white space
     first: int  # document, from 0, of the first one that is wrong; -1: none
@@ -49,6 +53,8 @@ class Odd(NamedTuple):
         if self.wrong > allowed:
             found = f"{self.wrong} of {self.tokens} tokens carry other bytes than their pieces hold"
             return f"{found}, the first in validation document {self.first}"
+        if self.wrong_letters > max(ODD_LETTERS_ALLOWED * self.letters, ODD_ALLOWED):
+            return f"{self.wrong_letters} of {self.letters} pieces of letters carry other bytes than those"
         more, share = (self.blocks, 1e-4) if lossless else (self.spaces, SPACES_ALLOWED)
         if more > max(share * self.spaced, ODD_ALLOWED):
             return f"{more} of {self.spaced} pieces that begin with a space carry more than that"
@@ -62,7 +68,7 @@ def is_lossless(processor: sentencepiece.SentencePieceProcessor) -> bool:
 
 def pieces_of(processor: sentencepiece.SentencePieceProcessor) -> Pieces:
     """What the pieces of a CaseOps tokenizer hold."""
-    found = Pieces(*(np.zeros(1 << 16, kind) for kind in (np.int64, np.int64, bool, bool, bool)))
+    found = Pieces(*(np.zeros(1 << 16, kind) for kind in (np.int64, np.int64, bool, bool, bool, bool)))
     for token in range(processor.get_piece_size()):
         if processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
             continue
@@ -72,16 +78,18 @@ def pieces_of(processor: sentencepiece.SentencePieceProcessor) -> Pieces:
         found.spaced[token] = text.startswith(" ")
         rest = text.removeprefix(" ")
         found.ascii[token] = len(rest) * (rest.isascii() and not found.byte[token])
+        found.letters[token] = text.isascii() and text.isalpha() and text.islower()
     return found
 
 
 def odd_tokens(tokens: np.ndarray, carried: np.ndarray, pieces: Pieces, lossless: bool) -> Odd:
     """Look at a validation stream, (T,) uint16, and its sidecar, (T,) uint16, BOS before each document."""
-    counts, first, documents = np.zeros(5, np.int64), -1, 0
+    counts, first, documents = np.zeros(7, np.int64), -1, 0
     for start, end in document_parts(tokens, CHUNK_TOKENS):
         part, bytes_ = tokens[start:end], np.asarray(carried[start:end], np.int64)
         wrong, blocks, spaces = _judged(part, bytes_, pieces, lossless)
-        kinds = pieces.known[part], pieces.spaced[part], wrong, blocks, spaces
+        letters = pieces.letters[part]
+        kinds = pieces.known[part], pieces.spaced[part], letters, wrong, wrong & letters, blocks, spaces
         counts += [np.count_nonzero(kind) for kind in kinds]
         if first < 0 and wrong.any():
             first = documents + int(np.count_nonzero(part[: wrong.argmax() + 1] == BOS_ID)) - 1

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import train_gpt
 from harness.rules import allowed
 from harness.settings import NO_SETTINGS, PRESETS, WITHOUT, nearest_name
+from systems.layout import as_set
 from train_gpt import Config, ConfigError
 
 FIRST = (  # what people change first
@@ -59,7 +60,7 @@ def _rows(source: str) -> dict[str, str]:
     """Name of each variable -> its two lines; a packed script has lost its comments."""
     comments, rows = setting_comments(source), {}
     for field in dataclasses.fields(Config):
-        default = int(field.default) if isinstance(field.default, bool) else field.default
+        default = as_set(field.default)
         help_of = f"{comments.get(field.name, '')} [{allowed(field.type)}]"
         rows[field.name.upper()] = f"  {field.name.upper()}={default}\n      {help_of}"
     for name, (values, text) in NO_SETTINGS.items():

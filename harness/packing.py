@@ -16,6 +16,7 @@ from harness.expressions import Facts, as_node
 from harness.folding import fold
 from harness.renaming import rename
 from harness.settings import PRESETS
+from systems.layout import as_set
 from train_gpt import Backends, Config, compress
 
 WRAPPER = b'#coding:l1\nimport %s as c\nexec(c.decompress("""%s""".encode("l1")))\n'
@@ -143,7 +144,7 @@ def _evaluate(function: object, settings: Mapping[str, object]) -> object:
 
 def run_time_config(free: Mapping[str, object]) -> ast.ClassDef:
     """The class `Config` of a packed script: it takes its few settings from the environment, unchecked."""
-    free = {name: int(value) if isinstance(value, bool) else value for name, value in free.items()}
+    free = {name: as_set(value) for name, value in free.items()}
     text = f"""
 class Config:
     def __init__(self, environ):

@@ -11,6 +11,7 @@ from harness.console import console_form
 from harness.lineage import OF_LORA, OF_SGD, VOCABULARY, in_our_names, same
 from harness.manifest import find_data
 from harness.rules import EXCLUSIVE, check_settings, check_text, check_training
+from systems.layout import as_set
 from train_gpt import Config, ConfigError
 
 _WINDOWS = {  # PR #1493 and its descendants
@@ -286,7 +287,7 @@ def show_settings(cfg: Config) -> str:
     rows = []
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        value, default = (int(v) if isinstance(v, bool) else v for v in (value, field.default))
+        value, default = as_set(value), as_set(field.default)
         mark = "" if value == default else f"    # default {default!r}"
         rows.append(f"{field.name.upper()}={value}{mark}")
     return "\n".join(rows)

@@ -14,7 +14,7 @@ import torch
 
 from harness.logfiles import numbered
 from harness.rules import GROWING, OUTPUTS
-from systems.layout import WITHOUT_EFFECT
+from systems.layout import WITHOUT_EFFECT, as_set
 from systems.plain_text import tokenizer_file
 from train_gpt import (
     ArtifactError,
@@ -128,10 +128,9 @@ def unlike(now: Mapping[str, object], then: Mapping[str, object]) -> list[str]:
     """The settings that are others than they were, each with both values."""
     rows = []
     for name, value in now.items():
-        shown = [int(v) if isinstance(v, bool) else v for v in (value, then.get(name))]
-        rows += [f"{name}={shown[0]} there {'nothing' if shown[1] == '' else shown[1]}"] * (
-            shown[0] != shown[1]
-        )
+        here, there = as_set(value), as_set(then.get(name))
+        if here != there:
+            rows.append(f"{name}={here} there {'nothing' if there == '' else there}")
     return rows
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from systems.fit_bytes import FitProblem, column_scales, fit_matrices
+from systems.fit_bytes import FitProblem, column_scales, fit_matrices, texts_of_rank
 from train_gpt import (
     CPU,
     GPT,
@@ -57,16 +57,11 @@ class LayersInOrder:
     """Stores the matrices of a model as FIT_BYTES does, one stage after the other, on texts of its own."""
 
     def __init__(self, model: GPT, loader: ShuffledLoader, *, looping: bool, ranks: Ranks = CPU):
-        """Draws GPTQ_DRIFT_BATCHES batches: all ranks draw all of them and keep each its own."""
-        cfg, world_size = model.cfg, ranks.world_size
-        self.model, self.looping, self.ranks = model, looping, ranks
-        on_rank, tokens = micro_batches(cfg, model.backends, world_size)
-        rows, self._texts = tokens // cfg.train_seq_len, []
-        for micro in range(cfg.gptq_drift_batches * on_rank * world_size):
-            if micro % world_size == ranks.rank:
-                self._texts.append(loader.next(rows)[0].to(ranks.device))
-            else:
-                loader.skip(rows)
+        """Draws GPTQ_DRIFT_BATCHES batches, and keeps those of this rank."""
+        cfg, self.model, self.looping, self.ranks = model.cfg, model, looping, ranks
+        on_rank, tokens = micro_batches(cfg, model.backends, ranks.world_size)
+        count, rows = cfg.gptq_drift_batches * on_rank * ranks.world_size, tokens // cfg.train_seq_len
+        self._texts = [ids for _, ids in texts_of_rank(loader, count, rows, ranks)]
 
     def store(
         self,

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT, PROGRAM = Path(__file__).resolve().parents[1], Path(sys.argv[0]).resolve()
 REQUIREMENTS = {"tools": "requirements-dev.txt", "bench": "requirements-dev.txt"}  # of other folders: to run
 
 
@@ -20,7 +20,7 @@ def say_in_a_line(kind: type, error: BaseException, trace: TracebackType | None)
     if kind is not ModuleNotFoundError or ours:
         return sys.__excepthook__(kind, error, trace)
     made = ROOT / ".venv/bin/python"
-    needed = REQUIREMENTS.get(Path(sys.argv[0]).resolve().parent.name, "requirements.txt")
+    needed = REQUIREMENTS.get(PROGRAM.parent.name, "requirements.txt")
     get = f"python3.11 -m venv .venv && .venv/bin/pip install -r {needed}"
     text = f"start it with {made}" if made.exists() else f"make the environment in {ROOT}: {get}"
     _leave(f"{name} is not installed for {sys.executable}: {text}", 2)
@@ -29,10 +29,12 @@ def say_in_a_line(kind: type, error: BaseException, trace: TracebackType | None)
 def _leave(text: str, code: int) -> NoReturn:
     """Say it, once a machine, and end."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        print(f"{PROGRAM.name}: error: {text}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
 
 
-sys.excepthook = say_in_a_line
+# A program of this repository, and none that only imports from it: that has its own ways.
+if PROGRAM.is_file() and ROOT in PROGRAM.parents[:2]:
+    sys.excepthook = say_in_a_line

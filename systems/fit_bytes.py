@@ -45,6 +45,17 @@ FIT_BITS, FIT_TOP = 8, 127
 FIT_SCALES, FIT_CONTROLS = 4, 8  # bits of mantissa: GPTQ makes good a rounded scale, nothing a rounded gate
 
 
+def texts_of_rank(
+    loader: ShuffledLoader, count: int, rows: int, ranks: Ranks
+) -> Iterator[tuple[int, Tensor]]:
+    """Number and ids [rows, T] of each of this rank's texts, of `count`: all draw all, as in `calibrate`."""
+    for number in range(count):
+        if number % ranks.world_size == ranks.rank:
+            yield number, loader.next(rows)[0].to(ranks.device)
+        else:
+            loader.skip(rows)
+
+
 def calibrate_gradients(
     model: GPT, cfg: Config, loader: ShuffledLoader, *, looping: bool, ranks: Ranks = CPU
 ) -> dict[str, Tensor]:
@@ -58,13 +69,9 @@ def calibrate_gradients(
     generator = torch.Generator(ranks.device)
     state = flatten_banks(dict(model.named_parameters()), cfg.num_layers)
     sums = {name: torch.zeros(len(w), device=w.device) for name, w in state.items() if w.ndim == 2}
-    for sample in range(FIT_SAMPLES):
-        if sample % ranks.world_size != ranks.rank:
-            loader.skip(FIT_ROWS)
-            continue
-        x, _ = loader.next(FIT_ROWS)
+    for sample, x in texts_of_rank(loader, FIT_SAMPLES, FIT_ROWS, ranks):
         with ranks.autocast():
-            hidden = model.hidden(x.to(ranks.device), looping=looping)
+            hidden = model.hidden(x, looping=looping)
             logits = model.logits(hidden).float().flatten(0, 1)
         drawn = torch.multinomial(logits.detach().softmax(1), 1, generator=generator.manual_seed(sample))
         F.cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
@@ -231,6 +238,7 @@ class FitSearch:
         if not cfg.tie_embeddings:  # as in `quantize_state`
             width, device = flat["tok_emb.weight"].size(1), flat["tok_emb.weight"].device
             hessians = {"tok_emb.weight": torch.eye(width, device=device), **hessians}
+        self.num_weights = sum(w.numel() for w in self.matrices.values())
         hessians = {name: hessians[name] for name in self.matrices}
         factors = factorise_all(hessians)
         self.clips = fit_clips(flat, hessians, factors, gradients)
@@ -243,19 +251,20 @@ class FitSearch:
 
     def trials(self) -> Iterator[tuple[float, int]]:
         """Search for the step; yields log2 of the factor on all clip widths, and the bytes that it spares."""
-        weights = sum(w.numel() for w in self.matrices.values())
         bits = sum(w.numel() * math.log2(525 / self.clips[name]) for name, w in self.matrices.items())
-        start = bits / weights - 8 * self.budget / weights  # 525 = 127 sqrt(2 pi e), by a Gaussian's entropy
+        start = bits / self.num_weights  # 525 = 127 sqrt(2 pi e), by a Gaussian's entropy
+        start -= 8 * self.budget / self.num_weights
         start -= self.cfg.quantizer == "trellis"  # whose levels are at half the distance for as many bits
-        return search_step(self._measure, start, weights / 8)
+        return self._search(start)
 
     def trials_in_order(self, store: Store) -> Iterator[tuple[float, int]]:
         """Search on from the step that was found, with `LayersInOrder.store`, which corrects the layers."""
-        weights, plain = sum(w.numel() for w in self.matrices.values()), self.best
-        self.best_records()
-        self.store_in_order, self.best = store, None
-        yield from search_step(self._measure, plain[1], weights / 8)
+        plain, self.store_in_order, self.best = self.best, store, None
+        yield from self._search(plain[1])
         self.best = self.best or plain
+
+    def _search(self, log2_step: float) -> Iterator[tuple[float, int]]:
+        return search_step(self._measure, log2_step, self.num_weights / 8)
 
     def best_records(self) -> dict[str, QuantizedTensor]:
         """The stored tensors of the trial that spared the fewest bytes. Raises ConfigError if none fitted."""
@@ -312,7 +321,7 @@ def fit_run(
             run.log.event("fit", trial=trial, clip_factor=2.0**log2_step, bytes_left=spare_bytes)
 
     follow(search.trials())
-    if cfg.gptq_drift_batches:
+    if cfg.gptq_drift_batches and search.best:
         from systems.drift import LayersInOrder
 
         with run.clock.stage("calibrate"):  # it reads training text

@@ -23,6 +23,16 @@ WITHOUT_EFFECT |= {"QUANTIZED_MODEL_PATH", "WANDB_PROJECT", "TENSORBOARD_DIR", "
 WITHOUT_EFFECT |= {"CPU_THREADS", "DEVICE"}  # a device counts as what it comes to
 
 
+def as_set(value: object) -> object:
+    """A setting's value as its variable has it: 0 and 1 for False and True."""
+    return int(value) if isinstance(value, bool) else value
+
+
+def as_variables(settings: Mapping[str, object]) -> dict[str, str]:
+    """Settings as an environment has them."""
+    return {name: str(as_set(value)) for name, value in settings.items()}
+
+
 class Source(NamedTuple):
     """A ready-made data set: the hub's repository that has it, its name, its home here."""
 

@@ -61,6 +61,7 @@ from harness.lineage import SWITCHES, same  # noqa: E402
 from harness.settings import read_settings  # noqa: E402
 from scripts import hash_on_disk  # noqa: E402
 from sweeping.owner import holding, is_gone, myself  # noqa: E402
+from systems.layout import as_set, as_variables  # noqa: E402
 
 try:
     import optuna
@@ -323,7 +324,7 @@ def question_of(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _value_of(base: tg.Config) -> Callable[[str, str], object]:
-    environ = {name: str(int(v) if isinstance(v, bool) else v) for name, v in base.as_env().items()}
+    environ = as_variables(base.as_env())
     return lambda name, text: settle(environ | {name: text}).as_env()[name]
 
 
@@ -347,7 +348,7 @@ def _check_question(study: optuna.Study, question: Mapping[str, object]) -> None
     for name in sorted(asked["settings"].keys() | question["settings"].keys()):
         was, now = asked["settings"].get(name), question["settings"].get(name)
         if was != now:
-            shown = [int(value) if isinstance(value, bool) else value for value in (was, now)]
+            shown = [as_set(was), as_set(now)]
             raise SweepError(f"{begun} {name}={shown[0]}, not {shown[1]}; choose another --study")
 
 

@@ -418,3 +418,13 @@ def test_home_stands_for_a_tilde_that_no_shell_has_replaced(tg, monkeypatch):
     options = prepare.parse_arguments(["--docs", "~/d", "-", "--sp", "~/m", "--out", "~/o"])
     assert (options.docs, options.sp, options.out) == (["/home/me/d", "-"], "/home/me/m", Path("/home/me/o"))
     assert prepare.parse_arguments(["--check", "~/o"]).check == Path("/home/me/o")
+
+
+def test_pieces_of_letters_have_a_bound_of_their_own():
+    """Where a tokenizer normalises: 1 in 100 of them, whatever all the tokens together may carry."""
+    few = sidecar.Odd(
+        tokens=100_000, spaced=0, letters=50_000, wrong=500, wrong_letters=500, blocks=0, spaces=0, first=3
+    )
+    assert few.problem(lossless=False) == ""
+    many = few._replace(wrong=501, wrong_letters=501)
+    assert many.problem(lossless=False) == "501 of 50000 pieces of letters carry other bytes than those"

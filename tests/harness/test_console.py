@@ -164,6 +164,11 @@ def test_tool_outside_the_environment_says_how_to_start_it(tool):
     assert told.startswith(f"{tool.name}: error: ") and "is not installed for" in told
 
 
+def test_who_only_imports_from_here_keeps_his_own_ways():
+    code = "import sys, systems.early; sys.exit(sys.excepthook is not sys.__excepthook__)"
+    assert subprocess.run([sys.executable, "-SE", "-c", code], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize("name", ["tools/counted.py", "train_gpt.py"])
 def test_tool_that_is_interrupted_says_so_in_a_line(tmp_path, name):
     """Also while it imports, which takes seconds."""

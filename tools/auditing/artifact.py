@@ -33,6 +33,7 @@ from auditing.run import (
 from auditing.wrappers import Unreadable, layers, parse, without_fstrings
 from runs import SIZE_LIMIT
 from scripts import sha256_of
+from systems.layout import as_variables
 
 SECONDS_ALONE = 7200  # an evaluation alone that takes longer hangs
 
@@ -94,15 +95,17 @@ def s5_code_is_the_script(audit: Audit) -> str:
     Another Python may write the same statements in another way, which is no other script.
     """
     data, packings = counted_code(audit).read_bytes(), []
-    if data not in (packings.append(packing) or packing for packing in _packings(audit)):
-        here, there = platform.python_version(), str(audit.result["environment"].get("python"))
-        same_minor = here.split(".")[:2] == there.split(".")[:2]
-        require(
-            not same_minor and _statements(data) in map(_statements, packings),
-            "train_gpt.packed.py is not the packing of the script in the log",
-        )
-        raise NotChecked(f"the same statements in other bytes: packed under Python {there}, here is {here}")
-    return f"{len(data):,} bytes, {short(sha256_of(data))}, as the packing of the logged script"
+    for packing in _packings(audit):
+        if packing == data:
+            return f"{len(data):,} bytes, {short(sha256_of(data))}, as the packing of the logged script"
+        packings.append(packing)
+    here, there = platform.python_version(), str(audit.result["environment"].get("python"))
+    same_minor = here.split(".")[:2] == there.split(".")[:2]
+    require(
+        not same_minor and _statements(data) in map(_statements, packings),
+        "train_gpt.packed.py is not the packing of the script in the log",
+    )
+    raise NotChecked(f"the same statements in other bytes: packed under Python {there}, here is {here}")
 
 
 def need_its_device(audit: Audit) -> None:
@@ -154,7 +157,7 @@ def alone(audit: Audit, part: bool = False) -> Rerun:
         "ARTIFACT_DIR": "out",
         "RUN_ID": "alone",
     }
-    environment = {k: str(int(v) if isinstance(v, bool) else v) for k, v in settings.items()}
+    environment = as_variables(settings)
     kept = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
     environment |= {name: os.environ[name] for name in kept if name in os.environ}
     command = [sys.executable, packed.name]

@@ -10,7 +10,7 @@ from auditing.records import AuditError, read_json, read_result
 from auditing.run import RECORDS, Audit, check, require, short
 from runs import config_hash, felt_settings
 from scripts import hash_told
-from systems.layout import WITHOUT_EFFECT
+from systems.layout import WITHOUT_EFFECT, as_set
 
 
 @check("R1", "val_bpb = sum of nats / ln 2 / sum of bytes", RECORDS)
@@ -130,7 +130,7 @@ def r4_one_configuration(audit: Audit) -> str:
     )
     model = set(map(str.upper, audit.script.MODEL_SETTINGS))  # an evaluated artifact brings its own
     for name, value in audit.result["settings"].items():
-        told = str(int(value) if isinstance(value, bool) else value)
+        told = str(as_set(value))
         resumed = "resumed" in audit.result and name in WITHOUT_EFFECT
         same = name in model or resumed or logged.get(name) == told
         require(same, f"{name}={logged.get(name)} in the log, {told} in result.json")

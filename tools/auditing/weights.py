@@ -50,6 +50,7 @@ from auditing.run import (
     short,
 )
 from scripts import CORE, sha256_of
+from systems.layout import as_variables
 
 LOGGED_STEPS = 5  # the first steps, of which every run tells loss and gradient
 SECONDS = 10.0  # for repeating them; the first two are repeated however long they take
@@ -254,7 +255,7 @@ def _train_again(audit: Audit) -> Path:
     off = "AUDIT TTT_ENABLED SLIDING_WINDOW_ENABLED VAL_LOSS_EVERY CHECKPOINT_SECONDS PREFLIGHT_ONLY "
     off += "QUANTIZE_ONLY PREQUANT_ONLY TTT_EVAL_ONLY"  # which take weights that are there
     settings |= dict.fromkeys(off.split(), 0) | {"WANDB_PROJECT": "", "TENSORBOARD_DIR": ""}
-    environment = {k: str(int(v) if isinstance(v, bool) else v) for k, v in settings.items()}
+    environment = as_variables(settings)
     launcher = (
         ["-P", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         if ranks > 1

@@ -7,6 +7,7 @@ from reporting.figures import COLOURS, octaves
 from reporting.run import GROUPS, Missing, Run
 from reproducing.submission import CONTEST_DOCUMENTS
 from runs import SIZE_LIMIT
+from systems.layout import as_set
 
 CSS = """
 :root{color-scheme:light dark;--bg:#ffffff;--panel:#f6f8fa;--good:#1a7f37;--bad:#cf222e;LIGHT}
@@ -288,7 +289,7 @@ def settings_table(runs: Sequence[Run], defaults: Mapping[str, object]) -> str:
 
 
 def _plain(value: object) -> object:
-    return int(value) if isinstance(value, bool) else "-" if value is None else value
+    return "-" if value is None else as_set(value)
 
 
 def page(title: str, parts: Sequence[str], made: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from reproducing.bases import Base
 from runs import RunRecord
+from systems.layout import as_set
 
 MARGIN = 0.005  # nats per token by which a record must beat the standing one, at p < RECORD_P
 RECORD_P = 0.01
@@ -54,7 +55,7 @@ def _differences(one: RunRecord, two: RunRecord) -> Iterable[str]:
     if one.final_stage != two.final_stage:
         yield f"scores of different evaluators: {one.final_stage}, {two.final_stage}"
     known = (record.compared_settings.items() for record in (one, two))
-    mine, other = ({n: int(v) if isinstance(v, bool) else v for n, v in values} for values in known)
+    mine, other = ({name: as_set(value) for name, value in values} for values in known)
     names = [n for n in {**mine, **other} if mine.get(n) != other.get(n)]
     if names:
         told = ", ".join(f"{n} {mine.get(n, 'not there')} and {other.get(n, 'not there')}" for n in names[:3])

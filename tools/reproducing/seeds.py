@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from runs import NAMES_AND_PLACES, RunRecord, Unfinished, changed_since_audit, given, read_run
 from scripts import hash_on_disk
+from systems.layout import as_set
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a run resolves by itself: the device's choices and the micro-batches that fit into its memory.
@@ -92,7 +93,7 @@ def finished(experiment: Experiment, folder: Path) -> RunRecord | None:
         for name, value in experiment.settings.items():
             told = record.settings.get(name)
             if name not in NAMES_AND_PLACES | RESOLVED and told != value:
-                was, now = (int(v) if isinstance(v, bool) else v for v in (told, value))
+                was, now = as_set(told), as_set(value)
                 raise SeedError(f"{path}: ran with {name}={was}, now it is {now}; choose another --out")
         return record
     return None
