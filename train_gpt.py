@@ -2990,9 +2990,9 @@ class Run:
 
     def stage(self, name: str, worker: Worker) -> None:
         """Let a worker do a stage on the clock, from where a saved state left it."""
-        state = self.watch.saved(name)
-        if state is not None:
+        if (state := self.watch.saved(name)) is not None:
             worker.load_state(state)
+            self.watch.see("loaded", stage=name)  # only from here on is it timed
         with self.clock.stage(name):
             for _ in worker.units():
                 self.watch.unit(name, worker)

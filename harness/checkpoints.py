@@ -267,7 +267,8 @@ class Checkpoints(Watch):
 
     def _keep_own(self, stage: str, worker: Worker, wait: bool) -> None:
         """Write where this rank is in a stage."""
-        values = self._owner() | self._position() | {"epoch": self._epoch, "ledger": self._ledger_state()}
+        ledger = self._ledger_state()  # first, so that its clock is none ahead of the stage's
+        values = self._owner() | self._position() | {"epoch": self._epoch, "ledger": ledger}
         values["events"] = self._events()
         self._write(f"{stage}-{self.ranks.rank}", values, worker.state(), wait)
 

@@ -102,6 +102,8 @@ class Ledger(Watch):
             self.charge(self._stage, range(data["start"], data["end"]), data["losses"])
         elif kind == "result":
             self.write()
+        elif kind == "loaded":
+            self._stand_at(self.records[-1]["seconds"])
         else:
             self._record(kind, data)
 
@@ -124,8 +126,8 @@ class Ledger(Watch):
         for event in self._early:
             self._tell(event)
 
-    def _begin(self) -> None:
-        """Write head and records that there are; with another one this process joins in."""
+    def _begin(self, clock: float | None = None) -> None:
+        """Write head and records that there are; with another one this process joins in, at its old clock."""
         with writing(self._path):
             self._file.seek(0)
             self._file.truncate()
@@ -133,7 +135,13 @@ class Ledger(Watch):
             self._append(json.dumps(line))
         environment = self._environment()
         del environment["house_sha256"]  # the head has it
+        if clock is not None:
+            self._stand_at(clock)
         self._add("joined", environment=environment)
+
+    def _stand_at(self, seconds: float) -> None:
+        """Let the clock go on from here: what a run does to be resumed is in no stage's seconds either."""
+        self.start = time.perf_counter() - seconds
 
     def _append(self, line: str) -> None:
         with writing(self._path):
@@ -317,11 +325,10 @@ class Ledger(Watch):
         A rank that is new has none. `head` is the first line of the run's ledger.
         """
         self.head, self.records, self.losses = head, [], {}
-        self.order, self._ends = 0, [line_hash(json.dumps(head))]
+        self.order, self._ends, clock = 0, [line_hash(json.dumps(head))], None
         if states:
             own = states[0]
-            self.order, self.base, self.lora = own["order"], own["base"], own["lora"]
-            self.start = time.perf_counter() - own["clock"]
+            self.order, self.base, self.lora, clock = own["order"], own["base"], own["lora"], own["clock"]
             self._ends = [end for state in states for end in state["ends"]]
         for state in states:
             self.records += state["records"]
@@ -329,4 +336,4 @@ class Ledger(Watch):
                 self.losses[stage] = self.losses.get(stage, 0.0) + np.array(sums)
             for *key, when in state["accesses"]:
                 self.accesses.setdefault(tuple(key), when)
-        self._begin()
+        self._begin(clock)

@@ -166,14 +166,20 @@ def cut_off(folder: Path, change: str) -> Path:
 
 
 def test_honest_run_that_was_resumed_and_watched_passes_every_check(honest, tmp_path):
-    """Checkpoints after every batch, killed in the adaptation; the audit adds nothing to its TensorBoard."""
+    """Checkpoints after every batch, killed in the adaptation; the audit adds nothing to its TensorBoard.
+
+    What it takes to read the checkpoint is in no stage's seconds, nor in the span of the ledger.
+    """
     code = f"packing.packed_script = lambda *_: (open({str(honest / 'run' / CODE)!r}, 'rb').read(), True)"
     keep = f"{code}\nkept = Checkpoints._keep_weights\nCheckpoints._keep_weights = "
     script = cut_off(tmp_path, f"{keep}lambda *arguments: (kept(*arguments), os._exit(9))")
     settings = SETTINGS | {"CHECKPOINT_SECONDS": 1e-9, "TENSORBOARD_DIR": "board", "ARTIFACT_DIR": "run"}
     settings |= {"DATA_PATH": honest / "data", "RUN_ID": "tiny"}
     assert command(script, tmp_path, **settings).returncode == 9
-    process = command(QUICK, tmp_path, **settings)  # the counted script is there already
+    slow = "load = train_gpt.ScoreFirstTTT.load_state\ntrain_gpt.ScoreFirstTTT.load_state = "
+    slow = f"import time\n{slow}lambda *arguments: (time.sleep(0.5), load(*arguments))"
+    script = cut_off(tmp_path, f"{code}\n{slow}")  # the counted script is there already
+    process = command(script, tmp_path, **settings)
     assert process.returncode == 0 and "resumed within ttt" in process.stdout, process.stderr
     board = sorted((tmp_path / "board").rglob("*.*"))
     with pytest.MonkeyPatch.context() as patch:
