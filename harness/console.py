@@ -12,8 +12,9 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from harness.settings import console_form
 from systems.console import Console, lost_consoles
-from train_gpt import EVAL_LIMIT, SIZE_LIMIT, TRAIN_LIMIT, ConfigError, Ranks, Run, Watch, Worker
+from train_gpt import EVAL_LIMIT, SIZE_LIMIT, TRAIN_LIMIT, Ranks, Run, Watch, Worker
 
 PAUSE = 10.0  # seconds between two sentences about how far a stage is
 REDRAW = 0.1  # seconds between two pictures of the live line
@@ -26,17 +27,6 @@ SCORES = {  # stage -> what the table of the end calls it, and the stages whose 
     "ttt": ("adapted", ("ttt",)),
 }
 WORK = {"train": "training", "ttt": "adapting", "sliding": "scoring (sliding windows)"}
-
-
-def console_form(environ: Mapping[str, str]) -> str:
-    """What CONSOLE asks for: "auto" or "log". Raises ConfigError.
-
-    A path is not meant for us: the first process of a container often leaves CONSOLE=/dev/console behind.
-    """
-    form = environ.get("CONSOLE", "auto")
-    if form not in ("auto", "log") and "/" not in form:
-        raise ConfigError(f"CONSOLE={form!r}: must be one of auto, log")
-    return "log" if form == "log" else "auto"
 
 
 def duration(seconds: float) -> str:
@@ -103,7 +93,7 @@ class Display(Progress):
         self._said = self._drawn = -math.inf  # when the last line was said, and the live one drawn
         self._matrices: list[Mapping] = []
         self._limits: list[str] = []
-        self._val_bpb = math.nan  # of the last validation
+        self._validated = ""  # score and step of the last validation while training
         self._first: dict[str, tuple] = {}  # stage -> clock, tokens, steps and work done at its first unit
 
     @property
@@ -146,10 +136,10 @@ class Display(Progress):
         parts += [f"{worker.done:,.0f}/{worker.total:,.0f}"]
         parts += [f"{duration(left)} left"] * math.isfinite(left)
         if meter and meter.tokens:
-            parts += [f"loss {meter.val_loss:.3f}", f"val_bpb {meter.val_bpb:.4f}"]
+            parts += [f"loss {meter.val_loss:.3f}", f"val_bpb {meter.val_bpb:.4f} so far"]
         elif (reports := getattr(worker, "reports", [])) and len(reports) == 2 and reports[0].step >= first:
             parts += [f"loss {reports[0].train_loss:.3f}"]  # of a step that has been waited for
-            parts += [f"val_bpb {self._val_bpb:.4f}"] * math.isfinite(self._val_bpb)
+            parts += [self._validated] * bool(self._validated)
         if tokens > before and now > start:
             parts += [f"{(tokens - before) / (now - start):,.0f} tokens/s"]
         self._far(
@@ -181,7 +171,8 @@ class Display(Progress):
             for line in self._end(values, log):
                 super().say(line)
         elif "val_bpb" in values:
-            self._val_bpb = values["val_bpb"]
+            step = stage.removeprefix("step_") if stage != "untrained" else "0"
+            self._validated = f"val_bpb {values['val_bpb']:.3f} at step {step}"
             score = f"val_bpb {values['val_bpb']:.5f}, val_loss {values['val_loss']:.5f}"
             name = SCORES.get(stage, [stage.replace("_", " ")])[0]
             self.say(

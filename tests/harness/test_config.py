@@ -816,6 +816,36 @@ def test_settings_as_arguments_are_said_to_be_variables(tg, capsys):
     assert "settings are environment variables: SEED=1 python train_gpt.py" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "environ", "code", "said"),
+    [
+        ("--help", {"SEED": "x"}, 0, "  PRESET=pr1851"),
+        ("--help evaluation", {}, 0, "  EVAL_STRIDE=64"),
+        ("--help nothing", {}, 2, "--help nothing: must be one of run speed "),
+        ("--shwo", {}, 2, "--shwo: unknown, must be --help [TOPIC]"),
+        ("", {"PRESET": "nonsense"}, 2, "PRESET='nonsense': must be one of pr1851, "),
+        ("--show", {"SEEED": "1"}, 2, "SEEED='1': no such setting; did you mean SEED?"),
+        ("", {"ITERATIONS": "many"}, 2, "ITERATIONS='many': must be a whole number, at least 1"),
+        ("", {"TTT_LORA_RANK": "0"}, 2, "TTT_LORA_RANK=0: must be a whole number, at least 1"),
+        ("", {"LOOP_END": "11"}, 2, "need LOOP_START <= LOOP_END < NUM_LAYERS=11"),
+        ("", {"TTT_CHUNK_BY_LENGTH": "256"}, 2, "TTT_CHUNK_BY_LENGTH='256': must be LENGTH:CHUNK"),
+        ("", {"TRITON_KERNELS": "mpl"}, 2, "TRITON_KERNELS='mpl': must be 0, 1, or some of"),
+        ("", {"WORLD_SIZE": "0"}, 2, "WORLD_SIZE='0': must be a whole number"),
+        ("", {"CONSOLE": "loud"}, 2, "CONSOLE='loud': must be one of auto, log"),
+        ("--show", {}, 5, ""),  # nothing is wrong: the libraries are needed
+    ],
+)
+def test_help_and_mistakes_are_said_before_the_libraries_are_loaded(tmp_path, arguments, environ, code, said):
+    """To load them takes seconds."""
+    for library in ("numpy", "torch"):
+        (tmp_path / f"{library}.py").write_text("import os\nos._exit(5)\n")
+    command = [sys.executable, str(ROOT / "train_gpt.py"), *arguments.split()]
+    environ = {"PYTHONPATH": str(tmp_path), "CONSOLE": "auto"} | environ
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code and said in (done.stderr if code else done.stdout)
+    assert code != 2 or (len(done.stderr.splitlines()), done.stdout) == (1, "")
+
+
 def test_json_alone_starts_no_run(tg, capsys):
     assert tg.main(["--json"], {"DATA_PATH": "/nowhere"}) == 2
     assert "--json" in capsys.readouterr().err
@@ -881,8 +911,9 @@ def test_environment_is_read_in_main_only():
             calls = [child for child in ast.iter_child_nodes(node) if ast.unparse(child) in READS]
             uses += [(name, ast.unparse(node)) for _ in calls]
     allowed = [("systems/early.py", "os.environ.get"), ("systems/kernels.py", "os.environ.get")]
-    allowed.append(("train_gpt.py", "main(sys.argv[1:], os.environ)"))
-    assert sorted(uses) == allowed, uses
+    early = "importlib.import_module('harness').answer_early(sys.argv[1:], os.environ)"
+    allowed += [("train_gpt.py", entry) for entry in (early, "main(sys.argv[1:], os.environ)")]
+    assert sorted(uses) == sorted(allowed), uses
     source = (ROOT / "systems/kernels.py").read_text(encoding="utf-8")
     assert source.count('os.environ.get("TRITON_INTERPRET")') == 1
 

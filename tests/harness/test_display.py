@@ -146,6 +146,18 @@ def test_a_sentence_every_ten_seconds_or_one_live_line(display, monkeypatch):
     assert texts[-1].startswith("training [#") and all(len(text) < 80 for text in texts)
 
 
+def test_the_score_of_a_validation_is_said_with_its_step(display):
+    """It stays on the line while training goes on, and would else be taken for the model's of now."""
+    shown, log, stream = display(terminal=True)
+    shown.saved("train")
+    for stage, step, words in (("untrained", 10, "at step 0"), ("step_20", 30, "at step 20")):
+        log.event(stage, **SCORE)
+        for done in (step, step + 1):  # the loss is of a step that is over
+            shown._drawn = -math.inf
+            shown.unit("train", Training(done))
+        assert f"loss {step:.3f}  val_bpb 2.500 {words}" in stream.getvalue().split("\x1b[K")[-1]
+
+
 class Training:
     """A trainer behind a step: it has the reports of the last two."""
 
