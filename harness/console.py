@@ -26,6 +26,10 @@ SCORES = {  # stage -> what the table of the end calls it, and the stages whose 
     "sliding": ("sliding windows", ("sliding",)),
     "ttt": ("adapted", ("ttt",)),
 }
+SILENT = {  # stage that is over -> the work behind it, which tells of no units
+    "prequant": "calibrating and quantising",
+    "quantise": "packing the code",
+}
 WORK = {"train": "training", "ttt": "adapting", "sliding": "scoring (sliding windows)"}
 
 
@@ -116,12 +120,24 @@ class Display(Progress):
 
     def see(self, kind: str, **facts: object) -> None:
         """Say what has happened."""
+        if kind == "text" and facts["text"].startswith("anchor "):  # its hashes are for who asks for them
+            posted = f"python tools/audit.py {self._run.log.folder} --anchor prints it"
+            facts = facts | {"text": f"Anchor, to be posted before the score is known: {posted}"}
         super().see(kind, **facts)
         if kind == "line":
             self._line(facts["stage"], facts["values"], facts["log"])
         elif kind == "warm_up" and facts["steps"]:
             done = facts["steps"] - facts["steps_left"]
             self._far("warm-up", done / facts["steps"], [f"step {done} of {facts['steps']}"])
+        elif kind == "finished" and facts["stage"] in SILENT:
+            self._wait_for(SILENT[facts["stage"]])
+        elif kind == "adapting":
+            self._wait_for("preparing the adaptation")
+
+    def saved(self, stage: str) -> None:
+        """A stage begins, whose first unit may take long."""
+        super().saved(stage)
+        self._wait_for(_name(stage))
 
     def show(self, stage: str, worker: Worker, line: str, left: float) -> None:
         """How far a stage is: on a terminal at once, elsewhere from time to time."""
@@ -142,9 +158,12 @@ class Display(Progress):
             parts += [self._validated] * bool(self._validated)
         if tokens > before and now > start:
             parts += [f"{(tokens - before) / (now - start):,.0f} tokens/s"]
-        self._far(
-            WORK.get(stage, f"scoring {SCORES.get(stage, [stage])[0]}"), worker.done / worker.total, parts
-        )
+        self._far(_name(stage), worker.done / worker.total, parts)
+
+    def _wait_for(self, work: str) -> None:
+        """On a terminal: the live line of work that tells of no units, or not yet."""
+        if self._live:
+            self._live.show_progress(f"{work} ..."[: self.width], False)
 
     def _far(self, name: str, share: float, parts: Sequence[str]) -> None:
         now = time.perf_counter()
@@ -182,11 +201,17 @@ class Display(Progress):
             self.say(sentence({"stage": stage, **values}))
 
     def _end(self, values: Mapping, log: object) -> list[str]:
-        rows = [self.paint(f"val_bpb {values['val_bpb']:.5f}", 1) + f" of {log.run_id}", ""]
+        score = self.paint(f"{values['val_bpb']:.5f} bits per byte", 1)
+        rows = ["", f"{score} (val_bpb), lower is better", ""]
         rows += [*stages_table(self._run), ""]
         kept = values["legal"]
         rows += facts_rows(values, log, self._limits)
         return [self.paint(row, 32 if kept else 31) if row.startswith("legal") else row for row in rows]
+
+
+def _name(stage: str) -> str:
+    """What a stage does, in words."""
+    return WORK.get(stage, f"scoring {SCORES.get(stage, [stage.replace('_', ' ')])[0]}")
 
 
 def matrices_line(matrices: Sequence[Mapping]) -> str:
@@ -196,7 +221,7 @@ def matrices_line(matrices: Sequence[Mapping]) -> str:
     worst = sorted(matrices, key=lambda matrix: -matrix["weighted_error"])[:3]
     names = [matrix["name"].removeprefix("blocks.").removesuffix(".weight") for matrix in worst]
     errors = (f"{n} {m['weighted_error']:.0f}" for n, m in zip(names, worst, strict=True))
-    return f"Matrices: {to}; worst errors {', '.join(errors)}"
+    return f"Matrices: {to}; largest weighted errors {', '.join(errors)}"
 
 
 def stages_table(run: Run) -> list[str]:
@@ -241,9 +266,8 @@ def sentence(line: Mapping) -> str:
 def start_lines(line: Mapping) -> str:
     """The run, its folder (by which tools/logbook/ours.py knows it again), and what it runs on."""
     on = f"{line['device']}, ranks {line['ranks']}, threads {line['threads']}, attention {line['attention']}"
-    return (
-        f"Run {line['run']}, folder {line['folder']}\nOn {on}, python {line['python']}, torch {line['torch']}"
-    )
+    by = f"python {line['python']}, torch {line['torch']}"
+    return f"Run {line['run']}, folder {line['folder']}\nOn {on}\nWith {by}"
 
 
 def preflight_line(line: Mapping) -> str:
@@ -259,7 +283,7 @@ SENTENCES = {  # stage -> sentence of its line
     "start": start_lines,
     "preflight": preflight_line,
     "speed": lambda v: (
-        f"Speed: {v['step_ms']:,.0f} ms a step, {v['looping_step_ms']:,.0f} ms with loops; expected "
+        f"Speed: {v['step_ms']:,.0f} ms a step, {v['looping_step_ms']:,.0f} ms with loops; training takes "
         + (f"{v['predicted_steps']:,} steps" if "predicted_steps" in v else duration(v["predicted_seconds"]))
     ),
     "model": lambda v: (

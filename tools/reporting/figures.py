@@ -141,10 +141,12 @@ def curve(runs: Sequence[Run], key: str, against: str) -> Figure:
     if not found:
         raise Missing(reason)
     if key == "train_loss":
-        axes.set(title="training loss", ylabel="nats per token", ylim=later_losses(runs))
+        axes.set(title="training loss", ylim=later_losses(runs))
+        axes.set_ylabel(f"nats per token (axis from {axes.get_ylim()[0]:.2f})")
     else:
         axes.set(title="learning rate", ylabel="share of its peak", ylim=(0, 1.05))
     axes.set_xlabel("step" if against == "steps" else "seconds of training")
+    axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _legend(figure, runs)
@@ -206,7 +208,7 @@ def waterfall(run: Run) -> Figure:
         range(len(labels) + (last > 1)), labels + ["final" if run.finished else "so far"] * (last > 1)
     )
     axes.set(title=f"{run.label}: val_bpb", ylim=(floor, max(values) + 0.25 * spread))
-    axes.set_ylabel("bits per byte (axis from " + f"{floor:.2f})")
+    axes.set_ylabel(f"bits per byte (axis from {floor:.2f})")
     axes.set_xlim(-0.6, max(last, 3) + 0.6)
     axes.grid(visible=False, axis="x")
     return figure
@@ -225,7 +227,8 @@ def stages(runs: Sequence[Run]) -> Figure:
         look = {"color": _colour(number), "marker": MARKS[number % len(MARKS)], "label": run.label}
         axes.plot(places, values, **look)
     axes.set_xticks(range(len(names)), [NAMES[name] for name in names])
-    axes.set(title="val_bpb", ylabel="bits per byte", xlim=(-0.5, len(names) - 0.5))
+    axes.set(title="val_bpb", xlim=(-0.5, len(names) - 0.5))
+    axes.set_ylabel(f"bits per byte (axis from {axes.get_ylim()[0]:.2f})")
     _legend(figure, runs)
     return figure
 
