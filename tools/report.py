@@ -95,7 +95,7 @@ class Report:
             _section("Seconds and bytes", self._limits()),
             _section("Quantisation and test-time training", self._errors() + self._gain()),
             _section("Settings", parts.settings_table(runs, presets)),
-            _section("Audit", "".join(parts.audit_table(run) for run in runs)),
+            _section("Audit", "".join(parts.audit_table(run, folded=len(runs) > 1) for run in runs)),
         ]
 
     def _stages(self) -> str:

@@ -6,6 +6,7 @@ sets for light and dark.
 
 import contextlib
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -100,9 +101,11 @@ def _colour(number: int) -> str:
 
 
 def _legend(figure: Figure, runs: Sequence[Run]) -> None:
-    """Which colour is which run, below the panel."""
+    """Which colour is which run, below the panel; names that are long have a line each."""
     if len(runs) > 1:
-        figure.legend(loc="outside lower center", ncols=2 if max(len(run.label) for run in runs) > 12 else 3)
+        columns = 1 if max(len(run.label) for run in runs) > 12 else 3
+        figure.set_figheight(HEIGHT + 0.2 * math.ceil(len(runs) / columns))
+        figure.legend(loc="outside lower center", ncols=columns)
 
 
 def _thousands(value: float, _: object = None) -> str:
@@ -256,9 +259,9 @@ def _limit(axes: Axes, most: float, limit: float, words: str) -> None:
     if most > 0.25 * limit:
         axes.axvline(limit, color=SERIES[1], linestyle="--", linewidth=1.2)
         axes.set_xlim(0, 1.06 * max(most, limit))
-        axes.set_xlabel(f"{words} (dashed: limit {limit:,.0f})")
+        axes.set_xlabel(f"{words} (dashed: limit {limit:,.0f})", loc="right")
     else:
-        axes.set_xlabel(f"{words} (limit {limit:,.0f}, far outside)")
+        axes.set_xlabel(f"{words} (limit {limit:,.0f}, far outside)", loc="right")
 
 
 def clock(runs: Sequence[Run]) -> Figure:

@@ -74,12 +74,11 @@ def note(run: Run) -> str:
 def ranking(runs: Sequence[Run]) -> str:
     """Several runs, one a row, in their order: scores, and how far each is behind the first."""
     stages = [stage for stage in ("prequant", "quantised", "sliding") if _any(runs, stage)]
-    head = ["", "run", "val_bpb", "behind the first", *stages]
+    head = ["run", "val_bpb", "behind the first", *stages]
     head += ["artifact, bytes", "training, s", "evaluation, s", "limits kept", "audit"]
     rows = [
         [
-            number if run.finished else "-",
-            Raw(_key(number - 1) + text(run.name)),
+            Raw(f"{number}. {_key(number - 1)}{text(run.name)}"),
             f"{run.record.val_bpb:.5f}" if run.finished else "-",
             _difference(run, runs[0]),
             *(_score(run, stage) for stage in stages),
@@ -228,11 +227,13 @@ def gain_rows(run: Run) -> str:
     for i, at in enumerate(octaves(lengths, before)[0]):
         low, high = round(at / 2**0.5), round(at * 2**0.5) - 1
         rows.append([f"{low:,} to {high:,}", counts[i], *(f"{column[i]:.4f}" for column in columns)])
-    return details("means", table(["tokens", "documents", "quantised", "adapted", "gain"], rows))
+    return details(
+        f"means of {run.label}", table(["tokens", "documents", "quantised", "adapted", "gain"], rows)
+    )
 
 
-def audit_table(run: Run) -> str:
-    """The verdicts of tools/audit.py."""
+def audit_table(run: Run, folded: bool) -> str:
+    """The verdicts of tools/audit.py, open or folded away."""
     audit = run.record.audit
     if not audit:
         return absent(
@@ -249,7 +250,9 @@ def audit_table(run: Run) -> str:
     ]
     counts = ", ".join(f"{count} {status}" for status, count in audit["counts"].items())
     shown = table(["check", "verdict", "rule", "evidence"], rows, numbers=False)
-    return f'<div class="box full audit"><b>{text(run.label)}: {text(counts)}</b>{shown}</div>'
+    title = f"{run.name}: {counts}"
+    inner = details(title, shown) if folded else f"<b>{text(title)}</b>{shown}"
+    return f'<div class="box full audit">{inner}</div>'
 
 
 def settings_table(runs: Sequence[Run], presets: Mapping[str, Mapping[str, object]]) -> str:
@@ -262,11 +265,11 @@ def settings_table(runs: Sequence[Run], presets: Mapping[str, Mapping[str, objec
     names = [name for name in dict.fromkeys(name for told in known for name in told) if name != "PRESET"]
 
     def away(name: str, bases: Sequence[str]) -> bool:
-        """Whether a run tells of another value than its base has."""
+        """Whether a run tells of another value than its base has; published ones have names of their own."""
         pairs = ((told.get(name), presets[base].get(name)) for told, base in zip(known, bases, strict=True))
-        return any(value is not None and value != at_base for value, at_base in pairs)
+        return any(None not in pair and pair[0] != pair[1] for pair in pairs)
 
-    def rows(chosen: Sequence[str], bases: Sequence[str] = ()) -> str:
+    def rows(chosen: Sequence[str], bases: Sequence[str]) -> str:
         """Values of the runs and of what they are compared with."""
         sets = [*known, *(presets[base] for base in bases)]
         cells = [[Raw(f"<code>{n}</code>"), *(_plain(one.get(n)) for one in sets)] for n in chosen]
@@ -274,16 +277,19 @@ def settings_table(runs: Sequence[Run], presets: Mapping[str, Mapping[str, objec
         return table(titles, cells, numbers=False)
 
     bases = [*dict.fromkeys(own)]
-    differing = [n for n in names if len({str(told[n]) for told in known if told.get(n) is not None}) > 1]
-    changed = [n for n in names if away(n, own)]
-    others = [n for n in names if n not in changed and away(n, [RECORD] * len(runs))]
-    shown = [f"<b>Settings in which the runs differ</b>{rows(differing)}"] * bool(differing)
+    differing = [n for n in names if len({told[n] for told in known if told.get(n) is not None}) > 1]
+    rest = [n for n in names if n not in differing]
+    changed = [n for n in rest if away(n, own)]
+    others = [n for n in rest if n not in changed and away(n, [RECORD] * len(runs))]
+    shown = [f"<b>Settings in which the runs differ</b>{rows(differing, bases)}"] * bool(differing)
     if changed:
         shown += [f"<b>Settings that are not those of the preset</b>{rows(changed, bases)}"]
-    elif names:
-        shown += [f"All settings are those of PRESET={text(', PRESET='.join(bases))}."]
+    elif rest:
+        shown += [
+            f"All {'other ' * bool(differing)}settings are those of PRESET={text(', PRESET='.join(bases))}."
+        ]
     if others:
-        shown += [details(f"{len(others)} more that are not the record's", rows(others, [RECORD]))]
+        shown += [details(f"{len(others)} settings that make up the preset", rows(others, [RECORD]))]
     return "".join(f'<div class="box full">{part}</div>' for part in shown) or absent(
         "Settings", "none is known"
     )

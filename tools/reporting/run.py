@@ -55,7 +55,7 @@ class Run:
         self.folder = path if path.is_dir() else None
         self.name = self.label = path.resolve().name if self.folder else path.stem
         if len(self.label) > LONGEST_LABEL:  # the time of its start, which tells it from others, is the end
-            self.label = f"{self.name[:11]}…{self.name[-12:]}"
+            self.label = f"{self.name[:12]}…{self.name[-11:]}"
 
     @property
     def finished(self) -> bool:
