@@ -113,7 +113,7 @@ class Config:
     """All settings of a run; impossible ones raise `ConfigError` here, before a device is touched."""
 
     # Run
-    preset: str = "pr1851"  # base that explicit variables change, one of PRESETS
+    preset: str = "pr1851"  # base that explicit variables change; --help presets has them
     seed: Annotated[int, Range(0, 2**32 - 1)] = 42  # seed of initial weights and adapters
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA when there is one
     cpu_threads: Annotated[int, Range(0, 1024)] = 0  # threads on a CPU; 0: torch decides; 1: exact repeats

@@ -781,9 +781,27 @@ def test_help_by_topics_has_every_setting_once(tg, fields, capsys):
         assert tg.main(["--help", topic], {}) == 0
         found += re.findall(r"(?m)^  ([A-Z][A-Z0-9_]*)=", capsys.readouterr().out)
     assert topics[-1] == "all" and sorted(found) == sorted([*fields, "SCALE", "CONSOLE"])
-    for topic, line in (("presets", "  PRESET=demo"), ("matrix_lr", "  MATRIX_LR=0.026")):
-        assert tg.main(["-h", topic], {}) == 0
-        assert line in capsys.readouterr().out.splitlines()
+    assert tg.main(["-h", "matrix_lr"], {}) == 0
+    assert "  MATRIX_LR=0.026" in capsys.readouterr().out.splitlines()
+
+
+def test_help_on_presets_tells_what_each_changes(tg, capsys):
+    """The record is what nothing set means; a demo's size is another matter than what a system is."""
+    assert tg.main(["--help", "presets"], {}) == 0
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:2] == "  ")
+    assert [*said] == [name for name in PRESETS if not name.endswith("-demo")]
+    assert said["pr1851"] == "the record, where nothing is set"
+    assert said["pr1868"] == "GPTQ_RESERVE_SECONDS=8.0"
+    changed = [field for field, value in PRESETS["pr1514"].items() if value != getattr(tg.Config, field)]
+    assert said["pr1514"] == f"{len(changed)} settings are not the record's; without its n-gram tilt"
+
+
+def test_help_leaves_out_what_is_for_readers_of_the_source(tg, capsys):
+    assert "\n\nA reader can stop at any banner" in tg.core.__doc__
+    for arguments in (["--help"], ["--help", "all"]):
+        assert tg.main(arguments, {}) == 0
+        said = capsys.readouterr().out
+        assert "A reader" not in said and "Shapes:" not in said and "--show [--json]" in said
 
 
 @pytest.mark.parametrize(
