@@ -147,8 +147,10 @@ class Display(Progress):
         tokens = meter.tokens * self._world_size if meter else steps * self._run.cfg.train_batch_tokens
         now = self._run.clock.elapsed(stage)  # without what other stages, as validations, take in between
         start, before, first, done = self._first.setdefault(stage, (now, tokens, steps, worker.done))
-        if worker.done > done:  # a resumed stage has not done all in the time since it began
-            left = (worker.total - worker.done) * (now - start) / (worker.done - done)
+        took, did = now, worker.done
+        if worker.done > done:  # of a resumed stage the pace since then
+            took, did = now - start, worker.done - done
+        left = took * (worker.total - worker.done) / did if did else math.inf
         parts += [f"{worker.done:,.0f}/{worker.total:,.0f}"]
         parts += [f"{duration(left)} left"] * math.isfinite(left)
         if meter and meter.tokens:

@@ -183,6 +183,15 @@ def test_the_score_of_a_validation_is_said_with_its_step(display):
         assert f"loss {step:.3f}  val_bpb 2.500 {words}" in stream.getvalue().split("\x1b[K")[-1]
 
 
+def test_the_time_left_is_that_of_the_stage_itself(display):
+    """The first validation takes place within training, before its first step."""
+    shown, _, stream = display(terminal=True)
+    shown._run.clock.elapsed = lambda _: 2.0
+    shown._begun["train"] = console.time.perf_counter() - 300.0, 0
+    shown.unit("train", Training(4))
+    assert "  4/40  0:18 left" in stream.getvalue()
+
+
 class Training:
     """A trainer behind a step: it has the reports of the last two."""
 
