@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page and the pictures. Exit codes as at the top."""
     try:
         options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-        report = Report(sorted((Run(path) for path in options.paths), key=lambda run: run.rank))
+        report = Report(sorted((Run(path) for path in options.paths), key=lambda run: run.by_score))
         title = ", ".join(run.name for run in report.runs)
         content = report.parts()
         made = f"Made by tools/report.py, {datetime.datetime.now():%Y-%m-%d %H:%M}."

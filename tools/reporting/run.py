@@ -96,7 +96,7 @@ class Run:
         return f"{datetime.datetime.fromtimestamp(result.stat().st_mtime):%Y-%m-%d %H:%M}"
 
     @property
-    def rank(self) -> tuple[bool, float]:
+    def by_score(self) -> tuple[bool, float]:
         """The best score comes first, what has none last."""
         return not self.finished, self.record.val_bpb if self.finished else 0.0
 
