@@ -176,7 +176,7 @@ class Display(Progress):
             if (room := min(self.width - len(f"{name}  {'  '.join(parts)}") - 8, 30)) >= 8:
                 bar = f"[{'#' * int(share * room)}{'-' * (room - int(share * room))}] "
             self._live.show_progress(f"{name} {bar}{share:4.0%}  {'  '.join(parts)}"[: self.width], False)
-        elif not self._live and now - self._said >= PAUSE:
+        elif not self._live and share < 1 and now - self._said >= PAUSE:  # at 1 its end is said next
             self.say(f"{name} {share:.0%}: {', '.join(parts)}")
 
     def _line(self, stage: str, values: Mapping, log: object) -> None:

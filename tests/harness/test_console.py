@@ -65,8 +65,8 @@ def test_a_console_line_does_not_run_into_the_progress():
     print("a line", file=output)
     errors.show_progress("train 2/2", is_last=True)
     print("the next", file=output)
-    clear = "\r\x1b[K"
-    assert terminal.getvalue() == f"{clear}train 1/2{clear}a line\n{clear}train 2/2\nthe next\n"
+    clear = "\r\x1b[J"
+    assert terminal.getvalue() == f"{clear}train 1/2\r{clear}a line\n{clear}train 2/2\nthe next\n"
 
 
 def test_the_log_says_once_that_a_console_is_lost(tg, tmp_path, monkeypatch):

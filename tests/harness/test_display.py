@@ -115,7 +115,7 @@ def test_work_without_units_has_a_live_line(display):
     shown, _, stream = display(terminal=True)
     shown.see("finished", stage="prequant")
     shown.saved("ttt")
-    texts = [*filter(None, stream.getvalue().split("\r\x1b[K"))]
+    texts = [text.rstrip("\r") for text in stream.getvalue().split("\r\x1b[J")[1:]]
     assert texts == ["calibrating and quantising ...", "adapting ..."]
     shown, _, stream = display()
     shown.see("finished", stage="prequant")
@@ -164,10 +164,13 @@ def test_a_sentence_every_ten_seconds_or_one_live_line(display, monkeypatch):
             clock.now += 1.0
             worker = Training(step)
             shown.unit("train", worker)
-        texts = [*filter(None, stream.getvalue().split("\r\x1b[K" if terminal else "\n"))]
+        texts = stream.getvalue().replace("\r\x1b[J", "\n").replace("\r", "").strip("\n").split("\n")
         assert len(texts) == (21 if terminal else 2) and (texts[0] == "training ...") == terminal
         assert "loss" not in texts[terminal] and ("loss 39.000" in stream.getvalue()) == terminal
         assert terminal or texts[1] == "training 78%: 31/40, 0:09 left, loss 30.000, 1,000 tokens/s"
+        shown._said = -math.inf
+        shown.unit("train", Training(40))  # whose end is said by another line
+        assert "training 100%" not in stream.getvalue()
     assert texts[-1].startswith("training [#") and all(len(text) < 80 for text in texts)
 
 
@@ -180,7 +183,7 @@ def test_the_score_of_a_validation_is_said_with_its_step(display):
         for done in (step, step + 1):  # the loss is of a step that is over
             shown._drawn = -math.inf
             shown.unit("train", Training(done))
-        assert f"loss {step:.3f}  val_bpb 2.500 {words}" in stream.getvalue().split("\x1b[K")[-1]
+        assert f"loss {step:.3f}  val_bpb 2.500 {words}" in stream.getvalue().split("\x1b[J")[-1]
 
 
 def test_the_time_left_is_that_of_the_stage_itself(display):
@@ -209,7 +212,7 @@ def test_a_terminal_may_become_narrow(display, monkeypatch):
         monkeypatch.setenv("COLUMNS", columns)
         shown._drawn = -math.inf
         shown.unit("train", Training(20))
-        assert len(stream.getvalue().split("\x1b[K")[-1]) < int(columns)
+        assert len(stream.getvalue().split("\x1b[J")[-1].rstrip("\r")) < int(columns)
 
 
 def test_console_is_read_and_refused_like_a_setting(tg):

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import os
 import pty
 import re
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 from quick_run import QUICK
 from test_smoke import environment, make_data, read_result
+
+from systems.console import Console
 
 RUN = {"DATA_PATH": "data", "ARTIFACT_DIR": "run", "RUN_ID": "watched", "CONSOLE": "auto", "TERM": "xterm"}
 ALONE, TWO_RANKS = [QUICK], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", QUICK]
@@ -45,28 +48,37 @@ def no_run(folder):
 
 
 class Screen:
-    """A terminal that knows what a run may write: text, line ends, colours, and a line that is cleared.
+    """A terminal that knows what a run may write: text, line ends, colours, and to clear what is below.
 
     Rows that have scrolled away are kept; `overflows` counts lines that were longer than the screen is wide.
     """
 
     def __init__(self, columns: int):
-        self.columns, self.column, self.overflows, self.rows = columns, 0, 0, [""]
+        self.columns, self.column, self.row, self.overflows, self.rows = columns, 0, 0, 0, [""]
 
     def feed(self, text: str) -> None:
         """Show what was written."""
-        for part in re.findall(r"\x1b\[\d*m|\x1b\[K|[\r\n]|[^\x1b\r\n]+|.", text):
+        for part in re.findall(r"\x1b\[\d*m|\x1b\[J|[\r\n]|[^\x1b\r\n]+|.", text):
+            here = self.rows[self.row]
             if part == "\r":
                 self.column = 0
             elif part == "\n":
-                self.rows.append("")
-            elif part == "\x1b[K":
-                self.rows[-1] = self.rows[-1][: self.column]
+                self.row += 1
+                self.rows += [""] * (self.row == len(self.rows))
+            elif part == "\x1b[J":
+                self.rows[self.row :] = [here[: self.column]]
             elif not re.fullmatch(r"\x1b\[\d*m", part):
                 assert part.isprintable(), f"{part!r} is no text"
-                self.rows[-1] = self.rows[-1][: self.column].ljust(self.column) + part
-                self.column += len(part)
-                self.overflows += self.column > self.columns
+                end = self.column + len(part)
+                self.rows[self.row] = here[: self.column].ljust(self.column) + part + here[end:]
+                self.column, self.overflows = end, self.overflows + (end > self.columns)
+
+    def become(self, columns: int) -> None:
+        """Another width: the cursor's line is folded, and the cursor stays at its text."""
+        self.columns, here = columns, self.rows[self.row]
+        parts = [here[i : i + columns] for i in range(0, len(here), columns)]
+        self.rows[self.row :] = parts or [""]
+        self.row, self.column = self.row + self.column // columns, self.column % columns
 
 
 def resize(terminal: int, columns: int, rows: int) -> None:
@@ -88,7 +100,7 @@ def watched(folder: Path, command: list, wider_at: str = "", **settings: object)
                 screen.feed(data.decode())
                 written += data.decode()
                 if wider_at and wider_at in written and screen.columns == 80:
-                    screen.columns = 120
+                    screen.become(120)
                     resize(ours, 120, 40)
     os.close(ours)
     assert process.returncode == 0, written
@@ -107,13 +119,27 @@ def test_a_run_on_a_terminal_that_is_resized(folder, command):
     screen, written = watched(folder, command, wider_at="Trained in", VAL_LOSS_EVERY=50, AUDIT=1)
     assert has_in_order(screen.rows, LASTING), "\n".join(screen.rows)
     assert "Traceback" not in written and screen.overflows == 0
-    live = re.findall(r"\r\x1b\[K([^\r\n\x1b]+)(?=\r\x1b\[K)", written)
+    live = re.findall(r"\r\x1b\[J([^\r\n\x1b]+)(?=\r\r\x1b\[J)", written)
     told = [name for name in LIVE if any(line.startswith(name) for line in live)]
     assert told == [*LIVE] and max(map(len, live)) < 120
     remains = [row for row in screen.rows if re.search(r"\d%  | \.\.\.$", row)]
     assert remains == [], "a live line has been left on the screen"
     for start in filter(None, LASTING):  # of several ranks, one speaks
         assert sum(row.startswith(start) for row in screen.rows) == 1, start
+
+
+def test_a_live_line_that_a_narrow_terminal_folds_is_cleared_whole():
+    console, screen = Console(io.StringIO()), Screen(80)
+    console.write("a line that stays\n")
+    console.show_progress("training " * 8, is_last=False)
+    screen.feed(console.getvalue())
+    screen.become(30)
+    assert len(screen.rows) == 4
+    drawn = len(console.getvalue())
+    console.show_progress("training", is_last=False)
+    console.write("the end\n")
+    screen.feed(console.getvalue()[drawn:])
+    assert screen.rows == ["a line that stays", "the end", ""]
 
 
 @pytest.mark.parametrize(
