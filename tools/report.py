@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return complain("report.py", error)
     except OSError as error:
         return complain("report.py", Mistake(f"{options.out}: cannot be written ({error.strerror})"))
-    print(f"{options.out / 'report.html'} and {len(report.pictures)} pictures")
+    print(f"Open {options.out / 'report.html'} in a browser; {len(report.pictures)} pictures lie beside it")
     return 0
 
 

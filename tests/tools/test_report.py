@@ -327,14 +327,16 @@ def with_score(run: Path, name: str, change: float) -> Path:
     return other
 
 
-def test_runs_are_compared_in_the_order_of_their_scores(run, tmp_path):
+def test_runs_are_compared_in_the_order_of_their_scores(run, tmp_path, capsys):
     """Wherever they stand in the command, and each once; one that has no score comes last."""
     worse, better, dead = (
         with_score(run, *pair) for pair in (("worse", 0.25), ("better", -0.25), ("dead", 0))
     )
     (dead / "result.json").unlink()
     assert report.main([*map(str, (run, dead, worse, better, run)), "--out", str(tmp_path / "out")]) == 0
-    text = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    page = tmp_path / "out/report.html"
+    assert capsys.readouterr().out.startswith(f"Open {page} in a browser; ")
+    text = page.read_text(encoding="utf-8")
     assert "<h1>4 runs: the best is better</h1>" in text
     rows = re.search(r'(?s)<div class="box ranking">.*?</table>', text)[0].split("<tr>")[2:]
     names = [re.search(r"<td>\d\. <span[^>]*></span>([\w-]+)</td>", row)[1] for row in rows]
