@@ -28,6 +28,7 @@ from common import (
 from harness.preflight import flops_per_token
 
 GROUPS = {  # kernel names -> what they do; the first that fits counts
+    "elementwise, norms and their sums": r"^triton_",  # the compiler's own; names tell what is fused in them
     "attention": r"flash|fmha|attention|cudnn.*sdpa|flex",
     "fused MLP": r"^matmul$|pg0::mlp",
     "heads and gate": r"^(qkv_norm_rope|xsa_gate)$|pg0::(qkv_norm_rope|xsa_gate)",
@@ -57,9 +58,7 @@ def shares(step: object, ranks: tg.Ranks, longest: int = 0) -> tuple[dict[str, f
     times, kernels = defaultdict(float), []
     for event in profile.key_averages():
         spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-        group = next(
-            (g for g, pattern in GROUPS.items() if re.search(pattern, event.key)), "elementwise and rest"
-        )
+        group = next((g for g, pattern in GROUPS.items() if re.search(pattern, event.key)), "rest")
         times[group] += spent
         kernels.append([spent / 1e3, event.count, event.key[:100]])
     total = sum(times.values()) or 1.0
