@@ -913,6 +913,8 @@ def plain_backends(cfg: Config, ranks: Ranks) -> Backends:
         compiler = "inductor" if ranks.on_gpu and compiler == "auto" else ""
     if ranks.on_gpu and importlib.util.find_spec("triton") and has_part("kernels"):
         kernels = kernel_names(cfg.triton_kernels)
+    if not (ranks.on_gpu or compiler) and has_part("eager"):
+        kernels = ["eager"]
     return Backends(attention, ",".join(kernels), compiler, max(cfg.grad_accum_steps, ranks.world_size))
 
 
@@ -1241,7 +1243,12 @@ class GPT(nn.Module):
             self.parallel_post_lambdas = nn.Parameter(torch.ones(layers, 2, 2))
             self.parallel_resid_lambdas = nn.Parameter(torch.full((layers, 2), 1.1))
         self.tok_emb = nn.Embedding(cfg.vocab_size, dim)
-        self.blocks = nn.ModuleList(Block(cfg, layer, backends) for layer in range(layers))
+        kind = Block
+        if "eager" in backends.kernels:
+            from systems.eager import EagerBlock
+
+            kind = EagerBlock
+        self.blocks = nn.ModuleList(kind(cfg, layer, backends) for layer in range(layers))
         if cfg.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
         else:
@@ -1360,6 +1367,10 @@ class GPT(nn.Module):
             from systems.kernels import fused_cross_entropy
 
             return fused_cross_entropy(h, self._head_weight, target_ids, self.cfg.logit_softcap)
+        if lora is None and "eager" in self.backends.kernels:
+            from systems.eager import head_loss
+
+            return head_loss(h, self._head_weight, target_ids, self.cfg.logit_softcap)
         return softcapped_cross_entropy(self._head(h, lora), target_ids, self.cfg.logit_softcap)
 
     def forward(self, *batch: object, **options: object) -> Tensor:
