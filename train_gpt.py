@@ -1367,10 +1367,11 @@ class GPT(nn.Module):
             from systems.kernels import fused_cross_entropy
 
             return fused_cross_entropy(h, self._head_weight, target_ids, self.cfg.logit_softcap)
-        if lora is None and "eager" in self.backends.kernels:
+        if "eager" in self.backends.kernels:
             from systems.eager import head_loss
 
-            return head_loss(h, self._head_weight, target_ids, self.cfg.logit_softcap)
+            adapt = None if lora is None else lora.at(0)
+            return head_loss(h, self._head_weight, target_ids, self.cfg.logit_softcap, adapt)
         return softcapped_cross_entropy(self._head(h, lora), target_ids, self.cfg.logit_softcap)
 
     def forward(self, *batch: object, **options: object) -> Tensor:
@@ -1403,11 +1404,6 @@ class LowRank(nn.Module):
         self.A = nn.Parameter(torch.empty(batch, rank, inputs))
         self.B = nn.Parameter(torch.zeros(batch, outputs, rank))
         self.factors: list[Tensor] = []  # These leaves share the memory of the last rows of A and B.
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [n, T, inputs] -> [n, T, outputs] by the last n rows; the documents of the others have ended."""
-        A, B = (factor[-x.size(0) :].mT.to(x.dtype) for factor in self.factors or (self.A, self.B))
-        return x @ A @ B
 
 
 class BatchedLoRA(nn.Module):
@@ -1457,17 +1453,34 @@ class BatchedLoRA(nn.Module):
             low_rank.factors = [whole.detach()[-rows:].requires_grad_() for whole in low_rank.parameters()]
         return [factor for low_rank in self.maps() for factor in low_rank.factors]
 
-    def at(self, slot: int) -> Adapt:
-        """The adapters of a virtual layer as a function of role and input."""
+    def at(self, slot: int) -> "SlotAdapters":
+        """The adapters of a virtual layer."""
+        return SlotAdapters(self, slot)
 
-        def adapt(role: str, x: Tensor) -> Tensor | float:
-            maps = self.lm_head_lora if role == "head" else getattr(self, f"{role}_loras", None)
-            if maps is None:
-                return 0.0
-            y = self.scale * (maps if role == "head" else maps[slot])(x)
-            return y if self.active is None else torch.where(self.active[-len(y) :, None, None], y, 0.0)
 
-        return adapt
+class SlotAdapters(NamedTuple):
+    """The adapters of a virtual layer as a function of role and input."""
+
+    lora: BatchedLoRA
+    slot: int
+
+    def factors(self, role: str, rows: int) -> tuple[Tensor, Tensor] | None:
+        """A and B of the last rows, zeros where they are switched off; None for a role without adapters."""
+        maps = self.lora.lm_head_lora if role == "head" else getattr(self.lora, f"{role}_loras", None)
+        if maps is None:
+            return None
+        low_rank, active = maps if role == "head" else maps[self.slot], self.lora.active
+        parts = [factor[-rows:] for factor in low_rank.factors or (low_rank.A, low_rank.B)]
+        if active is None:
+            return parts
+        return [torch.where(active[-rows:, None, None], part, 0.0) for part in parts]
+
+    def __call__(self, role: str, x: Tensor) -> Tensor | float:
+        """What is added to the role's product with x [n, T, inputs]."""
+        if (factors := self.factors(role, len(x))) is None:
+            return 0.0
+        A, B = (factor.mT.to(x.dtype) for factor in factors)
+        return x @ A @ (B * self.lora.scale)
 
 
 class LoRAOptimizer:

@@ -6,13 +6,15 @@ its small matrix instead of its large result, and gradients by formula, in place
 gradients that are asked for: test-time training freezes the weights.
 """
 
+import functools
 import itertools
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train_gpt import Attention, Block, BlockContext, Segments, at_positions, attend_from
+from train_gpt import Block, BlockContext, Segments, SlotAdapters, at_positions, attend_from
 
 
 def product(x: Tensor, weight: Tensor, *, add: Tensor | None = None, slope: float = 1.0) -> Tensor:
@@ -144,16 +146,17 @@ class NormedHeads(torch.autograd.Function):
         return dx, dgain, None, None, None
 
 
-def rotation(rope: tuple[Tensor, Tensor], heads: int, size: int) -> tuple[Tensor, Tensor, int]:
-    """Factors [..., heads, d] of a head and of its partner, half of the rotated dimensions; rope [..., 1, r/2].
+@functools.lru_cache(maxsize=4)  # all layers of a pass have one rope; tensors are told apart by identity
+def rotation(cos: Tensor, sin: Tensor, heads: int, size: int) -> tuple[Tensor, Tensor, int]:
+    """Factors [..., heads, d] of a head and of its partner, half of the rotated dimensions; tables [..., 1, r/2].
 
     As large as the heads, so that multiplying by them is one pass over memory that lies in one piece.
     """
-    cos, sin = rope
-    rest = cos.new_zeros(1).expand(*cos.shape[:-1], size - 2 * cos.size(-1))
+    half = cos.size(-1)
+    rest = cos.new_zeros(1).expand(*cos.shape[:-1], size - 2 * half)
     cos, sin = torch.cat([cos, cos, rest + 1], -1), torch.cat([sin, -sin, rest], -1)
     shape = (*cos.shape[:-2], heads, size)
-    return cos.expand(shape).contiguous(), sin.expand(shape).contiguous(), rope[0].size(-1)
+    return cos.expand(shape).contiguous(), sin.expand(shape).contiguous(), half
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, half: int, back: bool = False) -> Tensor:
@@ -190,46 +193,94 @@ class ExcludeAndGate(torch.autograd.Function):
         return dy, dv.unflatten(-2, (ctx.groups, -1)).sum(-2).neg_(), dgate
 
 
+class Adapted(torch.autograd.Function):
+    """What adapters make of x, added to y."""
+
+    @staticmethod
+    def forward(ctx: object, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """y [b, T, o], x [b, T, i], A [b, r, i], B [b, o, r] -> y + x A^T B^T."""
+        narrow = x @ A.mT
+        ctx.save_for_backward(x, A, B, narrow)
+        return torch.baddbmm(y, narrow, B.mT)
+
+    @staticmethod
+    def backward(ctx: object, dy: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of all four."""
+        x, A, B, narrow = ctx.saved_tensors
+        dnarrow = dy @ B
+        return dy, dnarrow @ A, dnarrow.mT @ x, dy.mT @ narrow
+
+
+def adapted(
+    y: Tensor, x: Tensor, adapt: SlotAdapters | None, widths: Mapping[str, int], scale: Tensor | None = None
+) -> Tensor:
+    """y [b, T, o] plus what the adapters of roles, side by side in y by their widths, make of x.
+
+    All of a role's go into one product each way. What scales their output scales the small factor B.
+    """
+    if adapt is None:
+        return y
+    factors, end = [], 0
+    for role, width in widths.items():
+        if (pair := adapt.factors(role, len(x))) is not None:
+            A, B = pair
+            B = B * adapt.lora.scale if scale is None else B * (scale[:, None] * adapt.lora.scale)
+            factors.append((A, F.pad(B, (0, 0, end, y.size(-1) - end - width))))
+        end += width
+    if not factors:
+        return y
+    As, Bs = zip(*factors, strict=True)
+    return Adapted.apply(y, x, torch.cat(As, 1), torch.cat(Bs, 2))
+
+
 class SoftcappedHead(torch.autograd.Function):
     """Cross entropy of soft-capped logits, with the gradient of the logits made beside it, block by block.
 
     What a loss is multiplied with on the way back goes to the hidden states, not to the wide logits.
     """
 
-    ROWS = 256  # the logits of so many tokens stay in the processor's cache
-
     @staticmethod
-    def forward(ctx: object, h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
-        """h [n, D], weight [V, D], targets [n] -> nats [n]."""
-        keeps = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        wide = h.new_empty(len(h), len(weight)) if keeps else None
-        losses = torch.empty_like(h[:, 0])
-        for rows in torch.arange(len(h)).split(SoftcappedHead.ROWS):
-            block = slice(int(rows[0]), int(rows[-1]) + 1)
-            s = product(h[block], weight).mul_(2 / cap).sigmoid_()  # tanh(u) is 2 sigmoid(2 u) - 1
+    def forward(
+        ctx: object, h: Tensor, weight: Tensor, targets: Tensor, cap: float, A: Tensor | None, B: Tensor | None
+    ) -> Tensor:
+        """h [b, n, D], weight [V, D], targets [b, n], adapters A [b, r, D] and B [b, V, r] -> nats [b, n]."""
+        wide = h.new_empty(*targets.shape, len(weight)) if any(ctx.needs_input_grad) else None
+        narrow, losses = None if A is None else h @ A.mT, torch.empty_like(h[..., 0])
+        rows = 256 if A is None else targets.size(1)  # logits of so many tokens stay in the cache
+        parts = (h, targets[..., None], losses[..., None], *([] if wide is None else [wide]))
+        for i, (x, own, loss, *gradient) in enumerate(
+            zip(*(part.flatten(0, 1).split(rows) for part in parts), strict=True)
+        ):
+            z = product(x, weight)
+            z = z if A is None else z.addmm_(narrow[i], B[i].mT)
+            s = z.mul_(2 / cap).sigmoid_()  # tanh(u) is 2 sigmoid(2 u) - 1
             logits = (s * (2 * cap)).sub_(cap)
-            own = targets[block, None]
             norm = logits.logsumexp(-1, keepdim=True)
-            losses[block] = (norm - logits.gather(1, own))[:, 0]
-            if keeps:
-                wrong = logits.sub_(norm).exp_()
-                wrong.scatter_add_(1, own, wrong.new_full((1, 1), -1.0).expand_as(own))
-                torch.addcmul(s, s, s, value=-1, out=wide[block]).mul_(wrong).mul_(4)
-        ctx.save_for_backward(h, weight, wide)
+            torch.sub(norm, logits.gather(1, own), out=loss)
+            for wrong in gradient:
+                torch.exp(logits.sub_(norm), out=wrong).scatter_add_(1, own, torch.full_like(loss, -1.0))
+                wrong.mul_(torch.addcmul(s, s, s, value=-1)).mul_(4)
+        ctx.save_for_backward(h, weight, A, B, narrow, wide)
         return losses
 
     @staticmethod
     def backward(ctx: object, dlosses: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden states and weight."""
-        h, weight, wide = ctx.saved_tensors
-        dh = product(wide, weight.mT).mul_(dlosses[:, None]) if ctx.needs_input_grad[0] else None
-        dweight = weight_gradient(wide, h * dlosses[:, None]) if ctx.needs_input_grad[1] else None
-        return dh, dweight, None, None
+        """Gradients of hidden states, weight and adapters."""
+        h, weight, A, B, narrow, wide = ctx.saved_tensors
+        factor, dA, dB = dlosses[..., None], None, None
+        dh = product(wide, weight.mT).mul_(factor)
+        dweight = weight_gradient(wide, h * factor) if ctx.needs_input_grad[1] else None
+        if A is not None:
+            dnarrow = (wide @ B).mul_(factor)
+            dh, dA, dB = dh.baddbmm_(dnarrow, A), dnarrow.mT @ h, wide.mT @ (narrow * factor)
+        return dh, dweight, None, None, dA, dB
 
 
-def head_loss(h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """Hidden states [..., D], head [V, D], targets [...] -> nats [...]."""
-    return SoftcappedHead.apply(h.flatten(0, -2), weight, targets.flatten(), cap).view(targets.shape)
+def head_loss(h: Tensor, weight: Tensor, targets: Tensor, cap: float, adapt: SlotAdapters | None) -> Tensor:
+    """Hidden states [B, T, D], head [V, D], targets [B, T] -> nats [B, T]."""
+    A, B = (adapt and adapt.factors("head", len(h))) or (None, None)
+    B = B if A is None else B * adapt.lora.scale
+    return SoftcappedHead.apply(h, weight, targets, cap, A, B)
 
 
 def attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
@@ -279,7 +330,8 @@ class EagerBlock(Block):
             y = attn._exclude_and_gate(y, own, gate).flatten(-2)
         if context.on_input is not None:
             context.on_input(f"blocks.{self.layer}.attn.proj.weight", y)
-        return self._branch(y, "o", used, self.attn_scale, context, add)
+        y = Linear.apply(y, self.attn_scale[:, None] * context.weights.o, add)
+        return adapted(y, used, context.adapt, {"o": y.size(-1)}, self.attn_scale)
 
     def _heads(self, n: Tensor, used: Tensor, context: BlockContext) -> tuple[Tensor, ...]:
         """Raw queries [B, n, H d] of the inputs used; queries; of all inputs, keys and values [B, T, G, d]."""
@@ -288,24 +340,21 @@ class EagerBlock(Block):
         if used is n:
             x = self._products(n, context, "qkv").unflatten(-1, (-1, cfg.head_dim))
             heads, v = x.split([len(gain), groups], -2)
-            normed = NormedHeads.apply(heads, gain, *rotation(rope, len(gain), cfg.head_dim))
+            normed = NormedHeads.apply(heads, gain, *rotation(*rope, len(gain), cfg.head_dim))
             q, k = normed.split([cfg.num_heads, groups], -2)
             return x[..., : cfg.num_heads, :].flatten(-2), q, k, v
         k, v = self._products(n, context, "kv").unflatten(-1, (-1, cfg.head_dim)).split(groups, -2)
-        k = NormedHeads.apply(k, gain[-groups:], *rotation(rope, groups, cfg.head_dim))
+        k = NormedHeads.apply(k, gain[-groups:], *rotation(*rope, groups, cfg.head_dim))
         q_flat = self._products(used, context, "q")
-        tables = rotation([table[context.wanted] for table in rope], cfg.num_heads, cfg.head_dim)
+        tables = rotation(*(table[context.wanted] for table in rope), cfg.num_heads, cfg.head_dim)
         q = NormedHeads.apply(q_flat.unflatten(-1, (-1, cfg.head_dim)), gain[:-groups], *tables)
         return q_flat, q, k, v
 
     def _products(self, n: Tensor, context: BlockContext, roles: str) -> Tensor:
         """The products of some roles side by side."""
-        weights = [getattr(context.weights, role) for role in roles]
-        y = Linear.apply(n, torch.cat(weights), None)
-        if context.adapt is None:
-            return y
-        parts = zip(roles, y.split([len(weight) for weight in weights], -1), strict=True)
-        return torch.cat([part + context.adapt(role, n) for role, part in parts], -1)
+        weights = {role: getattr(context.weights, role) for role in roles}
+        y = Linear.apply(n, torch.cat(list(weights.values())), None)
+        return adapted(y, n, context.adapt, {role: len(weight) for role, weight in weights.items()})
 
     def _mlp(self, u: Tensor, context: BlockContext, add: Tensor | None = None) -> Tensor:
         """The MLP branch of a stream u [B, T, D], plus `add` [B, T, D]."""
@@ -314,16 +363,8 @@ class EagerBlock(Block):
             context.on_input(f"blocks.{self.layer}.mlp.fc.weight", n)
             hidden = product(n, w.up, slope=0.5).square()
             context.on_input(f"blocks.{self.layer}.mlp.proj.weight", hidden)
-        if context.adapt is not None:
-            adapted = self.mlp_scale * context.adapt("mlp", n)
-            add = adapted if add is None else add + adapted
-        return ReluSquaredMLP.apply(n, w.up, self.mlp_scale[:, None] * w.down, add)
-
-    def _branch(self, y, role, used, scale, context, add):
-        if context.adapt is not None:
-            adapted = scale * context.adapt(role, used)
-            add = adapted if add is None else add + adapted
-        return Linear.apply(y, scale[:, None] * context.weights.o, add)
+        y = ReluSquaredMLP.apply(n, w.up, self.mlp_scale[:, None] * w.down, add)
+        return adapted(y, n, context.adapt, {"mlp": y.size(-1)}, self.mlp_scale)
 
     def serial(self, x: Tensor, context: BlockContext) -> Tensor:
         """Attention, then the MLP on its result."""
