@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train_gpt import Block, BlockContext, Segments, SlotAdapters, at_positions, attend_from
+from train_gpt import BatchedLoRA, Block, BlockContext, Segments, SlotAdapters, at_positions, attend_from
 
 
 def product(x: Tensor, weight: Tensor, *, add: Tensor | None = None, slope: float = 1.0) -> Tensor:
@@ -148,7 +148,7 @@ class NormedHeads(torch.autograd.Function):
 
 @functools.lru_cache(maxsize=4)  # all layers of a pass have one rope; tensors are told apart by identity
 def rotation(cos: Tensor, sin: Tensor, heads: int, size: int) -> tuple[Tensor, Tensor, int]:
-    """Factors [..., heads, d] of a head and of its partner, half of the rotated dimensions; tables [..., 1, r/2].
+    """Factors [..., heads, d] of a head and of its partner, and half the rotation; cos and sin [..., 1, r/2].
 
     As large as the heads, so that multiplying by them is one pass over memory that lies in one piece.
     """
@@ -211,26 +211,35 @@ class Adapted(torch.autograd.Function):
         return dy, dnarrow @ A, dnarrow.mT @ x, dy.mT @ narrow
 
 
+def factors(adapt: SlotAdapters | None, role: str, rows: int) -> tuple[Tensor, Tensor] | None:
+    """A [rows, r, i] and scaled B [rows, o, r] of a role's adapters, zeros where they are switched off."""
+    maps = adapt and adapt.maps(role)
+    if maps is None:
+        return None
+    A, B = (factor[-rows:] for factor in maps.factors or (maps.A, maps.B))
+    active = adapt.lora.active
+    if active is not None and not bool(active[-rows:].all()):
+        A, B = (torch.where(active[-rows:, None, None], factor, 0.0) for factor in (A, B))
+    return A, B * adapt.lora.scale
+
+
 def adapted(
     y: Tensor, x: Tensor, adapt: SlotAdapters | None, widths: Mapping[str, int], scale: Tensor | None = None
 ) -> Tensor:
     """y [b, T, o] plus what the adapters of roles, side by side in y by their widths, make of x.
 
-    All of a role's go into one product each way. What scales their output scales the small factor B.
+    Those of all roles are one product each way. `scale` [o] goes into the small factor B.
     """
-    if adapt is None:
-        return y
-    factors, end = [], 0
+    As, Bs, start = [], [], 0
     for role, width in widths.items():
-        if (pair := adapt.factors(role, len(x))) is not None:
-            A, B = pair
-            B = B * adapt.lora.scale if scale is None else B * (scale[:, None] * adapt.lora.scale)
-            factors.append((A, F.pad(B, (0, 0, end, y.size(-1) - end - width))))
-        end += width
-    if not factors:
+        if (pair := factors(adapt, role, len(x))) is not None:
+            As.append(pair[0])
+            Bs.append(F.pad(pair[1], (0, 0, start, y.size(-1) - start - width)))
+        start += width
+    if not As:
         return y
-    As, Bs = zip(*factors, strict=True)
-    return Adapted.apply(y, x, torch.cat(As, 1), torch.cat(Bs, 2))
+    A, B = (parts[0] if len(parts) == 1 else torch.cat(parts, dim) for parts, dim in ((As, 1), (Bs, 2)))
+    return Adapted.apply(y, x, A, B if scale is None else B * scale[:, None])
 
 
 class SoftcappedHead(torch.autograd.Function):
@@ -241,7 +250,7 @@ class SoftcappedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: object, h: Tensor, weight: Tensor, targets: Tensor, cap: float, A: Tensor | None, B: Tensor | None
+        ctx: object, h: Tensor, weight: Tensor, targets: Tensor, cap: float, A: Tensor | None, B: Tensor
     ) -> Tensor:
         """h [b, n, D], weight [V, D], targets [b, n], adapters A [b, r, D] and B [b, V, r] -> nats [b, n]."""
         wide = h.new_empty(*targets.shape, len(weight)) if any(ctx.needs_input_grad) else None
@@ -276,11 +285,10 @@ class SoftcappedHead(torch.autograd.Function):
         return dh, dweight, None, None, dA, dB
 
 
-def head_loss(h: Tensor, weight: Tensor, targets: Tensor, cap: float, adapt: SlotAdapters | None) -> Tensor:
+def head_loss(h: Tensor, weight: Tensor, targets: Tensor, cap: float, lora: BatchedLoRA | None) -> Tensor:
     """Hidden states [B, T, D], head [V, D], targets [B, T] -> nats [B, T]."""
-    A, B = (adapt and adapt.factors("head", len(h))) or (None, None)
-    B = B if A is None else B * adapt.lora.scale
-    return SoftcappedHead.apply(h, weight, targets, cap, A, B)
+    pair = factors(lora and SlotAdapters(lora, 0), "head", len(h)) or (None, None)
+    return SoftcappedHead.apply(h, weight, targets, cap, *pair)
 
 
 def attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
@@ -334,7 +342,7 @@ class EagerBlock(Block):
         return adapted(y, used, context.adapt, {"o": y.size(-1)}, self.attn_scale)
 
     def _heads(self, n: Tensor, used: Tensor, context: BlockContext) -> tuple[Tensor, ...]:
-        """Raw queries [B, n, H d] of the inputs used; queries; of all inputs, keys and values [B, T, G, d]."""
+        """Raw queries [B, n, H d] of the inputs used; queries; of all inputs keys, values [B, T, G, d]."""
         cfg, gain, groups, rope = self.attn.cfg, self.attn.q_gain, self.attn.cfg.num_kv_heads, context.rope
         gain = torch.cat([gain, gain.new_ones(groups)])
         if used is n:
