@@ -406,7 +406,7 @@ class Backends:
         model.to(device)
         if device.type == "cuda":
             model.tok_emb.to(torch.bfloat16)
-        if self.kernels and not COUNTED:
+        if self.kernels not in ("", "eager") and not COUNTED:
             importlib.import_module("systems.attention_kernels")  # operators come before graphs
         if self.compiler:
             model.compile(**self._options)
