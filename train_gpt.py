@@ -913,7 +913,7 @@ def plain_backends(cfg: Config, ranks: Ranks) -> Backends:
         compiler = "inductor" if ranks.on_gpu and compiler == "auto" else ""
     if ranks.on_gpu and importlib.util.find_spec("triton") and has_part("kernels"):
         kernels = kernel_names(cfg.triton_kernels)
-    if not (ranks.on_gpu or compiler) and has_part("eager"):
+    if not (ranks.on_gpu or compiler) and attention == "plain" and has_part("eager"):
         kernels = ["eager"]
     return Backends(attention, ",".join(kernels), compiler, max(cfg.grad_accum_steps, ranks.world_size))
 
