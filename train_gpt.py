@@ -443,7 +443,7 @@ class Backends:
         model.to(device)
         if device.type == "cuda":
             model.tok_emb.to(torch.bfloat16)
-        if self.kernels and not COUNTED:
+        if self.kernels not in ("", "eager") and not COUNTED:
             importlib.import_module("systems.attention_kernels")  # operators come before graphs
         if self.compiler:
             model.compile(**self._options)
@@ -946,6 +946,8 @@ def plain_backends(cfg: Config, ranks: Ranks) -> Backends:
         compiler = "inductor" if ranks.on_gpu and compiler == "auto" else ""
     if ranks.on_gpu and importlib.util.find_spec("triton") and has_part("kernels"):
         kernels = kernel_names(cfg.triton_kernels)
+    if not (ranks.on_gpu or compiler) and attention == "plain" and has_part("eager"):
+        kernels = ["eager"]
     return Backends(attention, ",".join(kernels), compiler, max(cfg.grad_accum_steps, ranks.world_size))
 
 
@@ -1091,9 +1093,7 @@ def project(x: Tensor, weight: Tensor, role: str, adapt: Adapt | None) -> Tensor
 
 
 def project_together(x: Tensor, weights: Mapping[str, Tensor], adapt: Adapt | None) -> list[Tensor]:
-    """`project` for several roles of one input; on CUDA one product, which reads x once."""
-    if not x.is_cuda:
-        return [project(x, weight, role, adapt) for role, weight in weights.items()]
+    """`project` for several roles of one input: one product, which reads x once."""
     products = F.linear(x, torch.cat(list(weights.values())))
     parts = products.split([len(weight) for weight in weights.values()], -1)
     return [y if adapt is None else y + adapt(role, x) for role, y in zip(weights, parts, strict=True)]
@@ -1252,7 +1252,11 @@ class GPT(nn.Module):
             self.parallel_post_lambdas = nn.Parameter(torch.ones(layers, 2, 2))
             self.parallel_resid_lambdas = nn.Parameter(torch.full((layers, 2), 1.1))
         self.tok_emb = nn.Embedding(cfg.vocab_size, dim)
-        self.blocks = nn.ModuleList(Block(cfg, layer, backends) for layer in range(layers))
+        if "eager" in backends.kernels:
+            from systems.eager import EagerBlock
+
+        kind = EagerBlock if "eager" in backends.kernels else Block
+        self.blocks = nn.ModuleList(kind(cfg, layer, backends) for layer in range(layers))
         if cfg.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
         else:
@@ -1306,7 +1310,7 @@ class GPT(nn.Module):
         weights, skips, lanes = self.weights(), [], None
         for slot, layer in enumerate(encoder + decoder):
             block, step = self.blocks[layer], slot - len(encoder)
-            adapt = None if lora is None else lora.at(slot)
+            adapt = None if lora is None else SlotAdapters(lora, slot)
             used = wanted if step == len(decoder) - 1 else None
             past = cache and cache.at(slot)
             context = BlockContext(x0, weights[layer], rope, segments, adapt, on_input, used, past)
@@ -1346,7 +1350,7 @@ class GPT(nn.Module):
 
     def _head(self, h: Tensor, lora: "BatchedLoRA | None") -> Tensor:
         """Hidden states -> logits before the softcap."""
-        return project(h, self._head_weight.to(h.dtype), "head", None if lora is None else lora.at(0))
+        return project(h, self._head_weight.to(h.dtype), "head", lora and SlotAdapters(lora, 0))
 
     def logits(self, h: Tensor, lora: "BatchedLoRA | None" = None) -> Tensor:
         """Soft-capped logits [B, T, V] of hidden states [B, T, D]."""
@@ -1365,12 +1369,15 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Cross entropy (nats) of each target [B, T]; with `scored` [B, n] only at those positions."""
         h = self.hidden(input_ids, segments, looping=looping, lora=lora, wanted=scored, cache=cache)
-        if scored is not None:
-            target_ids = target_ids.gather(1, scored)
+        target_ids = target_ids if scored is None else target_ids.gather(1, scored)
         if lora is None and "loss" in self.backends.kernels:
             from systems.kernels import fused_cross_entropy
 
             return fused_cross_entropy(h, self._head_weight, target_ids, self.cfg.logit_softcap)
+        if "eager" in self.backends.kernels:
+            from systems.eager import head_loss
+
+            return head_loss(h, self._head_weight, target_ids, self.cfg.logit_softcap, lora)
         return softcapped_cross_entropy(self._head(h, lora), target_ids, self.cfg.logit_softcap)
 
     def forward(self, *batch: object, **options: object) -> Tensor:
@@ -1457,17 +1464,24 @@ class BatchedLoRA(nn.Module):
             low_rank.factors = [whole.detach()[-rows:].requires_grad_() for whole in low_rank.parameters()]
         return [factor for low_rank in self.maps() for factor in low_rank.factors]
 
-    def at(self, slot: int) -> Adapt:
-        """The adapters of a virtual layer as a function of role and input."""
 
-        def adapt(role: str, x: Tensor) -> Tensor | float:
-            maps = self.lm_head_lora if role == "head" else getattr(self, f"{role}_loras", None)
-            if maps is None:
-                return 0.0
-            y = self.scale * (maps if role == "head" else maps[slot])(x)
-            return y if self.active is None else torch.where(self.active[-len(y) :, None, None], y, 0.0)
+class SlotAdapters(NamedTuple):
+    """The adapters of a virtual layer as a function of role and input."""
 
-        return adapt
+    lora: BatchedLoRA
+    slot: int
+
+    def maps(self, role: str) -> LowRank | None:
+        """The adapters of a role, where it has some."""
+        maps = self.lora.lm_head_lora if role == "head" else getattr(self.lora, f"{role}_loras", None)
+        return maps if role == "head" or maps is None else maps[self.slot]
+
+    def __call__(self, role: str, x: Tensor) -> Tensor | float:
+        """What is added to a role's product with x [n, T, inputs]."""
+        if (maps := self.maps(role)) is None:
+            return 0.0
+        y, active = self.lora.scale * maps(x), self.lora.active
+        return y if active is None else torch.where(active[-len(y) :, None, None], y, 0.0)
 
 
 class LoRAOptimizer:
@@ -3129,28 +3143,14 @@ class Run:
         cfg = self.model.cfg
         documents = select_documents(self.val.documents, cfg.val_doc_fraction, cfg.seed)
         self.watch.see("adapting", run=self)  # a watch that changes `forward` does so before it is compiled
-        if self.model.backends.compiler:
-            self.compile_adaptation(documents)
+        if self.model.backends.compiler and has_part("compiled"):
+            from systems.compiled import compile_adaptation
+
+            compile_adaptation(self, documents)
+        else:
+            self.model.backends = dataclasses.replace(self.model.backends, compiler="")
         self.score("ttt", ScoreFirstTTT, self.looping, documents)
         self.watch.see("adapted", run=self)
-
-    def compile_adaptation(self, documents: Sequence[tuple[int, int]]) -> None:
-        """Compile before the clock starts, or say why not; what no graph fits afterwards runs without."""
-        cfg = self.model.cfg
-        sizes = {chunk_size(cfg, length - 1) for _, length in documents}
-        with self.clock.stage("ttt_warm_up"):
-            try:
-                from systems.compiled import warm_up_ttt
-
-                graphs = warm_up_ttt(self.model, cfg, sizes, self.looping, self.ranks)
-                torch.compiler.set_stance("eager_on_recompile")
-                self.log.event("graphs", ttt_warm_up=graphs, seconds=self.clock.elapsed("ttt_warm_up"))
-            except Exception as error:  # compilers raise anything
-                if COUNTED:
-                    raise
-                self.log.event("notice", text=f"test-time training is not compiled ({one_line(error)})")
-                self.model.backends = dataclasses.replace(self.model.backends, compiler="")
-            self.ranks.wait_for_all("ttt_warm_up")
 
     def finish(self) -> int:
         """Write result.json and the final line; exit code 3 when a limit of the contest is exceeded."""

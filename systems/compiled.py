@@ -1,7 +1,8 @@
 """Test-time training compiled: one graph for any number of rows and tokens (COMPILE_BACKEND, on CUDA)."""
 
+import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,16 +10,20 @@ from torch import Tensor
 
 from train_gpt import (
     BOS,
+    COUNTED,
     GPT,
     BaseTraining,
     BatchedLoRA,
     Config,
     Ranks,
+    Run,
     ScoreFirstTTT,
     TTTBatch,
     ValidationSet,
+    chunk_size,
     compiled_graphs,
     copy_tensors,
+    one_line,
 )
 
 
@@ -73,3 +78,20 @@ def warm_up_ttt(model: GPT, cfg: Config, sizes: Iterable[int], looping: bool, ra
         model.requires_grad_(True).zero_grad(set_to_none=True)
         model.load_state_dict(before)
     return compiled_graphs() - graphs
+
+
+def compile_adaptation(run: Run, documents: Sequence[tuple[int, int]]) -> None:
+    """Compile before the clock starts, or say why not; what no graph fits afterwards runs without."""
+    cfg = run.model.cfg
+    sizes = {chunk_size(cfg, length - 1) for _, length in documents}
+    with run.clock.stage("ttt_warm_up"):
+        try:
+            graphs = warm_up_ttt(run.model, cfg, sizes, run.looping, run.ranks)
+            torch.compiler.set_stance("eager_on_recompile")
+            run.log.event("graphs", ttt_warm_up=graphs, seconds=run.clock.elapsed("ttt_warm_up"))
+        except Exception as error:  # compilers raise anything
+            if COUNTED:
+                raise
+            run.log.event("notice", text=f"test-time training is not compiled ({one_line(error)})")
+            run.model.backends = dataclasses.replace(run.model.backends, compiler="")
+        run.ranks.wait_for_all("ttt_warm_up")

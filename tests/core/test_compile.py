@@ -271,7 +271,7 @@ def test_adaptation_that_cannot_be_compiled_runs_without(tg, monkeypatch, make_r
 
     monkeypatch.setattr(tg, "warm_up_ttt", refuse)
     run, said = make_run()
-    run.compile_adaptation([(0, 9)])
+    tg.compile_adaptation(run, [(0, 9)])
     assert run.model.backends.compiler == ""
     assert said == [{"text": "test-time training is not compiled (RuntimeError: no compiler here)"}]
 

@@ -860,8 +860,8 @@ def test_d5_validation_files_in_warm_up_of_adaptation(copy):
 
 def test_d5_validation_tokens_in_warm_up_of_adaptation(copy):
     """Those that the run has read before, so that no file is opened."""
-    call = "graphs = warm_up_ttt(self.model, cfg, sizes, self.looping, self.ranks)\n"
-    more = "ScoreFirstTTT(copy.deepcopy(self.model), self.val, cfg, looping=self.looping).run()"
+    call = "graphs = warm_up_ttt(run.model, cfg, sizes, run.looping, run.ranks)\n"
+    more = "ScoreFirstTTT(copy.deepcopy(run.model), run.val, cfg, looping=run.looping).run()"
     copy.script(call, f"import copy; {more}; {call}")
     copy.fails("D5", r"test-time training: \d+ runs of 8 warm-up tokens occur in the data")
 
