@@ -1392,8 +1392,7 @@ def _orthogonal(count: int, rows: int, columns: int) -> Tensor:
 
 # ---- 8. LoRA adapters for test-time training (PR #1530, #1767) -----------------------------------------
 
-# SplitMix64 (Steele et al. 2014): shifts, and factors as int64 has them, which wraps.
-SPLIT_MIX = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1))
+SPLIT_MIX = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1))  # shifts, factors in int64
 
 
 class LowRank(nn.Module):
@@ -1436,19 +1435,22 @@ class BatchedLoRA(nn.Module):
         """All adapters, in the order in which their A factors are drawn."""
         return (module for module in self.modules() if isinstance(module, LowRank))
 
-    def draw_A(self, seeds: Sequence[int] = ()) -> None:
-        """Draw A uniform in +-1/sqrt(inputs), in one go, or rows by their seeds: the same bits everywhere."""
-        first, drawn = torch.tensor(seeds, device=self.lm_head_lora.A.device)[:, None] * SPLIT_MIX[0][1], 0
+    def draw_A(self) -> None:
+        """Draw A uniform in +-1/sqrt(inputs)."""
         for low_rank in self.maps():
-            A, limit = low_rank.A.data, 1 / math.sqrt(low_rank.A.size(-1))
-            if not seeds:
-                A.uniform_(-limit, limit, generator=self._generator)
-                continue
+            limit = 1 / math.sqrt(low_rank.A.size(-1))
+            low_rank.A.data.uniform_(-limit, limit, generator=self._generator)
+
+    def draw_rows(self, seeds: Sequence[int]) -> None:
+        """`draw_A`, rows by their seeds (SplitMix64, Steele et al. 2014): equal bits in all batches and devices."""
+        first, drawn = torch.tensor(seeds, device=self.lm_head_lora.A.device)[:, None] * SPLIT_MIX[0][1], 0
+        for A in (low_rank.A.data for low_rank in self.maps()):
             place = torch.arange(drawn, drawn := drawn + A[0].numel(), 2, device=A.device)
             x = first - 0x61C8864680B583EB * place
             for shift, factor in SPLIT_MIX:
                 x = (x ^ (x >> shift & 2 ** (64 - shift) - 1)) * factor
-            A.copy_((x.view(torch.int32) >> 8)[:, : A[0].numel()].reshape(A.shape)).mul_(limit / 2**23)
+            halves = x.view(torch.int32)[:, : A[0].numel()].reshape(A.shape)
+            A.copy_(halves >> 8).mul_(2**-23 / math.sqrt(A.size(-1)))
 
     def reset_B(self) -> None:
         """Zero all B factors: the adapters add nothing."""
@@ -2696,7 +2698,7 @@ class ScoreFirstTTT(Evaluation):
         parts = split_at_boundaries(self.batches, self.boundaries)
         while self.phases < len(parts):
             if self.cfg.ttt_warm_start_a and self._reusable is None:
-                self._reusable = self._new_lora(self.cfg.ttt_batch_size)
+                self._reusable = self._new_lora(range(self.cfg.ttt_batch_size))
             mine = share_documents(parts[self.phases], self.cfg, self.ranks.world_size)[self.ranks.rank]
             for batch in mine[self._batches :]:
                 self._score_batch(batch, self._adapters(batch), chunk_size(self.cfg, batch.targets))
@@ -2739,11 +2741,8 @@ class ScoreFirstTTT(Evaluation):
 
     def _adapters(self, batch: TTTBatch) -> BatchedLoRA:
         """Adapters with B zero; A of the last full batch (warm start), or of the seed and the document."""
-        if not self.cfg.ttt_warm_start_a:
-            seeds = [self.cfg.seed * 1_000_003 + number for number, _ in batch.documents]
-            return self._new_lora(len(seeds), seeds)
-        if len(batch.documents) < self.cfg.ttt_batch_size:
-            return self._new_lora(len(batch.documents))
+        if not self.cfg.ttt_warm_start_a or len(batch.documents) < self.cfg.ttt_batch_size:
+            return self._new_lora(batch.documents)
         lora = self._reusable
         if lora.active is not None and not bool(lora.active.all()):
             lora.draw_A()  # No document inherits factors that have diverged.
@@ -2755,15 +2754,15 @@ class ScoreFirstTTT(Evaluation):
         with self.ranks.device:
             return BatchedLoRA(self.cfg, batch, lora_slots(self.cfg, self.looping), self._generator)
 
-    def _new_lora(self, batch: int, seeds: Sequence[int] = ()) -> BatchedLoRA:
-        lora = self._reusable
-        if not seeds or lora is None or lora.batch != batch:
-            lora = self._make_lora(batch)
-        if seeds:
+    def _new_lora(self, documents: Sequence[Document] | range) -> BatchedLoRA:
+        lora, fresh = self._reusable, not self.cfg.ttt_warm_start_a
+        if not fresh or lora is None or lora.batch != len(documents):
+            lora = self._make_lora(len(documents))
+        if fresh:
             self._reusable = lora
-            lora.draw_A(seeds)
+            lora.draw_rows([self.cfg.seed * 1_000_003 + number for number, _ in documents])
             lora.reset_B()
-        self.watch.see("lora_constructed", index=self._constructed, batch=batch, lora=lora)
+        self.watch.see("lora_constructed", index=self._constructed, batch=lora.batch, lora=lora)
         self._constructed += 1
         return lora
 

@@ -90,7 +90,7 @@ def warm_up_ttt(model: GPT, cfg: Config, sizes: Iterable[int], looping: bool, ra
                     val = ValidationSet(tokens, tokens, documents)
                     ttt = ScoreFirstTTT(model, val, cfg, looping=looping, ranks=ranks)
                     batch = TTTBatch(0, list(enumerate(documents)))
-                    ttt._score_batch(batch, ttt._new_lora(len(documents)), size)
+                    ttt._score_batch(batch, ttt._new_lora(batch.documents), size)
                 model.requires_grad_(True)
                 if cfg.phased_ttt_prefix_docs:
                     by_document, count = cfg.global_ttt_respect_doc_boundaries, cfg.global_ttt_chunk_tokens

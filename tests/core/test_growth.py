@@ -132,13 +132,13 @@ def adapters(tg, batch: int, device: str = "cpu"):
 def test_adapters_of_a_document_are_split_mix(tg):
     """Two numbers an output, the upper 24 bits of each half: the map's bound times that, in [-1, 1)."""
     lora, drawn = adapters(tg, 1), []
-    lora.draw_A([42 * 1_000_003 + 17])
+    lora.draw_rows([42 * 1_000_003 + 17])
     for low_rank in lora.maps():
         before = sum(map(len, drawn))
         outputs = split_mix(42 * 1_000_003 + 17, range(before, before + low_rank.A.numel(), 2))
         halves = [half for z in outputs for half in (z % 2**32, z >> 32)]
         levels = [(half - 2**32 * (half >> 31)) >> 8 for half in halves]
-        expected = torch.tensor(levels).float() * (low_rank.A.size(-1) ** -0.5 / 2**23)
+        expected = torch.tensor(levels).float() * (2**-23 / low_rank.A.size(-1) ** 0.5)
         assert torch.equal(low_rank.A.detach().flatten(), expected)
         drawn.append(levels)
     shares = torch.tensor([level / 2**23 for levels in drawn for level in levels])
@@ -149,8 +149,8 @@ def test_adapters_of_a_document_are_split_mix(tg):
 def test_adapters_of_a_document_are_the_same_in_any_batch(tg):
     """So that the number of ranks does not matter; another document or seed has others in every map."""
     together, alone = adapters(tg, 3), adapters(tg, 1)
-    together.draw_A([8, 5, 7])
-    alone.draw_A([5])
+    together.draw_rows([8, 5, 7])
+    alone.draw_rows([5])
     for ours, theirs in zip(together.maps(), alone.maps(), strict=True):
         assert torch.equal(ours.A[1], theirs.A[0])
         assert not (ours.A[0] == ours.A[1]).any() and not (ours.A[1] == ours.A[2]).any()
@@ -178,7 +178,7 @@ def test_adapters_are_drawn_and_zeroed_where_they_are(tg):
     """Nothing passes through the host's memory but the seeds."""
     lora = adapters(tg, 4, "meta")
     with Made() as made:
-        lora.draw_A([1, 2, 3, 4])
+        lora.draw_rows([1, 2, 3, 4])
         lora.reset_B()
     assert made.largest("meta") == lora.lm_head_lora.B.numel()
     assert made.largest("cpu") <= 4

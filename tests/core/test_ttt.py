@@ -694,7 +694,7 @@ def test_finished_documents_decay_as_in_the_plain_form(tg):
     (batch, *_) = tg.ttt_batches(list(enumerate(val.documents)), config)
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     evaluator = tg.ScoreFirstTTT(model, val, config, looping=True, generator=generators[0])
-    ours = evaluator._new_lora(config.ttt_batch_size)
+    ours = evaluator._new_lora(range(config.ttt_batch_size))
     plain = tg.BatchedLoRA(config, config.ttt_batch_size, tg.lora_slots(config, True), generators[1])
     assert len(batch.documents) == config.ttt_batch_size and batch.documents[0][1][1] < batch.targets - 20
     evaluator._score_batch(batch, ours, config.ttt_chunk_size)
