@@ -1442,7 +1442,7 @@ class BatchedLoRA(nn.Module):
             low_rank.A.data.uniform_(-limit, limit, generator=self._generator)
 
     def draw_rows(self, seeds: Sequence[int]) -> None:
-        """`draw_A`, rows by their seeds (SplitMix64, Steele et al. 2014): equal bits in all batches and devices."""
+        """`draw_A`, each row by its seed: SplitMix64 (Steele et al. 2014), equal bits on all devices."""
         first, drawn = torch.tensor(seeds, device=self.lm_head_lora.A.device)[:, None] * SPLIT_MIX[0][1], 0
         for A in (low_rank.A.data for low_rank in self.maps()):
             place = torch.arange(drawn, drawn := drawn + A[0].numel(), 2, device=A.device)
@@ -3137,7 +3137,7 @@ class Run:
         self.result |= sizes
         self.log.event("size", **sizes, limit=SIZE_LIMIT)
 
-    def adapt(self) -> None:
+    def adapt_documents(self) -> None:
         """Phased score-first LoRA test-time training: the contest score."""
         cfg = self.model.cfg
         documents = select_documents(self.val.documents, cfg.val_doc_fraction, cfg.seed)
@@ -3206,8 +3206,8 @@ class Run:
             from systems.stream import score_stream
 
             self.once("ttt", lambda: score_stream(self, "ttt"))
-        elif cfg.ttt_enabled:
-            self.once("ttt", self.adapt)
+        if cfg.ttt_enabled and not cfg.ttt_sgd:
+            self.once("ttt", self.adapt_documents)
         return self.finish()
 
 

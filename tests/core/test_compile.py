@@ -321,7 +321,7 @@ def test_shapes_that_no_graph_fits_are_counted(tg, monkeypatch, make_run):
 
     monkeypatch.setattr(tg, "warm_up_ttt", warm_up)
     with torch.compiler.set_stance("default"):
-        run.adapt()
+        run.adapt_documents()
     assert [values.get("ttt_warm_up", values.get("eager_shapes")) for values in said] == [3, len(seen[4])]
     assert len(seen[4]) > 1 and len(seen[8]) > 1
     expected = run_through(tg.ScoreFirstTTT, random_model(tg, run.cfg), run.val, run.cfg, looping=False)

@@ -304,11 +304,11 @@ def test_resume_within_adaptation_reads_nothing_that_training_wrote(work, refere
 
 
 ONLY = {
-    "QUANTIZE_ONLY": ("MODEL_PATH", "final_model.pt", ["Run.score", "Run.quantise", "Run.adapt"]),
+    "QUANTIZE_ONLY": ("MODEL_PATH", "final_model.pt", ["Run.score", "Run.quantise", "Run.adapt_documents"]),
     "TTT_EVAL_ONLY": (
         "QUANTIZED_MODEL_PATH",
         "final_model.int6.ptz",
-        ["Run.count_bytes", "Run.adapt", "ScoreFirstTTT._global_phase"],
+        ["Run.count_bytes", "Run.adapt_documents", "ScoreFirstTTT._global_phase"],
     ),
 }
 
@@ -453,9 +453,9 @@ def test_resume_without_a_whole_checkpoint_is_refused(work, cut_off, run):
 
 def test_resume_with_damaged_outputs(work, reference, cut_off, run):
     """The artifact is made again from the weights; other weights than the run's are refused."""
-    cut_off("outputs", "Run.adapt", 1)
+    cut_off("outputs", "Run.adapt_documents", 1)
     flip(work / "outputs/final_model.int6.ptz")
-    cut_off("outputs", "Run.adapt", 1)
+    cut_off("outputs", "Run.adapt_documents", 1)
     assert (work / "outputs/final_model.int6.ptz").read_bytes() == (
         work / "undisturbed/final_model.int6.ptz"
     ).read_bytes()

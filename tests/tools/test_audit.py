@@ -409,7 +409,7 @@ def test_ledger_of_a_rank_that_is_gone_stays(honest, tmp_path):
     """Two ranks evaluate and slide, one goes on: what the other scored is still in ledger and documents."""
     settings = SETTINGS | {"CHECKPOINT_SECONDS": 1e6, "SLIDING_WINDOW_ENABLED": 1, "EVAL_STRIDE": 16}
     settings |= {"TTT_EVAL_ONLY": 1, "QUANTIZED_MODEL_PATH": honest / "run" / ARTIFACT, "RUN_ID": "gone"}
-    cut = "train_gpt.Run.adapt = lambda run: (run.ranks.wait_for_all('cut'), os._exit(9))"
+    cut = "train_gpt.Run.adapt_documents = lambda run: (run.ranks.wait_for_all('cut'), os._exit(9))"
     script = cut_off(tmp_path, f"packing.packed_script = stub\n{cut}")
     two = ranks(honest, "gone", script=script, **settings)
     assert "sliding val_loss" in two[0].stdout and 9 in {process.returncode for process in two}
