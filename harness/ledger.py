@@ -99,7 +99,7 @@ class Ledger(Watch):
         elif kind == "finished":
             self._finish(data["stage"])
         elif kind == "row":
-            self.charge(self._stage, range(data["start"], data["end"]), data["losses"])
+            self.charge(self._stage, np.arange(data["start"], data["end"]), data["losses"])
         elif kind == "result":
             self.write()
         elif kind == "loaded":
@@ -183,7 +183,8 @@ class Ledger(Watch):
                 sums = (losses * part.valid.to(losses.device)).sum(1)
                 self._scored.append(([first for first, _ in part.spans], sums))
             if not self.lora[1]:
-                chunk["b_zero"] = not any(bool(low_rank.B.any()) for low_rank in self._adapters.maps())
+                learnt = [low_rank.B.any() for low_rank in self._adapters.maps()]
+                chunk["b_zero"] = not bool(torch.stack(learnt).any())  # the device is waited for once
             self._add("adapt" if learns else "score", **chunk)
         elif kind in ("lora_constructed", "lora_reset"):
             self.lora, self._adapters = [self.lora[0] + 1, 0], data["lora"]
@@ -210,12 +211,18 @@ class Ledger(Watch):
         elif kind in ("start", "end"):
             self._add(kind, **data, model_sha256=self._model_digest())
 
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        """Where each validation document starts in the stream."""
+        return np.array([start for start, _ in self._run.val.documents])
+
     def charge(self, stage: str, places: Sequence[int], losses: Tensor) -> None:
-        """Add losses to the documents that hold these places of the stream."""
-        starts = [start for start, _ in self._run.val.documents]
-        owners = np.searchsorted(starts, places, "right") - 1
-        sums = np.bincount(owners, losses.double().cpu().flatten(), len(starts))
-        self.losses[stage] = self.losses.get(stage, 0.0) + sums
+        """Add losses to the documents that hold these places of the stream; the others are not looked at."""
+        owners = np.searchsorted(self._starts, places, "right") - 1
+        owners, rows = np.unique(owners, return_inverse=True)
+        if stage not in self.losses:
+            self.losses[stage] = np.zeros(len(self._starts))
+        self.losses[stage][owners] += np.bincount(rows, losses.double().cpu().flatten())
 
     def _add(self, kind: str, **values: object) -> None:
         rank, seconds = self._ranks.rank, round(time.perf_counter() - self.start, 6)

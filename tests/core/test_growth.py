@@ -4,6 +4,7 @@ Work is counted, not timed: instructions of Python, memory taken meanwhile, call
 """
 
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,17 @@ def instructions(work: Callable[[], object]) -> int:
     finally:
         sys.settrace(before)
     return count
+
+
+def memory(work: Callable[[], object]) -> int:
+    """Bytes of Python and of numpy that the work takes at most."""
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        work()
+        return tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
 
 
 # -- windows in random order
@@ -201,3 +213,33 @@ def test_batches_share_the_memory_of_their_adapters(tg):
     )
     assert len(seen) == 4 and len({place for place, _ in seen}) == 1
     assert all(not torch.equal(seen[0][1], A) for _, A in seen[1:])
+
+
+# -- the ledger of a run
+
+
+def ledger_of(tg, documents: int, tokens: int = 50):
+    """A ledger that is not written, of a run on so many documents; the next charge is not its first."""
+    ledger = object.__new__(tg.Ledger)
+    val = SimpleNamespace(documents=[(tokens * number, tokens) for number in range(documents)])
+    ledger._run, ledger.losses = SimpleNamespace(val=val), {}
+    ledger.charge("ttt", [0], torch.zeros(1))
+    return ledger
+
+
+def test_losses_are_charged_to_the_documents_that_hold_their_places(tg):
+    """Twice to one document in a call, and what was there stays; one of the last place is the last one's."""
+    ledger = ledger_of(tg, 6)
+    ledger.charge("ttt", [299, 3, 120, 49, 50], torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]))
+    ledger.charge("ttt", [100], torch.tensor([32.0]))
+    assert ledger.losses["ttt"].tolist() == [10.0, 16.0, 36.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("cost", [instructions, memory])
+def test_what_a_chunk_charges_does_not_grow_with_the_documents(tg, cost):
+    """A list of the starts would be ten thousand times as long, and a sum for each document as large."""
+    places, losses, costs = list(range(0, 640, 10)), torch.ones(64), {}
+    for documents in (20, 200_000):
+        ledger = ledger_of(tg, documents)
+        costs[documents] = cost(lambda ledger=ledger: ledger.charge("ttt", places, losses))
+    assert costs[200_000] < 1.5 * costs[20] + 200
