@@ -868,7 +868,7 @@ def find_documents(tokens: Tensor) -> list[tuple[int, int]]:
 
 
 class ValidationSet(NamedTuple):
-    """Validation stream: `tokens` [N], `target_bytes` [N-1] (original bytes of tokens[1:]), its documents."""
+    """Validation stream: `tokens` [N], `target_bytes` [N-1] (original bytes of tokens[1:]); whole numbers."""
 
     tokens: Tensor
     target_bytes: Tensor
@@ -879,7 +879,7 @@ class ValidationSet(NamedTuple):
         """Bytes from the parallel sidecar (CaseOps)."""
         if len(sidecar) != len(tokens):
             raise DataError(f"fineweb_val_bytes_*: {len(sidecar)} entries, must be {len(tokens)}, as tokens")
-        return cls(tokens, sidecar[1:].long(), find_documents(tokens))
+        return cls(tokens, sidecar[1:], find_documents(tokens))
 
     @property
     def num_targets(self) -> int:
@@ -891,13 +891,13 @@ def _read_stream(folder: Path, split: str) -> Tensor:
     paths = shard_paths(folder, split)
     if not paths:
         raise DataError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there")
-    return torch.from_numpy(np.concatenate([read_shard(path) for path in paths]).astype(np.int32))
+    return torch.from_numpy(np.concatenate([read_shard(path) for path in paths]))
 
 
 def load_validation(cfg: Config) -> ValidationSet:
     """The validation split with its byte counts. Raises DataError where it is missing or does not fit."""
     folder, tokens = cfg.data_folder, _read_stream(cfg.data_folder, "val")
-    check_vocabulary(tokens, cfg.vocab_size, folder / "fineweb_val_*")
+    check_vocabulary(tokens.numpy(), cfg.vocab_size, folder / "fineweb_val_*")
     if len(tokens) < 2 or tokens[0] != BOS:  # some targets would belong to no document
         raise DataError(f"{folder}/fineweb_val_*: must be at least 2 tokens, the first a BOS ({BOS})")
     if cfg.caseops_enabled:

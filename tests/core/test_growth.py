@@ -243,3 +243,22 @@ def test_what_a_chunk_charges_does_not_grow_with_the_documents(tg, cost):
         ledger = ledger_of(tg, documents)
         costs[documents] = cost(lambda ledger=ledger: ledger.charge("ttt", places, losses))
     assert costs[200_000] < 1.5 * costs[20] + 200
+
+
+# -- the validation set in memory
+
+
+@pytest.mark.parametrize("caseops", [True, False])
+def test_a_validation_token_takes_four_bytes(tg, tmp_path, monkeypatch, caseops):
+    """Two for itself and two for its count of bytes; while they are read another copy of neither is made."""
+    tokens = random_tokens(0, 400_000, document=1000)
+    write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
+    write_shard(tmp_path / "fineweb_val_bytes_000000.bin", [3] * len(tokens))
+    tables = tg.ByteTables(torch.full((5000,), 3), *torch.zeros(2, 5000, dtype=torch.bool))
+    monkeypatch.setattr(tg, "load_tokenizer", lambda cfg: None)
+    monkeypatch.setattr(tg.ByteTables, "from_sentencepiece", lambda processor, size: tables)
+    cfg, sets = tg.Config(data_path=str(tmp_path), caseops_enabled=caseops), []
+    assert memory(lambda: sets.append(tg.load_validation(cfg))) < 5 * len(tokens)
+    (val,) = sets
+    assert val.tokens.itemsize == val.target_bytes.itemsize == 2
+    assert val.tokens.tolist() == tokens and val.target_bytes.tolist() == [3] * (len(tokens) - 1)
