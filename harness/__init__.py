@@ -11,6 +11,7 @@ from pathlib import Path
 from harness.checkpoints import Checkpoints
 from harness.console import ConsoleNotice, Progress, console_watch
 from harness.guards import Guard, Stopped, signals
+from harness.hashes import Hashes
 from harness.help import help_text
 from harness.ledger import Ledger
 from harness.logfiles import LogFiles, StepFile
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], sources: Mapping[
     shown = console_watch(ranks, environ)
     try:
         with signals(ranks), contextlib.ExitStack() as closing:
-            return watched_run(cfg, ranks, sources, shown, closing)
+            return watched_run(cfg, ranks, sources, shown, Hashes.from_env(environ), closing)
     except Stopped as stopped:
         ranks.say(f"stage {stopped.stage}: {stopped}")
         return stopped.code
@@ -100,10 +101,15 @@ def show(text: str) -> int:
 
 
 def watched_run(
-    cfg: Config, ranks: Ranks, sources: Mapping[str, bytes], shown: Progress, closing: contextlib.ExitStack
+    cfg: Config,
+    ranks: Ranks,
+    sources: Mapping[str, bytes],
+    shown: Progress,
+    hashes: Hashes,
+    closing: contextlib.ExitStack,
 ) -> int:
     """Make a run with all that watches over it, and execute it. Exit code as `main`."""
-    preflight = Preflight(cfg, ranks)
+    preflight = Preflight(cfg, ranks, hashes)
     backends, folder, checkpoints = preflight.backends(), None, None
     watches: list[Watch] = [Guard(preflight), preflight, shown]
     if cfg.preflight_only:  # a rehearsal leaves nothing
@@ -112,7 +118,7 @@ def watched_run(
     else:  # a step is told before a checkpoint holds it, and perhaps ends the run
         watches.append(closing.enter_context(contextlib.closing(StepFile(ranks))))
         if cfg.audit:
-            watches.append(closing.enter_context(contextlib.closing(Ledger(ranks))))
+            watches.append(closing.enter_context(contextlib.closing(Ledger(ranks, hashes))))
         if cfg.checkpoint_seconds:
             checkpoints = closing.enter_context(contextlib.closing(Checkpoints(cfg, ranks, sources, watches)))
             if checkpoints.ended is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from harness.chain import Link, anchor, line_hash
+from harness.hashes import NO_HASHES, Hashes
 from systems.layout import file_sha256
 from systems.plain_text import tokenizer_file
 from train_gpt import Ranks, Run, Watch, shard_paths, write_whole, writing
@@ -40,8 +41,8 @@ class Ledger(Watch):
     `documents.json`: start and tokens of each validation document, its loss (nats, summed) in each stage.
     """
 
-    def __init__(self, ranks: Ranks):
-        self._ranks = ranks
+    def __init__(self, ranks: Ranks, hashes: Hashes = NO_HASHES):
+        self._ranks, self._hashes = ranks, hashes
         self._run: Run | None = None
         self.records: list[dict] = []
         self.accesses: dict[tuple[str, str, str], float] = {}  # stage, kind and name -> when first
@@ -257,7 +258,7 @@ class Ledger(Watch):
             "settings": run.cfg.as_env(),
             "environment": self._environment(),
             "data_folder": str(folder.resolve()),
-            "val_sha256": {path.name: file_sha256(path) for path in validation},
+            "val_sha256": {path.name: self._hashes.sha256(path) for path in validation},
             "tokenizer_sha256": file_sha256(tokenizer) if tokenizer.is_file() else "",
         }
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import train_gpt
 from harness.console import console_form
+from harness.hashes import Hashes
 from harness.lineage import OF_LORA, OF_SGD, VOCABULARY, in_our_names, same
 from harness.manifest import find_data
 from harness.rules import EXCLUSIVE, check_settings, check_text, check_training
@@ -157,6 +158,7 @@ PRESETS: dict[str, dict[str, object]] = {
 NO_SETTINGS = {  # variable that changes no number of a run, or only which preset is meant -> values, help
     "SCALE": (("full", "demo"), "full: as published; demo: the same system at the demo's size, on its data"),
     "CONSOLE": (("auto", "log"), "auto: the run in words, live on a terminal; log: the lines of the log"),
+    "VERIFY": (("0", "1"), "1: hash all data files again, not only those that changed since the last start"),
 }
 
 
@@ -170,6 +172,7 @@ def read_settings(environ: Mapping[str, str]) -> Config:
     given = translate(environ)
     _refuse_unknown_names(given, [*Config().as_env(), *NO_SETTINGS])
     console_form(given)  # a mistake is met here, before a rank is made
+    Hashes.from_env(given)
     for field in dataclasses.fields(Config):
         if (name := field.name.upper()) in given:
             check_text(name, given[name], field.type)
