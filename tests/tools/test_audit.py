@@ -36,6 +36,7 @@ from auditing import box, data, packed, questions, shown, surroundings  # noqa: 
 from auditing import run as auditing_run  # noqa: E402
 from auditing.blackbox import subject_of  # noqa: E402
 from harness import packing  # noqa: E402
+from harness.hashes import Hashes  # noqa: E402
 
 PASSES = {"VERIFIED", "CONSISTENT"}
 HERE = [name for name in audit.ORDER if name[0] not in "BEW"]  # the others have tests of their own
@@ -436,6 +437,23 @@ def test_a1_validation_cut_short(copy):
 
 def test_a1_other_data_than_was_scored(copy):
     copy.shard("fineweb_val_000000.bin", lambda values: np.where(values == values.max(), 300, values))
+    copy.fails("A1", "not the file that the run scored")
+
+
+def test_a1_a_change_that_times_and_a_remembered_hash_deny(copy, tmp_path, monkeypatch):
+    """Size and times are as they were, and a start of a run believes the old hash: the audit reads it all."""
+    path, cache = copy.data / "fineweb_val_000000.bin", {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    monkeypatch.setattr("harness.hashes.YOUNG", -1.0)
+    monkeypatch.setenv(*next(iter(cache.items())))
+    told, before = path.stat(), Hashes.from_env(cache).sha256(path)
+    copy.shard(path.name, lambda values: np.where(values == values.max(), 300, values))
+    os.utime(path, ns=(told.st_atime_ns, told.st_mtime_ns))
+    (kept,) = (tmp_path / "cache/train_gpt").iterdir()
+    now = path.stat()
+    mark = [now.st_size, now.st_dev, now.st_ino, now.st_mtime_ns, now.st_ctime_ns]
+    kept.write_text(json.dumps([mark, before]))
+    assert (now.st_size, now.st_mtime_ns) == (told.st_size, told.st_mtime_ns)
+    assert Hashes.from_env(cache).sha256(path) == before
     copy.fails("A1", "not the file that the run scored")
 
 
