@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -28,8 +29,17 @@ ATTENTION = {  # backends, the best first, and what each needs
     "fa4": "FlashAttention 4 (pip install --pre flash-attn-4) and a Hopper or Blackwell GPU",
     "torch_varlen": "torch 2.11 and a GPU of capability 8.0",
     "flex": "a GPU",
-    "plain": "nothing",
+    "plain": "a device that computes",
 }
+
+
+def check_device(cfg: Config, environ: Mapping[str, str]) -> None:
+    """Raise ConfigError where torchrun's LOCAL_RANK names a device that is not there."""
+    if cfg.device == "cpu" or not torch.cuda.is_available():
+        return
+    local_rank, devices = int(environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= devices:
+        raise ConfigError(f"LOCAL_RANK={local_rank}: this machine has {devices} CUDA devices")
 
 
 def try_attention(backend: str, cfg: Config, ranks: Ranks, compiler: str = "") -> None:
@@ -54,7 +64,7 @@ def try_attention(backend: str, cfg: Config, ranks: Ranks, compiler: str = "") -
 
 
 def choose_attention(cfg: Config, ranks: Ranks, compiler: str = "") -> str:
-    """The backend asked for, or the first that works. Raises ConfigError when one asked for does not."""
+    """The backend asked for, or the first that works. Raises ConfigError where none does."""
     wanted = cfg.attention_backend
     if wanted == "auto" and not ranks.on_gpu:
         return "plain"
@@ -63,7 +73,7 @@ def choose_attention(cfg: Config, ranks: Ranks, compiler: str = "") -> str:
             try_attention(backend, cfg, ranks, compiler)
             return backend
         except Exception as error:  # foreign libraries raise anything
-            if wanted != "auto":
+            if wanted != "auto" or backend == "plain":  # the last
                 needs = f"it needs {ATTENTION[backend]}"
                 raise ConfigError(f"ATTENTION_BACKEND={backend}: {needs} ({one_line(error)})") from None
 

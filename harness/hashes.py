@@ -8,8 +8,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from harness.settings import verifies
 from systems.layout import file_sha256
-from train_gpt import ConfigError, write_whole
+from train_gpt import write_whole
 
 YOUNG = 2.0  # seconds after a change in which another one may leave the file's times as they are
 
@@ -27,12 +28,9 @@ class Hashes:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> "Hashes":
-        """Those in the user's folder for such things; with VERIFY=1 all are made anew. Raises ConfigError."""
-        verify = environ.get("VERIFY", "0")
-        if verify not in ("0", "1"):
-            raise ConfigError(f"VERIFY={verify!r}: must be 0 or 1")
+        """Those in the user's folder for such things; with VERIFY=1 all are made anew."""
         home = environ.get("XDG_CACHE_HOME") or environ.get("HOME") and f"{environ['HOME']}/.cache"
-        return cls(Path(home) / "train_gpt" if home else None, verify == "0")
+        return cls(Path(home) / "train_gpt" if home else None, not verifies(environ))
 
     def sha256(self, path: Path) -> str:
         """SHA-256 of a file, in hex. Raises OSError where it cannot be read."""
