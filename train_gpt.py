@@ -840,41 +840,50 @@ class PackedLoader:
 class ShuffledLoader:
     """Calibration batches: plain windows of TRAIN_SEQ_LEN tokens in a random order, without documents.
 
-    PCG64 draws a phase and a permutation for each shard, then shards by the windows that they have left.
+    PCG64 draws a phase and a permutation for each shard, then shards by the windows that they have left. Node
+    n of a binary tree counts those of nodes 2n and 2n + 1, the shards are its leaves: no draw looks at all.
     """
 
     def __init__(self, paths: Sequence[Path], cfg: Config, seed: int = 0):
         self.cfg, self._paths, self._shards = cfg, paths, [read_shard(path) for path in paths]
-        self._rng = np.random.Generator(np.random.PCG64(seed))
-        self._reset()
-        if not any(self._windows):
+        self.rng, self._leaves = np.random.Generator(np.random.PCG64(seed)), 1 << len(paths).bit_length()
+        self.reset()
+        if not self.left[1]:
             raise DataError(f"TRAIN_SEQ_LEN={cfg.train_seq_len}: no training shard holds such a window")
 
-    def _reset(self) -> None:
-        self._windows, length = [], self.cfg.train_seq_len
-        for tokens in self._shards:
+    def reset(self) -> None:
+        """Make all windows anew."""
+        self.began = self.rng.bit_generator.state  # from which they can be made again
+        self._windows, self.left, length = [], [0] * 2 * self._leaves, self.cfg.train_seq_len
+        for leaf, tokens in enumerate(self._shards, self._leaves):
             room = min(length - 1, max(0, len(tokens) - length - 1))
-            phase = int(self._rng.integers(room + 1)) if room else 0
-            count = max(0, (len(tokens) - 1 - phase) // length)
-            self._windows.append((phase + self._rng.permutation(count) * length).tolist())
+            phase = int(self.rng.integers(room + 1)) if room else 0
+            self.left[leaf] = max(0, (len(tokens) - 1 - phase) // length)
+            self._windows.append(phase + self.rng.permutation(self.left[leaf]) * length)
+        for node in range(2 * self._leaves - 1, 1, -1):
+            self.left[node // 2] += self.left[node]
 
     def _draw(self) -> tuple[int, int]:
         """Shard and start of the next window."""
-        if not any(self._windows):
-            self._reset()
-        left = np.array([len(windows) for windows in self._windows], np.float64)
-        shard = int(self._rng.choice(len(left), p=left / left.sum()))
-        return shard, self._windows[shard].pop()
+        if not self.left[1]:
+            self.reset()
+        node, place = 1, int(self.rng.random() * self.left[1])
+        while node < self._leaves:
+            self.left[node] -= 1
+            node *= 2
+            if place >= self.left[node]:
+                place, node = place - self.left[node], node + 1
+        self.left[node] -= 1
+        return node - self._leaves, int(self._windows[node - self._leaves][self.left[node]])
 
-    def skip(self, rows: int) -> None:
-        """Leave a batch to another rank, unread: windows lie all over the files."""
-        for _ in range(rows):
-            self._draw()
+    def draw(self, rows: int) -> list[tuple[int, int]]:
+        """Shards and starts of the next windows, which are not read: they lie all over the files."""
+        return [self._draw() for _ in range(rows)]
 
     def next(self, rows: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each [rows, TRAIN_SEQ_LEN]."""
         windows = []
-        for shard, start in (self._draw() for _ in range(rows)):
+        for shard, start in self.draw(rows):
             windows.append(self._shards[shard][start : start + self.cfg.train_seq_len + 1])
             check_vocabulary(windows[-1], self.cfg.vocab_size, self._paths[shard])
         tokens = torch.from_numpy(np.stack(windows).astype(np.int64))
@@ -892,7 +901,7 @@ def find_documents(tokens: Tensor) -> list[tuple[int, int]]:
 
 
 class ValidationSet(NamedTuple):
-    """Validation stream: `tokens` [N], `target_bytes` [N-1] (original bytes of tokens[1:]), its documents."""
+    """Validation stream: `tokens` [N], `target_bytes` [N-1] (original bytes of tokens[1:]); whole numbers."""
 
     tokens: Tensor
     target_bytes: Tensor
@@ -903,7 +912,7 @@ class ValidationSet(NamedTuple):
         """Bytes from the parallel sidecar (CaseOps)."""
         if len(sidecar) != len(tokens):
             raise DataError(f"fineweb_val_bytes_*: {len(sidecar)} entries, must be {len(tokens)}, as tokens")
-        return cls(tokens, sidecar[1:].long(), find_documents(tokens))
+        return cls(tokens, sidecar[1:], find_documents(tokens))
 
     @property
     def num_targets(self) -> int:
@@ -915,13 +924,13 @@ def _read_stream(folder: Path, split: str) -> Tensor:
     paths = shard_paths(folder, split)
     if not paths:
         raise DataError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there")
-    return torch.from_numpy(np.concatenate([read_shard(path) for path in paths]).astype(np.int32))
+    return torch.from_numpy(np.concatenate([read_shard(path) for path in paths]))
 
 
 def load_validation(cfg: Config) -> ValidationSet:
     """The validation split with its byte counts. Raises DataError where it is missing or does not fit."""
     folder, tokens = cfg.data_folder, _read_stream(cfg.data_folder, "val")
-    check_vocabulary(tokens, cfg.vocab_size, folder / "fineweb_val_*")
+    check_vocabulary(tokens.numpy(), cfg.vocab_size, folder / "fineweb_val_*")
     if len(tokens) < 2 or tokens[0] != BOS:  # some targets would belong to no document
         raise DataError(f"{folder}/fineweb_val_*: must be at least 2 tokens, the first a BOS ({BOS})")
     if cfg.caseops_enabled:
@@ -1401,6 +1410,8 @@ def _orthogonal(count: int, rows: int, columns: int) -> Tensor:
 
 # ---- 8. LoRA adapters for test-time training (PR #1530, #1767) -----------------------------------------
 
+SPLIT_MIX = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1))  # shifts, factors in int64
+
 
 class LowRank(nn.Module):
     """One low-rank map per row of the batch: x A^T B^T, A [batch, r, inputs], B [batch, outputs, r]."""
@@ -1423,9 +1434,7 @@ class BatchedLoRA(nn.Module):
     Roles q, k, v and o read the normed block input, mlp the normed MLP input; alpha / rank scales outputs.
     """
 
-    def __init__(
-        self, cfg: Config, batch: int, slots: int, generator: torch.Generator = None, seeds: Sequence = ()
-    ):
+    def __init__(self, cfg: Config, batch: int, slots: int, generator: torch.Generator | None = None):
         super().__init__()
         self.batch, self._generator = batch, generator
         self.active: Tensor | None = None  # Mask [batch] of the rows whose adapters count; None means all.
@@ -1438,20 +1447,28 @@ class BatchedLoRA(nn.Module):
             if width:
                 maps = nn.ModuleList(LowRank(batch, rank, dim, width) for _ in range(slots))
                 self.add_module(f"{role}_loras", maps)
-        self.draw_A(seeds)
+        self.draw_A()
 
     def maps(self) -> Iterable[LowRank]:
         """All adapters, in the order in which their A factors are drawn."""
         return (module for module in self.modules() if isinstance(module, LowRank))
 
-    def draw_A(self, seeds: Sequence[int] = ()) -> None:
-        """Draw A uniform in +-1/sqrt(inputs), on the CPU: in one go or, given seeds, row by row."""
-        for row, seed in enumerate(seeds or [None]):
-            if seed is not None:
-                self._generator.manual_seed(seed)
-            for low_rank in self.maps():
-                drawn, limit = low_rank.A.data[row if seeds else ...], 1 / math.sqrt(low_rank.A.size(-1))
-                drawn.copy_(torch.empty(drawn.shape).uniform_(-limit, limit, generator=self._generator))
+    def draw_A(self) -> None:
+        """Draw A uniform in +-1/sqrt(inputs)."""
+        for low_rank in self.maps():
+            limit = 1 / math.sqrt(low_rank.A.size(-1))
+            low_rank.A.data.uniform_(-limit, limit, generator=self._generator)
+
+    def draw_rows(self, seeds: Sequence[int]) -> None:
+        """`draw_A`, each row by its seed: SplitMix64 (Steele et al. 2014), equal bits on all devices."""
+        first, drawn = torch.tensor(seeds, device=self.lm_head_lora.A.device)[:, None] * SPLIT_MIX[0][1], 0
+        for A in (low_rank.A.data for low_rank in self.maps()):
+            place = torch.arange(drawn, drawn := drawn + A[0].numel(), 2, device=A.device)
+            x = first - 0x61C8864680B583EB * place
+            for shift, factor in SPLIT_MIX:
+                x = (x ^ (x >> shift & 2 ** (64 - shift) - 1)) * factor
+            halves = x.view(torch.int32)[:, : A[0].numel()].reshape(A.shape)
+            A.copy_(halves >> 8).mul_(2**-23 / math.sqrt(A.size(-1)))
 
     def reset_B(self) -> None:
         """Zero all B factors: the adapters add nothing."""
@@ -2017,7 +2034,7 @@ def calibrate(
         torch.set_float32_matmul_precision("high")
     for micro in range(cfg.gptq_calibration_batches * on_rank * ranks.world_size):
         if micro % ranks.world_size != ranks.rank:
-            loader.skip(rows)
+            loader.draw(rows)
             continue
         x, _ = loader.next(rows)
         with ranks.autocast():
@@ -2536,16 +2553,13 @@ def model_score(model: GPT, *, looping: bool, ranks: Ranks = CPU) -> Callable[..
 class StandardEvaluation(Evaluation):
     """Every target once, in rows of VAL_BATCH_TOKENS / 8 that ranks take in turn. A unit is a row."""
 
-    def __init__(self, model: GPT, *arguments: object, **options: object):
-        super().__init__(model, *arguments, **options)
-        self.score = model_score(model, looping=self.looping, ranks=self.ranks)
-
     def units(self) -> Iterable[None]:
         """Score row after row."""
+        score = model_score(self.model, looping=self.looping, ranks=self.ranks)
         cfg, val, targets = self.cfg, self.val, self.cfg.val_batch_tokens // CONTEST_MICRO_BATCHES
         for start in range(self.ranks.rank * targets, val.num_targets, self.ranks.world_size * targets):
             end = min(start + targets, val.num_targets)
-            losses = self.score(*packed_row(val.tokens[start : end + 1], cfg.eval_seq_len, cfg.plain_windows))
+            losses = score(*packed_row(val.tokens[start : end + 1], cfg.eval_seq_len, cfg.plain_windows))
             self.meter.add(losses, val.target_bytes[start:end])
             self.watch.see("row", start=start, end=end, losses=losses)
             self.done = end
@@ -2682,7 +2696,7 @@ class ScoreFirstTTT(Evaluation):
     def __init__(self, *arguments: object, generator: torch.Generator | None = None, **options: object):
         super().__init__(*arguments, **options)
         val, cfg = self.val, self.cfg
-        self._generator = generator or torch.Generator().manual_seed(cfg.seed)
+        self._generator = generator or torch.Generator(self.ranks.device).manual_seed(cfg.seed)
         documents = select_documents(val.documents, cfg.val_doc_fraction, cfg.seed)
         self.total = len(documents) / self.ranks.world_size
         self.batches = ttt_batches(list(enumerate(documents)), cfg)
@@ -2690,7 +2704,7 @@ class ScoreFirstTTT(Evaluation):
         self.boundaries = phase_boundaries(*phases, len(documents))
         self.phases = self.diverged = self._constructed = 0
         self._batches = 0  # This rank has done so many in the current phase.
-        self._reusable: BatchedLoRA | None = None  # With a warm start its A factors go from batch to batch.
+        self._reusable: BatchedLoRA | None = None  # Memory and, with a warm start, A go from batch to batch.
 
     def units(self) -> Iterable[None]:
         """Score and adapt all documents, from where the state says on."""
@@ -2699,7 +2713,7 @@ class ScoreFirstTTT(Evaluation):
         parts = split_at_boundaries(self.batches, self.boundaries)
         while self.phases < len(parts):
             if self.cfg.ttt_warm_start_a and self._reusable is None:
-                self._reusable = self._new_lora(self.cfg.ttt_batch_size)
+                self._reusable = self._new_lora(range(self.cfg.ttt_batch_size))
             mine = share_documents(parts[self.phases], self.cfg, self.ranks.world_size)[self.ranks.rank]
             for batch in mine[self._batches :]:
                 self._score_batch(batch, self._adapters(batch), chunk_size(self.cfg, batch.targets))
@@ -2716,7 +2730,7 @@ class ScoreFirstTTT(Evaluation):
 
     def state(self) -> dict[str, object]:
         """Where this rank is between two units: everything but the weights that a phase has left behind."""
-        lora = self._reusable
+        lora = self._reusable if self.cfg.ttt_warm_start_a else None
         active = None if lora is None else lora.active
         return {
             "place": [self.phases, self._batches, self.done, self.diverged, self._constructed],
@@ -2742,11 +2756,8 @@ class ScoreFirstTTT(Evaluation):
 
     def _adapters(self, batch: TTTBatch) -> BatchedLoRA:
         """Adapters with B zero; A of the last full batch (warm start), or of the seed and the document."""
-        if not self.cfg.ttt_warm_start_a:
-            seeds = [self.cfg.seed * 1_000_003 + number for number, _ in batch.documents]
-            return self._new_lora(len(seeds), seeds)
-        if len(batch.documents) < self.cfg.ttt_batch_size:
-            return self._new_lora(len(batch.documents))
+        if not self.cfg.ttt_warm_start_a or len(batch.documents) < self.cfg.ttt_batch_size:
+            return self._new_lora(batch.documents)
         lora = self._reusable
         if lora.active is not None and not bool(lora.active.all()):
             lora.draw_A()  # No document inherits factors that have diverged.
@@ -2754,13 +2765,19 @@ class ScoreFirstTTT(Evaluation):
         lora.reset_B()
         return lora
 
-    def _make_lora(self, batch: int, seeds: Sequence[int] = ()) -> BatchedLoRA:
-        slots = lora_slots(self.cfg, self.looping)
-        return BatchedLoRA(self.cfg, batch, slots, self._generator, seeds).to(self.ranks.device)
+    def _make_lora(self, batch: int) -> BatchedLoRA:
+        with self.ranks.device:
+            return BatchedLoRA(self.cfg, batch, lora_slots(self.cfg, self.looping), self._generator)
 
-    def _new_lora(self, batch: int, seeds: Sequence[int] = ()) -> BatchedLoRA:
-        lora = self._make_lora(batch, seeds)
-        self.watch.see("lora_constructed", index=self._constructed, batch=batch, lora=lora)
+    def _new_lora(self, documents: Sequence[Document] | range) -> BatchedLoRA:
+        lora, fresh = self._reusable, not self.cfg.ttt_warm_start_a
+        if not fresh or lora is None or lora.batch != len(documents):
+            lora = self._make_lora(len(documents))
+        if fresh:
+            self._reusable = lora
+            lora.draw_rows([self.cfg.seed * 1_000_003 + number for number, _ in documents])
+            lora.reset_B()
+        self.watch.see("lora_constructed", index=self._constructed, batch=lora.batch, lora=lora)
         self._constructed += 1
         return lora
 
@@ -2923,7 +2940,7 @@ class BaseTraining:
         with ranks.autocast():
             if not self.by_document:
                 x, y = (ranks.put(part.view(-1, window)) for part in (x, y))
-                return model.losses(x, y, looping=self.looping)
+                return (model if model.backends.compiler else model.losses)(x, y, looping=self.looping)
             batch = ranks.send(x, y, segments, model.backends.compiler)
             if not model.backends.compiler:
                 return model.losses(*batch, looping=self.looping)[:, lead:]
@@ -3034,21 +3051,18 @@ class Run:
         """Evaluate between two training steps, unless that was done before the run was resumed."""
         name = f"step_{step}" if step else "untrained"
         if name not in self.stages:
-            self.evaluate(name, looping)
+            self.score(name, looping=looping)
 
     def output(self, field: str) -> Path:
         """The run's own file of a setting that names one."""
         return self.log.folder / Path(getattr(self.cfg, field)).name
 
-    def score(self, stage: str, kind: "type[Evaluation]", looping: bool, documents: Sequence = None) -> None:
+    def score(self, stage: str, kind=StandardEvaluation, looping: bool | None = None, documents=None) -> None:
         """Let an evaluation do a stage, and record the score of all documents, or of those given."""
+        looping, documents = self.looping if looping is None else looping, documents or self.val.documents
         work = kind(self.model, self.val, self.model.cfg, looping=looping, ranks=self.ranks, watch=self.watch)
         self.stage(stage, work)
-        self.record(stage, work.meter, self.val.documents if documents is None else documents)
-
-    def evaluate(self, stage: str, looping: bool | None = None) -> None:
-        """Standard evaluation."""
-        self.score(stage, StandardEvaluation, self.looping if looping is None else looping)
+        self.record(stage, work.meter, documents)
 
     def record(self, stage: str, meter: BpbMeter, documents: Sequence[tuple[int, int]]) -> None:
         """Keep and log a score; a target scored twice or not at all is a fault of the evaluator."""
@@ -3138,7 +3152,7 @@ class Run:
         self.result |= sizes
         self.log.event("size", **sizes, limit=SIZE_LIMIT)
 
-    def adapt(self) -> None:
+    def adapt_documents(self) -> None:
         """Phased score-first LoRA test-time training: the contest score."""
         cfg = self.model.cfg
         documents = select_documents(self.val.documents, cfg.val_doc_fraction, cfg.seed)
@@ -3149,7 +3163,7 @@ class Run:
             compile_adaptation(self, documents)
         else:
             self.model.backends = dataclasses.replace(self.model.backends, compiler="")
-        self.score("ttt", ScoreFirstTTT, self.looping, documents)
+        self.score("ttt", ScoreFirstTTT, documents=documents)
         self.watch.see("adapted", run=self)
 
     def finish(self) -> int:
@@ -3192,23 +3206,23 @@ class Run:
         if self.trains:
             self.once("train", self.train)
         if not cfg.ttt_eval_only:
-            self.once("prequant", lambda: self.evaluate("prequant"))
+            self.once("prequant", lambda: self.score("prequant"))
             if cfg.prequant_only:
                 return self.finish()
             self.once("quantise", self.quantise)
             self.model = self.model_of_artifact(self.output("quantized_model_path"))
         self.once("count_bytes", self.count_bytes)
-        self.once("quantised", lambda: self.evaluate("quantised"))
+        self.once("quantised", lambda: self.score("quantised"))
         if cfg.sliding_window_enabled:
-            from systems.stream import SlidingEvaluation
+            from systems.stream import score_stream
 
-            self.once("sliding", lambda: self.score("sliding", SlidingEvaluation, self.looping))
+            self.once("sliding", lambda: score_stream(self, "sliding"))
         if cfg.ttt_enabled and cfg.ttt_sgd:
-            from systems.stream import ScoreFirstSGD
+            from systems.stream import score_stream
 
-            self.once("ttt", lambda: self.score("ttt", ScoreFirstSGD, self.looping))
-        elif cfg.ttt_enabled:
-            self.once("ttt", self.adapt)
+            self.once("ttt", lambda: score_stream(self, "ttt"))
+        if cfg.ttt_enabled and not cfg.ttt_sgd:
+            self.once("ttt", self.adapt_documents)
         return self.finish()
 
 

@@ -19,8 +19,8 @@ from harness.backends import (
     try_kernels,
     unused_attention,
 )
+from harness.hashes import NO_HASHES, Hashes
 from harness.manifest import check_data
-from systems.layout import file_sha256
 from train_gpt import (
     CONTEST_MICRO_BATCHES,
     KERNELS,
@@ -138,8 +138,9 @@ class Preflight(Watch):
     Every check raises ConfigError or DataError in one line, or adds to `facts`, the log line `preflight`.
     """
 
-    def __init__(self, cfg: Config, ranks: Ranks):
+    def __init__(self, cfg: Config, ranks: Ranks, hashes: Hashes = NO_HASHES):
         self.cfg, self.ranks, self.facts, self.notices = cfg, ranks, {}, []
+        self._hashes = hashes
         self.manifest: dict = {}
         self.pace: list[float] = []  # seconds of a step at the end of the warm-up, by layer order
         self._hashing: threading.Thread | None = None
@@ -326,7 +327,7 @@ class Preflight(Watch):
         """Collect what is wrong."""
         for path in paths:
             try:
-                if file_sha256(path) != expected[path]:
+                if self._hashes.sha256(path) != expected[path]:
                     manifest = path.with_name("manifest.json")
                     self._wrong.append(f"{path}: its contents differ from the SHA-256 in {manifest}")
             except OSError as error:

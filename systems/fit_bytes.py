@@ -53,7 +53,7 @@ def texts_of_rank(
         if number % ranks.world_size == ranks.rank:
             yield number, loader.next(rows)[0].to(ranks.device)
         else:
-            loader.skip(rows)
+            loader.draw(rows)
 
 
 def calibrate_gradients(

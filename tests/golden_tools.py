@@ -148,8 +148,9 @@ def score_standard(tg, score, val, row_tokens: int, max_doc_len: int, ranks=None
     """Meter of the standard evaluation with another `score` than that of a model."""
     sizes = {"val_batch_tokens": 8 * row_tokens, "eval_seq_len": max_doc_len, "plain_windows": plain}
     worker = tg.StandardEvaluation(None, val, SimpleNamespace(**sizes), looping=False, ranks=ranks or tg.CPU)
-    worker.score = score
-    return worker.run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg, "model_score", lambda *_, **__: score)
+        return worker.run()
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, rel: float) -> None:

@@ -766,7 +766,7 @@ def test_help_lists_every_setting_with_help(tg, fields, capsys, flag):
             assert text and re.search(r"\w\w", text[1]), f"{match[1]} has no help: {below!r}"
             listed[match[1]] = match[2]
     settings = {name: as_text(field.default) for name, field in fields.items()}
-    assert listed == settings | {"SCALE": "full", "CONSOLE": "auto"}
+    assert listed == settings | {"SCALE": "full", "CONSOLE": "auto", "VERIFY": "0"}
     assert all(preset in output for preset in PRESETS)
     assert tg.core.__doc__.strip().splitlines()[0] in output
 
@@ -780,7 +780,7 @@ def test_help_by_topics_has_every_setting_once(tg, fields, capsys):
     for topic in topics[:-1]:
         assert tg.main(["--help", topic], {}) == 0
         found += re.findall(r"(?m)^  ([A-Z][A-Z0-9_]*)=", capsys.readouterr().out)
-    assert topics[-1] == "all" and sorted(found) == sorted([*fields, "SCALE", "CONSOLE"])
+    assert topics[-1] == "all" and sorted(found) == sorted([*fields, "SCALE", "CONSOLE", "VERIFY"])
     assert tg.main(["-h", "matrix_lr"], {}) == 0
     assert "  MATRIX_LR=0.026" in capsys.readouterr().out.splitlines()
 

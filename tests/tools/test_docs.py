@@ -33,7 +33,7 @@ ALSO_READ = {
     "ALLOW_ILLEGAL",
 }
 ALSO_READ |= {"GOLDEN_DIR", "TOKENIZER_DIR", "PUBLISHED_LOGS", "SCALE", *lineage.VOCABULARY}
-ALSO_READ |= {"CONSOLE", "NO_COLOR", "TERM", "STRESS_SEED", "STRESS_CASES"}
+ALSO_READ |= {"CONSOLE", "VERIFY", "XDG_CACHE_HOME", "NO_COLOR", "TERM", "STRESS_SEED", "STRESS_CASES"}
 NO_VARIABLES = {"NO_EFFECT"}  # a table of a test
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
