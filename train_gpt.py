@@ -217,6 +217,7 @@ class Config:
     beta1: Beta = 0.9  # AdamW's decay of the mean gradient
     beta2: Beta = 0.95  # AdamW's decay of the mean squared gradient
     adam_eps: Positive = 1e-8  # AdamW's addend in the denominator
+    refinements: str = ""  # of the steps: ema_nesterov,bi_maxwell,cautious_decay,... (systems/refinements.py)
     grad_clip_norm: Amount = 0.3  # global gradient norm; 0: no clipping
     clip_global: bool = False  # clip the averaged gradient; 0: each micro-batch's (eight published ranks do)
     ema_decay: Beta = 0.9965  # average of all state, what is evaluated and quantised
@@ -1538,22 +1539,13 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        params: Iterable[nn.Parameter],
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        nesterov: bool = True,
-        row_normalize: bool = True,
-        coefficients: Sequence[tuple[float, float, float]] = POLAR_EXPRESS,
-        steps: int = 5,
-        ranks: Ranks = CPU,
-        backends: Backends = Backends(),
+        self, params: Iterable, steps: int = 5, ranks: Ranks = CPU, backends: Backends = Backends(), **group
     ):
+        """`group`: lr, momentum, weight_decay; coefficients, nesterov and row_normalize unless as here."""
+        group = {"coefficients": POLAR_EXPRESS, "nesterov": True, "row_normalize": True} | group
+        self._coefficients = tuple(group.pop("coefficients"))[:steps]
+        super().__init__(params, group)
         self._ranks, self._orthogonalise = ranks, backends.compile(newton_schulz)
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(params, defaults | {"row_normalize": row_normalize})
-        self._coefficients = tuple(coefficients)[:steps]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -1588,13 +1580,16 @@ class Muon(torch.optim.Optimizer):
 
     def _direction(self, bank: nn.Parameter, gradient: Tensor, group: dict) -> Tensor:
         """The orthogonalised update of this rank's slice of a bank."""
-        gradient = gradient.bfloat16()
-        buffer = self.state[bank].setdefault("momentum_buffer", torch.zeros_like(gradient))
-        buffer.mul_(group["momentum"]).add_(gradient)
-        update = gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+        update = self._with_momentum(self.state[bank], gradient.bfloat16(), group)
         if group["row_normalize"]:
             update = update / update.float().norm(dim=-1, keepdim=True).clamp_min(1e-7).bfloat16()
         return self._orthogonalise(update, self._coefficients, len(self._coefficients))
+
+    def _with_momentum(self, state: dict, gradient: Tensor, group: dict) -> Tensor:
+        """The gradient with what the momentum buffer has of earlier ones (Nesterov)."""
+        buffer = state.setdefault("momentum_buffer", torch.zeros_like(gradient))
+        buffer.mul_(group["momentum"]).add_(gradient)
+        return gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
 
 
 def parameter_table(cfg: Config, model: GPT) -> dict[str, dict]:
@@ -1719,8 +1714,10 @@ class Trainer(Worker):
             group = {"params": []} | row
             groups.setdefault(group.pop("optimizer"), group)["params"].append(parameters[name])
         coefficients = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC}[cfg.muon_coefficients]
-        options = {"coefficients": coefficients, "ranks": ranks, "backends": model.backends}
-        self.muon = Muon(**groups.pop("muon"), **options)
+        options, kind = {"coefficients": coefficients, "ranks": ranks, "backends": model.backends}, Muon
+        if cfg.refinements:
+            from systems.refinements import RefinedMuon as kind
+        self.muon = kind(**groups.pop("muon"), **options)
         self.adamw = torch.optim.AdamW(list(groups.values()), fused=True)
         self._small = [p for group in groups.values() for p in group["params"]]  # averaged as one buffer
         for group in self._groups():
@@ -1748,6 +1745,8 @@ class Trainer(Worker):
             late = max(0.0, frac - cfg.wd_taper_start_frac) / (1 - cfg.wd_taper_start_frac)
             decay = self.muon.defaults["weight_decay"] * (1 - late * (1 - cfg.wd_taper_final_mult))
             self.muon.param_groups[0]["weight_decay"] = decay
+        if cfg.refinements:
+            self.muon.begin(self, frac, factor)
         loss, norm = self._accumulate_gradients(batches)
         clock = torch.full_like(loss, elapsed if self.ranks.is_main else 0.0)
         stop = torch.full_like(loss, float(self.ranks.stop_signal > 0))
@@ -1760,6 +1759,8 @@ class Trainer(Worker):
                 parameter.grad = torch.where(finite, parameter.grad, 0)
         self.adamw.step()
         self.muon.apply(slices, scale, finite)
+        if cfg.refinements:
+            self.muon.end(self)
         self.model.zero_grad(set_to_none=True)
         self.ema.update(self.model.state_dict())
         return StepReport(step + 1, self.ranks.to_host(measured), factor, momentum, self.looping)
@@ -2512,16 +2513,13 @@ def model_score(model: GPT, *, looping: bool, ranks: Ranks = CPU) -> Callable[..
 class StandardEvaluation(Evaluation):
     """Every target once, in rows of VAL_BATCH_TOKENS / 8 that ranks take in turn. A unit is a row."""
 
-    def __init__(self, model: GPT, *arguments: object, **options: object):
-        super().__init__(model, *arguments, **options)
-        self.score = model_score(model, looping=self.looping, ranks=self.ranks)
-
     def units(self) -> Iterable[None]:
         """Score row after row."""
+        score = model_score(self.model, looping=self.looping, ranks=self.ranks)
         cfg, val, targets = self.cfg, self.val, self.cfg.val_batch_tokens // CONTEST_MICRO_BATCHES
         for start in range(self.ranks.rank * targets, val.num_targets, self.ranks.world_size * targets):
             end = min(start + targets, val.num_targets)
-            losses = self.score(*packed_row(val.tokens[start : end + 1], cfg.eval_seq_len, cfg.plain_windows))
+            losses = score(*packed_row(val.tokens[start : end + 1], cfg.eval_seq_len, cfg.plain_windows))
             self.meter.add(losses, val.target_bytes[start:end])
             self.watch.see("row", start=start, end=end, losses=losses)
             self.done = end
@@ -3213,10 +3211,11 @@ class Run:
 
 def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
-    parts = dict.fromkeys(("plain_windows", "sliding_window_enabled", "ttt_sgd"), "stream")
-    parts |= {"fit_bytes": "fit_bytes", "gptq_drift_batches": "drift", "ttt_cache_window": "cache"}
-    parts |= {"ttt_chunk_by_length": "chunks", "caseops_enabled": "plain_text", "quantizer": "trellis"}
-    needed = {name: part for name, part in parts.items() if getattr(cfg, name) != getattr(Config, name)}
+    parts = "plain_windows:stream sliding_window_enabled:stream ttt_sgd:stream fit_bytes:fit_bytes"
+    parts += " gptq_drift_batches:drift ttt_cache_window:cache ttt_chunk_by_length:chunks"
+    parts += " refinements:refinements caseops_enabled:plain_text quantizer:trellis"
+    pairs = (pair.split(":") for pair in parts.split())
+    needed = {name: part for name, part in pairs if getattr(cfg, name) != getattr(Config, name)}
     chosen = {"ans": "ans", "fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"}
     needed |= {name: chosen.get(getattr(cfg, name)) for name in ("compressor", "attention_backend")}
     needed["triton_kernels"] = cfg.triton_kernels not in ("", "0", Config.triton_kernels) and "kernels"

@@ -11,6 +11,7 @@ import posixpath
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -148,8 +149,8 @@ def score_standard(tg, score, val, row_tokens: int, max_doc_len: int, ranks=None
     """Meter of the standard evaluation with another `score` than that of a model."""
     sizes = {"val_batch_tokens": 8 * row_tokens, "eval_seq_len": max_doc_len, "plain_windows": plain}
     worker = tg.StandardEvaluation(None, val, SimpleNamespace(**sizes), looping=False, ranks=ranks or tg.CPU)
-    worker.score = score
-    return worker.run()
+    with mock.patch.object(tg, "model_score", lambda *arguments, **options: score):
+        return worker.run()
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, rel: float) -> None:

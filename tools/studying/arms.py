@@ -24,6 +24,11 @@ def _arm(name: str, text: str, source: str, start: str = "", data: str = "") -> 
 NOISE = (Arm("null", {}, "the control once more"), Arm(OTHER_BATCHES, {}, "the control on other documents"))
 IDEAS = (  # what past systems of the lineage and of its neighbours do otherwise
     _arm("fused markers", "", "PR #2109", data="fused"),
+    _arm("EMA-Nesterov", "REFINEMENTS=ema_nesterov", "2605.25395"),
+    _arm("bi-Maxwell", "REFINEMENTS=bi_maxwell", "modded-nanogpt #340"),
+    _arm("row floor", "REFINEMENTS=row_floor", "modded-nanogpt #328"),
+    _arm("cautious decay", "REFINEMENTS=cautious_decay", "2510.12402"),
+    _arm("slow scalars", "REFINEMENTS=slow_scalars", "modded-nanogpt #321"),
     _arm("hyperparameters of pr1855", "WARMDOWN_FRAC=0.85 BETA2=0.99", "PR #1855"),
     _arm("rate 0.028", "MATRIX_LR=0.028", "PR #1925"),
     _arm("query gain 5.25", "QK_GAIN_INIT=5.25", "PR #1953"),
