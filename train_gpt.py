@@ -1538,12 +1538,10 @@ class Muon(torch.optim.Optimizer):
     (Nesterov), rows of U to unit length (MuonEq-R), Newton-Schulz, p <- p (1 - lr wd) - lr scale U.
     """
 
-    def __init__(
-        self, params: Iterable, steps: int = 5, ranks: Ranks = CPU, backends: Backends = Backends(), **group
-    ):
-        """`group`: lr, momentum, weight_decay; coefficients, nesterov and row_normalize unless as here."""
-        group = {"coefficients": POLAR_EXPRESS, "nesterov": True, "row_normalize": True} | group
-        self._coefficients = tuple(group.pop("coefficients"))[:steps]
+    def __init__(self, params: Iterable, ranks: Ranks = CPU, backends: Backends = Backends(), **group):
+        """`group`: lr, momentum, weight_decay, and what shall be otherwise than here."""
+        group = {"coefficients": POLAR_EXPRESS, "steps": 5, "nesterov": True, "row_normalize": True} | group
+        self._coefficients = tuple(group.pop("coefficients"))[: group.pop("steps")]
         super().__init__(params, group)
         self._ranks, self._orthogonalise = ranks, backends.compile(newton_schulz)
 
@@ -1716,7 +1714,9 @@ class Trainer(Worker):
         coefficients = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC}[cfg.muon_coefficients]
         options, kind = {"coefficients": coefficients, "ranks": ranks, "backends": model.backends}, Muon
         if cfg.refinements:
-            from systems.refinements import RefinedMuon as kind
+            from systems.refinements import RefinedMuon
+
+            kind = RefinedMuon
         self.muon = kind(**groups.pop("muon"), **options)
         self.adamw = torch.optim.AdamW(list(groups.values()), fused=True)
         self._small = [p for group in groups.values() for p in group["params"]]  # averaged as one buffer

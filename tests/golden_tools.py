@@ -149,7 +149,7 @@ def score_standard(tg, score, val, row_tokens: int, max_doc_len: int, ranks=None
     """Meter of the standard evaluation with another `score` than that of a model."""
     sizes = {"val_batch_tokens": 8 * row_tokens, "eval_seq_len": max_doc_len, "plain_windows": plain}
     worker = tg.StandardEvaluation(None, val, SimpleNamespace(**sizes), looping=False, ranks=ranks or tg.CPU)
-    with mock.patch.object(tg, "model_score", lambda *arguments, **options: score):
+    with mock.patch.object(tg.core, "model_score", lambda *arguments, **options: score):
         return worker.run()
 
 
