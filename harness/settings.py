@@ -80,6 +80,13 @@ _GATED = _DOCUMENTS | {  # PR #1736
 _SYSTEMS = {
     "pr1851": {},
     "pr1868": {"gptq_reserve_seconds": 8.0},
+    "best": {  # the record and what has been shown to be better at equal bytes (docs/study.md)
+        "gptq_reserve_seconds": 30.0,
+        "quantizer": "trellis",
+        "compressor": "ans",
+        "fit_bytes": 16_000_000,
+        "gptq_drift_batches": 4,
+    },
     "one_gpu": {"max_wallclock_seconds": 4800.0, "checkpoint_seconds": 300.0},  # eight times as long
     "pr1855": {
         "mlp_clip_sigmas": 11.5,
@@ -139,6 +146,7 @@ _DEMO_PLAIN = {"data_path": "data/demo_plain", "gptq_calibration_batches": 16}
 _DEMO_WINDOWS = _DEMO_PLAIN | {"ttt_chunk_tokens": 2048}
 _DEMO_LORA = {"ttt_lora_alpha": 8.0}
 _DEMO_SIZES = {  # where a system's own sizes are others than the record's, those of its demo are too
+    "best": {"fit_bytes": 475_000},  # as many as the record's demo has
     "pr1855": {"ttt_lora_rank": 7, "phased_ttt_prefix_docs": 30},
     **dict.fromkeys(("pr1769", "pr1736", "pr1729"), _DEMO_LORA),
     "pr1626": _DEMO_LORA | {"data_path": "data/demo_plain"},
@@ -155,6 +163,7 @@ _STUDY = _DEMO | train_gpt.parse_settings(
 PRESETS: dict[str, dict[str, object]] = {
     **_SYSTEMS,
     **{f"{name}-study": row | _STUDY for name, row in _SYSTEMS.items() if row.get("caseops_enabled", True)},
+    "best-study": _SYSTEMS["best"] | _STUDY | {"fit_bytes": 900_000},
     **{f"{name}-demo": row | _DEMO | _DEMO_SIZES.get(name, {}) for name, row in _SYSTEMS.items()},
     "demo": _DEMO,
 }

@@ -1,7 +1,8 @@
 """What is an idea worth? Arms (settings) against a control, in pairs of the same weights and batches.
 
     python tools/study.py --docs FILE --prepare                    # data of the seeds, once: data/study/
-    python tools/study.py --arms noise,ideas --seeds 4             # screening, SCALE=study
+    PREQUANT_ONLY=1 python tools/study.py --arms noise,training --seeds 4   # screening, SCALE=study
+    python tools/study.py --arms storing,adapting --bytes 900000   # with quantiser and adaptation
     python tools/study.py --arm "slow:MATRIX_LR=0.01" --seeds 5-8  # any settings; four other seeds
     python tools/study.py --arms "fused markers" --confirm --seeds 8
     python tools/study.py --show [logs/study/NAME.json ...]        # the tables of what was run before
@@ -10,13 +11,15 @@ What is set in the environment holds for all arms (SCALE=study unless something 
 weights and its own stream of training documents, the same in all arms. Screening scores held-out documents of
 the training split, confirmation the validation split, with other seeds and streams.
 
-    --arms NAMES      noise (null arm, other batches), ideas, parts (the record without each), or single arms
+    --arms NAMES      noise (null arm, other batches), training, storing, adapting, parts (the record without
+                      each), or single arms
     --seeds N | A-B   of this kind (default 2)         --confirm       validation documents, their own seeds
     --jobs N          runs at once (default 1)         --seconds S     begin no run after S seconds
     --bytes N         FIT_BYTES=N in all arms, so that quantised scores are compared at equal bytes
     --equal-seconds   arms that train slower or faster get as many steps as take the control's seconds
     --study NAME      (default: study)                 --out DIR       (default: runs/study)
     --data DIR        (default: data/study)            --json FILE     (default: OUT/NAME-KIND.json)
+    --keep FILE ...   copy a study's JSON to logs/study/ and write its table into docs/study.md
     --docs FILE ...   documents, JSONL; --sp MODEL their tokenizer (default: trains one of VOCAB_SIZE pieces)
     --split N         the first N documents are validation (default 1800), of which --scored (320) are scored
     --stream N        documents of each stream (default 1250); --streams of each kind (default 8)
@@ -45,6 +48,7 @@ import runs
 import train_gpt as tg
 from dataprep.shards import DataError, write_whole
 from harness.settings import read_settings
+from marked import MarkError, write_part
 from reproducing.seeds import SeedError
 from studying.arms import NOISE, chosen_arms
 from studying.cells import Cell, Place, cells_of, on_gpu, run_all, same_seconds
@@ -52,8 +56,10 @@ from studying.data import Streams, prepare_streams, read_documents, tokenizer_of
 from studying.page import EQUAL_SECONDS, forest, rows, table
 from sweeping.running import Stop
 
-SHOWN = ROOT / "logs" / "study"
+SHOWN, PAGE = ROOT / "logs" / "study", ROOT / "docs" / "study.md"
 OURS = ("SEED", "RUN_ID", "ARTIFACT_DIR", "DATA_PATH")  # each run has its own
+# A run gives its memory back to the kernel at each step and asks for it again, a third of its processor time.
+MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(1 << 32))
 NOISE_NAMES = {arm.name for arm in NOISE}
 SCORED_ON = {
     "screen": "held-out documents of the training split (screening: no validation document was read)",
@@ -66,6 +72,7 @@ def parse_arguments(arguments: Sequence[str], environ: Mapping[str, str]) -> arg
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--show", nargs="*", type=Path, metavar="FILE")
+    add("--keep", nargs="+", type=Path, default=[], metavar="FILE")
     add("--prepare", action="store_true")
     add("--arms", default="")
     add("--arm", action="append", default=[], metavar="NAME:SETTING=VALUE")
@@ -152,7 +159,7 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         arms = chosen_arms(options.arms, options.arm)
     except ValueError as error:
         raise Mistake(str(error)) from None
-    common = {"SCALE": "study", "VAL_LOSS_EVERY": "0", "AUDIT": "0", **environ}
+    common = {"SCALE": "study", "VAL_LOSS_EVERY": "0", "AUDIT": "0", **MEMORY, **environ}
     common |= {"FIT_BYTES": str(options.bytes)} if options.bytes else {}
     folder = options.out / options.study / options.kind
     place = Place(folder, options.data, options.kind, options.numbers, common)
@@ -191,19 +198,43 @@ def show(study: Mapping, path: Path) -> None:
         print("no picture: matplotlib is not installed")
 
 
+def read_study(path: Path) -> dict:
+    """The JSON of a study that can be shown. Raises Mistake."""
+    try:
+        study = json.loads(path.read_text(encoding="utf-8"))
+        table(study)
+    except OSError as error:
+        raise Mistake(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, StopIteration):
+        raise Mistake(f"{path}: not the JSON of a study") from None
+    return study
+
+
 def show_all(paths: Sequence[Path]) -> int:
     """The tables of studies that were run before. Raises Mistake."""
     paths = paths or sorted(SHOWN.glob("*.json"))
     if not paths:
         raise Mistake(f"--show: no study in {SHOWN}; name its JSON file")
     for path in paths:
+        print(f"{path}\n\n{table(read_study(path))}")
+    return 0
+
+
+def marks(name: str) -> tuple[str, str]:
+    """The lines of docs/study.md between which a study's table stands."""
+    return f"<!-- study {name}: written by tools/study.py --keep -->\n", f"<!-- end of study {name} -->"
+
+
+def keep(paths: Sequence[Path]) -> int:
+    """Copy studies to logs/study and write their tables into the page. Raises Mistake."""
+    for path in paths:
+        study = read_study(path)
         try:
-            text = table(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise Mistake(f"--show {path}: cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError, StopIteration):
-            raise Mistake(f"--show {path}: not the JSON of a study") from None
-        print(f"{path}\n\n{text}")
+            write_part(PAGE, *marks(study["study"]), f"\n{table(study)}\n")
+        except MarkError as error:
+            raise Mistake(str(error)) from None
+        SHOWN.mkdir(exist_ok=True)
+        write_whole(SHOWN / f"{study['study']}.json", (json.dumps(study, indent=1) + "\n").encode())
     return 0
 
 
@@ -213,6 +244,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         options = parse_arguments(arguments, environ)
         if options.show is not None:
             return show_all(options.show)
+        if options.keep:
+            return keep(options.keep)
         return prepare(options, environ) if options.prepare else run(options, environ)
     except (Mistake, DataError, SeedError, runs.ReadError, tg.UserError) as error:
         return complain("study.py", error)

@@ -265,7 +265,9 @@ def backends_of(tg, on_gpu: bool):
     return tg.Backends("fa3", names, "inductor", 8) if on_gpu else tg.Backends("plain", "", "", 2)
 
 
-@pytest.mark.parametrize(("preset", "on_gpu", "limit"), [("pr1851", True, 25_000), ("demo", False, 21_500)])
+@pytest.mark.parametrize(
+    ("preset", "on_gpu", "limit"), [("pr1851", True, 25_000), ("best", True, 31_250), ("demo", False, 21_500)]
+)
 def test_size(tg, house, preset, on_gpu, limit):
     cfg = tg.read_settings({"PRESET": preset})
     packed, minified = packing.packed_script(cfg, backends_of(tg, on_gpu), house, on_gpu)

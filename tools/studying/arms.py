@@ -22,7 +22,7 @@ def _arm(name: str, text: str, source: str, start: str = "", data: str = "") -> 
 
 
 NOISE = (Arm("null", {}, "the control once more"), Arm(OTHER_BATCHES, {}, "the control on other documents"))
-IDEAS = (  # what past systems of the lineage and of its neighbours do otherwise
+TRAINING = (  # what past systems of the lineage and of its neighbours do otherwise
     _arm("fused markers", "", "PR #2109", data="fused"),
     _arm("EMA-Nesterov", "REFINEMENTS=ema_nesterov", "2605.25395"),
     _arm("bi-Maxwell", "REFINEMENTS=bi_maxwell", "modded-nanogpt #340"),
@@ -33,8 +33,12 @@ IDEAS = (  # what past systems of the lineage and of its neighbours do otherwise
     _arm("rate 0.028", "MATRIX_LR=0.028", "PR #1925"),
     _arm("query gain 5.25", "QK_GAIN_INIT=5.25", "PR #1953"),
     _arm("decay that tapers", "WD_TAPER_FINAL_MULT=0.5", "PR #1729"),
+)
+STORING = (  # at equal bytes: --bytes
     _arm("trellis", "QUANTIZER=trellis COMPRESSOR=ans", "BEYOND 1", "model"),
     _arm("trellis in order", "QUANTIZER=trellis COMPRESSOR=ans GPTQ_DRIFT_BATCHES=4", "2505.11695", "model"),
+)
+ADAPTING = (
     _arm("no LoRA on Q and V", "TTT_Q_LORA=0 TTT_V_LORA=0", "PR #1953", "artifact"),
     _arm("chunks by length", "TTT_CHUNK_BY_LENGTH=256:8,2000:24", "PR #2014", "artifact"),
 )
@@ -48,8 +52,9 @@ PARTS = (  # the record without its parts, one at a time
     _arm("no LQER", "LQER_ENABLED=0", "PR #1797", "model"),
     _arm("an eighth of the Hessians' windows", EIGHTH, "PR #1851", "model"),
     _arm("no global SGD phases", "PHASED_TTT_PREFIX_DOCS=0", "PR #1610", "artifact"),
+    _arm("no TTT", "TTT_ENABLED=0", "PR #1530", "artifact"),
 )
-GROUPS = {"noise": NOISE, "ideas": IDEAS, "parts": PARTS}
+GROUPS = {"noise": NOISE, "training": TRAINING, "storing": STORING, "adapting": ADAPTING, "parts": PARTS}
 ARMS = {arm.name: arm for arms in GROUPS.values() for arm in arms}
 
 
