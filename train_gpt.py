@@ -86,8 +86,9 @@ class ArtifactError(UserError):
 
 
 def one_line(error: Exception) -> str:
-    """What an exception of a foreign library says, short."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    """What an exception of a foreign library says, short: a compiler tells the cause at the end."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 200 else f"{text[:60]} ... {text[-135:]}"
 
 
 # ---- 2. Configuration ----------------------------------------------------------------------------------
@@ -439,11 +440,11 @@ class Ranks:
         cuda = cfg.device != "cpu" and torch.cuda.is_available()
         if cfg.device == "cuda" and not cuda:
             raise ConfigError("DEVICE=cuda: torch sees no CUDA device; must be auto or cpu here")
-        if cfg.cpu_threads:
-            torch.set_num_threads(cfg.cpu_threads)
+        torch.set_num_threads(cfg.cpu_threads or torch.get_num_threads())
         ranks = cls(torch.device("cuda", local_rank) if cuda else torch.device("cpu"), rank, world_size)
         if ranks.on_gpu:
             torch.cuda.set_device(ranks.device)
+            os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")  # fuses too much, spills
             torch.backends.cuda.enable_cudnn_sdp(False)  # plans every shape anew; adaptation has thousands
         if world_size > 1:
             ranks._join("nccl" if ranks.on_gpu else "gloo")
@@ -2268,8 +2269,7 @@ def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) ->
 # the codec "ans" all arrays of levels are one stream, LEVELS, and the rest is compressed by brotli.
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
-CODECS = ("brotli", "lzma", "ans")
-LEVELS = "levels"
+CODECS, LEVELS = ("brotli", "lzma", "ans"), "levels"
 HEADER_LIMIT = 1 << 20  # bytes: a thousand layers take 0.6 MB
 PREFIX, SHUFFLE_MAGIC = struct.Struct("<5sBBI32s"), b"BSHF"
 

@@ -76,9 +76,11 @@ def environment(ranks: tg.Ranks) -> dict[str, object]:
     cuda = ranks.device.type == "cuda"
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else [""]
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
-    ).stdout
+    try:
+        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:  # a lent machine may have no git
+        commit = ""
     return {
         "device": torch.cuda.get_device_name() if cuda else f"{cpu}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,

@@ -1,6 +1,7 @@
 """Another `train_gpt.py` and ours on the same GPU with the same settings and data, in turn: A B A B.
 
     python bench/peer.py --script PATH [--steps 60] [--rounds 2] [--env NAME=VALUE ...] [--out DIR] [--json]
+        [--who theirs]
 
 The other script is a black box: it is run, and its log is read. Both get every setting of ours as an
 environment variable. Where FlashAttention 3 is absent, a stand-in module `flash_attn_interface` built on our
@@ -153,7 +154,7 @@ def shared_settings(args: argparse.Namespace, backend: str) -> dict[str, str]:
 
 def pick_backend(folder: Path) -> tuple[str, str]:
     """The backend for both scripts; where FlashAttention 3 is absent, the path that finds the stand-in."""
-    ranks = tg.Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    ranks = tg.Ranks.from_env(tg.Config(), {})  # it also says which of torch's attention may be used
     compiler = "aot_eager" if torch.cuda.is_available() else ""
     if importlib.util.find_spec("flash_attn_interface"):
         try:
@@ -189,6 +190,9 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=2, help="how often each script runs")
     options.add_argument("--gpus", type=int, default=1)
     options.add_argument(
+        "--who", choices=("both", "ours", "theirs"), default="both", help="run one of them only"
+    )
+    options.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="more settings of both"
     )
     options.add_argument(
@@ -211,6 +215,7 @@ def main() -> None:
         "CONSOLE": "log",
     }
     scripts = {"ours": ROOT / "train_gpt.py", "theirs": args.script.resolve()}
+    scripts = {who: script for who, script in scripts.items() if args.who in ("both", who)}
     runs = {who: [] for who in scripts}
     for number in range(args.rounds):
         for who, script in scripts.items():
@@ -222,7 +227,9 @@ def main() -> None:
     result |= {"steps": args.steps, "batch_tokens": args.batch_tokens, "script": str(args.script)}
     (out / "runs.json").write_text(json.dumps({**result, "runs": runs, "settings": settings}, indent=1))
     losses = {f"last_loss_{who}": list(results[-1]["losses"].values())[-1] for who, results in runs.items()}
-    report({**result, **losses}, ratios(runs), args.json)
+    if args.who != "both":
+        result |= runs[args.who][-1]
+    report({**result, **losses}, ratios(runs) if args.who == "both" else [], args.json)
 
 
 if __name__ == "__main__":

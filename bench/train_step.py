@@ -1,6 +1,6 @@
 """Speed of a training step: before and after looping, MFU, memory, and where the time goes.
 
-    python bench/train_step.py [--device cpu] [--json] [--tokens N] [--profile]
+    python bench/train_step.py [--device cpu] [--json] [--tokens N] [--profile] [--kernels N]
 
 Settings come from the environment, as for train_gpt.py: ATTENTION_BACKEND, TRITON_KERNELS, COMPILE_BACKEND.
 On a CPU a small model is measured. MFU: 6 FLOPs a weight and token, 12 D a token and attended token, over the
@@ -28,6 +28,7 @@ from common import (
 from harness.preflight import flops_per_token
 
 GROUPS = {  # kernel names -> what they do; the first that fits counts
+    "elementwise, norms and their sums": r"^triton_",  # the compiler's own; names tell what is fused in them
     "attention": r"flash|fmha|attention|cudnn.*sdpa|flex",
     "fused MLP": r"^matmul$|pg0::mlp",
     "heads and gate": r"^(qkv_norm_rope|xsa_gate)$|pg0::(qkv_norm_rope|xsa_gate)",
@@ -47,22 +48,23 @@ def micro_batch(model: tg.GPT, ranks: tg.Ranks, batch: tg.Batch, looping: bool) 
     model.zero_grad(set_to_none=True)
 
 
-def shares(step: object, ranks: tg.Ranks) -> dict[str, float]:
-    """Share of the device's time in each group of kernels."""
+def shares(step: object, ranks: tg.Ranks, longest: int = 0) -> tuple[dict[str, float], list[list]]:
+    """Share of the device's time in each group of kernels; the longest kernels: ms, launches, name."""
     cuda = ranks.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
         step()
         ranks.synchronize()
-    times = defaultdict(float)
+    times, kernels = defaultdict(float), []
     for event in profile.key_averages():
         spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-        group = next(
-            (g for g, pattern in GROUPS.items() if re.search(pattern, event.key)), "elementwise and rest"
-        )
+        group = next((g for g, pattern in GROUPS.items() if re.search(pattern, event.key)), "rest")
         times[group] += spent
+        kernels.append([spent / 1e3, event.count, event.key[:100]])
     total = sum(times.values()) or 1.0
-    return {group: spent / total for group, spent in sorted(times.items(), key=lambda item: -item[1])}
+    kernels.sort(reverse=True)
+    groups = {group: spent / total for group, spent in sorted(times.items(), key=lambda item: -item[1])}
+    return groups, kernels[:longest]
 
 
 class NoLoader:
@@ -83,6 +85,9 @@ def main() -> None:
     )
     options.add_argument(
         "--profile", action="store_true", help="share of time per kernel group (always on CUDA)"
+    )
+    options.add_argument(
+        "--kernels", type=int, default=0, metavar="N", help="the N longest kernels: ms, launches, name"
     )
     args = options.parse_args()
     cfg, ranks, backends = setup(args.device)
@@ -112,8 +117,10 @@ def main() -> None:
             "first_call_seconds": first,
         }
         entry["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
-        if cuda or args.profile:
-            entry["shares"] = shares(lambda looping=looping: micro_batch(model, ranks, batch, looping), ranks)
+        if cuda or args.profile or args.kernels:
+            step = lambda looping=looping: micro_batch(model, ranks, batch, looping)  # noqa: E731
+            entry["shares"], longest = shares(step, ranks, args.kernels)
+            entry |= {"kernels": longest} if longest else {}
         rows.append(entry)
     trainer = tg.Trainer(cfg, model, NoLoader(), ranks)
     row = [text_row(cfg, tokens, seed) for seed in range(trainer.micro_batches)]

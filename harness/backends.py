@@ -28,7 +28,7 @@ ATTENTION = {  # backends, the best first, and what each needs
     "fa4": "FlashAttention 4 (pip install --pre flash-attn-4) and a Hopper or Blackwell GPU",
     "torch_varlen": "torch 2.11 and a GPU of capability 8.0",
     "flex": "a GPU",
-    "plain": "nothing",
+    "plain": "a device that computes",
 }
 
 
@@ -54,7 +54,7 @@ def try_attention(backend: str, cfg: Config, ranks: Ranks, compiler: str = "") -
 
 
 def choose_attention(cfg: Config, ranks: Ranks, compiler: str = "") -> str:
-    """The backend asked for, or the first that works. Raises ConfigError when one asked for does not."""
+    """The backend asked for, or the first that works. Raises ConfigError where none does."""
     wanted = cfg.attention_backend
     if wanted == "auto" and not ranks.on_gpu:
         return "plain"
@@ -63,7 +63,7 @@ def choose_attention(cfg: Config, ranks: Ranks, compiler: str = "") -> str:
             try_attention(backend, cfg, ranks, compiler)
             return backend
         except Exception as error:  # foreign libraries raise anything
-            if wanted != "auto":
+            if wanted != "auto" or backend == "plain":  # the last
                 needs = f"it needs {ATTENTION[backend]}"
                 raise ConfigError(f"ATTENTION_BACKEND={backend}: {needs} ({one_line(error)})") from None
 

@@ -408,8 +408,9 @@ def test_model_with_kernels_equals_the_eager_model(tg, looping):
         losses.mean().backward()
         results.append([losses.detach()] + [p.grad.clone() for p in model.parameters() if p.grad is not None])
     for eager, fused in zip(*results, strict=True):
-        tolerance = 2e-2 if DEVICE == "cuda" else 1e-4
-        torch.testing.assert_close(fused, eager, rtol=tolerance, atol=tolerance * float(eager.abs().max()))
+        tolerance, near_zero = (2e-2, 1e-6) if DEVICE == "cuda" else (1e-4, 0.0)  # sums in tf32 cancel
+        largest = tolerance * float(eager.abs().max()) + near_zero
+        torch.testing.assert_close(fused, eager, rtol=tolerance, atol=largest)
 
 
 BUILDERS = ("cross_entropy_kernel", "matmul_kernel", "qkv_norm_rope_kernel", "xsa_gate_kernel")
@@ -479,7 +480,7 @@ def test_only_kernels_that_are_asked_for_are_tried(tried):
 def test_a_kernel_that_cannot_be_built_is_found_at_the_start(tried):
     wrong = tried("at = (row * G + group)", "at = (row * unknown + group)")
     assert list(wrong) == ["xsa_gate"]
-    assert "unknown" in wrong["xsa_gate"]
+    assert "unknown" in wrong["xsa_gate"]  # a real compiler prints the kernel first, and its cause last
     assert len(wrong["xsa_gate"]) <= 200
 
 
@@ -552,7 +553,9 @@ def test_script_loaded_twice_leaves_the_operators_of_the_first(tg):
         del sys.modules[spec.name]
     assert not set(names) & {again._mlp._qualname, again._mlp_grad._qualname}
     generator = torch.Generator().manual_seed(0)
-    x, up, down = (torch.randn(*shape, generator=generator) for shape in ((4, 8), (16, 8), (8, 16)))
+    shapes, tolerance = ((4, 8), (16, 8), (8, 16)), 2e-2 if DEVICE == "cuda" else 1e-4
+    x, up, down = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in shapes)
     for script in (tg, again, tg):
         expected = tg.leaky_relu_squared(x @ up.T) @ down.T
-        torch.testing.assert_close(script.fused_mlp(x, up, down), expected, rtol=1e-4, atol=1e-4)
+        largest = tolerance * float(expected.abs().max())
+        torch.testing.assert_close(script.fused_mlp(x, up, down), expected, rtol=tolerance, atol=largest)

@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PEER = """
 import os
+import re
 import torch
 from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
@@ -176,34 +179,27 @@ def test_false_alarms_of_the_guard_are_told(tg, quick_packing, tmp_path, monkeyp
 
 
 def test_suite_prints_its_plan(tmp_path):
-    plan = run("bash", "bench/gpu_suite.sh", "--dry-run", OUT=str(tmp_path / "none"))
-    steps = [line.split()[0] for line in plan.splitlines() if " (at most 480 s): " in line]
-    assert steps == [
-        "machine",
-        "tests",
-        "step",
-        "peer",
-        "kernels",
-        "ttt",
-        "variants",
-        "each_kernel",
-        "run",
-        "memory",
-        "peer_again",
-    ]
-    assert not (tmp_path / "none").exists()
+    none = tmp_path / "none"
+    plan = run("bash", "bench/gpu_suite.sh", "--dry-run", OUT=str(none), WORK=str(none))
+    steps = re.findall(r"^(\w+) \(at most \d+ s\): ", plan, re.M)
+    wanted = "machine run step tests kernels ttt peer variants each_kernel memory peer_again"
+    assert steps == wanted.split() and not none.exists()
 
 
 def test_suite_goes_on_after_a_failure(tmp_path):
-    out = {
-        "OUT": str(tmp_path),
-        "STEPS": "machine step",
-        "DATA_PATH": str(tmp_path),
-        "DEVICE": "cuda",
-        "LIMIT": "60",
-    }
+    out = {"OUT": str(tmp_path / "out"), "WORK": str(tmp_path), "STEPS": "machine step memory"}
+    out |= {"DATA_PATH": str(tmp_path), "DEVICE": "cuda", "TOTAL": "500"}
     out |= {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     printed = run("bash", "bench/gpu_suite.sh", **out)
-    assert [line.split(":")[0] for line in printed.splitlines()] == ["machine", "step"]
-    assert "step: exit 1" in printed
-    assert "torch sees no CUDA device" in (tmp_path / "step.txt").read_text()
+    assert [line.split(":")[0] for line in printed.splitlines()] == ["machine", "step", "memory"]
+    assert "step: exit 1" in printed and "memory: exit 2" in printed
+    assert "torch sees no CUDA device" in (tmp_path / "logs" / "step.txt").read_text()
+    with tarfile.open(tmp_path / "out" / "logs.tgz") as kept:
+        assert {"logs/step.txt", "logs/summary.txt"} <= set(kept.getnames())
+
+
+def test_suite_keeps_to_its_time(tmp_path):
+    """What a lent machine has not the time for is said, not begun."""
+    out = {"OUT": str(tmp_path / "out"), "WORK": str(tmp_path), "DATA_PATH": str(tmp_path), "TOTAL": "16"}
+    printed = run("bash", "bench/gpu_suite.sh", **out, STEPS="step memory", DEVICE="cpu")
+    assert printed.splitlines() == ["step: no time left", "memory: no time left"]
