@@ -51,7 +51,7 @@ from harness.settings import read_settings
 from marked import MarkError, write_part
 from reproducing.seeds import SeedError
 from studying.arms import NOISE, chosen_arms
-from studying.cells import Cell, Place, cells_of, on_gpu, run_all, same_seconds
+from studying.cells import Cell, Place, cells_of, processor_clock, run_all, same_seconds
 from studying.data import Streams, prepare_streams, read_documents, tokenizer_of
 from studying.page import EQUAL_SECONDS, forest, rows, table
 from sweeping.running import Stop
@@ -139,7 +139,7 @@ def study_of(options: argparse.Namespace, place: Place, cells: Sequence[Cell]) -
     for cell in done:
         arms[cell.arm.name]["runs"][str(cell.number)] = cell.summary()
     settings, machine = cells[0].settings, done[0].record.environment if done else {}
-    gpu = bool(done) and on_gpu(done[0].record)
+    gpu = bool(done) and not processor_clock(done[0].record)
     return {
         "study": f"{options.study}-{options.kind}",
         "scored_on": SCORED_ON[options.kind],

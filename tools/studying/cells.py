@@ -132,23 +132,23 @@ class Cell:
         return facts | {"seconds": seconds, "steps": record.steps}
 
 
-def on_gpu(record: RunRecord) -> bool:
-    """Whether a run was made on a GPU."""
-    return str(record.environment.get("device", "")).startswith("cuda") or "gpu" in record.environment
+def processor_clock(record: RunRecord) -> list[float]:
+    """The processor's seconds behind each training step; empty of a run on a GPU."""
+    path = record.path / "steps.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    clock = [json.loads(line).get("processor_seconds") for line in lines]
+    return [] if None in clock else clock
 
 
 def training_seconds(record: RunRecord) -> float | None:
-    """Seconds of a training: of the processor or, on a GPU, of the clock. None: not told.
+    """Seconds of a training: of the processor or, on a GPU, of the clock. None: it was too short.
 
     The processor's clock is read behind each step, so the first step counts as the mean of the others.
     """
-    path = record.path / "steps.jsonl"
-    if on_gpu(record) or not path.is_file():
+    clock = processor_clock(record)
+    if not clock:
         return record.train_seconds
-    clock = [json.loads(line).get("processor_seconds") for line in path.read_text().splitlines()]
-    if len(clock) < 2 or None in clock:
-        return None
-    return (clock[-1] - clock[0]) * len(clock) / (len(clock) - 1)
+    return (clock[-1] - clock[0]) * len(clock) / (len(clock) - 1) if len(clock) > 1 else None
 
 
 def cells_of(place: Place, arms: Sequence[Arm]) -> list[Cell]:

@@ -1,6 +1,7 @@
 """What a study says: its JSON as a table and a forest plot."""
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -78,13 +79,16 @@ def table(study: Mapping) -> str:
     heads = ["idea", "source", "val_bpb, less the control's", "in %", "pairs", "verdict"]
     heads += [STAGES[stage] for stage in stages] if len(stages) > 1 else []
     heads += ["training seconds / control's", "bytes"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    grid = [heads]
     for row in found:
         cells = [row.name, row.source, shown(row.final), shown(row.percent, 2), str(row.final.pairs)]
         cells.append(row.verdict)
         cells += [shown(row.stages.get(stage)) for stage in stages] if len(stages) > 1 else []
         size = "" if row.size is None else f"{row.size:,.0f}{' (not equal)' * row.unequal}"
-        lines.append("| " + " | ".join([*cells, shown(row.seconds, 2, ""), size]) + " |")
+        grid.append([*cells, shown(row.seconds, 2, ""), size])
+    told = [any(column) for column in zip(*grid[1:], strict=True)]  # what is told of no arm has no column
+    lines = ["| " + " | ".join(itertools.compress(cells, told)) + " |" for cells in grid]
+    lines.insert(1, "|" + "---|" * sum(told))
     return "\n".join(lines) + f"\n\n{_legend(study, found)}\n"
 
 
