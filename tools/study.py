@@ -52,7 +52,6 @@ from marked import MarkError, write_part
 from reproducing.seeds import SeedError
 from studying.arms import NOISE, chosen_arms
 from studying.cells import Cell, Place, cells_of, processor_clock, run_all, same_seconds
-from studying.data import Streams, prepare_streams, read_documents, tokenizer_of
 from studying.page import EQUAL_SECONDS, forest, rows, table
 from sweeping.running import Stop
 
@@ -119,6 +118,9 @@ def prepare(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Make the data sets that are missing. Raises Mistake and DataError."""
     if not options.docs:
         raise Mistake("--prepare: needs --docs FILE, the documents")
+    # What it takes to prepare data, a machine that only runs a study may lack.
+    from studying.data import Streams, prepare_streams, read_documents, tokenizer_of
+
     streams = Streams(options.split, options.scored, options.stream, options.streams)
     documents = read_documents(options.docs, streams.needed)
     vocab = read_settings({"SCALE": "study", **environ, "DATA_PATH": str(options.data)}).vocab_size

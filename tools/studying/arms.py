@@ -1,8 +1,10 @@
 """The arms of a study: what each changes of the control, where the idea is from, what it needs."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+KINDS = ("screen", "confirm")
 CONTROL = "control"
 OTHER_BATCHES = "other batches"  # the control on the next seed's stream: what chance does
 
@@ -56,6 +58,11 @@ PARTS = (  # the record without its parts, one at a time
 )
 GROUPS = {"noise": NOISE, "training": TRAINING, "storing": STORING, "adapting": ADAPTING, "parts": PARTS}
 ARMS = {arm.name: arm for arms in GROUPS.values() for arm in arms}
+
+
+def folder_of(root: Path, kind: str, number: int, variant: str = "") -> Path:
+    """The data set of a seed, in another form of the same documents where there is a variant."""
+    return root.with_name(f"{root.name}_{variant}" if variant else root.name) / f"{kind}{number}"
 
 
 def chosen_arms(names: str, own: Sequence[str]) -> list[Arm]:

@@ -19,8 +19,7 @@ from harness.settings import read_settings
 from reproducing.seeds import Experiment, finished
 from runs import RunRecord
 from scripts import hash_on_disk
-from studying.arms import OTHER_BATCHES, Arm
-from studying.data import folder_of
+from studying.arms import OTHER_BATCHES, Arm, folder_of
 from studying.page import AT_SECONDS, STAGES
 from sweeping.running import Stop, guarded, last_line
 

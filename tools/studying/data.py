@@ -14,8 +14,8 @@ from dataprep.encoding import Tokenizer, make_tokenizer, tokenizer_texts, train_
 from dataprep.reading import Document, Reader, parse_block
 from dataprep.shards import MANIFEST, DataError
 from prepare_caseops_data import prepare
+from studying.arms import KINDS, folder_of
 
-KINDS = ("screen", "confirm")
 TOKENIZER_BYTES = 50_000_000  # of text that a tokenizer is trained on where none is given
 
 
@@ -38,11 +38,6 @@ class Streams(NamedTuple):
         place = KINDS.index(kind) * self.seeds + number - 1
         start = self.split + self.scored + place * self.documents
         return slice(first, first + self.scored), slice(start, start + self.documents)
-
-
-def folder_of(root: Path, kind: str, number: int, variant: str = "") -> Path:
-    """The data set of a seed, in another form of the same documents where there is a variant."""
-    return root.with_name(f"{root.name}_{variant}" if variant else root.name) / f"{kind}{number}"
 
 
 def read_documents(files: Sequence[str], many: int) -> list[Document]:
