@@ -19,7 +19,7 @@ the training split, confirmation the validation split, with other seeds and stre
     --equal-seconds   arms that train slower or faster get as many steps as take the control's seconds
     --study NAME      (default: study)                 --out DIR       (default: runs/study)
     --data DIR        (default: data/study)            --json FILE     (default: OUT/NAME-KIND.json)
-    --keep FILE ...   copy a study's JSON to logs/study/ and write its table into docs/study.md
+    --keep FILE ...   copy a study's JSON to logs/study/, write its table into docs/study.md and README.md
     --docs FILE ...   documents, JSONL; --sp MODEL their tokenizer (default: trains one of VOCAB_SIZE pieces)
     --split N         the first N documents are validation (default 1800), of which --scored (320) are scored
     --stream N        documents of each stream (default 1250); --streams of each kind (default 8)
@@ -50,9 +50,9 @@ from dataprep.shards import DataError, write_whole
 from harness.settings import read_settings
 from marked import MarkError, write_part
 from reproducing.seeds import SeedError
-from studying.arms import NOISE, chosen_arms
+from studying.arms import KEPT, NOISE, chosen_arms
 from studying.cells import Cell, Place, cells_of, processor_clock, run_all, same_seconds
-from studying.page import EQUAL_SECONDS, forest, rows, table
+from studying.page import EQUAL_SECONDS, forest, rows, summary, table
 from sweeping.running import Stop
 
 SHOWN, PAGE = ROOT / "logs" / "study", ROOT / "docs" / "study.md"
@@ -60,6 +60,7 @@ OURS = ("SEED", "RUN_ID", "ARTIFACT_DIR", "DATA_PATH")  # each run has its own
 # A run gives its memory back to the kernel at each step and asks for it again, a third of its processor time.
 MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(1 << 32))
 NOISE_NAMES = {arm.name for arm in NOISE}
+IDEAS = "<!-- ideas: written by tools/study.py --keep -->\n", "<!-- end of ideas -->"
 SCORED_ON = {
     "screen": "held-out documents of the training split (screening: no validation document was read)",
     "confirm": "validation documents (confirmation: seeds and streams by which nothing was chosen)",
@@ -237,7 +238,13 @@ def keep(paths: Sequence[Path]) -> int:
             raise Mistake(str(error)) from None
         SHOWN.mkdir(exist_ok=True)
         write_whole(SHOWN / f"{study['study']}.json", (json.dumps(study, indent=1) + "\n").encode())
+    write_part(ROOT / "README.md", *IDEAS, ideas())
     return 0
+
+
+def ideas() -> str:
+    """The README's table of all studies in logs/study/."""
+    return summary([read_study(path) for path in sorted(SHOWN.glob("*.json"))], KEPT)
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:

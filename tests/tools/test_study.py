@@ -21,7 +21,7 @@ from command import Mistake  # noqa: E402
 from harness.settings import PRESETS  # noqa: E402
 from runs import read_run  # noqa: E402
 from studying import cells, data, differences, page  # noqa: E402
-from studying.arms import ARMS, GROUPS, Arm, chosen_arms  # noqa: E402
+from studying.arms import ARMS, GROUPS, KEPT, Arm, chosen_arms  # noqa: E402
 
 # A run in milliseconds. Its score is 2 + SEED / 10 + GAIN; what it did stands in a file of all runs.
 STAND_IN = """
@@ -354,6 +354,10 @@ def test_the_page_has_the_committed_tables():
         found = json.loads(path.read_text(encoding="utf-8"))
         begin, end = study.marks(found["study"])
         assert path.stem == found["study"] and f"{begin}\n{page.table(found)}\n{end}" in text
+    assert f"{study.IDEAS[0]}{study.ideas()}{study.IDEAS[1]}" in (ROOT / "README.md").read_text(
+        encoding="utf-8"
+    )
+    assert set(KEPT) <= set(ARMS)
 
 
 def test_a_real_study(tmp_path, monkeypatch, capfd):

@@ -56,6 +56,14 @@ PARTS = (  # the record without its parts, one at a time
     _arm("no global SGD phases", "PHASED_TTT_PREFIX_DOCS=0", "PR #1610", "artifact"),
     _arm("no TTT", "TTT_ENABLED=0", "PR #1530", "artifact"),
 )
+KEPT = {  # of ideas that were measured (logs/study/): what became of them
+    "fused markers": "an option of the data preparation, off",
+    **dict.fromkeys(
+        ("EMA-Nesterov", "bi-Maxwell", "row floor", "cautious decay", "slow scalars"), "a switch, off"
+    ),
+    **dict.fromkeys(("trellis", "trellis in order"), "in `best`"),
+    "chunks by length": "a switch, off",
+}
 GROUPS = {"noise": NOISE, "training": TRAINING, "storing": STORING, "adapting": ADAPTING, "parts": PARTS}
 ARMS = {arm.name: arm for arms in GROUPS.values() for arm in arms}
 

@@ -92,6 +92,21 @@ def table(study: Mapping) -> str:
     return "\n".join(lines) + f"\n\n{_legend(study, found)}\n"
 
 
+def summary(studies: Sequence[Mapping], kept: Mapping[str, str]) -> str:
+    """The README's table: every idea of the studies in one line, and whether it is kept; the rest is not."""
+    lines = [
+        "| idea | source | val_bpb, less the control's | in % | pairs | study | kept |",
+        "|" + "---|" * 7,
+    ]
+    for study in studies:
+        for row in rows(study):
+            if row.name.removesuffix(AT_SECONDS) in kept:
+                told = [row.name, row.source, shown(row.final), shown(row.percent, 2), str(row.final.pairs)]
+                told += [study["study"], kept[row.name.removesuffix(AT_SECONDS)]]
+                lines.append("| " + " | ".join(told) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _legend(study: Mapping, found: Sequence[Row]) -> str:
     control = next(arm for arm in study["arms"] if arm["name"] == CONTROL)["runs"]
     scores = summarised([run["val_bpb"] for run in control.values()])
