@@ -44,16 +44,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 
-if __doc__ and importlib.util.find_spec("systems"):  # nothing of it is left in the counted script
-    import systems.early  # noqa: F401 - of the libraries below, a missing one is said in one line
-
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim.adamw import adamw
-
 # ---- 1. Constants and errors ---------------------------------------------------------------------------
 
 BOS = 1  # first token of every document, fixed by the tokenizer
@@ -63,6 +53,7 @@ SIZE_LIMIT = 16_000_000  # decimal bytes, code plus model
 TRAIN_LIMIT = EVAL_LIMIT = 600.0  # seconds
 CONTEST_MICRO_BATCHES = 8  # a step is eight micro-batches, shared by the ranks
 SEGMENT_BUCKET = 64  # cu_seqlens is padded to a multiple of this, so that shapes stay few
+BARRIER_SECONDS = 3600  # a rank that has not finished a stage so long after another has failed
 
 
 class UserError(ValueError):
@@ -123,7 +114,7 @@ class Config:
     """All settings of a run; impossible ones raise `ConfigError` here, before a device is touched."""
 
     # Run
-    preset: str = "pr1851"  # base that explicit variables change, one of PRESETS
+    preset: str = "pr1851"  # base that explicit variables change; --help presets has them
     seed: Annotated[int, Range(0, 2**32 - 1)] = 42  # seed of initial weights and adapters
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA when there is one
     cpu_threads: Annotated[int, Range(0, 1024)] = 0  # threads on a CPU; 0: torch decides; 1: exact repeats
@@ -374,6 +365,8 @@ TTT_LORA_RANK=8 TTT_LORA_ALPHA=16 TTT_LORA_LR=1e-3 TTT_WARM_START_A=0 PHASED_TTT
 PHASED_TTT_NUM_PHASES=2 GLOBAL_TTT_CHUNK_TOKENS=2048 GLOBAL_TTT_BATCH_SEQS=8 AUDIT=1
 """  # every component, small enough for two CPU cores; adapters begin anew: the score is any number of ranks'
 PRESETS: dict[str, dict[str, object]] = {"pr1851": {}, "demo": parse_settings(_DEMO)}
+TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what it sets, and what holds without it
+KERNELS = ("loss", "mlp", "qkv_norm_rope", "xsa_gate")
 
 
 def check_micro_batches(cfg: Config, world_size: int) -> None:
@@ -387,7 +380,50 @@ def check_micro_batches(cfg: Config, world_size: int) -> None:
         raise ConfigError(f"TRAIN_BATCH_TOKENS={tokens}: must be {shared} equal micro-batches, {least}")
 
 
+def kernel_names(text: str) -> list[str]:
+    """TRITON_KERNELS as a list: 1 means all fused kernels, 0 or nothing none. Raises ConfigError."""
+    chosen = {"": [], "0": [], "1": list(KERNELS)}.get(text, text.split(","))
+    if not {*chosen} <= {*KERNELS}:
+        some = f"0, 1, or some of {','.join(KERNELS)} with commas between"
+        raise ConfigError(f"TRITON_KERNELS={text!r}: must be {some}")
+    return chosen
+
+
+def layer_order(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
+    """Physical layers of the encoder and decoder halves, in order; looped layers recur (depth recurrence)."""
+    layers, first, behind = list(range(cfg.num_layers)), cfg.loop_start, cfg.loop_end + 1
+    if looping and cfg.num_loops:
+        layers = layers[:first] + layers[first:behind] * (cfg.num_loops + 1) + layers[behind:]
+    half = len(layers) // 2
+    return layers[:half], layers[half:]
+
+
+def chunk_size(cfg: Config, targets: int) -> int:
+    """Targets of a document of so many that are scored before each adaptation step."""
+    if cfg.ttt_chunk_by_length:
+        from systems.chunks import chunk_by_length
+
+        return chunk_by_length(cfg, targets)
+    return cfg.ttt_chunk_size
+
+
 # ---- 3. Runtime: the device, the log, the clock --------------------------------------------------------
+#
+# Libraries take seconds to load. So harness/ answers `--help`, and what is wrong with the settings, before.
+
+if __name__ == "__main__" and not COUNTED:
+    sys.modules.setdefault("train_gpt", sys.modules[__name__])  # what harness/ and systems/ import
+    if (Path(__file__).resolve().parent / "harness").is_dir():
+        importlib.import_module("harness").answer_early(sys.argv[1:], os.environ)
+if not COUNTED and importlib.util.find_spec("systems"):
+    import systems.early  # noqa: F401 - of the libraries below, a missing one is said in one line
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 
 @dataclass(frozen=True)
@@ -417,10 +453,6 @@ class Backends:
     @property
     def _options(self) -> dict[str, object]:
         return {"backend": self.compiler, "fullgraph": True, "dynamic": False}
-
-
-BARRIER_SECONDS = 3600  # a rank that has not finished a stage so long after another has failed
-TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what it sets, and what holds without it
 
 
 class Ranks:
@@ -972,17 +1004,6 @@ def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backends
 
 # ---- 6. Functions that are right on every device; systems/kernels.py has fused forms for CUDA ----------
 
-KERNELS = ("loss", "mlp", "qkv_norm_rope", "xsa_gate")
-
-
-def kernel_names(text: str) -> list[str]:
-    """TRITON_KERNELS as a list: 1 means all fused kernels, 0 or nothing none. Raises ConfigError."""
-    chosen = {"": [], "0": [], "1": list(KERNELS)}.get(text, text.split(","))
-    if not {*chosen} <= {*KERNELS}:
-        some = f"0, 1, or some of {','.join(KERNELS)} with commas between"
-        raise ConfigError(f"TRITON_KERNELS={text!r}: must be {some}")
-    return chosen
-
 
 def softcap(z: Tensor, cap: float) -> Tensor:
     """Soft-capped logits cap * tanh(z / cap) in float32."""
@@ -1032,17 +1053,6 @@ class BlockContext(NamedTuple):
 def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
     """x [B, T, D] at positions [B, n] -> [B, n, D]; x itself where positions is None."""
     return x if positions is None else x.gather(1, positions[..., None].expand(-1, -1, x.size(-1)))
-
-
-def layer_order(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
-    """Physical layers of the encoder and decoder halves, in order; looped layers recur (depth recurrence)."""
-    if not (looping and cfg.num_loops):
-        layers, half = list(range(cfg.num_layers)), cfg.num_layers // 2
-    else:
-        loop = list(range(cfg.loop_start, cfg.loop_end + 1)) * (cfg.num_loops + 1)
-        layers = [*range(cfg.loop_start), *loop, *range(cfg.loop_end + 1, cfg.num_layers)]
-        half = len(layers) // 2
-    return layers[:half], layers[half:]
 
 
 def num_skips(cfg: Config) -> int:
@@ -2575,15 +2585,6 @@ def phase_boundaries(prefix_docs: int, num_phases: int, num_docs: int) -> list[i
     return [count for i in range(num_phases) if (count := prefix * (i + 1) // num_phases)]
 
 
-def chunk_size(cfg: Config, targets: int) -> int:
-    """Targets of a document of so many that are scored before each adaptation step."""
-    if cfg.ttt_chunk_by_length:
-        from systems.chunks import chunk_by_length
-
-        return chunk_by_length(cfg, targets)
-    return cfg.ttt_chunk_size
-
-
 def chunk_window(chunk: int, targets: int, size: int, max_window: int, uncached: int = 0) -> ChunkWindow:
     """The inputs that score a chunk: at most `max_window`, up to its end, none before place `uncached`."""
     first, end = chunk * size, min((chunk + 1) * size, targets)
@@ -3266,7 +3267,6 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     """Command line. Exit code 0, 1 (failed), 2 (a user's mistake), 3 (a limit exceeded), 128 + signal."""
     try:
         if not COUNTED:
-            sys.modules.setdefault("train_gpt", sys.modules[__name__])  # what harness/ and systems/ import
             sources = read_sources()
             if any(name.startswith("harness/") for name in sources):
                 from harness import main as watched

@@ -28,9 +28,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as tg
 from bench.settings import TINY, make_data
-from harness import Watches
 from harness.preflight import Preflight
 from harness.settings import read_settings
+from harness.watched import Watches
 from systems.plain_text import load_tokenizer
 
 KINDS = ("bits", "cut", "longer", "zeros", "overwritten", "swapped", "empty", "missing")

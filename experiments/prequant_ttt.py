@@ -35,13 +35,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_gpt as tg  # noqa: E402
-from harness import Watches  # noqa: E402
 from harness.console import console_watch  # noqa: E402
 from harness.guards import Guard  # noqa: E402
 from harness.ledger import Ledger  # noqa: E402
 from harness.logfiles import LogFiles  # noqa: E402
 from harness.preflight import Preflight  # noqa: E402
 from harness.settings import read_settings  # noqa: E402
+from harness.watched import Watches  # noqa: E402
 
 NOTICE = (
     "NOT A LEGAL SCORE (C3): the weights are trained on the validation tokens before these are scored "

@@ -1,133 +1,72 @@
-"""What watches over a run and is never counted: the command line, checks, checkpoints, ledger, trackers."""
+"""What watches over a run and is never counted: the command line, checks, checkpoints, ledger, trackers.
 
-import contextlib
-import dataclasses
+Libraries take seconds to load. So this file needs none until a run begins, nor does what it imports at its
+beginning: `--help` and mistakes in settings are answered at once.
+"""
+
 import json
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from harness.checkpoints import Checkpoints
-from harness.console import ConsoleNotice, Progress, console_watch
-from harness.guards import Guard, Stopped, signals
+import train_gpt
 from harness.help import help_text
-from harness.ledger import Ledger
-from harness.logfiles import LogFiles, StepFile
-from harness.preflight import Preflight
 from harness.rules import check_ranks
-from harness.settings import read_settings, show_settings
-from harness.tracking import Trackers
+from harness.settings import given_settings, show_settings
 from systems.console import Console, keep_consoles
-from train_gpt import Config, ConfigError, Ranks, Run, RunError, Trainer, Watch, execute, run_name
+from systems.early import leave
+from train_gpt import Config, ConfigError, UserError
+
+_read: list[Config] = []  # the settings that `answer_early` leaves to `main`
 
 
-class Watches(Watch):
-    """Several watches as one: each is told everything, in this order."""
-
-    def __init__(self, watches: Sequence[Watch]):
-        self.watches = watches
-        self.shows = any(watch.shows for watch in watches)
-
-    def saved(self, stage: str) -> dict | None:
-        """The state that one of the watches has of a stage."""
-        states = [watch.saved(stage) for watch in self.watches]
-        return next((state for state in states if state is not None), None)
-
-    def unit(self, stage: str, worker: object) -> None:
-        """Tell all."""
-        for watch in self.watches:
-            watch.unit(stage, worker)
-
-    def see(self, kind: str, **facts: object) -> None:
-        """Tell all."""
-        for watch in self.watches:
-            watch.see(kind, **facts)
-
-
-class Rehearsal(Run):
-    """PREFLIGHT_ONLY: the warm-up and its measured speed, then the end."""
-
-    def execute(self) -> int:
-        """Rehearse. Returns the exit code."""
-        with self.clock.stage("rehearsal"):
-            if self.trains:
-                self.watch.see("memory", run=self)
-                trainer = Trainer(self.cfg, self.model, self.loader, self.ranks, self)
-                trainer.warm_up(self.cfg.warmup_steps, self.watch)
-                self.watch.see("warmed", run=self)
-        self.log.event("passed", seconds=self.clock.seconds["rehearsal"])
-        return 0
+def answer_early(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Before the libraries are loaded: end the program here if it was asked for help, or wrongly."""
+    try:
+        cfg = read_command(arguments, environ)
+    except UserError as error:
+        leave(" ".join(str(error).split()), 2)
+    if cfg is None:
+        sys.exit(0)
+    _read.append(cfg)
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], sources: Mapping[str, bytes]) -> int:
     """The command line of the whole house; exit code as `train_gpt.main`, which reports UserError."""
+    cfg = _read.pop() if _read else read_command(arguments, environ)
+    if cfg is None:
+        return 0
+    from harness.manifest import find_data
+    from harness.watched import watch_run
+
+    cfg = find_data(cfg)
+    if "--show" in arguments:
+        resolved = json.dumps({"preset": cfg.preset, "settings": cfg.as_env()})
+        return show(resolved if "--json" in arguments else show_settings(cfg))
+    return watch_run(cfg, environ, sources)
+
+
+def read_command(arguments: Sequence[str], environ: Mapping[str, str]) -> Config | None:
+    """The settings of the run that is asked for; None where it was help, which is given. Raises UserError."""
     keep_consoles()
     flags = {"--help", "-h"} & set(arguments)
     if flags:
         topic = " ".join(text for text in arguments if text not in flags)
-        return show(help_text(sources["train_gpt.py"].decode(), topic))
+        show(help_text(Path(train_gpt.__file__).read_text(encoding="utf-8"), topic))
+        return None
     unknown = set(arguments) - {"--show", "--json"}
     if unknown or ("--json" in arguments and "--show" not in arguments):
         settings = [text for text in arguments if text.partition("=")[0] in Config().as_env()]
         hint = f"; settings are environment variables: {' '.join(settings)} python train_gpt.py"
         known = f"must be --help [TOPIC] or --show [--json]{hint * bool(settings)}"
         raise ConfigError(f"{' '.join(arguments)}: unknown, {known}")
-    cfg = read_settings(environ)
-    if "--show" in arguments:
-        resolved = json.dumps({"preset": cfg.preset, "settings": cfg.as_env()})
-        return show(resolved if "--json" in arguments else show_settings(cfg))
-    check_ranks(cfg, environ)
-    ranks = Ranks.from_env(cfg, environ)
-    shown = console_watch(ranks, environ)
-    try:
-        with signals(ranks), contextlib.ExitStack() as closing:
-            return watched_run(cfg, ranks, sources, shown, closing)
-    except Stopped as stopped:
-        ranks.say(f"stage {stopped.stage}: {stopped}")
-        return stopped.code
-    except RunError as error:  # before the first stage, as below; `execute` says the later ones
-        ranks.say(f"stage start: {error}")
-        return 1
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: cannot be used ({error.strerror})") from None
+    cfg = given_settings(environ)
+    if "--show" not in arguments:
+        check_ranks(cfg, environ)
+    return cfg
 
 
 def show(text: str) -> int:
     """Print a text. Returns the exit code, also when its reader has had enough (`| head`)."""
     print(text, file=Console(sys.stdout), flush=True)
     return 0
-
-
-def watched_run(
-    cfg: Config, ranks: Ranks, sources: Mapping[str, bytes], shown: Progress, closing: contextlib.ExitStack
-) -> int:
-    """Make a run with all that watches over it, and execute it. Exit code as `main`."""
-    preflight = Preflight(cfg, ranks)
-    backends, folder, checkpoints = preflight.backends(), None, None
-    watches: list[Watch] = [Guard(preflight), preflight, shown]
-    if cfg.preflight_only:  # a rehearsal leaves nothing
-        folder = Path(closing.enter_context(tempfile.TemporaryDirectory()))
-        (folder / "logs").mkdir()
-    else:  # a step is told before a checkpoint holds it, and perhaps ends the run
-        watches.append(closing.enter_context(contextlib.closing(StepFile(ranks))))
-        if cfg.audit:
-            watches.append(closing.enter_context(contextlib.closing(Ledger(ranks))))
-        if cfg.checkpoint_seconds:
-            checkpoints = closing.enter_context(contextlib.closing(Checkpoints(cfg, ranks, sources, watches)))
-            if checkpoints.ended is not None:
-                return checkpoints.ended
-            cfg, folder = checkpoints.cfg, checkpoints.folder
-            watches = [*watches, checkpoints]
-        if cfg.wandb_project or cfg.tensorboard_dir:
-            cfg = dataclasses.replace(cfg, run_id=run_name(cfg))
-            watches.append(closing.enter_context(contextlib.closing(Trackers(cfg, ranks))))
-        watches.append(ConsoleNotice())
-    watches.insert(0, closing.enter_context(contextlib.closing(LogFiles(ranks, folder))))
-    kind = Rehearsal if cfg.preflight_only else Run
-    run = kind(cfg, ranks, backends, sources, Watches(watches))
-    try:
-        return execute(run)
-    except Stopped as stopped:
-        stopped.stage = run.clock.current
-        raise

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -30,6 +31,15 @@ ATTENTION = {  # backends, the best first, and what each needs
     "flex": "a GPU",
     "plain": "a device that computes",
 }
+
+
+def check_device(cfg: Config, environ: Mapping[str, str]) -> None:
+    """Raise ConfigError where torchrun's LOCAL_RANK names a device that is not there."""
+    if cfg.device == "cpu" or not torch.cuda.is_available():
+        return
+    local_rank, devices = int(environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= devices:
+        raise ConfigError(f"LOCAL_RANK={local_rank}: this machine has {devices} CUDA devices")
 
 
 def try_attention(backend: str, cfg: Config, ranks: Ranks, compiler: str = "") -> None:

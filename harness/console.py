@@ -12,8 +12,9 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from harness.settings import console_form
 from systems.console import Console, lost_consoles
-from train_gpt import EVAL_LIMIT, SIZE_LIMIT, TRAIN_LIMIT, ConfigError, Ranks, Run, Watch, Worker
+from train_gpt import EVAL_LIMIT, SIZE_LIMIT, TRAIN_LIMIT, Ranks, Run, Watch, Worker
 
 PAUSE = 10.0  # seconds between two sentences about how far a stage is
 REDRAW = 0.1  # seconds between two pictures of the live line
@@ -25,18 +26,11 @@ SCORES = {  # stage -> what the table of the end calls it, and the stages whose 
     "sliding": ("sliding windows", ("sliding",)),
     "ttt": ("adapted", ("ttt",)),
 }
+SILENT = {  # stage that is over -> the work behind it, which tells of no units
+    "prequant": "calibrating and quantising",
+    "quantise": "packing the code",
+}
 WORK = {"train": "training", "ttt": "adapting", "sliding": "scoring (sliding windows)"}
-
-
-def console_form(environ: Mapping[str, str]) -> str:
-    """What CONSOLE asks for: "auto" or "log". Raises ConfigError.
-
-    A path is not meant for us: the first process of a container often leaves CONSOLE=/dev/console behind.
-    """
-    form = environ.get("CONSOLE", "auto")
-    if form not in ("auto", "log") and "/" not in form:
-        raise ConfigError(f"CONSOLE={form!r}: must be one of auto, log")
-    return "log" if form == "log" else "auto"
 
 
 def duration(seconds: float) -> str:
@@ -103,7 +97,7 @@ class Display(Progress):
         self._said = self._drawn = -math.inf  # when the last line was said, and the live one drawn
         self._matrices: list[Mapping] = []
         self._limits: list[str] = []
-        self._val_bpb = math.nan  # of the last validation
+        self._validated = ""  # score and step of the last validation while training
         self._first: dict[str, tuple] = {}  # stage -> clock, tokens, steps and work done at its first unit
 
     @property
@@ -126,12 +120,24 @@ class Display(Progress):
 
     def see(self, kind: str, **facts: object) -> None:
         """Say what has happened."""
+        if kind == "text" and facts["text"].startswith("anchor "):  # its hashes are for who asks for them
+            posted = f"python tools/audit.py {self._run.log.folder} --anchor prints it"
+            facts = facts | {"text": f"Anchor, to be posted before the score is known: {posted}"}
         super().see(kind, **facts)
         if kind == "line":
             self._line(facts["stage"], facts["values"], facts["log"])
         elif kind == "warm_up" and facts["steps"]:
             done = facts["steps"] - facts["steps_left"]
             self._far("warm-up", done / facts["steps"], [f"step {done} of {facts['steps']}"])
+        elif kind == "finished" and facts["stage"] in SILENT:
+            self._wait_for(SILENT[facts["stage"]])
+        elif kind == "adapting":
+            self._wait_for("preparing the adaptation")
+
+    def saved(self, stage: str) -> None:
+        """A stage begins, whose first unit may take long."""
+        super().saved(stage)
+        self._wait_for(_name(stage))
 
     def show(self, stage: str, worker: Worker, line: str, left: float) -> None:
         """How far a stage is: on a terminal at once, elsewhere from time to time."""
@@ -141,20 +147,25 @@ class Display(Progress):
         tokens = meter.tokens * self._world_size if meter else steps * self._run.cfg.train_batch_tokens
         now = self._run.clock.elapsed(stage)  # without what other stages, as validations, take in between
         start, before, first, done = self._first.setdefault(stage, (now, tokens, steps, worker.done))
-        if worker.done > done:  # a resumed stage has not done all in the time since it began
-            left = (worker.total - worker.done) * (now - start) / (worker.done - done)
+        took, did = now, worker.done
+        if worker.done > done:  # of a resumed stage the pace since then
+            took, did = now - start, worker.done - done
+        left = took * (worker.total - worker.done) / did if did else math.inf
         parts += [f"{worker.done:,.0f}/{worker.total:,.0f}"]
         parts += [f"{duration(left)} left"] * math.isfinite(left)
         if meter and meter.tokens:
-            parts += [f"loss {meter.val_loss:.3f}", f"val_bpb {meter.val_bpb:.4f}"]
+            parts += [f"loss {meter.val_loss:.3f}", f"val_bpb {meter.val_bpb:.4f} so far"]
         elif (reports := getattr(worker, "reports", [])) and len(reports) == 2 and reports[0].step >= first:
             parts += [f"loss {reports[0].train_loss:.3f}"]  # of a step that has been waited for
-            parts += [f"val_bpb {self._val_bpb:.4f}"] * math.isfinite(self._val_bpb)
+            parts += [self._validated] * bool(self._validated)
         if tokens > before and now > start:
             parts += [f"{(tokens - before) / (now - start):,.0f} tokens/s"]
-        self._far(
-            WORK.get(stage, f"scoring {SCORES.get(stage, [stage])[0]}"), worker.done / worker.total, parts
-        )
+        self._far(_name(stage), worker.done / worker.total, parts)
+
+    def _wait_for(self, work: str) -> None:
+        """On a terminal: the live line of work that tells of no units, or not yet."""
+        if self._live:
+            self._live.show_progress(f"{work} ..."[: self.width], False)
 
     def _far(self, name: str, share: float, parts: Sequence[str]) -> None:
         now = time.perf_counter()
@@ -165,7 +176,7 @@ class Display(Progress):
             if (room := min(self.width - len(f"{name}  {'  '.join(parts)}") - 8, 30)) >= 8:
                 bar = f"[{'#' * int(share * room)}{'-' * (room - int(share * room))}] "
             self._live.show_progress(f"{name} {bar}{share:4.0%}  {'  '.join(parts)}"[: self.width], False)
-        elif not self._live and now - self._said >= PAUSE:
+        elif not self._live and share < 1 and now - self._said >= PAUSE:  # at 1 its end is said next
             self.say(f"{name} {share:.0%}: {', '.join(parts)}")
 
     def _line(self, stage: str, values: Mapping, log: object) -> None:
@@ -181,7 +192,8 @@ class Display(Progress):
             for line in self._end(values, log):
                 super().say(line)
         elif "val_bpb" in values:
-            self._val_bpb = values["val_bpb"]
+            step = stage.removeprefix("step_") if stage != "untrained" else "0"
+            self._validated = f"val_bpb {values['val_bpb']:.3f} at step {step}"
             score = f"val_bpb {values['val_bpb']:.5f}, val_loss {values['val_loss']:.5f}"
             name = SCORES.get(stage, [stage.replace("_", " ")])[0]
             self.say(
@@ -191,11 +203,17 @@ class Display(Progress):
             self.say(sentence({"stage": stage, **values}))
 
     def _end(self, values: Mapping, log: object) -> list[str]:
-        rows = [self.paint(f"val_bpb {values['val_bpb']:.5f}", 1) + f" of {log.run_id}", ""]
+        score = self.paint(f"{values['val_bpb']:.5f} bits per byte", 1)
+        rows = ["", f"{score} (val_bpb), lower is better", ""]
         rows += [*stages_table(self._run), ""]
         kept = values["legal"]
         rows += facts_rows(values, log, self._limits)
         return [self.paint(row, 32 if kept else 31) if row.startswith("legal") else row for row in rows]
+
+
+def _name(stage: str) -> str:
+    """What a stage does, in words."""
+    return WORK.get(stage, f"scoring {SCORES.get(stage, [stage.replace('_', ' ')])[0]}")
 
 
 def matrices_line(matrices: Sequence[Mapping]) -> str:
@@ -205,7 +223,7 @@ def matrices_line(matrices: Sequence[Mapping]) -> str:
     worst = sorted(matrices, key=lambda matrix: -matrix["weighted_error"])[:3]
     names = [matrix["name"].removeprefix("blocks.").removesuffix(".weight") for matrix in worst]
     errors = (f"{n} {m['weighted_error']:.0f}" for n, m in zip(names, worst, strict=True))
-    return f"Matrices: {to}; worst errors {', '.join(errors)}"
+    return f"Matrices: {to}; largest weighted errors {', '.join(errors)}"
 
 
 def stages_table(run: Run) -> list[str]:
@@ -250,9 +268,8 @@ def sentence(line: Mapping) -> str:
 def start_lines(line: Mapping) -> str:
     """The run, its folder (by which tools/logbook/ours.py knows it again), and what it runs on."""
     on = f"{line['device']}, ranks {line['ranks']}, threads {line['threads']}, attention {line['attention']}"
-    return (
-        f"Run {line['run']}, folder {line['folder']}\nOn {on}, python {line['python']}, torch {line['torch']}"
-    )
+    by = f"python {line['python']}, torch {line['torch']}"
+    return f"Run {line['run']}, folder {line['folder']}\nOn {on}\nWith {by}"
 
 
 def preflight_line(line: Mapping) -> str:
@@ -268,7 +285,7 @@ SENTENCES = {  # stage -> sentence of its line
     "start": start_lines,
     "preflight": preflight_line,
     "speed": lambda v: (
-        f"Speed: {v['step_ms']:,.0f} ms a step, {v['looping_step_ms']:,.0f} ms with loops; expected "
+        f"Speed: {v['step_ms']:,.0f} ms a step, {v['looping_step_ms']:,.0f} ms with loops; training takes "
         + (f"{v['predicted_steps']:,} steps" if "predicted_steps" in v else duration(v["predicted_seconds"]))
     ),
     "model": lambda v: (

@@ -39,14 +39,12 @@ def help_text(source: str, topic: str = "") -> str:
         listed += f"\n  {'presets':<14}{len(PRESETS):>3} presets\n  {'all':<14}{len(rows):>3} settings"
         first = f"Settings are environment variables: {LIKE}\nThe ten that are changed first:"
         more = "Topics, for --help TOPIC; --help NAME tells of one setting:"
-        return f"{train_gpt.__doc__}\n{first}\n\n{_joined(rows, FIRST)}\n\n{more}\n\n{listed}"
+        return f"{_about()}\n\n{first}\n\n{_joined(rows, FIRST)}\n\n{more}\n\n{listed}"
     if topic == "all":
         head = f"Settings, as environment variables (PRESET one of {', '.join(PRESETS)}):"
-        return f"{train_gpt.__doc__}\n{head}\n\n{_joined(rows, rows)}"
+        return f"{_about()}\n\n{head}\n\n{_joined(rows, rows)}"
     if topic == "presets":
-        left_out = {name: f"  (without {text})" for name, text in WITHOUT.items()}
-        told = (f"  PRESET={name}{left_out.get(name.removesuffix('-demo'), '')}" for name in PRESETS)
-        return "\n".join(["Presets, each a base that explicit variables change:", "", *told])
+        return _presets()
     if topic.upper() in rows:
         return _joined(rows, [topic.upper()])
     if topic.lower() not in topics:
@@ -54,6 +52,28 @@ def help_text(source: str, topic: str = "") -> str:
         meant = f"; did you mean {near}?" if near else ""
         raise ConfigError(f"--help {topic}: must be one of {names}, or a setting{meant}")
     return _joined(rows, topics[topic.lower()])
+
+
+def _about() -> str:
+    """What the script does and its commands: the rest of its docstring is for who reads it."""
+    return train_gpt.__doc__.partition("\n\nA reader")[0]
+
+
+def _presets() -> str:
+    """What a preset is, and each in a line: what it changes, or how much."""
+    lines = [
+        "PRESET=NAME is a base that explicit variables change; --show prints what it comes to. All but",
+        "`demo` are there at the demo's size and on its data, too: as NAME-demo, or with SCALE=demo.\n",
+    ]
+    for name, row in PRESETS.items():
+        if name.endswith("-demo"):
+            continue
+        changes = [f"{key.upper()}={as_set(v)}" for key, v in row.items() if v != getattr(Config, key)]
+        few, many = " ".join(changes), f"{len(changes)} settings are not the record's"
+        told = (few if len(changes) <= 3 else many) if changes else "the record, where nothing is set"
+        left_out = f"; without {WITHOUT[name].partition(':')[0]}" if name in WITHOUT else ""
+        lines.append(f"  {name:<9}{told}{left_out}")
+    return "\n".join(lines)
 
 
 def _rows(source: str) -> dict[str, str]:

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import train_gpt
-from harness.console import console_form
 from harness.lineage import OF_LORA, OF_SGD, VOCABULARY, in_our_names, same
-from harness.manifest import find_data
 from harness.rules import EXCLUSIVE, check_settings, check_text, check_training
 from systems.layout import as_set
 from train_gpt import Config, ConfigError
@@ -179,12 +177,10 @@ NO_SETTINGS = {  # variable that changes no number of a run, or only which prese
 }
 
 
-def read_settings(environ: Mapping[str, str]) -> Config:
+def given_settings(environ: Mapping[str, str]) -> Config:
     """The settings of a run: those of `Config.from_env`, by older names too, and never by a mistyped one.
 
-    Raises:
-        ConfigError: as `Config.from_env` and `translate`, or a name that is almost one of ours.
-        DataError: a manifest that cannot be read, where it has to tell the tokenizer.
+    Raises ConfigError: as `Config.from_env` and `translate`, or a name that is almost one of ours.
     """
     given = translate(environ)
     _refuse_unknown_names(given, [*Config().as_env(), *NO_SETTINGS])
@@ -192,10 +188,17 @@ def read_settings(environ: Mapping[str, str]) -> Config:
     for field in dataclasses.fields(Config):
         if (name := field.name.upper()) in given:
             check_text(name, given[name], field.type)
-    cfg = find_data(Config.from_env(given, PRESETS))
+    cfg = Config.from_env(given, PRESETS)
     check_settings(cfg)
     check_training(cfg)
     return cfg
+
+
+def read_settings(environ: Mapping[str, str]) -> Config:
+    """The same with the places of data and tokenizer. Also raises DataError, as `find_data`."""
+    from harness.manifest import find_data  # which needs torch
+
+    return find_data(given_settings(environ))
 
 
 def translate(environ: Mapping[str, str]) -> dict[str, str]:
@@ -232,6 +235,17 @@ def translate(environ: Mapping[str, str]) -> dict[str, str]:
         for notice in notices:
             print(f"train_gpt.py: notice: {notice}", file=sys.stderr)
     return given
+
+
+def console_form(environ: Mapping[str, str]) -> str:
+    """What CONSOLE asks for: "auto" or "log". Raises ConfigError.
+
+    A path is not meant for us: the first process of a container often leaves CONSOLE=/dev/console behind.
+    """
+    form = environ.get("CONSOLE", "auto")
+    if form not in ("auto", "log") and "/" not in form:
+        raise ConfigError(f"CONSOLE={form!r}: must be one of auto, log")
+    return "log" if form == "log" else "auto"
 
 
 def _give_way(given: dict[str, str], base: Mapping[str, str], preset: str) -> Iterator[str]:

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 from collections.abc import Sequence
 
-from train_gpt import Config, ConfigError, Document, chunk_size
+from train_gpt import Config, ConfigError, chunk_size
 
 
 def chunk_by_length(cfg: Config, targets: int) -> int:
@@ -20,7 +20,7 @@ def chunk_by_length(cfg: Config, targets: int) -> int:
     return next((size for limit, size in pairs if targets <= limit), longest)
 
 
-def chunk_groups(documents: Sequence[Document], cfg: Config) -> list[list[Document]]:
+def chunk_groups(documents: Sequence[tuple], cfg: Config) -> list[list[tuple]]:
     """Documents by ascending length, apart where their chunk size changes."""
     groups = itertools.groupby(documents, lambda document: chunk_size(cfg, document[1][1] - 1))
     return [list(group) for _, group in groups]

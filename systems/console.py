@@ -4,6 +4,8 @@ import os
 import sys
 from typing import TextIO
 
+CLEAR = "\r\x1b[J"  # what a terminal does then: the cursor's line is empty, and so are those below
+
 
 class Console:
     """A stream that is given up, instead of ending what writes to it; `lost` says why.
@@ -26,7 +28,7 @@ class Console:
     def write(self, text: str) -> int:
         """Write a text, or nothing where the stream is lost."""
         while self.unfinished:
-            self.unfinished.pop().write("\r\x1b[K")
+            self.unfinished.pop().write(CLEAR)
         self._try(self._stream.write, text)
         return len(text)
 
@@ -35,8 +37,12 @@ class Console:
         self._try(self._stream.flush)
 
     def show_progress(self, line: str, is_last: bool) -> None:
-        """Write a line over the one before it; the last one stays."""
-        self.write(f"\r\x1b[K{line}" + "\n" * is_last)
+        """Write a line over the one before it; the last one stays.
+
+        The cursor waits at its beginning: a terminal that becomes narrow folds the line, and all is cleared.
+        """
+        self.unfinished.clear()
+        self.write(f"{CLEAR}{line}" + ("\n" if is_last else "\r"))
         self.flush()
         if not is_last:
             self.unfinished.append(self)

@@ -1,4 +1,4 @@
-"""One page about one run or several laid over each other: curves, stages, seconds, bytes, errors, audit.
+"""One page about a run, or about several by their scores: curves, seconds, bytes, errors, settings, audit.
 
     python tools/report.py RUN_DIR... [--out DIR]
 
@@ -11,6 +11,7 @@ Exit code 0, or 2 (a mistake in the command, one line).
 
 import argparse
 import datetime
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,11 +24,12 @@ from command import Mistake, Parser, complain, start  # noqa: E402
 # What follows may not be installed: `command` says so.
 # isort: split
 import train_gpt as tg  # noqa: E402
+from harness.settings import PRESETS  # noqa: E402
 
 try:
     from matplotlib.figure import Figure
 
-    from reporting import figures, page
+    from reporting import figures, page, parts
     from reporting.run import Missing, Run
 except ImportError as error:
     sys.exit(f"report.py: error: {error.name} is not installed: pip install -r requirements-dev.txt")
@@ -56,6 +58,18 @@ class Report:
         self.pictures[f"{name}.png"] = png
         return shown
 
+    def switched(self, key: str, what: str, caption: str) -> str:
+        """A curve against steps and against seconds, one of which is shown; or what the runs lack."""
+        svgs, pngs = {}, {}
+        try:
+            for against in ("steps", "seconds"):
+                draw = functools.partial(figures.curve, self.runs, key, against)
+                svgs[against], pngs[f"{key}_{against}.png"] = figures.drawn(draw)
+        except Missing as reason:
+            return page.absent(what, str(reason))
+        self.pictures |= pngs
+        return page.switch(key, svgs, what, caption)
+
     def each(self, name: str, what: str, draw: Callable, caption: str, extra: Callable) -> str:
         """A picture of every run by itself."""
         several = len(self.runs) > 1
@@ -73,45 +87,37 @@ class Report:
     def parts(self) -> list[str]:
         """The page from top to bottom."""
         runs = self.runs
-        level = 1 if len(runs) == 1 else 3
-        heads = [f"<h{level}>{page.text(page.title(run))}</h{level}>{page.headline(run)}" for run in runs]
+        presets = {name: tg.Config(**{"preset": name} | row).as_env() for name, row in PRESETS.items()}
         return [
-            f"<h1>{len(runs)} runs</h1>" * (len(runs) > 1) + "".join(heads),
-            _section("Scores", page.overview(runs) + self._stages()),
+            parts.head(runs),
+            _section("Scores", parts.overview(runs) + self._stages()),
             _section("Training", self._curves()),
             _section("Seconds and bytes", self._limits()),
             _section("Quantisation and test-time training", self._errors() + self._gain()),
-            _section("Settings", page.settings_table(runs, tg.Config().as_env())),
-            _section("Audit", "".join(page.audit_table(run) for run in runs)),
+            _section("Settings", parts.settings_table(runs, presets)),
+            _section("Audit", "".join(parts.audit_table(run, folded=len(runs) > 1) for run in runs)),
         ]
 
     def _stages(self) -> str:
         what, note = "val_bpb through the stages", "Lower is better."
         if len(self.runs) == 1:
             caption = f"Bits per byte after training, what each later stage changed, and the score. {note}"
-            return self.each("stages", what, figures.waterfall, caption, page.stage_rows)
-        rows = "".join(page.stage_rows(run) for run in self.runs)
+            return self.each("stages", what, figures.waterfall, caption, parts.stage_rows)
+        rows = "".join(parts.stage_rows(run) for run in self.runs)
         caption = f"Bits per byte after training and after each later stage. {note}"
         return self.figure("stages", what, lambda: figures.stages(self.runs), caption, lambda: rows)
 
     def _curves(self) -> str:
-        shown = ""
-        for key, what in (("train_loss", "training loss"), ("lr_multiplier", "learning rate")):
-            checked = any(run.validations() for run in self.runs)
-            note = ""
-            if key == "train_loss":
-                note = " The first steps lie above." if figures.later_losses(self.runs) else ""
-                thin = any(len(run.steps) >= figures.SMOOTHED for run in self.runs)
-                note += " Thin: every step that is known; thick: means of neighbours." if thin else ""
-                note += " Diamonds: validations while training." if checked else ""
-            for against in ("steps", "seconds"):
-                shown += self.figure(
-                    f"{key}_{against}",
-                    f"{what} against {against}",
-                    lambda key=key, against=against: figures.curve(self.runs, key, against),
-                    f"{what.capitalize()} against {against}.{note}",
-                )
-        return shown
+        thin = any(len(run.steps) >= figures.SMOOTHED for run in self.runs)
+        notes = [
+            "The first steps lie above." * bool(figures.later_losses(self.runs)),
+            "Thin: every step that is known; thick: means of neighbours." * thin,
+            "Diamonds: validations while training." * any(run.validations() for run in self.runs),
+        ]
+        caption = " ".join(filter(None, notes))
+        return self.switched("train_loss", "training loss", caption) + self.switched(
+            "lr_multiplier", "learning rate", "What all learning rates are multiplied by."
+        )
 
     def _limits(self) -> str:
         bytes_of = (
@@ -123,18 +129,18 @@ class Report:
             "seconds",
             lambda: figures.clock(self.runs),
             "What the contest's two clocks counted: training with calibration, and the final evaluation.",
-            lambda: page.seconds_rows(self.runs),
+            lambda: parts.seconds_rows(self.runs),
         ) + self.figure(
-            "bytes", "bytes", lambda: figures.sizes(self.runs), bytes_of, lambda: page.byte_rows(self.runs)
+            "bytes", "bytes", lambda: figures.sizes(self.runs), bytes_of, lambda: parts.byte_rows(self.runs)
         )
 
     def _errors(self) -> str:
         caption = "Norm of what quantisation lost, in percent of the norm of the full-precision matrix."
-        return self.each("errors", "quantisation error per layer", figures.errors, caption, page.error_rows)
+        return self.each("errors", "quantisation error per layer", figures.errors, caption, parts.error_rows)
 
     def _gain(self) -> str:
         def means() -> str:
-            return "".join(page.gain_rows(run) for run in self.runs if _has_gains(run))
+            return "".join(parts.gain_rows(run) for run in self.runs if _has_gains(run))
 
         caption = (
             "Loss of the quantised model less that while adapting. Points: documents; line: octaves' means."
@@ -159,6 +165,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("paths", metavar="RUN_DIR", type=Path, nargs="+")
     parser.add_argument("--out", metavar="DIR", type=Path)
     options = parser.parse_args(arguments)
+    options.paths = [*{path.resolve(): path for path in options.paths}.values()]  # a run twice is one
     if len(options.paths) > MOST_RUNS:
         raise Mistake(f"{len(options.paths)} runs: at most {MOST_RUNS} on one page")
     first = options.paths[0]
@@ -171,19 +178,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page and the pictures. Exit codes as at the top."""
     try:
         options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-        report = Report([Run(path) for path in options.paths])
-        title = ", ".join(run.label for run in report.runs)
-        parts = report.parts()
+        report = Report(sorted((Run(path) for path in options.paths), key=lambda run: run.by_score))
+        title = ", ".join(run.name for run in report.runs)
+        content = report.parts()
         made = f"Made by tools/report.py, {datetime.datetime.now():%Y-%m-%d %H:%M}."
         options.out.mkdir(parents=True, exist_ok=True)
         for name, png in report.pictures.items():
             tg.write_whole(options.out / name, png)
-        tg.write_whole(options.out / "report.html", page.page(title, parts, made).encode())
+        tg.write_whole(options.out / "report.html", page.page(title, content, made).encode())
     except (Mistake, reader.ReadError) as error:
         return complain("report.py", error)
     except OSError as error:
         return complain("report.py", Mistake(f"{options.out}: cannot be written ({error.strerror})"))
-    print(f"{options.out / 'report.html'} and {len(report.pictures)} pictures")
+    print(f"Open {options.out / 'report.html'} in a browser; {len(report.pictures)} pictures lie beside it")
     return 0
 
 

@@ -782,9 +782,27 @@ def test_help_by_topics_has_every_setting_once(tg, fields, capsys):
         assert tg.main(["--help", topic], {}) == 0
         found += re.findall(r"(?m)^  ([A-Z][A-Z0-9_]*)=", capsys.readouterr().out)
     assert topics[-1] == "all" and sorted(found) == sorted([*fields, "SCALE", "CONSOLE"])
-    for topic, line in (("presets", "  PRESET=demo"), ("matrix_lr", "  MATRIX_LR=0.026")):
-        assert tg.main(["-h", topic], {}) == 0
-        assert line in capsys.readouterr().out.splitlines()
+    assert tg.main(["-h", "matrix_lr"], {}) == 0
+    assert "  MATRIX_LR=0.026" in capsys.readouterr().out.splitlines()
+
+
+def test_help_on_presets_tells_what_each_changes(tg, capsys):
+    """The record is what nothing set means; a demo's size is another matter than what a system is."""
+    assert tg.main(["--help", "presets"], {}) == 0
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:2] == "  ")
+    assert [*said] == [name for name in PRESETS if not name.endswith("-demo")]
+    assert said["pr1851"] == "the record, where nothing is set"
+    assert said["pr1868"] == "GPTQ_RESERVE_SECONDS=8.0"
+    changed = [field for field, value in PRESETS["pr1514"].items() if value != getattr(tg.Config, field)]
+    assert said["pr1514"] == f"{len(changed)} settings are not the record's; without its n-gram tilt"
+
+
+def test_help_leaves_out_what_is_for_readers_of_the_source(tg, capsys):
+    assert "\n\nA reader can stop at any banner" in tg.core.__doc__
+    for arguments in (["--help"], ["--help", "all"]):
+        assert tg.main(arguments, {}) == 0
+        said = capsys.readouterr().out
+        assert "A reader" not in said and "Shapes:" not in said and "--show [--json]" in said
 
 
 @pytest.mark.parametrize(
@@ -815,6 +833,36 @@ def test_unknown_argument(tg, arguments, capsys):
 def test_settings_as_arguments_are_said_to_be_variables(tg, capsys):
     assert tg.main(["SEED=1", "--show"], {}) == 2
     assert "settings are environment variables: SEED=1 python train_gpt.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "code", "said"),
+    [
+        ("--help", {"SEED": "x"}, 0, "  PRESET=pr1851"),
+        ("--help evaluation", {}, 0, "  EVAL_STRIDE=64"),
+        ("--help nothing", {}, 2, "--help nothing: must be one of run speed "),
+        ("--shwo", {}, 2, "--shwo: unknown, must be --help [TOPIC]"),
+        ("", {"PRESET": "nonsense"}, 2, "PRESET='nonsense': must be one of pr1851, "),
+        ("--show", {"SEEED": "1"}, 2, "SEEED='1': no such setting; did you mean SEED?"),
+        ("", {"ITERATIONS": "many"}, 2, "ITERATIONS='many': must be a whole number, at least 1"),
+        ("", {"TTT_LORA_RANK": "0"}, 2, "TTT_LORA_RANK=0: must be a whole number, at least 1"),
+        ("", {"LOOP_END": "11"}, 2, "need LOOP_START <= LOOP_END < NUM_LAYERS=11"),
+        ("", {"TTT_CHUNK_BY_LENGTH": "256"}, 2, "TTT_CHUNK_BY_LENGTH='256': must be LENGTH:CHUNK"),
+        ("", {"TRITON_KERNELS": "mpl"}, 2, "TRITON_KERNELS='mpl': must be 0, 1, or some of"),
+        ("", {"WORLD_SIZE": "0"}, 2, "WORLD_SIZE='0': must be a whole number"),
+        ("", {"CONSOLE": "loud"}, 2, "CONSOLE='loud': must be one of auto, log"),
+        ("--show", {}, 5, ""),  # nothing is wrong: the libraries are needed
+    ],
+)
+def test_help_and_mistakes_are_said_before_the_libraries_are_loaded(tmp_path, arguments, environ, code, said):
+    """To load them takes seconds."""
+    for library in ("numpy", "torch"):
+        (tmp_path / f"{library}.py").write_text("import os\nos._exit(5)\n")
+    command = [sys.executable, str(ROOT / "train_gpt.py"), *arguments.split()]
+    environ = {"PYTHONPATH": str(tmp_path), "CONSOLE": "auto"} | environ
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code and said in (done.stderr if code else done.stdout)
+    assert code != 2 or (len(done.stderr.splitlines()), done.stdout) == (1, "")
 
 
 def test_json_alone_starts_no_run(tg, capsys):
@@ -882,8 +930,9 @@ def test_environment_is_read_in_main_only():
             calls = [child for child in ast.iter_child_nodes(node) if ast.unparse(child) in READS]
             uses += [(name, ast.unparse(node)) for _ in calls]
     allowed = [("systems/early.py", "os.environ.get"), ("systems/kernels.py", "os.environ.get")]
-    allowed.append(("train_gpt.py", "main(sys.argv[1:], os.environ)"))
-    assert sorted(uses) == allowed, uses
+    early = "importlib.import_module('harness').answer_early(sys.argv[1:], os.environ)"
+    allowed += [("train_gpt.py", entry) for entry in (early, "main(sys.argv[1:], os.environ)")]
+    assert sorted(uses) == sorted(allowed), uses
     source = (ROOT / "systems/kernels.py").read_text(encoding="utf-8")
     assert source.count('os.environ.get("TRITON_INTERPRET")') == 1
 

@@ -83,12 +83,14 @@ def test_the_console_has_sentences_and_the_log_every_line(tg, display, tmp_path)
     assert lines[:6] == [
         "Model: 1,020,265 parameters, 6 layers (8 with loops)",
         "Quantised: val_bpb 2.50000, val_loss 4.00000, 40 documents, 1.5 s",
-        "Matrices: 5 to 6 bits, 1 to 7 bits; worst errors 4.attn.c_q 40, 3.attn.c_q 30, tok_emb 25",
+        "Matrices: 5 to 6 bits, 1 to 7 bits; "
+        "largest weighted errors 4.attn.c_q 40, 3.attn.c_q 30, tok_emb 25",
         "Notice: python-minifier is missing",
         "Unheard: of 1.25",
         "Size: artifact_bytes 5",
     ]
     assert TABLE in stream.getvalue() and lines[-1] == "resumed within ttt"
+    assert "2.25000 bits per byte (val_bpb), lower is better" in lines
     assert "legal   True: limits kept, every target scored, an artifact made" in lines
     assert "bytes   1,300 = 300 code + 1,000 model, 15,998,700 left of 16,000,000" in lines
     assert f"next    make report RUN_DIR={folder}" in lines and "\x1b" not in stream.getvalue()
@@ -96,6 +98,29 @@ def test_the_console_has_sentences_and_the_log_every_line(tg, display, tmp_path)
     assert len(text.splitlines()) == len(EVENTS) + 1 and "final val_bpb:2.25 val_loss:3.5" in text
     stages = [json.loads(line)["stage"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert stages == [stage for stage, _ in EVENTS]
+
+
+def test_the_anchor_is_said_where_it_is_asked_for(display, tmp_path):
+    """Five hashes on the console tell people nothing, and a terminal would cut the line to be posted."""
+    _, log, stream = display()
+    log.text("anchor run=watched chain=0123", said=True)
+    run = tmp_path / "run"
+    asked = f"python tools/audit.py {run} --anchor prints it"
+    assert stream.getvalue() == f"Anchor, to be posted before the score is known: {asked}\n"
+    assert (run / "logs/watched.txt").read_text() == "anchor run=watched chain=0123\n"
+
+
+def test_work_without_units_has_a_live_line(display):
+    """Else the screen stands still, on large models for minutes."""
+    shown, _, stream = display(terminal=True)
+    shown.see("finished", stage="prequant")
+    shown.saved("ttt")
+    texts = [text.rstrip("\r") for text in stream.getvalue().split("\r\x1b[J")[1:]]
+    assert texts == ["calibrating and quantising ...", "adapting ..."]
+    shown, _, stream = display()
+    shown.see("finished", stage="prequant")
+    shown.saved("ttt")
+    assert stream.getvalue() == ""
 
 
 def test_console_log_shows_the_lines_of_the_log(display, tmp_path):
@@ -139,11 +164,35 @@ def test_a_sentence_every_ten_seconds_or_one_live_line(display, monkeypatch):
             clock.now += 1.0
             worker = Training(step)
             shown.unit("train", worker)
-        texts = [*filter(None, stream.getvalue().split("\r\x1b[K" if terminal else "\n"))]
-        assert len(texts) == (20 if terminal else 2)
-        assert "loss" not in texts[0] and ("loss 39.000" in stream.getvalue()) == terminal
+        texts = stream.getvalue().replace("\r\x1b[J", "\n").replace("\r", "").strip("\n").split("\n")
+        assert len(texts) == (21 if terminal else 2) and (texts[0] == "training ...") == terminal
+        assert "loss" not in texts[terminal] and ("loss 39.000" in stream.getvalue()) == terminal
         assert terminal or texts[1] == "training 78%: 31/40, 0:09 left, loss 30.000, 1,000 tokens/s"
+        shown._said = -math.inf
+        shown.unit("train", Training(40))  # whose end is said by another line
+        assert "training 100%" not in stream.getvalue()
     assert texts[-1].startswith("training [#") and all(len(text) < 80 for text in texts)
+
+
+def test_the_score_of_a_validation_is_said_with_its_step(display):
+    """It stays on the line while training goes on, and would else be taken for the model's of now."""
+    shown, log, stream = display(terminal=True)
+    shown.saved("train")
+    for stage, step, words in (("untrained", 10, "at step 0"), ("step_20", 30, "at step 20")):
+        log.event(stage, **SCORE)
+        for done in (step, step + 1):  # the loss is of a step that is over
+            shown._drawn = -math.inf
+            shown.unit("train", Training(done))
+        assert f"loss {step:.3f}  val_bpb 2.500 {words}" in stream.getvalue().split("\x1b[J")[-1]
+
+
+def test_the_time_left_is_that_of_the_stage_itself(display):
+    """The first validation takes place within training, before its first step."""
+    shown, _, stream = display(terminal=True)
+    shown._run.clock.elapsed = lambda _: 2.0
+    shown._begun["train"] = console.time.perf_counter() - 300.0, 0
+    shown.unit("train", Training(4))
+    assert "  4/40  0:18 left" in stream.getvalue()
 
 
 class Training:
@@ -163,7 +212,7 @@ def test_a_terminal_may_become_narrow(display, monkeypatch):
         monkeypatch.setenv("COLUMNS", columns)
         shown._drawn = -math.inf
         shown.unit("train", Training(20))
-        assert len(stream.getvalue().split("\x1b[K")[-1]) < int(columns)
+        assert len(stream.getvalue().split("\x1b[J")[-1].rstrip("\r")) < int(columns)
 
 
 def test_console_is_read_and_refused_like_a_setting(tg):

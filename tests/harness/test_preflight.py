@@ -199,6 +199,15 @@ def usable(tg, monkeypatch):
     return choose
 
 
+def test_a_rank_whose_device_is_not_there_is_refused(tg, monkeypatch):
+    monkeypatch.setattr(tg.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tg.torch.cuda, "device_count", lambda: 2)
+    for cfg, rank in ((tg.Config(), "1"), (tg.Config(device="cpu"), "2")):
+        tg.check_device(cfg, {"LOCAL_RANK": rank})
+    with pytest.raises(tg.ConfigError, match="^LOCAL_RANK=2: this machine has 2 CUDA devices$"):
+        tg.check_device(tg.Config(), {"LOCAL_RANK": "2"})
+
+
 def test_compiler_that_fails_is_given_up_or_refused(tg, run, usable, monkeypatch):
     monkeypatch.setattr(tg, "try_compiler", lambda *_: "no g++")
     code, said, error = run(COMPILE_BACKEND="aot_eager")

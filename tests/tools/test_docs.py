@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -86,6 +87,11 @@ def test_every_make_target_exists(page):
     targets = set(re.findall(r"^([a-z-]+):", read(ROOT / "Makefile"), re.M))
     named = {found[1] for line in code(page) if (found := re.search(r"(?:^|or: )make ([a-z-]+)", line))}
     assert named <= targets
+
+
+def test_make_help_fits_a_terminal():
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    assert "  help        this list" in told and max(map(len, told)) < 80
 
 
 @pages

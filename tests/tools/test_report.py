@@ -1,5 +1,6 @@
 """The report: what it shows of a whole run, of a dead one, of several; that the page needs nothing else."""
 
+import dataclasses
 import json
 import math
 import re
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import report  # noqa: E402
-from reporting import figures, page  # noqa: E402
+from reporting import figures, parts  # noqa: E402
 from reporting.run import Missing, Run  # noqa: E402
 
 SECTIONS = (
@@ -30,7 +31,7 @@ SECTIONS = (
     "Settings",
     "Audit",
 )
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "input"}
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,27 @@ def test_a_smoothed_curve_is_of_means():
     assert figures.smoothed([0.0, 3.0, 3.0, 6.0]).tolist() == [1.5, 2.0, 4.0, 4.5]
 
 
+def test_steps_and_seconds_share_a_place(whole):
+    """A switch shows one of the two, without a script; which one is on at first is said in the page."""
+    switches = re.findall(r'(?s)<figure class="switch">.*?</figure>', whole)
+    assert [re.findall(r'name="(\w+)"', switch)[0] for switch in switches] == ["train_loss", "lr_multiplier"]
+    for switch in switches:
+        assert re.findall(r"<label[^>]*>(\w+)</label>", switch) == ["steps", "seconds"]
+        assert switch.count("<svg") == 2 and switch.count(" checked>") == 1
+        assert len(set(re.findall(r' id="(\w+)"', switch.partition("<svg")[0]))) == 2
+
+
+def test_axes_that_do_not_start_at_zero_say_so(run):
+    with figures.matplotlib.rc_context(figures.STYLE):
+        drawn = [figures.curve([Run(run)], "train_loss", "steps"), figures.waterfall(Run(run))]
+        drawn += [figures.stages([Run(run), Run(run)])]
+        for axes in (figure.axes[0] for figure in drawn):
+            assert f"(axis from {axes.get_ylim()[0]:.2f})" in axes.get_ylabel()
+        for key, against in (("lr_multiplier", "steps"), ("train_loss", "seconds")):
+            assert figures.curve([Run(run)], key, against).axes[0].get_xlim()[0] == 0
+        assert figures.curve([Run(run)], "lr_multiplier", "steps").axes[0].get_ylim()[0] == 0
+
+
 def test_pictures_have_the_colours_of_the_page(whole):
     pictures = "".join(re.findall(r"(?s)<svg.*?</svg>", whole))
     fixed = [light for light, _ in figures.COLOURS.values() if light in pictures]
@@ -239,11 +261,8 @@ def test_several_runs_and_logs_on_one_page(run, finished, tmp_path):
     alone = tmp_path / "alone.txt"
     shutil.copy(log, alone)
     shown = [Run(path) for path in (run, other, alone)]
-    settings = page.settings_table(shown, report.tg.Config().as_env())
-    differing = settings.partition("not at their default")[0]
-    assert re.findall(r"<code>(\w+)</code>", differing) == ["MATRIX_LR"] and "<td>0.5</td>" in differing
-    text = page.overview(shown)
-    assert "a&lt;b&gt;&amp;c" in text and "<b>" not in text and "var(--c3)" in text
+    text = parts.ranking(shown)
+    assert "a&lt;b&gt;&amp;c" in text and "<b>&c" not in text and "var(--c3)" in text
     with figures.matplotlib.rc_context(figures.STYLE):
         drawn, through = figures.curve(shown, "train_loss", "steps"), figures.stages(shown)
     scores = result["stages"]
@@ -272,29 +291,95 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, arguments, reason)
 
 
 def test_the_head_says_what_ran_and_what_the_score_is_worth(run):
-    shown = page.headline(Run(run))
+    shown = parts.headline(Run(run))
     assert "bits per byte" in shown and "not audited: python tools/audit.py" in shown
     assert "Not the contest&#x27;s validation set: " in shown
     audit = {"counts": {}, "checks": {}, "verdict": "FAIL", "headline": "FAIL: E1 <broken>"}
     (run / "audit.json").write_text(json.dumps(audit))
-    assert '<p class="bad">FAIL: E1 &lt;broken&gt;</p>' in page.headline(Run(run))
-    assert page.title(Run(run)) == "PRESET=pr1851, seed 42 (run)"
-    table = page.overview([Run(run)])
+    assert '<p class="bad">FAIL: E1 &lt;broken&gt;</p>' in parts.headline(Run(run))
+    assert parts.title(Run(run)) == "PRESET=pr1851, seed 42 (run)"
+    table = parts.overview([Run(run)])
     record = Run(run).record
     for name, value in (("script", record.script_sha256), ("data", record.data_sha256)):
         assert f"{name}, SHA-256" in table and value[:12] in table
     assert all(f"<td>{name}</td>" in table for name in ("parameters", "commit", "ended"))
 
 
-def test_scores_of_other_text_are_not_subtracted(run, tmp_path):
-    other = Path(shutil.copytree(run, tmp_path / "other"))
-    assert "+0.00000" in page.overview([Run(run), Run(other)])
+def test_the_score_is_said_with_its_meaning(run):
+    """A byte is 8 bits: what an ideal coder would leave of the text."""
+    shown = Run(run)
+    score = shown.record.val_bpb
+    said = parts.score(shown)
+    assert f"<b>{score:.5f}</b>" in said and f"{100 * score / 8:.1f}% of its size. Lower is better." in said
+    assert "which learns from each part of a document once that is scored" in said
+    shown.record = dataclasses.replace(shown.record, final_stage="quantised")
+    assert "learns" not in parts.score(shown)
+
+
+def with_score(run: Path, name: str, change: float) -> Path:
+    """A copy of a run with another score; of its log, which tells of the former one, nothing is left."""
+    other = Path(shutil.copytree(run, run.parent / name))
+    shutil.rmtree(other / "logs")
+    result = json.loads((other / "result.json").read_text())
+    result["stages"][result["final_stage"]]["val_bpb"] += change
+    result["val_bpb"] += change
+    (other / "result.json").write_text(json.dumps(result))
+    return other
+
+
+def test_runs_are_compared_in_the_order_of_their_scores(run, tmp_path, capsys):
+    """Wherever they stand in the command, and each once; one that has no score comes last."""
+    worse, better, dead = (
+        with_score(run, *pair) for pair in (("worse", 0.25), ("better", -0.25), ("dead", 0))
+    )
+    (dead / "result.json").unlink()
+    assert report.main([*map(str, (run, dead, worse, better, run)), "--out", str(tmp_path / "out")]) == 0
+    page = tmp_path / "out/report.html"
+    assert capsys.readouterr().out.startswith(f"Open {page} in a browser; ")
+    text = page.read_text(encoding="utf-8")
+    assert "<h1>4 runs: the best is better</h1>" in text
+    rows = re.search(r'(?s)<div class="box ranking">.*?</table>', text)[0].split("<tr>")[2:]
+    names = [re.search(r"<td>\d\. <span[^>]*></span>([\w-]+)</td>", row)[1] for row in rows]
+    behind = [re.findall(r'<td class="n">([^<]*)</td>', row)[1] for row in rows]
+    assert names == ["better", "run", "worse", "dead"] and behind == ["-", "+0.25000", "+0.50000", "-"]
+
+
+def test_scores_of_other_text_are_not_subtracted(run):
+    other = with_score(run, "other", 0.25)
+    shown = [Run(run), Run(other)]
+    assert "+0.25000" in parts.head(shown) and "the best is run" in parts.head(shown)
     result = json.loads((other / "result.json").read_text())
     result["stages"][result["final_stage"]]["bytes"] += 1
     (other / "result.json").write_text(json.dumps(result))
-    shutil.rmtree(other / "logs")  # which tells of the former text
-    table = page.overview([Run(run), Run(other)])
-    assert "other text" in table and "+0.00000" not in table
+    said = parts.head([Run(run), Run(other)])
+    assert "other text" in said and "+0.25000" not in said and "scores are of different texts" in said
+
+
+PRESETS = {
+    "pr1851": {"SEED": 42, "MUON_WD": 0.1, "EMA_DECAY": 0.5},
+    "b": {"SEED": 42, "MUON_WD": 0.2, "EMA_DECAY": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown", "folded"),
+    [
+        ([{"PRESET": "b", "MUON_WD": 0.2, "EMA_DECAY": 0.9}], ["EMA_DECAY"], ["MUON_WD"]),
+        ([{"PRESET": "b", "MUON_WD": 0.2, "EMA_DECAY": 0.5}], [], ["MUON_WD"]),
+        ([{"MUON_WD": 0.2}], ["MUON_WD"], []),
+        ([{"PRESET": "b", "MUON_WD": 0.2}, {"PRESET": "pr1851", "MUON_WD": 0.1}], ["MUON_WD"], []),
+    ],
+)
+def test_settings_are_compared_with_those_of_the_preset(run, settings, shown, folded):
+    """Else a reader would look for the two that were changed among the many that make up the preset."""
+    runs = [Run(run) for _ in settings]
+    for one, told in zip(runs, settings, strict=True):
+        one.record = dataclasses.replace(one.record, seed=42, settings=told)
+    text = parts.settings_table(runs, PRESETS)
+    before, _, behind = text.partition("<details>")
+    assert [re.findall(r"<code>(\w+)</code>", part) for part in (before, behind)] == [shown, folded]
+    kept = re.search(r"All (other )?settings are those of PRESET=b", text)
+    assert bool(kept) == (shown == [] or len(runs) > 1)
 
 
 def test_a_short_run_stays_within_the_axis(run, tmp_path):

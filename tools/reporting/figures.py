@@ -6,6 +6,7 @@ sets for light and dark.
 
 import contextlib
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -100,9 +101,11 @@ def _colour(number: int) -> str:
 
 
 def _legend(figure: Figure, runs: Sequence[Run]) -> None:
-    """Which colour is which run, below the panel."""
+    """Which colour is which run, below the panel; names that are long have a line each."""
     if len(runs) > 1:
-        figure.legend(loc="outside lower center", ncols=2 if max(len(run.label) for run in runs) > 12 else 3)
+        columns = 1 if max(len(run.label) for run in runs) > 12 else 3
+        figure.set_figheight(HEIGHT + 0.2 * math.ceil(len(runs) / columns))
+        figure.legend(loc="outside lower center", ncols=columns)
 
 
 def _thousands(value: float, _: object = None) -> str:
@@ -141,10 +144,12 @@ def curve(runs: Sequence[Run], key: str, against: str) -> Figure:
     if not found:
         raise Missing(reason)
     if key == "train_loss":
-        axes.set(title="training loss", ylabel="nats per token", ylim=later_losses(runs))
+        axes.set(title="training loss", ylim=later_losses(runs))
+        axes.set_ylabel(f"nats per token (axis from {axes.get_ylim()[0]:.2f})")
     else:
         axes.set(title="learning rate", ylabel="share of its peak", ylim=(0, 1.05))
     axes.set_xlabel("step" if against == "steps" else "seconds of training")
+    axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _legend(figure, runs)
@@ -206,7 +211,7 @@ def waterfall(run: Run) -> Figure:
         range(len(labels) + (last > 1)), labels + ["final" if run.finished else "so far"] * (last > 1)
     )
     axes.set(title=f"{run.label}: val_bpb", ylim=(floor, max(values) + 0.25 * spread))
-    axes.set_ylabel("bits per byte (axis from " + f"{floor:.2f})")
+    axes.set_ylabel(f"bits per byte (axis from {floor:.2f})")
     axes.set_xlim(-0.6, max(last, 3) + 0.6)
     axes.grid(visible=False, axis="x")
     return figure
@@ -225,7 +230,8 @@ def stages(runs: Sequence[Run]) -> Figure:
         look = {"color": _colour(number), "marker": MARKS[number % len(MARKS)], "label": run.label}
         axes.plot(places, values, **look)
     axes.set_xticks(range(len(names)), [NAMES[name] for name in names])
-    axes.set(title="val_bpb", ylabel="bits per byte", xlim=(-0.5, len(names) - 0.5))
+    axes.set(title="val_bpb", xlim=(-0.5, len(names) - 0.5))
+    axes.set_ylabel(f"bits per byte (axis from {axes.get_ylim()[0]:.2f})")
     _legend(figure, runs)
     return figure
 
@@ -253,9 +259,9 @@ def _limit(axes: Axes, most: float, limit: float, words: str) -> None:
     if most > 0.25 * limit:
         axes.axvline(limit, color=SERIES[1], linestyle="--", linewidth=1.2)
         axes.set_xlim(0, 1.06 * max(most, limit))
-        axes.set_xlabel(f"{words} (dashed: limit {limit:,.0f})")
+        axes.set_xlabel(f"{words} (dashed: limit {limit:,.0f})", loc="right")
     else:
-        axes.set_xlabel(f"{words} (limit {limit:,.0f}, far outside)")
+        axes.set_xlabel(f"{words} (limit {limit:,.0f}, far outside)", loc="right")
 
 
 def clock(runs: Sequence[Run]) -> Figure:

@@ -53,9 +53,9 @@ class Run:
         except runs.Unfinished:
             self.record = runs.read_unfinished(path)
         self.folder = path if path.is_dir() else None
-        self.label = path.resolve().name if self.folder else path.stem
-        if len(self.label) > LONGEST_LABEL:
-            self.label = f"{self.label[: LONGEST_LABEL - 1]}…"
+        self.name = self.label = path.resolve().name if self.folder else path.stem
+        if len(self.label) > LONGEST_LABEL:  # the time of its start, which tells it from others, is the end
+            self.label = f"{self.name[:12]}…{self.name[-11:]}"
 
     @property
     def finished(self) -> bool:
@@ -65,10 +65,13 @@ class Run:
     @property
     def state(self) -> str:
         """Finished, or since when nothing has been heard of it; and what its source does not tell."""
+        return "; ".join([self._progress(), *self.told])
+
+    @property
+    def told(self) -> list[str]:
+        """What must be known of its numbers, and what its source does not tell."""
         told = [*self.record.notices, *self.record.broken_limits]
-        if self.record.missing:
-            told.append(f"not told: {', '.join(self.record.missing)}")
-        return "; ".join([self._progress(), *told])
+        return told + [f"not told: {', '.join(self.record.missing)}"] * bool(self.record.missing)
 
     def _progress(self) -> str:
         if self.finished:
@@ -91,6 +94,11 @@ class Run:
         if not result or not result.is_file():
             return "-"
         return f"{datetime.datetime.fromtimestamp(result.stat().st_mtime):%Y-%m-%d %H:%M}"
+
+    @property
+    def by_score(self) -> tuple[bool, float]:
+        """The best score comes first, what has none last."""
+        return not self.finished, self.record.val_bpb if self.finished else 0.0
 
     @property
     def scored_text(self) -> tuple[object, ...]:
