@@ -1,5 +1,6 @@
 """Fused markers: nothing of a text or its bytes is lost, and the check and the audit know them."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from dataprep.shards import DataError, read_shard
 sys.path.insert(0, str(Path(prepare.__file__).parent / "tools"))
 
 from auditing import data as audit_data  # noqa: E402
+from auditing.run import Audit, Failed  # noqa: E402
 
 VAL, BYTES, TRAIN = (f"fineweb_{name}_000000.bin" for name in ("val", "val_bytes", "train"))
 
@@ -119,6 +121,29 @@ def test_audit_recounts_fused_documents(folders, tokenizer, tmp_path):
     manifest.pop("fused_markers")
     with pytest.raises(Exception, match="other tokens than the shards"):
         audit_data._recount(SimpleNamespace(**facts))
+
+
+def test_audit_reads_fused_documents(folders, tokenizer, tmp_path):
+    """A3 to A5 decode them to the whole text with all its bytes; without the pairs, to another one."""
+    joined, model = folders[1], tmp_path / "small.model"
+    model.write_bytes(tokenizer.model)
+    manifest = json.loads((joined / "manifest.json").read_text())
+    tokens = np.array(read_shard(joined / VAL), np.int64)
+    bounds = [*np.flatnonzero(tokens == 1).tolist(), len(tokens)]
+    documents = [(start, end - start) for start, end in itertools.pairwise(bounds)]
+    tools = {"tokenizer_file": lambda cfg: model, "load_tokenizer": lambda cfg: tokenizer.processor}
+    facts = {"cfg": SimpleNamespace(caseops_enabled=True), "script": SimpleNamespace(**tools)}
+    facts |= {"manifest": manifest, "tokens": tokens, "sidecar": read_shard(joined / BYTES), "sample_seed": 1}
+    facts |= {"options": SimpleNamespace(docs=""), "documents": documents, "_drawn_documents": documents}
+    audit = SimpleNamespace(**facts, shards=lambda split: [joined / TRAIN])
+    audit.texts = Audit.texts.func(audit)
+    assert [text for text, _ in audit.texts] == texts(120)[:VAL_DOCS]
+    assert "tokenizer lossless" in audit_data.a3_bytes(audit)
+    assert f"{VAL_DOCS} hashes as in the manifest" in audit_data.a4_round_trip(audit)
+    assert "bytes a token" in audit_data.a5_tokenizer(audit)
+    manifest["fused_markers"] = {"8": [9, 4]}
+    with pytest.raises(Failed, match="fused_markers are not the tokenizer's"):
+        audit_data.a5_tokenizer(audit)
 
 
 def test_fuse_markers_is_for_making_caseops_data(tmp_path):
