@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data_prep import VAL_DOCS, change, edit, run, sentences, write_jsonl
+from test_data_prep import PUBLISHED, VAL_DOCS, change, edit, run, sentences, write_jsonl
 
 import prepare_caseops_data as prepare
 from dataprep import encoding
@@ -92,6 +92,16 @@ def test_check_knows_fused_tokens(folders, pairs):
     assert "the sidecar is not that of these tokens" in "\n".join(check_folder(joined)[0])
     edit(joined, "fused_markers", value={"8": [9, 4]})
     assert "fused_markers are not those of the tokenizer" in "\n".join(check_folder(joined)[0])
+
+
+def test_check_takes_pairs_apart(tokenizer_dir, tmp_path):
+    """A tokenizer that joins white space: the space of a pair may carry more, a byte piece may not."""
+    published = make_tokenizer(PUBLISHED, (tokenizer_dir / PUBLISHED).read_bytes())
+    stream = [prepare.make_document(f"number {n}" + " the old river saw it  Big" * 40, "") for n in range(40)]
+    prepare.prepare(stream, published._replace(fused=True), tmp_path / "set", VAL_DOCS)
+    edit(tmp_path / "set", "origin", value="scanned")  # or it would be believed: it is as it was prepared
+    problems = [line for line in check_folder(tmp_path / "set")[0] if "sidecar" in line]
+    assert problems == [] and (read_shard(tmp_path / "set" / BYTES) == 2).any()
 
 
 def test_a_text_with_the_bytes_of_fused_tokens_is_refused(tokenizer):
