@@ -195,6 +195,7 @@ class Config:
     muon_momentum: Beta = 0.97  # momentum after its warm-up
     muon_momentum_warmup_start: Beta = 0.92  # momentum at step 0
     muon_momentum_warmup_steps: Whole = 1500  # steps of the linear warm-up
+    muon_bi_maxwell: bool = False  # a mix of a fast and a slow momentum instead (modded-nanogpt #340)
     muon_backend_steps: Annotated[int, Range(1, 5)] = 5  # Newton-Schulz steps
     muon_coefficients: Literal["polar_express", "quintic"] = "polar_express"  # their coefficients (PR #1344)
     muon_row_normalize: bool = True  # unit rows before the orthogonalisation (MuonEq-R)
@@ -209,7 +210,6 @@ class Config:
     beta1: Beta = 0.9  # AdamW's decay of the mean gradient
     beta2: Beta = 0.95  # AdamW's decay of the mean squared gradient
     adam_eps: Positive = 1e-8  # AdamW's addend in the denominator
-    refinements: str = ""  # of the steps: ema_nesterov,bi_maxwell,cautious_decay,... (systems/refinements.py)
     grad_clip_norm: Amount = 0.3  # global gradient norm; 0: no clipping
     clip_global: bool = False  # clip the averaged gradient; 0: each micro-batch's (eight published ranks do)
     ema_decay: Beta = 0.9965  # average of all state, what is evaluated and quantised
@@ -1724,10 +1724,10 @@ class Trainer(Worker):
             groups.setdefault(group.pop("optimizer"), group)["params"].append(parameters[name])
         coefficients = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC}[cfg.muon_coefficients]
         options, kind = {"coefficients": coefficients, "ranks": ranks, "backends": model.backends}, Muon
-        if cfg.refinements:
-            from systems.refinements import RefinedMuon
+        if cfg.muon_bi_maxwell:
+            from systems.bi_maxwell import BiMaxwellMuon
 
-            kind = RefinedMuon
+            kind = BiMaxwellMuon
         self.muon = kind(**groups.pop("muon"), **options)
         self.adamw = torch.optim.AdamW(list(groups.values()), fused=True)
         self._small = [p for group in groups.values() for p in group["params"]]  # averaged as one buffer
@@ -1756,8 +1756,6 @@ class Trainer(Worker):
             late = max(0.0, frac - cfg.wd_taper_start_frac) / (1 - cfg.wd_taper_start_frac)
             decay = self.muon.defaults["weight_decay"] * (1 - late * (1 - cfg.wd_taper_final_mult))
             self.muon.param_groups[0]["weight_decay"] = decay
-        if cfg.refinements:
-            self.muon.begin(self, frac, factor)
         loss, norm = self._accumulate_gradients(batches)
         clock = torch.full_like(loss, elapsed if self.ranks.is_main else 0.0)
         stop = torch.full_like(loss, float(self.ranks.stop_signal > 0))
@@ -1770,8 +1768,6 @@ class Trainer(Worker):
                 parameter.grad = torch.where(finite, parameter.grad, 0)
         self.adamw.step()
         self.muon.apply(slices, scale, finite)
-        if cfg.refinements:
-            self.muon.end(self)
         self.model.zero_grad(set_to_none=True)
         self.ema.update(self.model.state_dict())
         return StepReport(step + 1, self.ranks.to_host(measured), factor, momentum, self.looping)
@@ -3214,7 +3210,7 @@ def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
     parts = "plain_windows:stream sliding_window_enabled:stream ttt_sgd:stream fit_bytes:fit_bytes"
     parts += " gptq_drift_batches:drift ttt_cache_window:cache ttt_chunk_by_length:chunks"
-    parts += " refinements:refinements caseops_enabled:plain_text quantizer:trellis"
+    parts += " muon_bi_maxwell:bi_maxwell caseops_enabled:plain_text quantizer:trellis"
     pairs = (pair.split(":") for pair in parts.split())
     needed = {name: part for name, part in pairs if getattr(cfg, name) != getattr(Config, name)}
     chosen = {"ans": "ans", "fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"}

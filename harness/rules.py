@@ -43,10 +43,6 @@ def check_settings(cfg: Config) -> None:
     check_micro_batches(cfg, world_size=1)  # what one rank cannot divide, more cannot either
     chunk_size(cfg, 0)  # TTT_CHUNK_BY_LENGTH is read as if a document were to be scored
     kernel_names(cfg.triton_kernels)
-    if cfg.refinements:
-        from systems.refinements import refinement_names
-
-        refinement_names(cfg.refinements)
 
 
 def check_training(cfg: Config) -> None:

@@ -26,11 +26,7 @@ def _arm(name: str, text: str, source: str, start: str = "", data: str = "") -> 
 NOISE = (Arm("null", {}, "the control once more"), Arm(OTHER_BATCHES, {}, "the control on other documents"))
 TRAINING = (  # what past systems of the lineage and of its neighbours do otherwise
     _arm("fused markers", "", "PR #2109", data="fused"),
-    _arm("EMA-Nesterov", "REFINEMENTS=ema_nesterov", "2605.25395"),
-    _arm("bi-Maxwell", "REFINEMENTS=bi_maxwell", "modded-nanogpt #340"),
-    _arm("row floor", "REFINEMENTS=row_floor", "modded-nanogpt #328"),
-    _arm("cautious decay", "REFINEMENTS=cautious_decay", "2510.12402"),
-    _arm("slow scalars", "REFINEMENTS=slow_scalars", "modded-nanogpt #321"),
+    _arm("bi-Maxwell", "MUON_BI_MAXWELL=1", "modded-nanogpt #340"),
     _arm("hyperparameters of pr1855", "WARMDOWN_FRAC=0.85 BETA2=0.99", "PR #1855"),
     _arm("rate 0.028", "MATRIX_LR=0.028", "PR #1925"),
     _arm("query gain 5.25", "QK_GAIN_INIT=5.25", "PR #1953"),
@@ -56,13 +52,10 @@ PARTS = (  # the record without its parts, one at a time
     _arm("no global SGD phases", "PHASED_TTT_PREFIX_DOCS=0", "PR #1610", "artifact"),
     _arm("no TTT", "TTT_ENABLED=0", "PR #1530", "artifact"),
 )
-KEPT = {  # of ideas that were measured (logs/study/): what became of them
+KEPT = {  # what became of the ideas that were measured (logs/study/)
     "fused markers": "an option of the data preparation, off",
-    **dict.fromkeys(
-        ("EMA-Nesterov", "bi-Maxwell", "row floor", "cautious decay", "slow scalars"), "a switch, off"
-    ),
-    **dict.fromkeys(("trellis", "trellis in order"), "in `best`"),
-    "chunks by length": "a switch, off",
+    "bi-Maxwell": "a switch, off",
+    **dict.fromkeys(("EMA-Nesterov", "row floor", "cautious decay", "slow scalars"), "removed"),
 }
 GROUPS = {"noise": NOISE, "training": TRAINING, "storing": STORING, "adapting": ADAPTING, "parts": PARTS}
 ARMS = {arm.name: arm for arms in GROUPS.values() for arm in arms}
