@@ -195,6 +195,7 @@ class Config:
     muon_momentum: Beta = 0.97  # momentum after its warm-up
     muon_momentum_warmup_start: Beta = 0.92  # momentum at step 0
     muon_momentum_warmup_steps: Whole = 1500  # steps of the linear warm-up
+    muon_bi_maxwell: bool = False  # a mix of a fast and a slow momentum instead (modded-nanogpt #340)
     muon_backend_steps: Annotated[int, Range(1, 5)] = 5  # Newton-Schulz steps
     muon_coefficients: Literal["polar_express", "quintic"] = "polar_express"  # their coefficients (PR #1344)
     muon_row_normalize: bool = True  # unit rows before the orthogonalisation (MuonEq-R)
@@ -1579,23 +1580,12 @@ class Muon(torch.optim.Optimizer):
     (Nesterov), rows of U to unit length (MuonEq-R), Newton-Schulz, p <- p (1 - lr wd) - lr scale U.
     """
 
-    def __init__(
-        self,
-        params: Iterable[nn.Parameter],
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        nesterov: bool = True,
-        row_normalize: bool = True,
-        coefficients: Sequence[tuple[float, float, float]] = POLAR_EXPRESS,
-        steps: int = 5,
-        ranks: Ranks = CPU,
-        backends: Backends = Backends(),
-    ):
+    def __init__(self, params: Iterable, ranks: Ranks = CPU, backends: Backends = Backends(), **group):
+        """`group`: lr, momentum, weight_decay, and what shall be otherwise than here."""
+        group = {"coefficients": POLAR_EXPRESS, "steps": 5, "nesterov": True, "row_normalize": True} | group
+        self._coefficients = tuple(group.pop("coefficients"))[: group.pop("steps")]
+        super().__init__(params, group)
         self._ranks, self._orthogonalise = ranks, backends.compile(newton_schulz)
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(params, defaults | {"row_normalize": row_normalize})
-        self._coefficients = tuple(coefficients)[:steps]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -1630,13 +1620,16 @@ class Muon(torch.optim.Optimizer):
 
     def _direction(self, bank: nn.Parameter, gradient: Tensor, group: dict) -> Tensor:
         """The orthogonalised update of this rank's slice of a bank."""
-        gradient = gradient.bfloat16()
-        buffer = self.state[bank].setdefault("momentum_buffer", torch.zeros_like(gradient))
-        buffer.mul_(group["momentum"]).add_(gradient)
-        update = gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+        update = self._with_momentum(self.state[bank], gradient.bfloat16(), group)
         if group["row_normalize"]:
             update = update / update.float().norm(dim=-1, keepdim=True).clamp_min(1e-7).bfloat16()
         return self._orthogonalise(update, self._coefficients, len(self._coefficients))
+
+    def _with_momentum(self, state: dict, gradient: Tensor, group: dict) -> Tensor:
+        """The gradient with what the momentum buffer has of earlier ones (Nesterov)."""
+        buffer = state.setdefault("momentum_buffer", torch.zeros_like(gradient))
+        buffer.mul_(group["momentum"]).add_(gradient)
+        return gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
 
 
 def parameter_table(cfg: Config, model: GPT) -> dict[str, dict]:
@@ -1761,8 +1754,12 @@ class Trainer(Worker):
             group = {"params": []} | row
             groups.setdefault(group.pop("optimizer"), group)["params"].append(parameters[name])
         coefficients = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC}[cfg.muon_coefficients]
-        options = {"coefficients": coefficients, "ranks": ranks, "backends": model.backends}
-        self.muon = Muon(**groups.pop("muon"), **options)
+        options, kind = {"coefficients": coefficients, "ranks": ranks, "backends": model.backends}, Muon
+        if cfg.muon_bi_maxwell:
+            from systems.bi_maxwell import BiMaxwellMuon
+
+            kind = BiMaxwellMuon
+        self.muon = kind(**groups.pop("muon"), **options)
         self.adamw = torch.optim.AdamW(list(groups.values()), fused=True)
         self._small = [p for group in groups.values() for p in group["params"]]  # averaged as one buffer
         for group in self._groups():
@@ -3228,10 +3225,11 @@ class Run:
 
 def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
-    parts = dict.fromkeys(("plain_windows", "sliding_window_enabled", "ttt_sgd"), "stream")
-    parts |= {"fit_bytes": "fit_bytes", "gptq_drift_batches": "drift", "ttt_cache_window": "cache"}
-    parts |= {"ttt_chunk_by_length": "chunks", "caseops_enabled": "plain_text", "quantizer": "trellis"}
-    needed = {name: part for name, part in parts.items() if getattr(cfg, name) != getattr(Config, name)}
+    parts = "plain_windows:stream sliding_window_enabled:stream ttt_sgd:stream fit_bytes:fit_bytes"
+    parts += " gptq_drift_batches:drift ttt_cache_window:cache ttt_chunk_by_length:chunks"
+    parts += " muon_bi_maxwell:bi_maxwell caseops_enabled:plain_text quantizer:trellis"
+    pairs = (pair.split(":") for pair in parts.split())
+    needed = {name: part for name, part in pairs if getattr(cfg, name) != getattr(Config, name)}
     chosen = {"ans": "ans", "fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"}
     needed |= {name: chosen.get(getattr(cfg, name)) for name in ("compressor", "attention_backend")}
     needed["triton_kernels"] = cfg.triton_kernels not in ("", "0", Config.triton_kernels) and "kernels"
