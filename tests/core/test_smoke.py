@@ -293,7 +293,7 @@ def eval_data(finished, tmp_path_factory) -> Path:
 def test_artifact_alone_gives_the_score(tg, finished, eval_data, in_process):
     """And the settings that its counted code was folded with: else it would be folded anew here."""
     _, (folder, _), _ = finished
-    made = tg.read_settings(environment()), tg.Backends("plain", "", "", 2), tg.read_sources(), False
+    made = tg.read_settings(environment()), tg.Backends("plain", "eager", "", 2), tg.read_sources(), False
     text = folds.unfolded((folder / "train_gpt.packed.py").read_bytes())
     folds.FOLDED[folds.key_of(packing, *made)] = text, True
     known = len(folds.FOLDED)
