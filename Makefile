@@ -7,7 +7,7 @@ DEV := .venv/dev.installed
 LATEST = $(or $(RUN_DIR),$(shell ls -td runs/*/metrics.jsonl 2> /dev/null | head -n 1 | xargs -r dirname),\
 	$(error RUN_DIR: there is no run in runs/ yet; `make demo` makes one))
 
-.PHONY: help demo audit submission sweep-demo report systems ablations data test stress lint format docs bench clean
+.PHONY: help demo audit submission sweep-demo report systems study data test stress lint format docs bench clean
 
 ##@ A run
 
@@ -41,8 +41,13 @@ sweep-demo: $(DEV) data/demo/manifest.json  ## a search over two settings in 8 s
 systems: $(DEV) data/demo/manifest.json data/demo_plain/manifest.json  ## every published system at demo scale, audited (20 minutes)
 	$(BIN)/python tools/all_systems.py
 
-ablations: $(DEV) data/demo/manifest.json  ## the record without its parts, 3 seeds, at demo scale (40 minutes)
-	nice $(BIN)/python tools/ablations.py
+study: $(DEV) data/study_demo/confirm2/manifest.json  ## one idea against the record, in pairs (under 5 minutes)
+	SCALE=demo ITERATIONS=24 PREQUANT_ONLY=1 OMP_NUM_THREADS=1 $(BIN)/python tools/study.py --study make-study \
+		--arms bi-Maxwell --seeds 2 --jobs 2 --data data/study_demo
+
+data/study_demo/confirm2/manifest.json: $(wildcard dataprep/*.py) dataprep/demo.jsonl.xz | $(RUN)
+	SCALE=demo $(BIN)/python tools/study.py --prepare --docs dataprep/demo.jsonl.xz --data data/study_demo \
+		--split 40 --scored 40 --stream 100 --streams 2
 
 bench: $(RUN)  ## speed of a training step on this machine (small on a CPU)
 	$(BIN)/python bench/train_step.py
@@ -93,4 +98,4 @@ $(DEV): requirements-dev.txt $(RUN)
 	touch $@
 
 clean:  ## remove environment, demo data and caches; runs/ stays
-	rm -rf .venv data/demo data/demo_plain .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__ */*/__pycache__
+	rm -rf .venv data/demo data/demo_plain data/study_demo .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__ */*/__pycache__

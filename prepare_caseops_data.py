@@ -57,6 +57,7 @@ from dataprep.encoding import (
     tokenizer_texts,
     train_tokenizer,
 )
+from dataprep.fusion import marker_pairs
 from dataprep.leaks import NearIndex
 from dataprep.progress import Progress
 from dataprep.reading import Block, Document, Reader, document_blocks, make_document, parse_block
@@ -210,6 +211,7 @@ class Preparation:
                 "--shard-tokens": self._job.shard_tokens,
                 "--drop-near-duplicates": self._job.drop_near,
                 "--plain": self._tokenizer.plain,
+                **({"--fuse-markers": True} if self._tokenizer.fused else {}),
             }
         )
         self.resumed = "val" in self._state
@@ -364,6 +366,7 @@ class Preparation:
                 "vocab_size": self._tokenizer.processor.get_piece_size(),
                 "lossless": val["round_trip_documents"] == val["documents"],
             },
+            **({"fused_markers": marker_pairs(self._tokenizer.processor)} if self._tokenizer.fused else {}),
             "encoder": Encoder(self._tokenizer).name
             | {"equal_documents": sum(s.counts["sampled_documents"] for s in (self._train, self._val))},
             "val_docs": self._job.val_docs,
@@ -455,6 +458,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-bad", metavar="N", type=_count_or_none, help="broken documents to skip at most (default: 0)")
     add("--drop-near-duplicates", action="store_true", help="of validation documents, not only count them")
     add("--plain", action="store_true", help="without CaseOps: text as it is, for CASEOPS_ENABLED=0")
+    add("--fuse-markers", action="store_true", help="one token for a space and a capital's operator")
     add("--overwrite", action="store_true", help="replace the data set that --out holds")
     add("--report", action="store_true", help="print a table of what the data is")
     add("--write-manifest", action="store_true", help="with --check: for a right folder that has none")
@@ -474,7 +478,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-MAKING = ("docs", "val_docs", "shard_tokens", "max_bad", "drop_near_duplicates", "overwrite")
+MAKING = ("docs", "val_docs", "shard_tokens", "max_bad", "drop_near_duplicates", "fuse_markers", "overwrite")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -490,6 +494,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for name in barred.get(mode, ()):
         if getattr(options, name):
             parser.error(f"--{name.replace('_', '-')}: not allowed with --{mode.replace('_', '-')}")
+    if options.fuse_markers and options.plain:
+        parser.error("--fuse-markers: plain text has no markers; not allowed with --plain")
     if mode in ("", "train_tokenizer"):
         _check_making(parser, options)
     if options.download:
@@ -558,7 +564,7 @@ def make_data(options: argparse.Namespace) -> dict:
         tokenizer = make_tokenizer(options.sp, Path(options.sp).read_bytes(), plain=plain)
     return prepare(
         documents(),
-        tokenizer,
+        tokenizer._replace(fused=options.fuse_markers),
         options.out,
         options.val_docs,
         options.overwrite,

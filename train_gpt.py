@@ -195,6 +195,7 @@ class Config:
     muon_momentum: Beta = 0.97  # momentum after its warm-up
     muon_momentum_warmup_start: Beta = 0.92  # momentum at step 0
     muon_momentum_warmup_steps: Whole = 1500  # steps of the linear warm-up
+    muon_bi_maxwell: bool = False  # a mix of a fast and a slow momentum instead (modded-nanogpt #340)
     muon_backend_steps: Annotated[int, Range(1, 5)] = 5  # Newton-Schulz steps
     muon_coefficients: Literal["polar_express", "quintic"] = "polar_express"  # their coefficients (PR #1344)
     muon_row_normalize: bool = True  # unit rows before the orthogonalisation (MuonEq-R)
@@ -443,7 +444,7 @@ class Backends:
         model.to(device)
         if device.type == "cuda":
             model.tok_emb.to(torch.bfloat16)
-        if self.kernels and not COUNTED:
+        if self.kernels not in ("", "eager") and not COUNTED:
             importlib.import_module("systems.attention_kernels")  # operators come before graphs
         if self.compiler:
             model.compile(**self._options)
@@ -840,41 +841,35 @@ class PackedLoader:
 class ShuffledLoader:
     """Calibration batches: plain windows of TRAIN_SEQ_LEN tokens in a random order, without documents.
 
-    PCG64 draws a phase and a permutation for each shard, then shards by the windows that they have left. Node
-    n of a binary tree counts those of nodes 2n and 2n + 1, the shards are its leaves: no draw looks at all.
+    PCG64 draws a phase and a permutation for each shard, then shards by the windows that they have left.
     """
 
     def __init__(self, paths: Sequence[Path], cfg: Config, seed: int = 0):
         self.cfg, self._paths, self._shards = cfg, paths, [read_shard(path) for path in paths]
-        self.rng, self._leaves = np.random.Generator(np.random.PCG64(seed)), 1 << len(paths).bit_length()
+        self.rng = np.random.Generator(np.random.PCG64(seed))
         self.reset()
-        if not self.left[1]:
+        if not self.left.any():
             raise DataError(f"TRAIN_SEQ_LEN={cfg.train_seq_len}: no training shard holds such a window")
 
     def reset(self) -> None:
         """Make all windows anew."""
         self.began = self.rng.bit_generator.state  # from which they can be made again
-        self._windows, self.left, length = [], [0] * 2 * self._leaves, self.cfg.train_seq_len
-        for leaf, tokens in enumerate(self._shards, self._leaves):
+        self._windows, length = [], self.cfg.train_seq_len
+        for tokens in self._shards:
             room = min(length - 1, max(0, len(tokens) - length - 1))
             phase = int(self.rng.integers(room + 1)) if room else 0
-            self.left[leaf] = max(0, (len(tokens) - 1 - phase) // length)
-            self._windows.append(phase + self.rng.permutation(self.left[leaf]) * length)
-        for node in range(2 * self._leaves - 1, 1, -1):
-            self.left[node // 2] += self.left[node]
+            count = max(0, (len(tokens) - 1 - phase) // length)
+            self._windows.append(phase + self.rng.permutation(count) * length)
+        self.left = np.array([len(windows) for windows in self._windows])
 
     def _draw(self) -> tuple[int, int]:
         """Shard and start of the next window."""
-        if not self.left[1]:
+        if not self.left.any():
             self.reset()
-        node, place = 1, int(self.rng.random() * self.left[1])
-        while node < self._leaves:
-            self.left[node] -= 1
-            node *= 2
-            if place >= self.left[node]:
-                place, node = place - self.left[node], node + 1
-        self.left[node] -= 1
-        return node - self._leaves, int(self._windows[node - self._leaves][self.left[node]])
+        ends = self.left.cumsum()
+        shard = int(np.searchsorted(ends, int(self.rng.random() * ends[-1]), "right"))
+        self.left[shard] -= 1
+        return shard, int(self._windows[shard][self.left[shard]])
 
     def draw(self, rows: int) -> list[tuple[int, int]]:
         """Shards and starts of the next windows, which are not read: they lie all over the files."""
@@ -955,6 +950,8 @@ def plain_backends(cfg: Config, ranks: Ranks) -> Backends:
         compiler = "inductor" if ranks.on_gpu and compiler == "auto" else ""
     if ranks.on_gpu and importlib.util.find_spec("triton") and has_part("kernels"):
         kernels = kernel_names(cfg.triton_kernels)
+    if not (ranks.on_gpu or compiler) and attention == "plain" and has_part("eager"):
+        kernels = ["eager"]
     return Backends(attention, ",".join(kernels), compiler, max(cfg.grad_accum_steps, ranks.world_size))
 
 
@@ -1006,8 +1003,7 @@ def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backends
     if backends.attention == "flex":
         mask = create_block_mask(sees, None, None, len(positions), len(positions), device=q.device)
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
-    mask = sees(0, 0, positions[:, None], positions)
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, sees(0, 0, positions[:, None], positions), enable_gqa=True)
 
 
 # ---- 6. Functions that are right on every device; systems/kernels.py has fused forms for CUDA ----------
@@ -1100,9 +1096,7 @@ def project(x: Tensor, weight: Tensor, role: str, adapt: Adapt | None) -> Tensor
 
 
 def project_together(x: Tensor, weights: Mapping[str, Tensor], adapt: Adapt | None) -> list[Tensor]:
-    """`project` for several roles of one input; on CUDA one product, which reads x once."""
-    if not x.is_cuda:
-        return [project(x, weight, role, adapt) for role, weight in weights.items()]
+    """`project` for several roles of one input: one product, which reads x once."""
     products = F.linear(x, torch.cat(list(weights.values())))
     parts = products.split([len(weight) for weight in weights.values()], -1)
     return [y if adapt is None else y + adapt(role, x) for role, y in zip(weights, parts, strict=True)]
@@ -1261,7 +1255,11 @@ class GPT(nn.Module):
             self.parallel_post_lambdas = nn.Parameter(torch.ones(layers, 2, 2))
             self.parallel_resid_lambdas = nn.Parameter(torch.full((layers, 2), 1.1))
         self.tok_emb = nn.Embedding(cfg.vocab_size, dim)
-        self.blocks = nn.ModuleList(Block(cfg, layer, backends) for layer in range(layers))
+        if "eager" in backends.kernels:
+            from systems.eager import EagerBlock
+
+        kind = EagerBlock if "eager" in backends.kernels else Block
+        self.blocks = nn.ModuleList(kind(cfg, layer, backends) for layer in range(layers))
         if cfg.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
         else:
@@ -1315,7 +1313,7 @@ class GPT(nn.Module):
         weights, skips, lanes = self.weights(), [], None
         for slot, layer in enumerate(encoder + decoder):
             block, step = self.blocks[layer], slot - len(encoder)
-            adapt = None if lora is None else lora.at(slot)
+            adapt = None if lora is None else SlotAdapters(lora, slot)
             used = wanted if step == len(decoder) - 1 else None
             past = cache and cache.at(slot)
             context = BlockContext(x0, weights[layer], rope, segments, adapt, on_input, used, past)
@@ -1355,7 +1353,7 @@ class GPT(nn.Module):
 
     def _head(self, h: Tensor, lora: "BatchedLoRA | None") -> Tensor:
         """Hidden states -> logits before the softcap."""
-        return project(h, self._head_weight.to(h.dtype), "head", None if lora is None else lora.at(0))
+        return project(h, self._head_weight.to(h.dtype), "head", lora and SlotAdapters(lora, 0))
 
     def logits(self, h: Tensor, lora: "BatchedLoRA | None" = None) -> Tensor:
         """Soft-capped logits [B, T, V] of hidden states [B, T, D]."""
@@ -1374,12 +1372,15 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Cross entropy (nats) of each target [B, T]; with `scored` [B, n] only at those positions."""
         h = self.hidden(input_ids, segments, looping=looping, lora=lora, wanted=scored, cache=cache)
-        if scored is not None:
-            target_ids = target_ids.gather(1, scored)
+        target_ids = target_ids if scored is None else target_ids.gather(1, scored)
         if lora is None and "loss" in self.backends.kernels:
             from systems.kernels import fused_cross_entropy
 
             return fused_cross_entropy(h, self._head_weight, target_ids, self.cfg.logit_softcap)
+        if "eager" in self.backends.kernels:
+            from systems.eager import head_loss
+
+            return head_loss(h, self._head_weight, target_ids, self.cfg.logit_softcap, lora)
         return softcapped_cross_entropy(self._head(h, lora), target_ids, self.cfg.logit_softcap)
 
     def forward(self, *batch: object, **options: object) -> Tensor:
@@ -1448,9 +1449,8 @@ class BatchedLoRA(nn.Module):
 
     def draw_A(self) -> None:
         """Draw A uniform in +-1/sqrt(inputs)."""
-        for low_rank in self.maps():
-            limit = 1 / math.sqrt(low_rank.A.size(-1))
-            low_rank.A.data.uniform_(-limit, limit, generator=self._generator)
+        for A in (low_rank.A.data for low_rank in self.maps()):
+            A.uniform_(-1 / math.sqrt(A.size(-1)), 1 / math.sqrt(A.size(-1)), generator=self._generator)
 
     def draw_rows(self, seeds: Sequence[int]) -> None:
         """`draw_A`, each row by its seed: SplitMix64 (Steele et al. 2014), equal bits on all devices."""
@@ -1474,17 +1474,24 @@ class BatchedLoRA(nn.Module):
             low_rank.factors = [whole.detach()[-rows:].requires_grad_() for whole in low_rank.parameters()]
         return [factor for low_rank in self.maps() for factor in low_rank.factors]
 
-    def at(self, slot: int) -> Adapt:
-        """The adapters of a virtual layer as a function of role and input."""
 
-        def adapt(role: str, x: Tensor) -> Tensor | float:
-            maps = self.lm_head_lora if role == "head" else getattr(self, f"{role}_loras", None)
-            if maps is None:
-                return 0.0
-            y = self.scale * (maps if role == "head" else maps[slot])(x)
-            return y if self.active is None else torch.where(self.active[-len(y) :, None, None], y, 0.0)
+class SlotAdapters(NamedTuple):
+    """The adapters of a virtual layer as a function of role and input."""
 
-        return adapt
+    lora: BatchedLoRA
+    slot: int
+
+    def maps(self, role: str) -> LowRank | None:
+        """The adapters of a role, where it has some."""
+        maps = self.lora.lm_head_lora if role == "head" else getattr(self.lora, f"{role}_loras", None)
+        return maps if role == "head" or maps is None else maps[self.slot]
+
+    def __call__(self, role: str, x: Tensor) -> Tensor | float:
+        """What is added to a role's product with x [n, T, inputs]."""
+        if (maps := self.maps(role)) is None:
+            return 0.0
+        y, active = self.lora.scale * maps(x), self.lora.active
+        return y if active is None else torch.where(active[-len(y) :, None, None], y, 0.0)
 
 
 class LoRAOptimizer:
@@ -1565,23 +1572,12 @@ class Muon(torch.optim.Optimizer):
     (Nesterov), rows of U to unit length (MuonEq-R), Newton-Schulz, p <- p (1 - lr wd) - lr scale U.
     """
 
-    def __init__(
-        self,
-        params: Iterable[nn.Parameter],
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        nesterov: bool = True,
-        row_normalize: bool = True,
-        coefficients: Sequence[tuple[float, float, float]] = POLAR_EXPRESS,
-        steps: int = 5,
-        ranks: Ranks = CPU,
-        backends: Backends = Backends(),
-    ):
+    def __init__(self, params: Iterable, ranks: Ranks = CPU, backends: Backends = Backends(), **group):
+        """`group`: lr, momentum, weight_decay, and what shall be otherwise than here."""
+        group = {"coefficients": POLAR_EXPRESS, "steps": 5, "nesterov": True, "row_normalize": True} | group
+        self._coefficients = tuple(group.pop("coefficients"))[: group.pop("steps")]
+        super().__init__(params, group)
         self._ranks, self._orthogonalise = ranks, backends.compile(newton_schulz)
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(params, defaults | {"row_normalize": row_normalize})
-        self._coefficients = tuple(coefficients)[:steps]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -1616,13 +1612,16 @@ class Muon(torch.optim.Optimizer):
 
     def _direction(self, bank: nn.Parameter, gradient: Tensor, group: dict) -> Tensor:
         """The orthogonalised update of this rank's slice of a bank."""
-        gradient = gradient.bfloat16()
-        buffer = self.state[bank].setdefault("momentum_buffer", torch.zeros_like(gradient))
-        buffer.mul_(group["momentum"]).add_(gradient)
-        update = gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+        update = self._with_momentum(self.state[bank], gradient.bfloat16(), group)
         if group["row_normalize"]:
             update = update / update.float().norm(dim=-1, keepdim=True).clamp_min(1e-7).bfloat16()
         return self._orthogonalise(update, self._coefficients, len(self._coefficients))
+
+    def _with_momentum(self, state: dict, gradient: Tensor, group: dict) -> Tensor:
+        """The gradient with what the momentum buffer has of earlier ones (Nesterov)."""
+        buffer = state.setdefault("momentum_buffer", torch.zeros_like(gradient))
+        buffer.mul_(group["momentum"]).add_(gradient)
+        return gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
 
 
 def parameter_table(cfg: Config, model: GPT) -> dict[str, dict]:
@@ -1650,9 +1649,7 @@ def parameter_table(cfg: Config, model: GPT) -> dict[str, dict]:
 
 def lr_multiplier(frac: float, warmdown_frac: float, min_lr: float) -> float:
     """Learning-rate factor at a fraction of training: 1, then linear to 0 at the end, with a floor."""
-    if warmdown_frac <= 0 or frac < 1 - warmdown_frac:
-        return 1.0
-    return max((1 - frac) / warmdown_frac, min_lr)
+    return 1.0 if warmdown_frac <= 0 or frac < 1 - warmdown_frac else max((1 - frac) / warmdown_frac, min_lr)
 
 
 def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> float:
@@ -1747,8 +1744,12 @@ class Trainer(Worker):
             group = {"params": []} | row
             groups.setdefault(group.pop("optimizer"), group)["params"].append(parameters[name])
         coefficients = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC}[cfg.muon_coefficients]
-        options = {"coefficients": coefficients, "ranks": ranks, "backends": model.backends}
-        self.muon = Muon(**groups.pop("muon"), **options)
+        options, kind = {"coefficients": coefficients, "ranks": ranks, "backends": model.backends}, Muon
+        if cfg.muon_bi_maxwell:
+            from systems.bi_maxwell import BiMaxwellMuon
+
+            kind = BiMaxwellMuon
+        self.muon = kind(**groups.pop("muon"), **options)
         self.adamw = torch.optim.AdamW(list(groups.values()), fused=True)
         self._small = [p for group in groups.values() for p in group["params"]]  # averaged as one buffer
         for group in self._groups():
@@ -3199,13 +3200,11 @@ class Run:
             self.model = self.model_of_artifact(self.output("quantized_model_path"))
         self.once("count_bytes", self.count_bytes)
         self.once("quantised", lambda: self.score("quantised"))
-        if cfg.sliding_window_enabled:
+        if cfg.sliding_window_enabled or cfg.ttt_sgd:
             from systems.stream import score_stream
-
+        if cfg.sliding_window_enabled:
             self.once("sliding", lambda: score_stream(self, "sliding"))
         if cfg.ttt_enabled and cfg.ttt_sgd:
-            from systems.stream import score_stream
-
             self.once("ttt", lambda: score_stream(self, "ttt"))
         if cfg.ttt_enabled and not cfg.ttt_sgd:
             self.once("ttt", self.adapt_documents)
@@ -3214,10 +3213,11 @@ class Run:
 
 def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
-    parts = dict.fromkeys(("plain_windows", "sliding_window_enabled", "ttt_sgd"), "stream")
-    parts |= {"fit_bytes": "fit_bytes", "gptq_drift_batches": "drift", "ttt_cache_window": "cache"}
-    parts |= {"ttt_chunk_by_length": "chunks", "caseops_enabled": "plain_text", "quantizer": "trellis"}
-    needed = {name: part for name, part in parts.items() if getattr(cfg, name) != getattr(Config, name)}
+    parts = "plain_windows:stream sliding_window_enabled:stream ttt_sgd:stream fit_bytes:fit_bytes"
+    parts += " gptq_drift_batches:drift ttt_cache_window:cache ttt_chunk_by_length:chunks"
+    parts += " muon_bi_maxwell:bi_maxwell caseops_enabled:plain_text quantizer:trellis"
+    pairs = (pair.split(":") for pair in parts.split())
+    needed = {name: part for name, part in pairs if getattr(cfg, name) != getattr(Config, name)}
     chosen = {"ans": "ans", "fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"}
     needed |= {name: chosen.get(getattr(cfg, name)) for name in ("compressor", "attention_backend")}
     needed["triton_kernels"] = cfg.triton_kernels not in ("", "0", Config.triton_kernels) and "kernels"

@@ -14,6 +14,7 @@ import numpy as np
 import sentencepiece
 
 from dataprep.crew import Crew
+from dataprep.fusion import marker_pairs, pairs_of, unfused
 from dataprep.leaks import NearIndex, Overlap
 from dataprep.progress import Progress
 from dataprep.scanning import Scan, ShardScan, joined, scan_shard
@@ -339,6 +340,11 @@ class Checker:
 
     def _pieces(self, tokens: np.ndarray, carried: np.ndarray) -> None:
         """Every token's bytes against its piece. What a normalising tokenizer hides, the documents tell."""
+        if pairs := pairs_of(self.manifest):
+            if pairs != marker_pairs(self._processor):
+                self._wrong(f"{self.folder}: the manifest's fused_markers are not those of the tokenizer")
+                return
+            tokens, carried = unfused(tokens, pairs, carried)
         lossless = is_lossless(self._processor)
         odd = odd_tokens(tokens, carried, pieces_of(self._processor), lossless)
         problem = odd.problem(lossless)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from dataprep.encoding import Encoder, Tokenizer, check_validation
+from dataprep.fusion import fused, marker_pairs
 from dataprep.leaks import NearIndex, document_hashes
 from dataprep.reading import Block, Document, parse_block
 from dataprep.shards import FIRST_OPERATOR_ID, OPERATOR_COUNT, DataError
@@ -61,6 +62,7 @@ class Worker:
 
     def __init__(self, tokenizer: Tokenizer, held_out: HeldOut | None) -> None:
         self._encoder, self._held_out = Encoder(tokenizer), held_out
+        self._pairs = marker_pairs(tokenizer.processor) if tokenizer.fused else {}
 
     def __call__(self, block: Block) -> Result:
         """Result of a block: of training where there is something held out, else of validation.
@@ -93,15 +95,16 @@ class Worker:
         for document, (own, carried) in zip(documents, found, strict=True):
             try:
                 round_trip = check_validation(self._encoder.tokenizer, document, own, carried)
+                stored, charges = self._stored(document, own, carried)
             except DataError as error:
                 bad.append(str(error))
                 refused.append(document.digest)
                 continue
             kept.append(document)
             counts["sampled_documents"] += self._sampled(document, own, carried)
-            tokens.append(own)
-            token_bytes.append(carried.astype(np.uint16))
-            charged = int(carried.sum(dtype=np.int64))
+            tokens.append(stored)
+            token_bytes.append(charges.astype(np.uint16))
+            charged = int(charges.sum(dtype=np.int64))
             counts.update(
                 bytes=charged, uncharged_bytes=document.size - charged, round_trip_documents=round_trip
             )
@@ -109,16 +112,22 @@ class Worker:
         return Result(_joined(tokens), _joined(token_bytes), _lengths(tokens), counts, bad, [], [], *own)
 
     def _training(self, documents: list[Document]) -> Result:
-        kept, counts = [], Counter()
+        own, counts, kept, tokens, bad = [], Counter(), [], [], []
         for document in documents:
             if document.key not in self._held_out.keys:
-                kept.append(document)
+                own.append(document)
             elif document.digest in self._held_out.digests:
                 counts["dropped_duplicates"] += 1
             else:
                 counts["dropped_space_duplicates"] += 1
-        tokens = self._encoder.documents([document.utf8 for document in kept])
-        counts["sampled_documents"] = sum(map(self._sampled, kept, tokens))
+        found = self._encoder.documents([document.utf8 for document in own])
+        counts["sampled_documents"] = sum(map(self._sampled, own, found))
+        for document, encoded in zip(own, found, strict=True):
+            try:
+                tokens.append(self._stored(document, encoded)[0])
+                kept.append(document)
+            except DataError as error:
+                bad.append(str(error))
         same = self._same_tokens(tokens)
         _remove(same, kept, tokens)
         counts["dropped_token_duplicates"] = len(same)
@@ -130,7 +139,16 @@ class Worker:
             counts["dropped_near_duplicates"] = len(near)
         counts["bytes"] = sum(document.size for document in kept)
         nothing = np.empty(0, np.uint16)
-        return Result(_joined(tokens), nothing, _lengths(tokens), counts, [], [], origins, [], [], [])
+        return Result(_joined(tokens), nothing, _lengths(tokens), counts, bad, [], origins, [], [], [])
+
+    def _stored(self, document: Document, tokens: np.ndarray, carried: np.ndarray | None = None) -> tuple:
+        """What shards hold of a document: its tokens and their bytes, fused where that is asked for."""
+        if not self._pairs:
+            return tokens, carried
+        try:
+            return fused(tokens, self._pairs, carried)
+        except DataError as error:
+            raise DataError(f"{document.origin}: {error}") from None
 
     def _same_tokens(self, tokens: list[np.ndarray]) -> list[int]:
         """Numbers of the documents whose tokens are those of a validation document."""

@@ -32,13 +32,17 @@ _SAFE_SPACE = re.compile(rb" (?<=[!-~] )(?=[!-~]|\xee\x80[\x81-\x84])")
 
 
 class Tokenizer(NamedTuple):
-    """A SentencePiece model; `lossless`: one that loses anything is refused; `plain`: of text as it is."""
+    """A SentencePiece model; `lossless`: one that loses anything is refused; `plain`: of text as it is.
+
+    `fused`: shards hold a token for each pair of a space and an operator (`dataprep/fusion.py`).
+    """
 
     file_name: str
     model: bytes
     processor: sentencepiece.SentencePieceProcessor
     lossless: bool
     plain: bool = False
+    fused: bool = False
 
 
 def make_tokenizer(path: str, model: bytes, lossless: bool = False, plain: bool = False) -> Tokenizer:

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -121,6 +122,8 @@ class StepFile(Watch):
             self._seconds = clock
             values = {"step": report.step, "train_loss": report.train_loss, "grad_norm": report.grad_norm}
             values |= {"lr_multiplier": report.lr_multiplier, "train_seconds": clock}
+            if not self._ranks.on_gpu:  # there they would say nothing of the step
+                values["processor_seconds"] = time.process_time()  # differences count: it runs from the start
             values |= {"tokens_per_second": tokens} if tokens else {}
             with writing(self._file.name):
                 self._file.write(json.dumps(values).encode() + b"\n")

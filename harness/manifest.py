@@ -85,6 +85,8 @@ def check_data(cfg: Config, training_splits: Sequence[str] = ("train",)) -> dict
 def _how_to_get_data(cfg: Config, split: str) -> str:
     """What to set, or else to run, where a split is missing."""
     folder, plain = cfg.data_folder, not cfg.caseops_enabled
+    if cfg.preset.endswith("-study"):
+        return "build it with: python tools/study.py --prepare --docs FILE"
     if "demo" in cfg.preset:
         elsewhere = os.path.normpath(folder) != str(DEMO_PLAIN_OUT if plain else DEMO_OUT)
         out = f" --out {shlex.quote(str(folder))}" * elsewhere

@@ -23,6 +23,7 @@ from harness.hashes import NO_HASHES, Hashes
 from harness.manifest import check_data
 from train_gpt import (
     CONTEST_MICRO_BATCHES,
+    KERNELS,
     Backends,
     Config,
     ConfigError,
@@ -178,7 +179,8 @@ class Preflight(Watch):
         """
         cfg, ranks = self.cfg, self.ranks
         wished = plain_backends(cfg, ranks)
-        chosen, compiler = kernel_names(wished.kernels), wished.compiler
+        names, compiler = wished.kernels.split(","), wished.compiler
+        chosen = [name for name in names if name in KERNELS]  # those of a GPU; a CPU's are not tried
         wrong = {"compiler": try_compiler(compiler, ranks)} if compiler else {}
         try:
             wrong |= try_kernels(cfg, ranks) if chosen else {}
@@ -195,7 +197,7 @@ class Preflight(Watch):
             if chosen != kernel_names("1"):
                 raise ConfigError(f"TRITON_KERNELS={cfg.triton_kernels}: {kernel}: {wrong[kernel]}")
             self.notices.append(f"fused kernel {kernel} is not used: {wrong[kernel]}")
-        kernels = ",".join(name for name in chosen if name not in wrong)
+        kernels = ",".join(name for name in names if name not in wrong)
         attention = choose_attention(cfg, ranks, compiler)
         return Backends(attention, kernels, compiler, wished.micro_batches)
 

@@ -78,6 +78,13 @@ _GATED = _DOCUMENTS | {  # PR #1736
 _SYSTEMS = {
     "pr1851": {},
     "pr1868": {"gptq_reserve_seconds": 8.0},
+    "best": {  # the record and what has been shown to be better at equal bytes (docs/study.md)
+        "gptq_reserve_seconds": 30.0,
+        "quantizer": "trellis",
+        "compressor": "ans",
+        "fit_bytes": 16_000_000,
+        "gptq_drift_batches": 4,
+    },
     "one_gpu": {"max_wallclock_seconds": 4800.0, "checkpoint_seconds": 300.0},  # eight times as long
     "pr1855": {
         "mlp_clip_sigmas": 11.5,
@@ -137,6 +144,7 @@ _DEMO_PLAIN = {"data_path": "data/demo_plain", "gptq_calibration_batches": 16}
 _DEMO_WINDOWS = _DEMO_PLAIN | {"ttt_chunk_tokens": 2048}
 _DEMO_LORA = {"ttt_lora_alpha": 8.0}
 _DEMO_SIZES = {  # where a system's own sizes are others than the record's, those of its demo are too
+    "best": {"fit_bytes": 475_000},  # as many as the record's demo has
     "pr1855": {"ttt_lora_rank": 7, "phased_ttt_prefix_docs": 30},
     **dict.fromkeys(("pr1769", "pr1736", "pr1729"), _DEMO_LORA),
     "pr1626": _DEMO_LORA | {"data_path": "data/demo_plain"},
@@ -145,15 +153,26 @@ _DEMO_SIZES = {  # where a system's own sizes are others than the record's, thos
     **dict.fromkeys(("pr1858", "pr1493", "pr1485", "pr1514", "pr1477", "pr1412"), _DEMO_WINDOWS),
     **dict.fromkeys(("pr1413", "pr1394"), _DEMO_WINDOWS | {"parallel_start_layer": 0}),
 }
+_STUDY = _DEMO | train_gpt.parse_settings(
+    """DATA_PATH=data/study/confirm1 VOCAB_SIZE=8192 TRAIN_SEQ_LEN=512 EVAL_SEQ_LEN=512 TTT_EVAL_SEQ_LEN=512
+    ITERATIONS=256 MUON_MOMENTUM_WARMUP_STEPS=80 VAL_LOSS_EVERY=0 TRAIN_LOG_EVERY=64 EMA_DECAY=0.97
+    TTT_BATCH_SIZE=32 TTT_CHUNK_SIZE=96 PHASED_TTT_PREFIX_DOCS=160 GLOBAL_TTT_CHUNK_TOKENS=8192 AUDIT=0"""
+)  # a vocabulary as the record's, real prose, a million tokens
 PRESETS: dict[str, dict[str, object]] = {
     **_SYSTEMS,
+    **{f"{name}-study": row | _STUDY for name, row in _SYSTEMS.items() if row.get("caseops_enabled", True)},
+    "best-study": _SYSTEMS["best"] | _STUDY | {"fit_bytes": 900_000},
     **{f"{name}-demo": row | _DEMO | _DEMO_SIZES.get(name, {}) for name, row in _SYSTEMS.items()},
     "demo": _DEMO,
 }
 
 
+SCALES = ("full", "demo", "study")
 NO_SETTINGS = {  # variable that changes no number of a run, or only which preset is meant -> values, help
-    "SCALE": (("full", "demo"), "full: as published; demo: the same system at the demo's size, on its data"),
+    "SCALE": (
+        SCALES,
+        "full: as published; demo, study: the same system at the demo's or a study's size and data",
+    ),
     "CONSOLE": (("auto", "log"), "auto: the run in words, live on a terminal; log: the lines of the log"),
     "VERIFY": (("0", "1"), "1: hash all data files again, not only those that changed since the last start"),
 }
@@ -195,11 +214,15 @@ def translate(environ: Mapping[str, str]) -> dict[str, str]:
     """
     given = dict(environ)
     scale = given.pop("SCALE", "full")
-    if scale not in ("full", "demo"):
-        raise ConfigError(f"SCALE={scale!r}: must be one of full, demo")
+    if scale not in SCALES:
+        raise ConfigError(f"SCALE={scale!r}: must be one of {', '.join(SCALES)}")
     preset = given.get("PRESET", Config.preset)
-    if scale == "demo" and f"{preset}-demo" in PRESETS:
-        given["PRESET"] = f"{preset}-demo"
+    if f"{preset}-{scale}" in PRESETS:
+        given["PRESET"] = f"{preset}-{scale}"
+    elif scale == "study" and preset in PRESETS:
+        raise ConfigError(
+            f"SCALE=study PRESET={preset}: a study has CaseOps text; must be a system of such text"
+        )
     row = Config(**PRESETS.get(given.get("PRESET", preset), {}))
     base = {name: str(value) for name, value in row.as_env().items()}
     left_out = WITHOUT.get(preset.removesuffix("-demo"))

@@ -56,11 +56,11 @@ from command import Mistake, Parser, complain, start  # noqa: E402
 # isort: split
 import runs  # noqa: E402
 import train_gpt as tg  # noqa: E402
-from harness.guards import unless_ignored  # noqa: E402
 from harness.lineage import SWITCHES, same  # noqa: E402
 from harness.settings import read_settings  # noqa: E402
 from scripts import hash_on_disk  # noqa: E402
 from sweeping.owner import holding, is_gone, myself  # noqa: E402
+from sweeping.running import GUARD, Stop, guarded, last_line  # noqa: E402, F401
 from systems.layout import as_set, as_variables  # noqa: E402
 
 try:
@@ -78,11 +78,6 @@ OURS = ("ARTIFACT_DIR", "RUN_ID")  # each trial has its own
 TOTALS = ("val_bpb", "val_loss", "artifact_bytes", "code_bytes", "model_bytes")
 TOTALS += ("train_seconds", "calibrate_seconds", "eval_seconds")
 STAGES, STAGE_KEYS = ("prequant", "quantised", "sliding", "ttt"), ("val_bpb", "val_loss", "seconds")
-PATIENCE = 40  # seconds that a run has to end in once it is told to; torchrun gives its ranks 30
-GUARD = """read _  # the sweep writes nothing: this returns when it is gone, even by kill -9
-kill -TERM -$1 || exit
-for second in $(seq $2); do sleep 1; kill -0 -$1 || exit; done
-kill -KILL -$1"""
 MOST_FAILURES = 3  # of one kind, before a command that fails every time is given up
 FORGIVEN = "forgiven"  # of a study: numbers of failed trials that do not count
 MOST_CELLS = 10_000  # of a grid
@@ -399,29 +394,6 @@ def take_up(study: optuna.Study, out: Path) -> None:
 # -- a trial
 
 
-class Stop:
-    """Set by a signal to stop: the run under way is ended, then the sweep."""
-
-    signal = 0  # of the process: a storage that waits looks at it too
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the signals while entered."""
-        Stop.signal = 0
-        numbers = [signal.SIGINT, signal.SIGTERM, *unless_ignored(signal.SIGHUP, signal.SIGUSR1)]
-        before = {number: signal.getsignal(number) for number in numbers}
-        for number in before:
-            signal.signal(number, self._take)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _take(self, number: int, _: object) -> None:
-        Stop.signal = number
-
-
 class Sweep:
     """Runs the trials of a study, one after another."""
 
@@ -576,35 +548,6 @@ def measured(record: runs.RunRecord, metric: str) -> float:
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         raise TrialFailed(f"result.json has {metric} {value}")
     return float(value)
-
-
-def last_line(path: Path) -> str:
-    """The last line of a console that is not empty."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "no output")
-
-
-@contextlib.contextmanager
-def guarded(process: subprocess.Popen) -> Iterator[None]:
-    """End a run with the block, and even where the sweep is killed in it: a shell of its own sees to that."""
-    command = ["sh", "-c", GUARD, "guard", str(process.pid), str(PATIENCE)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **quiet) as guard:
-        try:
-            yield
-        finally:
-            if process.poll() is None:
-                end(process)
-            guard.kill()
-
-
-def end(process: subprocess.Popen) -> None:
-    """End a run and all its processes: first by asking."""
-    for number, patience in ((signal.SIGTERM, PATIENCE), (signal.SIGKILL, None)):
-        with contextlib.suppress(ProcessLookupError):  # no process of the run is left
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
 
 
 # -- the result

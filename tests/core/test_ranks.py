@@ -143,6 +143,7 @@ def everything(tg, ranks, folder: Path) -> dict:
     result = {"train": exact_training(tg, ranks, folder)}
     if ranks.world_size <= 2:
         result["clip_global"] = exact_training(tg, ranks, folder, CLIP_GLOBAL=1)
+        result["bi_maxwell"] = exact_training(tg, ranks, folder, MUON_BI_MAXWELL=1)
     if ranks.world_size == 1:
         result["three"] = exact_training(tg, ranks, folder, **THREE)
     if ranks.world_size != 2:
@@ -315,6 +316,13 @@ def test_training_with_one_clip_for_all(results, alone):
     single = alone["clip_global"]
     check_training([result["clip_global"] for result in results], single)
     assert not torch.allclose(single["loss"], alone["train"]["loss"], rtol=1e-3), "CLIP_GLOBAL does nothing"
+
+
+@pytest.mark.parametrize("results", [2], indirect=True, ids=["2 ranks"])
+def test_training_with_two_momenta(results, alone):
+    single = alone["bi_maxwell"]
+    check_training([result["bi_maxwell"] for result in results], single)
+    assert not torch.allclose(single["loss"], alone["train"]["loss"], rtol=1e-3), "they do nothing"
 
 
 @pytest.mark.parametrize("results", [4], indirect=True, ids=["4 ranks"])

@@ -154,7 +154,7 @@ OURS |= {
 OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "clip_global", "fit_bytes"}
 OURS |= {"preflight_only", "wd_taper_start_frac", "wd_taper_final_mult"}
 OURS |= {"allow_unverified_data", "audit", "wandb_project", "tensorboard_dir", "plain_windows"}
-OURS |= {"checkpoint_seconds", "resume", "quantizer", "gptq_drift_batches"}
+OURS |= {"checkpoint_seconds", "resume", "quantizer", "gptq_drift_batches", "muon_bi_maxwell"}
 
 # What else a setting's other value needs, so that the whole makes sense.
 COMPANIONS = {
@@ -921,7 +921,8 @@ def test_environment_is_read_in_main_only():
     """Importing, and every function but the entry, must be independent of the environment.
 
     What Triton reads for itself, whether its kernels are interpreted, the kernels must ask too; and which
-    rank says that a library is missing, is asked where nothing else can be imported.
+    rank says that a library is missing, is asked where nothing else can be imported. Inductor, which has no
+    setting for it, is told by a default, and only once a GPU is taken.
     """
     uses = []
     for name, tree in house_trees().items():
@@ -931,7 +932,10 @@ def test_environment_is_read_in_main_only():
     allowed = [("systems/early.py", "os.environ.get"), ("systems/kernels.py", "os.environ.get")]
     early = "importlib.import_module('harness').answer_early(sys.argv[1:], os.environ)"
     allowed += [("train_gpt.py", entry) for entry in (early, "main(sys.argv[1:], os.environ)")]
+    allowed.append(("train_gpt.py", "os.environ.setdefault"))
     assert sorted(uses) == sorted(allowed), uses
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    assert source.count('os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", ') == 1
     source = (ROOT / "systems/kernels.py").read_text(encoding="utf-8")
     assert source.count('os.environ.get("TRITON_INTERPRET")') == 1
 

@@ -262,10 +262,12 @@ def house() -> dict[str, bytes]:
 
 def backends_of(tg, on_gpu: bool):
     names = tg.Config.triton_kernels
-    return tg.Backends("fa3", names, "inductor", 8) if on_gpu else tg.Backends("plain", "", "", 2)
+    return tg.Backends("fa3", names, "inductor", 8) if on_gpu else tg.Backends("plain", "eager", "", 2)
 
 
-@pytest.mark.parametrize(("preset", "on_gpu", "limit"), [("pr1851", True, 25_000), ("demo", False, 21_500)])
+@pytest.mark.parametrize(
+    ("preset", "on_gpu", "limit"), [("pr1851", True, 25_000), ("best", True, 31_250), ("demo", False, 21_500)]
+)
 def test_size(tg, house, preset, on_gpu, limit):
     cfg = tg.read_settings({"PRESET": preset})
     packed, minified = packing.packed_script(cfg, backends_of(tg, on_gpu), house, on_gpu)
@@ -287,7 +289,7 @@ def test_size(tg, house, preset, on_gpu, limit):
 REPEATED = """
 import train_gpt
 from harness import packing, settings
-cfg, backends = settings.read_settings({"PRESET": "demo"}), train_gpt.Backends("plain", "", "", 2)
+cfg, backends = settings.read_settings({"PRESET": "demo"}), train_gpt.Backends("plain", "eager", "", 2)
 print(packing.packed_script(cfg, backends, train_gpt.read_sources())[0].hex())
 """
 
@@ -371,6 +373,7 @@ VARIANTS = {
         "TIE_EMBEDDINGS": 0, "CLIP_GLOBAL": 1, "LQER_ASYM_ENABLED": 0, "COMPRESSOR": "lzma",
         "TTT_GRAD_STEPS": 2, "TTT_CACHE_WINDOW": 32, "TTT_CHUNK_BY_LENGTH": "20:8", "TTT_WARM_START_A": 1,
     },
+    "two momenta": {"MUON_BI_MAXWELL": 1},
     "trellis, fitted": {
         "QUANTIZER": "trellis", "COMPRESSOR": "ans", "FIT_BYTES": 60_000, "GPTQ_DRIFT_BATCHES": 1
     },

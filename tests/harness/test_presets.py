@@ -375,6 +375,7 @@ SIZES = [
     "cpu_threads",
     "audit",
     "preset",
+    "fit_bytes",
 ]
 
 
@@ -386,10 +387,30 @@ def test_demo_scale_changes_sizes_only(tg, preset):
         if field.name not in SIZES:
             assert getattr(full, field.name) == getattr(demo, field.name), field.name
     assert Path(demo.data_path).name == ("demo" if demo.caseops_enabled else "demo_plain")
-    for name in ("phased_ttt_prefix_docs", "parallel_start_layer"):
+    for name in ("phased_ttt_prefix_docs", "parallel_start_layer", "fit_bytes"):
         assert bool(getattr(full, name)) == bool(getattr(demo, name)), name
     scaled = [cfg.ttt_lora_alpha == cfg.ttt_lora_rank for cfg in (full, demo)]
     assert scaled[0] == scaled[1]
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if f"{name}-study" in PRESETS])
+def test_study_scale_is_the_same_system(tg, preset):
+    """With a vocabulary as the record's, on real text; a system of plain text has no such scale."""
+    demo, study = (tg.Config(**PRESETS[f"{preset}-{scale}"]) for scale in ("demo", "study"))
+    for field in dataclasses.fields(demo):
+        if field.name not in (*SIZES, "ttt_chunk_size"):
+            assert getattr(demo, field.name) == getattr(study, field.name), field.name
+    assert (study.vocab_size, study.data_path) == (8192, "data/study/confirm1")
+    with pytest.raises(tg.ConfigError, match="SCALE=study PRESET=pr1493: a study has CaseOps text"):
+        tg.read_settings({"PRESET": "pr1493", "SCALE": "study"})
+
+
+def test_best_is_the_record_and_what_was_shown_to_be_better(tg):
+    best, record = tg.Config(**PRESETS["best"]), tg.Config()
+    names = {f.name for f in dataclasses.fields(best) if getattr(best, f.name) != getattr(record, f.name)}
+    assert names == {"gptq_reserve_seconds", "quantizer", "compressor", "fit_bytes", "gptq_drift_batches"}
+    assert best.fit_bytes == tg.SIZE_LIMIT
+    tg.check_settings(best)
 
 
 def test_demo_scale_of_the_record_is_the_demo(tg):

@@ -1,4 +1,4 @@
-"""`make systems` and `make ablations`: what they say of the runs that they are given."""
+"""`make systems`: what it says of the runs that it is given."""
 
 import json
 import sys
@@ -11,7 +11,6 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from test_presets import SPEC_ROWS  # noqa: E402
 
-import ablations  # noqa: E402
 import all_systems  # noqa: E402
 import readme_settings  # noqa: E402
 from marked import MarkError  # noqa: E402
@@ -64,39 +63,8 @@ def test_published_scores_are_means():
     assert all_systems.published("pr1485") == "none that counts"
 
 
-def seed_scores(shift: float) -> dict[str, dict[str, float]]:
-    stages = {"prequant": 2.0, "quantised": 2.1, "ttt": 1.9 + shift}
-    found = {part.name: dict(stages) for part in ablations.PARTS}
-    found["no LQER"] = {"quantised": 2.2, "ttt": 2.0 + 3 * shift}
-    found["no global SGD phases"] = {"quantised": 2.1, "ttt": 1.95 + shift}
-    return found | {ablations.NO_TTT: {"prequant": 2.0, "quantised": 2.1}}
-
-
-def test_ablations_compare_within_a_seed():
-    result = {"steps": 60, "scores": {"1": seed_scores(0.0), "2": seed_scores(0.01), "3": seed_scores(0.02)}}
-    rows = {line.split(" | ")[0].strip("| "): line for line in ablations.table(result).splitlines()}
-    assert "| 2.0000 ± 0.0000 | 2.1000 ± 0.0000 | 1.9100 ± 0.0100 |" in rows["the whole system"]
-    assert "| the same | 2.2000 ± 0.0000 | 2.0300 ± 0.0300 | +0.1200 ± 0.0200 |" in rows["no LQER"]
-    assert "| +0.0500 ± 0.0000 |" in rows["no global SGD phases"]
-    assert "| 2.1000 ± 0.0000 | +0.1900 ± 0.0100 |" in rows["no TTT"]
-
-
-def test_ablations_take_parts_away(tg):
-    """Each part's settings differ from the whole's and make a system that can be built."""
-    whole = tg.read_settings({**ablations.SMALLER})
-    for part in ablations.PARTS[1:]:
-        cfg = tg.read_settings({**ablations.SMALLER, **part.settings})
-        changed = [
-            name for name in part.settings if getattr(cfg, name.lower()) != getattr(whole, name.lower())
-        ]
-        assert changed == list(part.settings), part.name
-    eighth = tg.read_settings({**ablations.SMALLER, **ablations.EIGHTH})
-    windows = [c.gptq_calibration_batches * c.train_batch_tokens // c.train_seq_len for c in (whole, eighth)]
-    assert windows[0] == 8 * windows[1]
-
-
-@pytest.mark.parametrize("tool", [all_systems, ablations])
-def test_the_page_has_the_committed_table(tool):
+def test_the_page_has_the_committed_table():
+    tool = all_systems
     if not tool.RESULT.is_file():
         pytest.skip(f"{tool.RESULT.name}: not run yet")
     result = json.loads(tool.RESULT.read_text(encoding="utf-8"))
@@ -104,9 +72,9 @@ def test_the_page_has_the_committed_table(tool):
     assert tool.BEGIN + tool.table(result) + tool.END in text
 
 
-@pytest.mark.parametrize("tool", [all_systems, ablations])
-def test_a_table_without_its_place_on_the_page_is_said(tool, tmp_path, monkeypatch):
+def test_a_table_without_its_place_on_the_page_is_said(tmp_path, monkeypatch):
     """Nothing but the table changes; a page that has lost the marks stays as it is."""
+    tool = all_systems
     page = tmp_path / tool.PAGE
     (tmp_path / "logs").mkdir()
     page.parent.mkdir()

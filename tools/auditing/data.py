@@ -26,6 +26,7 @@ from auditing.run import (
 )
 from dataprep.checking import SHARED, too_near
 from dataprep.encoding import Encoder, make_tokenizer, tokenise_validation
+from dataprep.fusion import fused, marker_pairs, pairs_of, unfused
 from dataprep.leaks import NearIndex, Overlap
 from dataprep.reading import Reader, parse_block
 from reproducing.submission import CONTEST_DOCUMENTS
@@ -202,9 +203,12 @@ def _recount(audit: Audit) -> str:
         document for block in Reader([audit.options.docs]) for document in parse_block(block).documents
     )
     place = charged = original = 0
+    pairs = pairs_of(audit.manifest)
     for document in itertools.islice(documents, audit.manifest.get("val_docs")):
         if document.size and place < len(audit.tokens):
             tokens, counts, _ = tokenise_validation(encoder, document)
+            if pairs:
+                tokens, counts = fused(tokens, pairs, counts)
             span = slice(place, place + len(tokens))
             same = np.array_equal(audit.tokens[span], tokens)
             require(same, f"{document.origin}: has other tokens than the shards from token {place:,} on")
@@ -243,11 +247,13 @@ def _bytes_per_token(audit: Audit, tokens: np.ndarray) -> np.ndarray:
     """Bytes of text that a token stands for, of documents of a stream: a sample. (documents,)"""
     processor = audit.script.load_tokenizer(audit.cfg)
     decode = lossless_caps.decode if audit.cfg.caseops_enabled else str
+    fusion = pairs_of(audit.manifest)
     pairs = [(a + 1, b) for a, b in itertools.pairwise([*np.flatnonzero(tokens == BOS), len(tokens)])]
     found = []
     for first, end in random.Random(audit.sample_seed).sample(pairs, min(len(pairs), 1000)):
         with contextlib.suppress(lossless_caps.LosslessCapsError):  # a document that a shard cuts off
-            size = len(decode(processor.decode(tokens[first:end].tolist())).encode())
+            spelt = unfused(tokens[first:end], fusion)[0].tolist()
+            size = len(decode(processor.decode(spelt)).encode())
             found += [size / (end - first)] if end > first else []
     return np.array(found)
 
@@ -259,6 +265,8 @@ def a5_tokenizer(audit: Audit) -> str:
     listed, found = audit.manifest.get("tokenizer", {}).get("sha256"), sha256_of(model)
     require(listed in (None, found), f"{model.name}: another checksum than in the manifest")
     processor = audit.script.load_tokenizer(audit.cfg)
+    fusion = pairs_of(audit.manifest)
+    require(not fusion or fusion == marker_pairs(processor), "fused_markers are not the tokenizer's")
     every = range(processor.get_piece_size())
     longest, token = max((max(len(processor.id_to_piece(t)), len(processor.decode([t]))), t) for t in every)
     require(longest <= LONGEST_PIECE, f"piece {token} has {longest:,} characters: text that nobody counts")

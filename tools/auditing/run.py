@@ -27,6 +27,7 @@ import lossless_caps  # noqa: E402
 from auditing.house import AuditedHouse  # noqa: E402
 from auditing.records import AuditError, check_settings, read_json, read_lines, read_result  # noqa: E402
 from command import Mistake  # noqa: E402
+from dataprep.fusion import pairs_of, unfused  # noqa: E402
 from scripts import CORE, HouseError, hash_told, house_beside, logged_house  # noqa: E402
 
 BOS, HEADER_BYTES, SHARD_MAGIC = 1, 1024, 20240520
@@ -490,7 +491,8 @@ class Audit:
         decode = lossless_caps.decode if self.cfg.caseops_enabled else str
         texts = []
         for start, length in self._drawn_documents:
-            text = processor.decode(self.tokens[start + 1 : start + length].tolist())
+            spelt, _ = unfused(self.tokens[start + 1 : start + length], pairs_of(self.manifest))
+            text = processor.decode(spelt.tolist())
             try:
                 texts.append((decode(text), int(self.sidecar[start + 1 : start + length].sum())))
             except lossless_caps.LosslessCapsError as error:

@@ -1,0 +1,89 @@
+"""The arms of a study: what each changes of the control, where the idea is from, what it needs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+KINDS = ("screen", "confirm")
+CONTROL = "control"
+OTHER_BATCHES = "other batches"  # the control on the next seed's stream: what chance does
+
+
+class Arm(NamedTuple):
+    """Settings that differ from the control's."""
+
+    name: str
+    settings: Mapping[str, str]
+    source: str = ""
+    start: str = ""  # "model" or "artifact": go on from the control's of the same seed, to save its making
+    data: str = ""  # another form of the same documents: "fused"
+
+
+def _arm(name: str, text: str, source: str, start: str = "", data: str = "") -> Arm:
+    return Arm(name, dict(pair.split("=", 1) for pair in text.split()), source, start, data)
+
+
+NOISE = (Arm("null", {}, "the control once more"), Arm(OTHER_BATCHES, {}, "the control on other documents"))
+TRAINING = (  # what past systems of the lineage and of its neighbours do otherwise
+    _arm("fused markers", "", "PR #2109", data="fused"),
+    _arm("bi-Maxwell", "MUON_BI_MAXWELL=1", "modded-nanogpt #340"),
+    _arm("hyperparameters of pr1855", "WARMDOWN_FRAC=0.85 BETA2=0.99", "PR #1855"),
+    _arm("rate 0.028", "MATRIX_LR=0.028", "PR #1925"),
+    _arm("query gain 5.25", "QK_GAIN_INIT=5.25", "PR #1953"),
+    _arm("decay that tapers", "WD_TAPER_FINAL_MULT=0.5", "PR #1729"),
+)
+STORING = (  # at equal bytes: --bytes
+    _arm("trellis", "QUANTIZER=trellis COMPRESSOR=ans", "BEYOND 1", "model"),
+    _arm("trellis in order", "QUANTIZER=trellis COMPRESSOR=ans GPTQ_DRIFT_BATCHES=4", "2505.11695", "model"),
+)
+ADAPTING = (
+    _arm("no LoRA on Q and V", "TTT_Q_LORA=0 TTT_V_LORA=0", "PR #1953", "artifact"),
+    _arm("chunks by length", "TTT_CHUNK_BY_LENGTH=256:8,2000:24", "PR #2014", "artifact"),
+)
+EIGHTH = "GPTQ_CALIBRATION_BATCHES=1 TRAIN_BATCH_TOKENS=2048 GRAD_ACCUM_STEPS=1"
+PARTS = (  # the record without its parts, one at a time
+    _arm("no SmearGate", "SMEAR_GATE_ENABLED=0", "PR #1667"),
+    _arm("SmearGate without BOS mask", "SMEAR_BOS_MASK=0", "PR #1851"),
+    _arm("no attention gates", "SPARSE_ATTN_GATE_ENABLED=0", "PR #1787"),
+    _arm("no looping", "NUM_LOOPS=0", "PR #1394"),
+    _arm("no parallel lanes", "PARALLEL_START_LAYER=0", "PR #1530"),
+    _arm("no LQER", "LQER_ENABLED=0", "PR #1797", "model"),
+    _arm("an eighth of the Hessians' windows", EIGHTH, "PR #1851", "model"),
+    _arm("no global SGD phases", "PHASED_TTT_PREFIX_DOCS=0", "PR #1610", "artifact"),
+    _arm("no TTT", "TTT_ENABLED=0", "PR #1530", "artifact"),
+)
+KEPT = {  # what became of the ideas that were measured (logs/study/)
+    "fused markers": "an option of the data preparation, off",
+    "bi-Maxwell": "a switch, off",
+    **dict.fromkeys(("EMA-Nesterov", "row floor", "cautious decay", "slow scalars"), "removed"),
+}
+GROUPS = {"noise": NOISE, "training": TRAINING, "storing": STORING, "adapting": ADAPTING, "parts": PARTS}
+ARMS = {arm.name: arm for arms in GROUPS.values() for arm in arms}
+
+
+def folder_of(root: Path, kind: str, number: int, variant: str = "") -> Path:
+    """The data set of a seed, in another form of the same documents where there is a variant."""
+    return root.with_name(f"{root.name}_{variant}" if variant else root.name) / f"{kind}{number}"
+
+
+def chosen_arms(names: str, own: Sequence[str]) -> list[Arm]:
+    """Arms by their names or those of groups, commas between, and `NAME:SETTING=VALUE ...`; control first.
+
+    Raises ValueError.
+    """
+    found = [Arm(CONTROL, {})]
+    for name in filter(None, map(str.strip, names.split(","))):
+        if name not in GROUPS and name not in ARMS:
+            raise ValueError(f"--arms {name}: must be some of {', '.join([*GROUPS, *ARMS])}, commas between")
+        found += GROUPS.get(name) or (ARMS[name],)
+    for text in own:
+        title, _, settings = text.partition(":")
+        if not title or not settings.split() or not all("=" in pair for pair in settings.split()):
+            raise ValueError(f"--arm {text}: must be NAME:SETTING=VALUE SETTING=VALUE")
+        found.append(_arm(title, settings, ""))
+    titles = [arm.name for arm in found]
+    if twice := next((title for title in titles if titles.count(title) > 1), ""):
+        raise ValueError(f"--arms {names}: {twice} is there twice")
+    if len(found) < 2:
+        raise ValueError("--arms: name an arm to compare with the control")
+    return found
