@@ -444,7 +444,7 @@ class Backends:
         model.to(device)
         if device.type == "cuda":
             model.tok_emb.to(torch.bfloat16)
-        if self.kernels and not COUNTED:
+        if self.kernels not in ("", "eager") and not COUNTED:
             importlib.import_module("systems.attention_kernels")  # operators come before graphs
         if self.compiler:
             model.compile(**self._options)
@@ -841,41 +841,50 @@ class PackedLoader:
 class ShuffledLoader:
     """Calibration batches: plain windows of TRAIN_SEQ_LEN tokens in a random order, without documents.
 
-    PCG64 draws a phase and a permutation for each shard, then shards by the windows that they have left.
+    PCG64 draws a phase and a permutation for each shard, then shards by the windows that they have left. Node
+    n of a binary tree counts those of nodes 2n and 2n + 1, the shards are its leaves: no draw looks at all.
     """
 
     def __init__(self, paths: Sequence[Path], cfg: Config, seed: int = 0):
         self.cfg, self._paths, self._shards = cfg, paths, [read_shard(path) for path in paths]
-        self._rng = np.random.Generator(np.random.PCG64(seed))
-        self._reset()
-        if not any(self._windows):
+        self.rng, self._leaves = np.random.Generator(np.random.PCG64(seed)), 1 << len(paths).bit_length()
+        self.reset()
+        if not self.left[1]:
             raise DataError(f"TRAIN_SEQ_LEN={cfg.train_seq_len}: no training shard holds such a window")
 
-    def _reset(self) -> None:
-        self._windows, length = [], self.cfg.train_seq_len
-        for tokens in self._shards:
+    def reset(self) -> None:
+        """Make all windows anew."""
+        self.began = self.rng.bit_generator.state  # from which they can be made again
+        self._windows, self.left, length = [], [0] * 2 * self._leaves, self.cfg.train_seq_len
+        for leaf, tokens in enumerate(self._shards, self._leaves):
             room = min(length - 1, max(0, len(tokens) - length - 1))
-            phase = int(self._rng.integers(room + 1)) if room else 0
-            count = max(0, (len(tokens) - 1 - phase) // length)
-            self._windows.append((phase + self._rng.permutation(count) * length).tolist())
+            phase = int(self.rng.integers(room + 1)) if room else 0
+            self.left[leaf] = max(0, (len(tokens) - 1 - phase) // length)
+            self._windows.append(phase + self.rng.permutation(self.left[leaf]) * length)
+        for node in range(2 * self._leaves - 1, 1, -1):
+            self.left[node // 2] += self.left[node]
 
     def _draw(self) -> tuple[int, int]:
         """Shard and start of the next window."""
-        if not any(self._windows):
-            self._reset()
-        left = np.array([len(windows) for windows in self._windows], np.float64)
-        shard = int(self._rng.choice(len(left), p=left / left.sum()))
-        return shard, self._windows[shard].pop()
+        if not self.left[1]:
+            self.reset()
+        node, place = 1, int(self.rng.random() * self.left[1])
+        while node < self._leaves:
+            self.left[node] -= 1
+            node *= 2
+            if place >= self.left[node]:
+                place, node = place - self.left[node], node + 1
+        self.left[node] -= 1
+        return node - self._leaves, int(self._windows[node - self._leaves][self.left[node]])
 
-    def skip(self, rows: int) -> None:
-        """Leave a batch to another rank, unread: windows lie all over the files."""
-        for _ in range(rows):
-            self._draw()
+    def draw(self, rows: int) -> list[tuple[int, int]]:
+        """Shards and starts of the next windows, which are not read: they lie all over the files."""
+        return [self._draw() for _ in range(rows)]
 
     def next(self, rows: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each [rows, TRAIN_SEQ_LEN]."""
         windows = []
-        for shard, start in (self._draw() for _ in range(rows)):
+        for shard, start in self.draw(rows):
             windows.append(self._shards[shard][start : start + self.cfg.train_seq_len + 1])
             check_vocabulary(windows[-1], self.cfg.vocab_size, self._paths[shard])
         tokens = torch.from_numpy(np.stack(windows).astype(np.int64))
@@ -893,7 +902,7 @@ def find_documents(tokens: Tensor) -> list[tuple[int, int]]:
 
 
 class ValidationSet(NamedTuple):
-    """Validation stream: `tokens` [N], `target_bytes` [N-1] (original bytes of tokens[1:]), its documents."""
+    """Validation stream: `tokens` [N], `target_bytes` [N-1] (original bytes of tokens[1:]); whole numbers."""
 
     tokens: Tensor
     target_bytes: Tensor
@@ -904,7 +913,7 @@ class ValidationSet(NamedTuple):
         """Bytes from the parallel sidecar (CaseOps)."""
         if len(sidecar) != len(tokens):
             raise DataError(f"fineweb_val_bytes_*: {len(sidecar)} entries, must be {len(tokens)}, as tokens")
-        return cls(tokens, sidecar[1:].long(), find_documents(tokens))
+        return cls(tokens, sidecar[1:], find_documents(tokens))
 
     @property
     def num_targets(self) -> int:
@@ -916,13 +925,13 @@ def _read_stream(folder: Path, split: str) -> Tensor:
     paths = shard_paths(folder, split)
     if not paths:
         raise DataError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there")
-    return torch.from_numpy(np.concatenate([read_shard(path) for path in paths]).astype(np.int32))
+    return torch.from_numpy(np.concatenate([read_shard(path) for path in paths]))
 
 
 def load_validation(cfg: Config) -> ValidationSet:
     """The validation split with its byte counts. Raises DataError where it is missing or does not fit."""
     folder, tokens = cfg.data_folder, _read_stream(cfg.data_folder, "val")
-    check_vocabulary(tokens, cfg.vocab_size, folder / "fineweb_val_*")
+    check_vocabulary(tokens.numpy(), cfg.vocab_size, folder / "fineweb_val_*")
     if len(tokens) < 2 or tokens[0] != BOS:  # some targets would belong to no document
         raise DataError(f"{folder}/fineweb_val_*: must be at least 2 tokens, the first a BOS ({BOS})")
     if cfg.caseops_enabled:
@@ -947,6 +956,8 @@ def plain_backends(cfg: Config, ranks: Ranks) -> Backends:
         compiler = "inductor" if ranks.on_gpu and compiler == "auto" else ""
     if ranks.on_gpu and importlib.util.find_spec("triton") and has_part("kernels"):
         kernels = kernel_names(cfg.triton_kernels)
+    if not (ranks.on_gpu or compiler) and attention == "plain" and has_part("eager"):
+        kernels = ["eager"]
     return Backends(attention, ",".join(kernels), compiler, max(cfg.grad_accum_steps, ranks.world_size))
 
 
@@ -1092,9 +1103,7 @@ def project(x: Tensor, weight: Tensor, role: str, adapt: Adapt | None) -> Tensor
 
 
 def project_together(x: Tensor, weights: Mapping[str, Tensor], adapt: Adapt | None) -> list[Tensor]:
-    """`project` for several roles of one input; on CUDA one product, which reads x once."""
-    if not x.is_cuda:
-        return [project(x, weight, role, adapt) for role, weight in weights.items()]
+    """`project` for several roles of one input: one product, which reads x once."""
     products = F.linear(x, torch.cat(list(weights.values())))
     parts = products.split([len(weight) for weight in weights.values()], -1)
     return [y if adapt is None else y + adapt(role, x) for role, y in zip(weights, parts, strict=True)]
@@ -1253,7 +1262,11 @@ class GPT(nn.Module):
             self.parallel_post_lambdas = nn.Parameter(torch.ones(layers, 2, 2))
             self.parallel_resid_lambdas = nn.Parameter(torch.full((layers, 2), 1.1))
         self.tok_emb = nn.Embedding(cfg.vocab_size, dim)
-        self.blocks = nn.ModuleList(Block(cfg, layer, backends) for layer in range(layers))
+        if "eager" in backends.kernels:
+            from systems.eager import EagerBlock
+
+        kind = EagerBlock if "eager" in backends.kernels else Block
+        self.blocks = nn.ModuleList(kind(cfg, layer, backends) for layer in range(layers))
         if cfg.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
         else:
@@ -1307,7 +1320,7 @@ class GPT(nn.Module):
         weights, skips, lanes = self.weights(), [], None
         for slot, layer in enumerate(encoder + decoder):
             block, step = self.blocks[layer], slot - len(encoder)
-            adapt = None if lora is None else lora.at(slot)
+            adapt = None if lora is None else SlotAdapters(lora, slot)
             used = wanted if step == len(decoder) - 1 else None
             past = cache and cache.at(slot)
             context = BlockContext(x0, weights[layer], rope, segments, adapt, on_input, used, past)
@@ -1347,7 +1360,7 @@ class GPT(nn.Module):
 
     def _head(self, h: Tensor, lora: "BatchedLoRA | None") -> Tensor:
         """Hidden states -> logits before the softcap."""
-        return project(h, self._head_weight.to(h.dtype), "head", None if lora is None else lora.at(0))
+        return project(h, self._head_weight.to(h.dtype), "head", lora and SlotAdapters(lora, 0))
 
     def logits(self, h: Tensor, lora: "BatchedLoRA | None" = None) -> Tensor:
         """Soft-capped logits [B, T, V] of hidden states [B, T, D]."""
@@ -1366,12 +1379,15 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Cross entropy (nats) of each target [B, T]; with `scored` [B, n] only at those positions."""
         h = self.hidden(input_ids, segments, looping=looping, lora=lora, wanted=scored, cache=cache)
-        if scored is not None:
-            target_ids = target_ids.gather(1, scored)
+        target_ids = target_ids if scored is None else target_ids.gather(1, scored)
         if lora is None and "loss" in self.backends.kernels:
             from systems.kernels import fused_cross_entropy
 
             return fused_cross_entropy(h, self._head_weight, target_ids, self.cfg.logit_softcap)
+        if "eager" in self.backends.kernels:
+            from systems.eager import head_loss
+
+            return head_loss(h, self._head_weight, target_ids, self.cfg.logit_softcap, lora)
         return softcapped_cross_entropy(self._head(h, lora), target_ids, self.cfg.logit_softcap)
 
     def forward(self, *batch: object, **options: object) -> Tensor:
@@ -1395,6 +1411,8 @@ def _orthogonal(count: int, rows: int, columns: int) -> Tensor:
 
 # ---- 8. LoRA adapters for test-time training (PR #1530, #1767) -----------------------------------------
 
+SPLIT_MIX = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1))  # shifts, factors in int64
+
 
 class LowRank(nn.Module):
     """One low-rank map per row of the batch: x A^T B^T, A [batch, r, inputs], B [batch, outputs, r]."""
@@ -1417,9 +1435,7 @@ class BatchedLoRA(nn.Module):
     Roles q, k, v and o read the normed block input, mlp the normed MLP input; alpha / rank scales outputs.
     """
 
-    def __init__(
-        self, cfg: Config, batch: int, slots: int, generator: torch.Generator = None, seeds: Sequence = ()
-    ):
+    def __init__(self, cfg: Config, batch: int, slots: int, generator: torch.Generator | None = None):
         super().__init__()
         self.batch, self._generator = batch, generator
         self.active: Tensor | None = None  # Mask [batch] of the rows whose adapters count; None means all.
@@ -1432,20 +1448,28 @@ class BatchedLoRA(nn.Module):
             if width:
                 maps = nn.ModuleList(LowRank(batch, rank, dim, width) for _ in range(slots))
                 self.add_module(f"{role}_loras", maps)
-        self.draw_A(seeds)
+        self.draw_A()
 
     def maps(self) -> Iterable[LowRank]:
         """All adapters, in the order in which their A factors are drawn."""
         return (module for module in self.modules() if isinstance(module, LowRank))
 
-    def draw_A(self, seeds: Sequence[int] = ()) -> None:
-        """Draw A uniform in +-1/sqrt(inputs), on the CPU: in one go or, given seeds, row by row."""
-        for row, seed in enumerate(seeds or [None]):
-            if seed is not None:
-                self._generator.manual_seed(seed)
-            for low_rank in self.maps():
-                drawn, limit = low_rank.A.data[row if seeds else ...], 1 / math.sqrt(low_rank.A.size(-1))
-                drawn.copy_(torch.empty(drawn.shape).uniform_(-limit, limit, generator=self._generator))
+    def draw_A(self) -> None:
+        """Draw A uniform in +-1/sqrt(inputs)."""
+        for low_rank in self.maps():
+            limit = 1 / math.sqrt(low_rank.A.size(-1))
+            low_rank.A.data.uniform_(-limit, limit, generator=self._generator)
+
+    def draw_rows(self, seeds: Sequence[int]) -> None:
+        """`draw_A`, each row by its seed: SplitMix64 (Steele et al. 2014), equal bits on all devices."""
+        first, drawn = torch.tensor(seeds, device=self.lm_head_lora.A.device)[:, None] * SPLIT_MIX[0][1], 0
+        for A in (low_rank.A.data for low_rank in self.maps()):
+            place = torch.arange(drawn, drawn := drawn + A[0].numel(), 2, device=A.device)
+            x = first - 0x61C8864680B583EB * place
+            for shift, factor in SPLIT_MIX:
+                x = (x ^ (x >> shift & 2 ** (64 - shift) - 1)) * factor
+            halves = x.view(torch.int32)[:, : A[0].numel()].reshape(A.shape)
+            A.copy_(halves >> 8).mul_(2**-23 / math.sqrt(A.size(-1)))
 
     def reset_B(self) -> None:
         """Zero all B factors: the adapters add nothing."""
@@ -1458,17 +1482,24 @@ class BatchedLoRA(nn.Module):
             low_rank.factors = [whole.detach()[-rows:].requires_grad_() for whole in low_rank.parameters()]
         return [factor for low_rank in self.maps() for factor in low_rank.factors]
 
-    def at(self, slot: int) -> Adapt:
-        """The adapters of a virtual layer as a function of role and input."""
 
-        def adapt(role: str, x: Tensor) -> Tensor | float:
-            maps = self.lm_head_lora if role == "head" else getattr(self, f"{role}_loras", None)
-            if maps is None:
-                return 0.0
-            y = self.scale * (maps if role == "head" else maps[slot])(x)
-            return y if self.active is None else torch.where(self.active[-len(y) :, None, None], y, 0.0)
+class SlotAdapters(NamedTuple):
+    """The adapters of a virtual layer as a function of role and input."""
 
-        return adapt
+    lora: BatchedLoRA
+    slot: int
+
+    def maps(self, role: str) -> LowRank | None:
+        """The adapters of a role, where it has some."""
+        maps = self.lora.lm_head_lora if role == "head" else getattr(self.lora, f"{role}_loras", None)
+        return maps if role == "head" or maps is None else maps[self.slot]
+
+    def __call__(self, role: str, x: Tensor) -> Tensor | float:
+        """What is added to a role's product with x [n, T, inputs]."""
+        if (maps := self.maps(role)) is None:
+            return 0.0
+        y, active = self.lora.scale * maps(x), self.lora.active
+        return y if active is None else torch.where(active[-len(y) :, None, None], y, 0.0)
 
 
 class LoRAOptimizer:
@@ -2000,7 +2031,7 @@ def calibrate(
         torch.set_float32_matmul_precision("high")
     for micro in range(cfg.gptq_calibration_batches * on_rank * ranks.world_size):
         if micro % ranks.world_size != ranks.rank:
-            loader.skip(rows)
+            loader.draw(rows)
             continue
         x, _ = loader.next(rows)
         with ranks.autocast():
@@ -2662,7 +2693,7 @@ class ScoreFirstTTT(Evaluation):
     def __init__(self, *arguments: object, generator: torch.Generator | None = None, **options: object):
         super().__init__(*arguments, **options)
         val, cfg = self.val, self.cfg
-        self._generator = generator or torch.Generator().manual_seed(cfg.seed)
+        self._generator = generator or torch.Generator(self.ranks.device).manual_seed(cfg.seed)
         documents = select_documents(val.documents, cfg.val_doc_fraction, cfg.seed)
         self.total = len(documents) / self.ranks.world_size
         self.batches = ttt_batches(list(enumerate(documents)), cfg)
@@ -2670,7 +2701,7 @@ class ScoreFirstTTT(Evaluation):
         self.boundaries = phase_boundaries(*phases, len(documents))
         self.phases = self.diverged = self._constructed = 0
         self._batches = 0  # This rank has done so many in the current phase.
-        self._reusable: BatchedLoRA | None = None  # With a warm start its A factors go from batch to batch.
+        self._reusable: BatchedLoRA | None = None  # Memory and, with a warm start, A go from batch to batch.
 
     def units(self) -> Iterable[None]:
         """Score and adapt all documents, from where the state says on."""
@@ -2679,7 +2710,7 @@ class ScoreFirstTTT(Evaluation):
         parts = split_at_boundaries(self.batches, self.boundaries)
         while self.phases < len(parts):
             if self.cfg.ttt_warm_start_a and self._reusable is None:
-                self._reusable = self._new_lora(self.cfg.ttt_batch_size)
+                self._reusable = self._new_lora(range(self.cfg.ttt_batch_size))
             mine = share_documents(parts[self.phases], self.cfg, self.ranks.world_size)[self.ranks.rank]
             for batch in mine[self._batches :]:
                 self._score_batch(batch, self._adapters(batch), chunk_size(self.cfg, batch.targets))
@@ -2696,7 +2727,7 @@ class ScoreFirstTTT(Evaluation):
 
     def state(self) -> dict[str, object]:
         """Where this rank is between two units: everything but the weights that a phase has left behind."""
-        lora = self._reusable
+        lora = self._reusable if self.cfg.ttt_warm_start_a else None
         active = None if lora is None else lora.active
         return {
             "place": [self.phases, self._batches, self.done, self.diverged, self._constructed],
@@ -2722,11 +2753,8 @@ class ScoreFirstTTT(Evaluation):
 
     def _adapters(self, batch: TTTBatch) -> BatchedLoRA:
         """Adapters with B zero; A of the last full batch (warm start), or of the seed and the document."""
-        if not self.cfg.ttt_warm_start_a:
-            seeds = [self.cfg.seed * 1_000_003 + number for number, _ in batch.documents]
-            return self._new_lora(len(seeds), seeds)
-        if len(batch.documents) < self.cfg.ttt_batch_size:
-            return self._new_lora(len(batch.documents))
+        if not self.cfg.ttt_warm_start_a or len(batch.documents) < self.cfg.ttt_batch_size:
+            return self._new_lora(batch.documents)
         lora = self._reusable
         if lora.active is not None and not bool(lora.active.all()):
             lora.draw_A()  # No document inherits factors that have diverged.
@@ -2734,13 +2762,19 @@ class ScoreFirstTTT(Evaluation):
         lora.reset_B()
         return lora
 
-    def _make_lora(self, batch: int, seeds: Sequence[int] = ()) -> BatchedLoRA:
-        slots = lora_slots(self.cfg, self.looping)
-        return BatchedLoRA(self.cfg, batch, slots, self._generator, seeds).to(self.ranks.device)
+    def _make_lora(self, batch: int) -> BatchedLoRA:
+        with self.ranks.device:
+            return BatchedLoRA(self.cfg, batch, lora_slots(self.cfg, self.looping), self._generator)
 
-    def _new_lora(self, batch: int, seeds: Sequence[int] = ()) -> BatchedLoRA:
-        lora = self._make_lora(batch, seeds)
-        self.watch.see("lora_constructed", index=self._constructed, batch=batch, lora=lora)
+    def _new_lora(self, documents: Sequence[Document] | range) -> BatchedLoRA:
+        lora, fresh = self._reusable, not self.cfg.ttt_warm_start_a
+        if not fresh or lora is None or lora.batch != len(documents):
+            lora = self._make_lora(len(documents))
+        if fresh:
+            self._reusable = lora
+            lora.draw_rows([self.cfg.seed * 1_000_003 + number for number, _ in documents])
+            lora.reset_B()
+        self.watch.see("lora_constructed", index=self._constructed, batch=lora.batch, lora=lora)
         self._constructed += 1
         return lora
 
@@ -2903,7 +2937,7 @@ class BaseTraining:
         with ranks.autocast():
             if not self.by_document:
                 x, y = (ranks.put(part.view(-1, window)) for part in (x, y))
-                return model.losses(x, y, looping=self.looping)
+                return (model if model.backends.compiler else model.losses)(x, y, looping=self.looping)
             batch = ranks.send(x, y, segments, model.backends.compiler)
             if not model.backends.compiler:
                 return model.losses(*batch, looping=self.looping)[:, lead:]
@@ -3014,21 +3048,18 @@ class Run:
         """Evaluate between two training steps, unless that was done before the run was resumed."""
         name = f"step_{step}" if step else "untrained"
         if name not in self.stages:
-            self.evaluate(name, looping)
+            self.score(name, looping=looping)
 
     def output(self, field: str) -> Path:
         """The run's own file of a setting that names one."""
         return self.log.folder / Path(getattr(self.cfg, field)).name
 
-    def score(self, stage: str, kind: "type[Evaluation]", looping: bool, documents: Sequence = None) -> None:
+    def score(self, stage: str, kind=StandardEvaluation, looping: bool | None = None, documents=None) -> None:
         """Let an evaluation do a stage, and record the score of all documents, or of those given."""
+        looping, documents = self.looping if looping is None else looping, documents or self.val.documents
         work = kind(self.model, self.val, self.model.cfg, looping=looping, ranks=self.ranks, watch=self.watch)
         self.stage(stage, work)
-        self.record(stage, work.meter, self.val.documents if documents is None else documents)
-
-    def evaluate(self, stage: str, looping: bool | None = None) -> None:
-        """Standard evaluation."""
-        self.score(stage, StandardEvaluation, self.looping if looping is None else looping)
+        self.record(stage, work.meter, documents)
 
     def record(self, stage: str, meter: BpbMeter, documents: Sequence[tuple[int, int]]) -> None:
         """Keep and log a score; a target scored twice or not at all is a fault of the evaluator."""
@@ -3118,33 +3149,19 @@ class Run:
         self.result |= sizes
         self.log.event("size", **sizes, limit=SIZE_LIMIT)
 
-    def adapt(self) -> None:
+    def adapt_documents(self) -> None:
         """Phased score-first LoRA test-time training: the contest score."""
         cfg = self.model.cfg
         documents = select_documents(self.val.documents, cfg.val_doc_fraction, cfg.seed)
         self.watch.see("adapting", run=self)  # a watch that changes `forward` does so before it is compiled
-        if self.model.backends.compiler:
-            self.compile_adaptation(documents)
-        self.score("ttt", ScoreFirstTTT, self.looping, documents)
+        if self.model.backends.compiler and has_part("compiled"):
+            from systems.compiled import compile_adaptation
+
+            compile_adaptation(self, documents)
+        else:
+            self.model.backends = dataclasses.replace(self.model.backends, compiler="")
+        self.score("ttt", ScoreFirstTTT, documents=documents)
         self.watch.see("adapted", run=self)
-
-    def compile_adaptation(self, documents: Sequence[tuple[int, int]]) -> None:
-        """Compile before the clock starts, or say why not; what no graph fits afterwards runs without."""
-        cfg = self.model.cfg
-        sizes = {chunk_size(cfg, length - 1) for _, length in documents}
-        with self.clock.stage("ttt_warm_up"):
-            try:
-                from systems.compiled import warm_up_ttt
-
-                graphs = warm_up_ttt(self.model, cfg, sizes, self.looping, self.ranks)
-                torch.compiler.set_stance("eager_on_recompile")
-                self.log.event("graphs", ttt_warm_up=graphs, seconds=self.clock.elapsed("ttt_warm_up"))
-            except Exception as error:  # compilers raise anything
-                if COUNTED:
-                    raise
-                self.log.event("notice", text=f"test-time training is not compiled ({one_line(error)})")
-                self.model.backends = dataclasses.replace(self.model.backends, compiler="")
-            self.ranks.wait_for_all("ttt_warm_up")
 
     def finish(self) -> int:
         """Write result.json and the final line; exit code 3 when a limit of the contest is exceeded."""
@@ -3186,23 +3203,23 @@ class Run:
         if self.trains:
             self.once("train", self.train)
         if not cfg.ttt_eval_only:
-            self.once("prequant", lambda: self.evaluate("prequant"))
+            self.once("prequant", lambda: self.score("prequant"))
             if cfg.prequant_only:
                 return self.finish()
             self.once("quantise", self.quantise)
             self.model = self.model_of_artifact(self.output("quantized_model_path"))
         self.once("count_bytes", self.count_bytes)
-        self.once("quantised", lambda: self.evaluate("quantised"))
+        self.once("quantised", lambda: self.score("quantised"))
         if cfg.sliding_window_enabled:
-            from systems.stream import SlidingEvaluation
+            from systems.stream import score_stream
 
-            self.once("sliding", lambda: self.score("sliding", SlidingEvaluation, self.looping))
+            self.once("sliding", lambda: score_stream(self, "sliding"))
         if cfg.ttt_enabled and cfg.ttt_sgd:
-            from systems.stream import ScoreFirstSGD
+            from systems.stream import score_stream
 
-            self.once("ttt", lambda: self.score("ttt", ScoreFirstSGD, self.looping))
-        elif cfg.ttt_enabled:
-            self.once("ttt", self.adapt)
+            self.once("ttt", lambda: score_stream(self, "ttt"))
+        if cfg.ttt_enabled and not cfg.ttt_sgd:
+            self.once("ttt", self.adapt_documents)
         return self.finish()
 
 

@@ -71,7 +71,7 @@ class Judged:
         self.backends, self.looping, self.data_folder = run.backends, run.looping, run.cfg.data_folder
         told = {"threads": torch.get_num_threads(), "ranks": 1, "micro_batches": run.backends.micro_batches}
         self.result, self.trained = {"steps": steps, "environment": told}, True
-        self.options, self.tokens = Options(sample_seed=seed), run.val.tokens.numpy()
+        self.options, self.tokens = Options(sample_seed=seed), run.val.tokens.int().numpy()
 
     def shards(self, split: str) -> list[Path]:
         """As the audit's."""

@@ -181,7 +181,7 @@ def ask_network(
     count = min(sample, val.num_targets)
     places = np.unique(np.linspace(0, val.num_targets, count, endpoint=False).astype(int))
     if not val.target_bytes[places].any():
-        carrying = f"{int(val.target_bytes.count_nonzero())} of all {val.num_targets} do"
+        carrying = f"{int(val.target_bytes.bool().sum())} of all {val.num_targets} do"
         raise tg.UserError(f"--sample {sample}: no target carries a byte, at least one must; {carrying}")
     recorder = Recorder(model, places)
     looping = model.cfg.num_loops > 0 and model.cfg.enable_looping_at < 1  # as the model was trained
@@ -338,7 +338,7 @@ def measure(folder: Path, data: str, sample: int) -> dict:
     vocabulary = Vocabulary([surface(processor, token) for token in range(cfg.vocab_size)])
     network = ask_network(model, val, cfg, ranks, sample)
     start, ppm = time.process_time(), PPMD()
-    figures = mix(vocabulary, network, val.tokens[1:].numpy(), val.target_bytes.numpy(), ppm)
+    figures = mix(vocabulary, network, val.tokens[1:].long().numpy(), val.target_bytes.long().numpy(), ppm)
     stage = "sliding" if cfg.sliding_window_enabled else "quantised"
     return {
         "notice": NOTICE,

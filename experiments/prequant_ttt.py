@@ -131,7 +131,7 @@ class PrequantRun(tg.Run):
         facts = {"epochs": options.epochs, "lr": options.lr, "frozen_blocks": options.frozen, "steps": steps}
         self.result["prequant_ttt"] = facts
         self.log.event("trained_on_validation", **facts)
-        self.evaluate("prequant_ttt")
+        self.score("prequant_ttt")
         super().quantise()
 
     def _broken_limits(self, summary: Mapping[str, float]) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from harness.chain import Link, anchor, line_hash
+from harness.hashes import NO_HASHES, Hashes
 from systems.layout import file_sha256
 from systems.plain_text import tokenizer_file
 from train_gpt import Ranks, Run, Watch, shard_paths, write_whole, writing
@@ -40,8 +41,8 @@ class Ledger(Watch):
     `documents.json`: start and tokens of each validation document, its loss (nats, summed) in each stage.
     """
 
-    def __init__(self, ranks: Ranks):
-        self._ranks = ranks
+    def __init__(self, ranks: Ranks, hashes: Hashes = NO_HASHES):
+        self._ranks, self._hashes = ranks, hashes
         self._run: Run | None = None
         self.records: list[dict] = []
         self.accesses: dict[tuple[str, str, str], float] = {}  # stage, kind and name -> when first
@@ -99,7 +100,7 @@ class Ledger(Watch):
         elif kind == "finished":
             self._finish(data["stage"])
         elif kind == "row":
-            self.charge(self._stage, range(data["start"], data["end"]), data["losses"])
+            self.charge(self._stage, np.arange(data["start"], data["end"]), data["losses"])
         elif kind == "result":
             self.write()
         elif kind == "loaded":
@@ -183,7 +184,8 @@ class Ledger(Watch):
                 sums = (losses * part.valid.to(losses.device)).sum(1)
                 self._scored.append(([first for first, _ in part.spans], sums))
             if not self.lora[1]:
-                chunk["b_zero"] = not any(bool(low_rank.B.any()) for low_rank in self._adapters.maps())
+                learnt = [low_rank.B.any() for low_rank in self._adapters.maps()]
+                chunk["b_zero"] = not bool(torch.stack(learnt).any())  # the device is waited for once
             self._add("adapt" if learns else "score", **chunk)
         elif kind in ("lora_constructed", "lora_reset"):
             self.lora, self._adapters = [self.lora[0] + 1, 0], data["lora"]
@@ -210,12 +212,18 @@ class Ledger(Watch):
         elif kind in ("start", "end"):
             self._add(kind, **data, model_sha256=self._model_digest())
 
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        """Where each validation document starts in the stream."""
+        return np.array([start for start, _ in self._run.val.documents])
+
     def charge(self, stage: str, places: Sequence[int], losses: Tensor) -> None:
-        """Add losses to the documents that hold these places of the stream."""
-        starts = [start for start, _ in self._run.val.documents]
-        owners = np.searchsorted(starts, places, "right") - 1
-        sums = np.bincount(owners, losses.double().cpu().flatten(), len(starts))
-        self.losses[stage] = self.losses.get(stage, 0.0) + sums
+        """Add losses to the documents that hold these places of the stream; the others are not looked at."""
+        owners = np.searchsorted(self._starts, places, "right") - 1
+        owners, rows = np.unique(owners, return_inverse=True)
+        if stage not in self.losses:
+            self.losses[stage] = np.zeros(len(self._starts))
+        self.losses[stage][owners] += np.bincount(rows, losses.double().cpu().flatten())
 
     def _add(self, kind: str, **values: object) -> None:
         rank, seconds = self._ranks.rank, round(time.perf_counter() - self.start, 6)
@@ -250,7 +258,7 @@ class Ledger(Watch):
             "settings": run.cfg.as_env(),
             "environment": self._environment(),
             "data_folder": str(folder.resolve()),
-            "val_sha256": {path.name: file_sha256(path) for path in validation},
+            "val_sha256": {path.name: self._hashes.sha256(path) for path in validation},
             "tokenizer_sha256": file_sha256(tokenizer) if tokenizer.is_file() else "",
         }
 

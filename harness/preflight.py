@@ -19,10 +19,11 @@ from harness.backends import (
     try_kernels,
     unused_attention,
 )
+from harness.hashes import NO_HASHES, Hashes
 from harness.manifest import check_data
-from systems.layout import file_sha256
 from train_gpt import (
     CONTEST_MICRO_BATCHES,
+    KERNELS,
     Backends,
     Config,
     ConfigError,
@@ -137,8 +138,9 @@ class Preflight(Watch):
     Every check raises ConfigError or DataError in one line, or adds to `facts`, the log line `preflight`.
     """
 
-    def __init__(self, cfg: Config, ranks: Ranks):
+    def __init__(self, cfg: Config, ranks: Ranks, hashes: Hashes = NO_HASHES):
         self.cfg, self.ranks, self.facts, self.notices = cfg, ranks, {}, []
+        self._hashes = hashes
         self.manifest: dict = {}
         self.pace: list[float] = []  # seconds of a step at the end of the warm-up, by layer order
         self._hashing: threading.Thread | None = None
@@ -177,7 +179,8 @@ class Preflight(Watch):
         """
         cfg, ranks = self.cfg, self.ranks
         wished = plain_backends(cfg, ranks)
-        chosen, compiler = kernel_names(wished.kernels), wished.compiler
+        names, compiler = wished.kernels.split(","), wished.compiler
+        chosen = [name for name in names if name in KERNELS]  # those of a GPU; a CPU's are not tried
         wrong = {"compiler": try_compiler(compiler, ranks)} if compiler else {}
         try:
             wrong |= try_kernels(cfg, ranks) if chosen else {}
@@ -194,7 +197,7 @@ class Preflight(Watch):
             if chosen != kernel_names("1"):
                 raise ConfigError(f"TRITON_KERNELS={cfg.triton_kernels}: {kernel}: {wrong[kernel]}")
             self.notices.append(f"fused kernel {kernel} is not used: {wrong[kernel]}")
-        kernels = ",".join(name for name in chosen if name not in wrong)
+        kernels = ",".join(name for name in names if name not in wrong)
         attention = choose_attention(cfg, ranks, compiler)
         return Backends(attention, kernels, compiler, wished.micro_batches)
 
@@ -324,7 +327,7 @@ class Preflight(Watch):
         """Collect what is wrong."""
         for path in paths:
             try:
-                if file_sha256(path) != expected[path]:
+                if self._hashes.sha256(path) != expected[path]:
                     manifest = path.with_name("manifest.json")
                     self._wrong.append(f"{path}: its contents differ from the SHA-256 in {manifest}")
             except OSError as error:

@@ -174,6 +174,7 @@ NO_SETTINGS = {  # variable that changes no number of a run, or only which prese
         "full: as published; demo, study: the same system at the demo's or a study's size and data",
     ),
     "CONSOLE": (("auto", "log"), "auto: the run in words, live on a terminal; log: the lines of the log"),
+    "VERIFY": (("0", "1"), "1: hash all data files again, not only those that changed since the last start"),
 }
 
 
@@ -184,7 +185,8 @@ def given_settings(environ: Mapping[str, str]) -> Config:
     """
     given = translate(environ)
     _refuse_unknown_names(given, [*Config().as_env(), *NO_SETTINGS])
-    console_form(given)  # a mistake is met here, before a rank is made
+    console_form(given)  # mistakes are met here, before a rank is made
+    verifies(given)
     for field in dataclasses.fields(Config):
         if (name := field.name.upper()) in given:
             check_text(name, given[name], field.type)
@@ -235,6 +237,13 @@ def translate(environ: Mapping[str, str]) -> dict[str, str]:
         for notice in notices:
             print(f"train_gpt.py: notice: {notice}", file=sys.stderr)
     return given
+
+
+def verifies(environ: Mapping[str, str]) -> bool:
+    """Whether VERIFY asks that all data files be hashed, also those remembered. Raises ConfigError."""
+    if (wish := environ.get("VERIFY", "0")) not in ("0", "1"):
+        raise ConfigError(f"VERIFY={wish!r}: must be 0 or 1")
+    return wish == "1"
 
 
 def console_form(environ: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ from harness.backends import check_device
 from harness.checkpoints import Checkpoints
 from harness.console import ConsoleNotice, Progress, console_watch
 from harness.guards import Guard, Stopped, signals
+from harness.hashes import Hashes
 from harness.ledger import Ledger
 from harness.logfiles import LogFiles, StepFile
 from harness.preflight import Preflight
@@ -62,7 +63,7 @@ def watch_run(cfg: Config, environ: Mapping[str, str], sources: Mapping[str, byt
     shown = console_watch(ranks, environ)
     try:
         with signals(ranks), contextlib.ExitStack() as closing:
-            return _execute(cfg, ranks, sources, shown, closing)
+            return _execute(cfg, ranks, sources, shown, Hashes.from_env(environ), closing)
     except Stopped as stopped:
         ranks.say(f"stage {stopped.stage}: {stopped}")
         return stopped.code
@@ -74,10 +75,15 @@ def watch_run(cfg: Config, environ: Mapping[str, str], sources: Mapping[str, byt
 
 
 def _execute(
-    cfg: Config, ranks: Ranks, sources: Mapping[str, bytes], shown: Progress, closing: contextlib.ExitStack
+    cfg: Config,
+    ranks: Ranks,
+    sources: Mapping[str, bytes],
+    shown: Progress,
+    hashes: Hashes,
+    closing: contextlib.ExitStack,
 ) -> int:
     """Make a run with all that watches over it, and execute it. Exit code as `watch_run`."""
-    preflight = Preflight(cfg, ranks)
+    preflight = Preflight(cfg, ranks, hashes)
     backends, folder, checkpoints = preflight.backends(), None, None
     watches: list[Watch] = [Guard(preflight), preflight, shown]
     if cfg.preflight_only:  # a rehearsal leaves nothing
@@ -86,7 +92,7 @@ def _execute(
     else:  # a step is told before a checkpoint holds it, and perhaps ends the run
         watches.append(closing.enter_context(contextlib.closing(StepFile(ranks))))
         if cfg.audit:
-            watches.append(closing.enter_context(contextlib.closing(Ledger(ranks))))
+            watches.append(closing.enter_context(contextlib.closing(Ledger(ranks, hashes))))
         if cfg.checkpoint_seconds:
             checkpoints = closing.enter_context(contextlib.closing(Checkpoints(cfg, ranks, sources, watches)))
             if checkpoints.ended is not None:

@@ -1,7 +1,8 @@
 """Test-time training compiled: one graph for any number of rows and tokens (COMPILE_BACKEND, on CUDA)."""
 
+import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -9,17 +10,45 @@ from torch import Tensor
 
 from train_gpt import (
     BOS,
+    COUNTED,
     GPT,
     BaseTraining,
     BatchedLoRA,
     Config,
     Ranks,
+    Run,
     ScoreFirstTTT,
+    Span,
     TTTBatch,
     ValidationSet,
+    chunk_size,
     compiled_graphs,
     copy_tensors,
+    one_line,
 )
+
+
+def compile_graphs(run: Run, stage: str, warm_up: Callable[[], int]) -> None:
+    """Make a stage's graphs before its clock starts, or say why not; what fits none of them runs without."""
+    with run.clock.stage(f"{stage}_warm_up"):
+        torch.compiler.reset()  # a limited number of forms is compiled for each function
+        try:
+            facts = {f"{stage}_warm_up": warm_up()}
+            torch.compiler.set_stance("eager_on_recompile")
+            run.log.event("graphs", **facts, seconds=run.clock.elapsed(f"{stage}_warm_up"))
+        except Exception as error:  # compilers raise anything
+            if COUNTED:
+                raise
+            run.log.event("notice", text=f"stage {stage} is not compiled ({one_line(error)})")
+            run.model.backends = dataclasses.replace(run.model.backends, compiler="")
+        run.ranks.wait_for_all(f"{stage}_warm_up")
+
+
+def compile_adaptation(run: Run, documents: Iterable[Span]) -> None:
+    """Make the graphs of test-time training on some documents."""
+    model, looping, ranks = run.model, run.looping, run.ranks
+    sizes = {chunk_size(model.cfg, length - 1) for _, length in documents}
+    compile_graphs(run, "ttt", lambda: warm_up_ttt(model, model.cfg, sizes, looping, ranks))
 
 
 def compiled_losses(
@@ -46,7 +75,6 @@ def warm_up_ttt(model: GPT, cfg: Config, sizes: Iterable[int], looping: bool, ra
     afterwards what they were. Returns the number of graphs; raises what the compiler raises.
     """
     before, generator = copy_tensors(model.state_dict()), torch.Generator().manual_seed(0)
-    torch.compiler.reset()  # a limited number of forms is compiled for each function
     graphs = compiled_graphs()
     try:
         for stance in ("default", "fail_on_recompile"):
@@ -62,13 +90,15 @@ def warm_up_ttt(model: GPT, cfg: Config, sizes: Iterable[int], looping: bool, ra
                     val = ValidationSet(tokens, tokens, documents)
                     ttt = ScoreFirstTTT(model, val, cfg, looping=looping, ranks=ranks)
                     batch = TTTBatch(0, list(enumerate(documents)))
-                    ttt._score_batch(batch, ttt._new_lora(len(documents)), size)
+                    ttt._score_batch(batch, ttt._new_lora(batch.documents), size)
                 model.requires_grad_(True)
                 if cfg.phased_ttt_prefix_docs:
-                    count = min(len(chunks), cfg.global_ttt_batch_seqs) * cfg.eval_seq_len + 1
-                    row = torch.randint(BOS, cfg.vocab_size, (count,), generator=generator)
-                    by_document = cfg.global_ttt_respect_doc_boundaries
-                    BaseTraining(model, cfg, by_document, looping, ranks).losses(row).sum().backward()
+                    by_document, count = cfg.global_ttt_respect_doc_boundaries, cfg.global_ttt_chunk_tokens
+                    if by_document:  # one row of any length
+                        count = min(len(chunks), cfg.global_ttt_batch_seqs) * cfg.eval_seq_len
+                    row = torch.randint(BOS, cfg.vocab_size, (count + 1,), generator=generator)
+                    training = BaseTraining(model, cfg, by_document, looping, ranks)
+                    training.train(row, torch.optim.SGD(model.parameters()), 0.0, 1)
     finally:
         model.requires_grad_(True).zero_grad(set_to_none=True)
         model.load_state_dict(before)

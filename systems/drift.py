@@ -109,10 +109,12 @@ class LayersInOrder:
             with self.ranks.autocast():
                 whole, drifted = (inputs_of(m, ids, name, visits, self.looping) for m in (self.model, stored))
             for x, y in zip(whole, drifted, strict=True):
-                cross, hessian = cross + x.mT @ y, hessian + y.mT @ y
+                # Doubles, so that sums are the same float32 however ranks share the texts.
+                cross, hessian = cross + (x.mT @ y).double(), hessian + (y.mT @ y).double()
         torch.set_float32_matmul_precision("highest")
         self.ranks.wait_for_all("calibrate")
-        cross, hessian = (self.ranks.sum_(total) / len(self._texts) for total in (cross, hessian))
+        totals = (self.ranks.sum_(total) / len(self._texts) for total in (cross, hessian))
+        cross, hessian = (total.float() for total in totals)
         factor = factorise(hessian)
         damping = factor.damping * hessian.diagonal().where(~factor.dead, 1).mean()
         damping = damping * torch.eye(len(hessian), device=hessian.device)

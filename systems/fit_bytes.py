@@ -53,7 +53,7 @@ def texts_of_rank(
         if number % ranks.world_size == ranks.rank:
             yield number, loader.next(rows)[0].to(ranks.device)
         else:
-            loader.skip(rows)
+            loader.draw(rows)
 
 
 def calibrate_gradients(
@@ -68,7 +68,11 @@ def calibrate_gradients(
     """
     generator = torch.Generator(ranks.device)
     state = flatten_banks(dict(model.named_parameters()), cfg.num_layers)
-    sums = {name: torch.zeros(len(w), device=w.device) for name, w in state.items() if w.ndim == 2}
+    sums = {
+        name: torch.zeros(len(w), dtype=torch.float64, device=w.device)
+        for name, w in state.items()
+        if w.ndim == 2
+    }
     for sample, x in texts_of_rank(loader, FIT_SAMPLES, FIT_ROWS, ranks):
         with ranks.autocast():
             hidden = model.hidden(x, looping=looping)
@@ -81,7 +85,7 @@ def calibrate_gradients(
                 sums[name] += gradient.float().square().sum(1)
         model.zero_grad(set_to_none=True)
     ranks.wait_for_all("calibrate")
-    return {name: ranks.sum_(total) / FIT_SAMPLES for name, total in sums.items()}
+    return {name: (ranks.sum_(total) / FIT_SAMPLES).float() for name, total in sums.items()}
 
 
 def short_half(x: Tensor, mantissa: int) -> Tensor:

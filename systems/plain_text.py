@@ -36,9 +36,13 @@ class ByteTables(NamedTuple):
         return cls(torch.tensor(base), torch.tensor(space), torch.tensor(boundary))
 
     def target_bytes(self, tokens: Tensor) -> Tensor:
-        """Tokens [N] -> bytes of each target tokens[1:], [N-1]."""
-        previous, target = tokens[:-1].long(), tokens[1:].long()
-        return self.base_bytes[target] + (self.has_leading_space[target] & ~self.is_boundary[previous])
+        """Tokens [N] -> bytes of each target tokens[1:], int16 [N-1]."""
+        counts, size = torch.empty(len(tokens) - 1, dtype=torch.int16), 1 << 20  # a few MB at a time
+        for start in range(0, len(counts), size):
+            part = tokens[start : start + size + 1].long()
+            space = self.has_leading_space[part[1:]] & ~self.is_boundary[part[:-1]]
+            counts[start : start + size] = self.base_bytes[part[1:]] + space
+        return counts
 
 
 def tokenizer_file(cfg: Config) -> Path:

@@ -14,7 +14,7 @@ class Prefetched:
         self._loader, self._pool, self._next = loader, ThreadPoolExecutor(1), None
         self.load_state(loader.state())
 
-    def _load(self) -> tuple[Batch, tuple[int, int, int]]:
+    def _load(self) -> tuple[Batch, object]:
         x, y, segments = self._loader.next()
         if torch.cuda.is_available():
             x, y, cu_seqlens = (part.pin_memory() for part in (x, y, segments.cu_seqlens))
@@ -27,11 +27,11 @@ class Prefetched:
         self._next = self._pool.submit(self._load)
         return batch
 
-    def state(self) -> tuple[int, int, int]:
+    def state(self) -> object:
         """Position behind the last batch that was taken."""
         return self._state
 
-    def load_state(self, state: tuple[int, int, int]) -> None:
+    def load_state(self, state: object) -> None:
         """Go back to a position; what lies ready is thrown away."""
         if self._next:
             self._next.exception()

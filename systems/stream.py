@@ -5,10 +5,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from train_gpt import (
+    BOS,
     CONTEST_MICRO_BATCHES,
+    GPT,
     BaseTraining,
     BpbMeter,
     ChunkWindow,
@@ -16,8 +19,12 @@ from train_gpt import (
     ConfigError,
     Evaluation,
     Ranks,
+    Run,
     Segments,
     ShuffledLoader,
+    ValidationSet,
+    compiled_graphs,
+    copy_tensors,
     cosine_rate,
     document_segments,
 )
@@ -35,26 +42,27 @@ class WindowLoader:
             count = cfg.train_batch_tokens // micro_tokens
             windows = f"{count} micro-batches of whole windows of TRAIN_SEQ_LEN={cfg.train_seq_len} tokens"
             raise ConfigError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be {windows}")
-        self._new = lambda: ShuffledLoader(paths, cfg)
+        self._windows = ShuffledLoader(paths, cfg)
         self._rank, self._world_size, self._length = ranks.rank, ranks.world_size, cfg.train_seq_len
-        self.load_state((0, 0, 0))
 
     def next(self) -> tuple[Tensor, Tensor, Segments]:
         """The next micro-batch of this rank: inputs [1, n], targets [1, n], segments."""
-        self._windows.skip(self._rank * self._rows)
+        self._windows.draw(self._rank * self._rows)
         x, y = (part.reshape(1, -1) for part in self._windows.next(self._rows))
-        self._windows.skip((self._world_size - 1 - self._rank) * self._rows)
-        self._taken += self._world_size * self._rows
+        self._windows.draw((self._world_size - 1 - self._rank) * self._rows)
         return x, y, document_segments([], x.numel(), self._length)
 
-    def state(self) -> tuple[int, int, int]:
-        """Position, in the form of `PackedLoader`'s: windows drawn so far, by all ranks."""
-        return 0, 0, self._taken
+    def state(self) -> tuple[dict, dict, list[int]]:
+        """Position: PCG64 as it was before the windows were made, and as it is; how many are left where."""
+        windows = self._windows
+        return windows.began, windows.rng.bit_generator.state, [*windows.left]
 
-    def load_state(self, state: tuple[int, int, int]) -> None:
-        """Go to a position: draw anew what lies before it."""
-        self._windows, self._taken = self._new(), state[2]
-        self._windows.skip(self._taken)
+    def load_state(self, state: tuple[dict, dict, list[int]]) -> None:
+        """Go to a position: the windows are made again, and none of those before it is drawn."""
+        windows, (began, now, left) = self._windows, state
+        windows.rng.bit_generator.state = began
+        windows.reset()
+        windows.rng.bit_generator.state, windows.left = now, [*left]
 
 
 def sliding_windows(first: int, end: int, window: int, stride: int) -> list[ChunkWindow]:
@@ -71,6 +79,11 @@ def sliding_windows(first: int, end: int, window: int, stride: int) -> list[Chun
     return windows
 
 
+def rows_of_windows(cfg: Config) -> int:
+    """Windows that are scored side by side."""
+    return max(1, cfg.val_batch_tokens // CONTEST_MICRO_BATCHES // cfg.eval_seq_len)
+
+
 class SlidingEvaluation(Evaluation):
     """Sliding windows over the whole stream, in plain rows: no document segments. Nothing is trained.
 
@@ -80,11 +93,11 @@ class SlidingEvaluation(Evaluation):
     def __init__(self, *arguments: object, **options: object):
         super().__init__(*arguments, **options)
         self.total = self.val.num_targets / self.ranks.world_size
+        self._rows = rows_of_windows(self.cfg)
 
     def slide(self, first: int, end: int, meter: BpbMeter) -> Iterable[None]:
         """Add this rank's share of the targets from `first` to `end` to a meter; yields after each batch."""
-        cfg, ranks = self.cfg, self.ranks
-        rows = max(1, cfg.val_batch_tokens // CONTEST_MICRO_BATCHES // cfg.eval_seq_len)
+        cfg, ranks, rows = self.cfg, self.ranks, self._rows
         windows = sliding_windows(first, end, cfg.eval_seq_len, cfg.eval_stride)
         for _, alike in itertools.groupby(windows, lambda window: window[1:]):
             alike = list(alike)
@@ -99,13 +112,25 @@ class SlidingEvaluation(Evaluation):
         x = torch.stack([val.tokens[span] for span in spans]).long()
         y = torch.stack([val.tokens[span.start + 1 : span.stop + 1] for span in spans]).long()
         scored = torch.arange(windows[0].offset, windows[0].length).expand(len(windows), -1)
-        with torch.no_grad(), self.ranks.autocast():
-            x, y, scored = (self.ranks.put(part) for part in (x, y, scored))
-            losses = self.model.losses(x, y, looping=self.looping, scored=scored).cpu()
+        losses = self._losses(x, y, scored)
         self.watch.see("slid", windows=windows, losses=losses)
         for row, span in zip(losses, spans, strict=True):
             meter.add(row, val.target_bytes[span.stop - len(row) : span.stop])
         self.done += losses.numel()
+
+    @torch.no_grad()
+    def _losses(self, *rows: Tensor) -> Tensor:
+        """Losses of rows x and y [n, T] at the places `scored` [n, t], on the CPU.
+
+        Whole windows that score a stride have a graph, which is always given as many rows.
+        """
+        cfg, ranks, count, width = self.cfg, self.ranks, len(rows[0]), rows[2].size(1)
+        x, y, scored = (ranks.put(part) for part in rows)
+        with ranks.autocast():
+            if not self.model.backends.compiler or (x.size(1), width) != (cfg.eval_seq_len, cfg.eval_stride):
+                return self.model.losses(x, y, looping=self.looping, scored=scored).cpu()
+            x, y, scored = (F.pad(part, (0, 0, 0, self._rows - count)) for part in (x, y, scored))
+            return self.model(x, y, looping=self.looping, scored=scored)[:count].cpu()
 
     def units(self) -> Iterable[None]:
         """Slide over the stream."""
@@ -141,3 +166,32 @@ class ScoreFirstSGD(SlidingEvaluation):
                 self.watch.see("trained_span", chunk=chunk, first=first, tokens=tokens, steps=steps)
             yield
         self.meter.sum_over(self.ranks)
+
+
+def score_stream(run: Run, stage: str) -> None:
+    """Do the stage "sliding", or "ttt" with SGD. Graphs are made before its clock starts."""
+    kind = ScoreFirstSGD if stage == "ttt" else SlidingEvaluation
+    if run.model.backends.compiler:
+        from systems.compiled import compile_graphs
+
+        compile_graphs(run, stage, lambda: warm_up_stream(run.model, kind, run.looping, run.ranks))
+    run.score(stage, kind)
+
+
+def warm_up_stream(model: GPT, kind: type[SlidingEvaluation], looping: bool, ranks: Ranks) -> int:
+    """Do on random tokens what a stage does of each form; afterwards the weights are what they were.
+
+    Returns the number of graphs.
+    """
+    cfg, before, graphs = model.cfg, copy_tensors(model.state_dict()), compiled_graphs()
+    batch = rows_of_windows(cfg) * cfg.eval_stride
+    count = cfg.eval_seq_len + ranks.world_size * batch  # one for each rank
+    if kind is ScoreFirstSGD:
+        count = 2 * cfg.ttt_chunk_tokens  # the last chunk is not trained on
+    tokens = torch.randint(BOS, cfg.vocab_size, (count + 1,), generator=torch.Generator().manual_seed(0))
+    try:
+        kind(model, ValidationSet(tokens, tokens[1:], []), cfg, looping=looping, ranks=ranks).run()
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.load_state_dict(before)
+    return compiled_graphs() - graphs

@@ -11,7 +11,6 @@ import posixpath
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -149,7 +148,8 @@ def score_standard(tg, score, val, row_tokens: int, max_doc_len: int, ranks=None
     """Meter of the standard evaluation with another `score` than that of a model."""
     sizes = {"val_batch_tokens": 8 * row_tokens, "eval_seq_len": max_doc_len, "plain_windows": plain}
     worker = tg.StandardEvaluation(None, val, SimpleNamespace(**sizes), looping=False, ranks=ranks or tg.CPU)
-    with mock.patch.object(tg.core, "model_score", lambda *arguments, **options: score):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg, "model_score", lambda *_, **__: score)
         return worker.run()
 
 

@@ -25,7 +25,7 @@ from harness import packing, settings  # noqa: E402
 
 SCRIPTS = {  # key -> preset, backends, whether on a GPU
     "record_cuda": ("pr1851", ("fa3", train_gpt.Config.triton_kernels, "inductor", 8), True),
-    "demo": ("demo", ("plain", "", "", 2), False),
+    "demo": ("demo", ("plain", "eager", "", 2), False),
 }
 
 

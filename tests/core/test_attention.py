@@ -352,7 +352,7 @@ def test_auto_takes_the_best_that_works(tg, monkeypatch, works):
 
 def test_auto_is_plain_and_eager_on_a_cpu(tg):
     for choose_all in (tg.choose_backends, tg.plain_backends):
-        assert choose_all(tg.Config(), tg.CPU) == tg.Backends("plain", "", "", 8)
+        assert choose_all(tg.Config(), tg.CPU) == tg.Backends("plain", "eager", "", 8)
 
 
 GPU = SimpleNamespace(on_gpu=True, device=torch.device("cuda", 0), world_size=16)

@@ -229,6 +229,73 @@ def make_run(tg, tmp_path, monkeypatch):
     return make
 
 
+@pytest.fixture
+def eager_shapes(tg, monkeypatch):
+    """The shapes [rows, tokens] of all calls of `losses` that no graph does."""
+    shapes, losses = [], tg.GPT.losses
+
+    def noted(self, x, *rest, **options):
+        if not torch.compiler.is_compiling():  # a graph leaves this out
+            shapes.append(tuple(x.shape))
+        return losses(self, x, *rest, **options)
+
+    monkeypatch.setattr(tg.GPT, "losses", noted)
+    return shapes
+
+
+def test_phases_without_boundaries_are_compiled(tg, eager_shapes):
+    """Two graphs of chunks, one of rows; the phases of another stream then run in it, and learn the same."""
+    cfg = tg.Config(**SMALL_TTT | {"global_ttt_respect_doc_boundaries": False, "global_ttt_batch_seqs": 2})
+    val, plain = validation(tg, documents_stream()), random_model(tg, cfg)
+    expected = run_through(tg.ScoreFirstTTT, plain, val, cfg, looping=False)
+    model = compiled_model(tg, cfg)
+    torch.compiler.reset()
+    assert tg.warm_up_ttt(model, cfg, [cfg.ttt_chunk_size], False, tg.CPU) == 3
+    eager_shapes.clear()
+    steps, train = [], tg.BaseTraining.train
+
+    def spy(*arguments, **options):
+        before = len(eager_shapes)
+        steps.append(len(norms := train(*arguments, **options)))
+        assert len(eager_shapes) == before, "a phase has run without its graph"
+        return norms
+
+    with torch.compiler.set_stance("fail_on_recompile"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg.BaseTraining, "train", spy)
+        actual = run_through(tg.ScoreFirstTTT, model, val, cfg, looping=False)
+    assert sum(steps) > 1
+    assert actual.loss_sum == pytest.approx(expected.loss_sum, rel=1e-5)
+    torch.testing.assert_close(model.qo_bank, plain.qo_bank, rtol=1e-4, atol=1e-6)
+
+
+STREAM = {"eval_stride": 8, "val_batch_tokens": 1024, "ttt_chunk_tokens": 96, "ttt_epochs": 2, "ttt_lr": 0.05}
+
+
+@pytest.mark.parametrize(("stage", "graphs"), [("sliding", 1), ("ttt", 2)])
+def test_windows_on_the_stream_are_compiled(tg, make_run, eager_shapes, stage, graphs):
+    """All but windows of other forms: the stream's first, which scores all, and its last, with what is left.
+
+    The graphs are made on random tokens before the stage, which makes none; batches that lack rows fit too.
+    """
+    run, said = make_run(**SMALL_TTT | STREAM)
+    kind = tg.ScoreFirstSGD if stage == "ttt" else tg.SlidingEvaluation
+    plain = random_model(tg, run.cfg)
+    expected = run_through(kind, plain, run.val, run.cfg, looping=False)
+    torch.compiler.reset()
+    score = run.score
+
+    def watched(*arguments):
+        eager_shapes.clear()
+        torch._dynamo.config.patch(error_on_recompile=True)(score)(*arguments)
+
+    run.score = watched
+    tg.score_stream(run, stage)
+    assert [values.get(f"{stage}_warm_up") for values in said if "val_loss" not in values] == [graphs]
+    assert eager_shapes == [(1, 32), (1, 32)]
+    assert run.stages[stage]["val_loss"] == pytest.approx(expected.val_loss, rel=1e-5)
+    torch.testing.assert_close(run.model.qo_bank, plain.qo_bank, rtol=1e-4, atol=1e-6)
+
+
 def test_shapes_that_no_graph_fits_are_counted(tg, monkeypatch, make_run):
     """Chunks of two sizes, of which the warm-up sees one: the other's shapes are all that run eagerly."""
     seen = {4: set(), 8: set()}
@@ -256,7 +323,7 @@ def test_shapes_that_no_graph_fits_are_counted(tg, monkeypatch, make_run):
 
     monkeypatch.setattr(tg, "warm_up_ttt", warm_up)
     with torch.compiler.set_stance("default"):
-        run.adapt()
+        run.adapt_documents()
     assert [values.get("ttt_warm_up", values.get("eager_shapes")) for values in said] == [3, len(seen[4])]
     assert len(seen[4]) > 1 and len(seen[8]) > 1
     expected = run_through(tg.ScoreFirstTTT, random_model(tg, run.cfg), run.val, run.cfg, looping=False)
@@ -271,9 +338,9 @@ def test_adaptation_that_cannot_be_compiled_runs_without(tg, monkeypatch, make_r
 
     monkeypatch.setattr(tg, "warm_up_ttt", refuse)
     run, said = make_run()
-    run.compile_adaptation([(0, 9)])
+    tg.compile_adaptation(run, [(0, 9)])
     assert run.model.backends.compiler == ""
-    assert said == [{"text": "test-time training is not compiled (RuntimeError: no compiler here)"}]
+    assert said == [{"text": "stage ttt is not compiled (RuntimeError: no compiler here)"}]
 
 
 def test_prefetched_batches_and_positions_are_those_of_the_loader(tg, shard):

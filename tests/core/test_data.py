@@ -237,7 +237,7 @@ def test_windows_of_other_ranks_are_not_read(tg, tmp_path):
     one, other = (shuffled_loader(tg, [path], 1, 0, 32) for _ in range(2))
     one.next(4)
     other._shards = None
-    other.skip(4)
+    other.draw(4)
     other._shards = one._shards
     assert torch.equal(one.next(3)[0], other.next(3)[0])
 

@@ -587,7 +587,8 @@ def test_chunks_by_length_are_those_of_a_run_with_that_size(tg):
             if low < length - 1 <= high:
                 expected[number] = losses[number]
     assert expected.keys() == actual.keys()
-    assert actual == pytest.approx(expected, rel=1e-5)
+    # Equal in float64; rounding in batches of other rows turns steps that are the sign of almost nothing.
+    assert actual == pytest.approx(expected, rel=1e-4)
     sizes = [tg.chunk_size(config, targets) for targets in (1, 8, 9, 22, 23, 10**6)]
     assert sizes == [2, 2, 3, 3, 8, 8]
 
@@ -693,7 +694,7 @@ def test_finished_documents_decay_as_in_the_plain_form(tg):
     (batch, *_) = tg.ttt_batches(list(enumerate(val.documents)), config)
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     evaluator = tg.ScoreFirstTTT(model, val, config, looping=True, generator=generators[0])
-    ours = evaluator._new_lora(config.ttt_batch_size)
+    ours = evaluator._new_lora(range(config.ttt_batch_size))
     plain = tg.BatchedLoRA(config, config.ttt_batch_size, tg.lora_slots(config, True), generators[1])
     assert len(batch.documents) == config.ttt_batch_size and batch.documents[0][1][1] < batch.targets - 20
     evaluator._score_batch(batch, ours, config.ttt_chunk_size)

@@ -297,7 +297,7 @@ def test_plain_text(tg, tables, vectors, sentencepiece_model):
     assert tokens == vectors["plain.tokens"].tolist()
     byte_table = tg.ByteTables.from_sentencepiece(sentencepiece_model, sentencepiece_model.get_piece_size())
     target_bytes = byte_table.target_bytes(torch.tensor(tokens))
-    assert torch.equal(target_bytes, vectors["plain.token_bytes"].long())
+    assert torch.equal(target_bytes.long(), vectors["plain.token_bytes"].long())
     assert target_bytes.sum().item() == plain["table_total_bytes"]
     used = torch.tensor(tokens[: plain["tokens_used"]])
     val = plain_validation(tg, used, byte_table)

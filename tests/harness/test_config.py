@@ -766,7 +766,7 @@ def test_help_lists_every_setting_with_help(tg, fields, capsys, flag):
             assert text and re.search(r"\w\w", text[1]), f"{match[1]} has no help: {below!r}"
             listed[match[1]] = match[2]
     settings = {name: as_text(field.default) for name, field in fields.items()}
-    assert listed == settings | {"SCALE": "full", "CONSOLE": "auto"}
+    assert listed == settings | {"SCALE": "full", "CONSOLE": "auto", "VERIFY": "0"}
     assert all(preset in output for preset in PRESETS)
     assert tg.core.__doc__.strip().splitlines()[0] in output
 
@@ -780,7 +780,7 @@ def test_help_by_topics_has_every_setting_once(tg, fields, capsys):
     for topic in topics[:-1]:
         assert tg.main(["--help", topic], {}) == 0
         found += re.findall(r"(?m)^  ([A-Z][A-Z0-9_]*)=", capsys.readouterr().out)
-    assert topics[-1] == "all" and sorted(found) == sorted([*fields, "SCALE", "CONSOLE"])
+    assert topics[-1] == "all" and sorted(found) == sorted([*fields, "SCALE", "CONSOLE", "VERIFY"])
     assert tg.main(["-h", "matrix_lr"], {}) == 0
     assert "  MATRIX_LR=0.026" in capsys.readouterr().out.splitlines()
 
@@ -921,7 +921,8 @@ def test_environment_is_read_in_main_only():
     """Importing, and every function but the entry, must be independent of the environment.
 
     What Triton reads for itself, whether its kernels are interpreted, the kernels must ask too; and which
-    rank says that a library is missing, is asked where nothing else can be imported.
+    rank says that a library is missing, is asked where nothing else can be imported. Inductor, which has no
+    setting for it, is told by a default, and only once a GPU is taken.
     """
     uses = []
     for name, tree in house_trees().items():
@@ -931,7 +932,10 @@ def test_environment_is_read_in_main_only():
     allowed = [("systems/early.py", "os.environ.get"), ("systems/kernels.py", "os.environ.get")]
     early = "importlib.import_module('harness').answer_early(sys.argv[1:], os.environ)"
     allowed += [("train_gpt.py", entry) for entry in (early, "main(sys.argv[1:], os.environ)")]
+    allowed.append(("train_gpt.py", "os.environ.setdefault"))
     assert sorted(uses) == sorted(allowed), uses
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    assert source.count('os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", ') == 1
     source = (ROOT / "systems/kernels.py").read_text(encoding="utf-8")
     assert source.count('os.environ.get("TRITON_INTERPRET")') == 1
 

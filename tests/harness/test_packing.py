@@ -262,7 +262,7 @@ def house() -> dict[str, bytes]:
 
 def backends_of(tg, on_gpu: bool):
     names = tg.Config.triton_kernels
-    return tg.Backends("fa3", names, "inductor", 8) if on_gpu else tg.Backends("plain", "", "", 2)
+    return tg.Backends("fa3", names, "inductor", 8) if on_gpu else tg.Backends("plain", "eager", "", 2)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_size(tg, house, preset, on_gpu, limit):
 REPEATED = """
 import train_gpt
 from harness import packing, settings
-cfg, backends = settings.read_settings({"PRESET": "demo"}), train_gpt.Backends("plain", "", "", 2)
+cfg, backends = settings.read_settings({"PRESET": "demo"}), train_gpt.Backends("plain", "eager", "", 2)
 print(packing.packed_script(cfg, backends, train_gpt.read_sources())[0].hex())
 """
 

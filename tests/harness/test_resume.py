@@ -108,7 +108,7 @@ PLACES = [  # what is being done for the n-th time when the run is killed: befor
     ("Trainer.step", 8, False),  # two of them are the warm-up's
     ("final_model.pt", 1, False),
     ("final_model.pt", 1, True),
-    ("Run.evaluate", 1, False),
+    ("Run.score", 1, False),
     ("Run.quantise", 1, False),
     ("final_model.int6.ptz", 1, False),
     ("final_model.int6.ptz", 1, True),
@@ -176,9 +176,9 @@ def test_resume_does_not_slide_or_train_by_sgd_again(tg, work, cut_off, run, mon
     assert {row["kind"] for row in reference["ledger"]} == {"start", "slide", "end", "sgd"}
     score = tg.Run.score
 
-    def counted(self: object, stage: str, *arguments: object) -> None:
+    def counted(self: object, stage: str, *arguments: object, **options: object) -> None:
         calls.extend([stage] * (stage in ("sliding", "ttt")))
-        score(self, stage, *arguments)
+        score(self, stage, *arguments, **options)
 
     monkeypatch.setattr(tg.Run, "score", counted)
     cut_off("stream", "Run.record", 6, **STREAM)  # untrained, step_4, prequant, quantised, sliding, ttt
@@ -207,7 +207,7 @@ def test_resume_after_sigkill(work, processes, ranks, kills):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("place", ["Trainer.step", "Run.evaluate", "ScoreFirstTTT._score_batch"])
+@pytest.mark.parametrize("place", ["Trainer.step", "Run.score", "ScoreFirstTTT._score_batch"])
 def test_resume_after_a_signal(tg, work, reference, run, monkeypatch, number, code, place):
     """Told to stop: the state is kept and nothing is computed twice."""
     owner, method = place.split(".")
@@ -304,11 +304,11 @@ def test_resume_within_adaptation_reads_nothing_that_training_wrote(work, refere
 
 
 ONLY = {
-    "QUANTIZE_ONLY": ("MODEL_PATH", "final_model.pt", ["Run.evaluate", "Run.quantise", "Run.adapt"]),
+    "QUANTIZE_ONLY": ("MODEL_PATH", "final_model.pt", ["Run.score", "Run.quantise", "Run.adapt_documents"]),
     "TTT_EVAL_ONLY": (
         "QUANTIZED_MODEL_PATH",
         "final_model.int6.ptz",
-        ["Run.count_bytes", "Run.adapt", "ScoreFirstTTT._global_phase"],
+        ["Run.count_bytes", "Run.adapt_documents", "ScoreFirstTTT._global_phase"],
     ),
 }
 
@@ -366,7 +366,7 @@ def test_resume_finds_the_unfinished_run_without_a_name(work, reference, cut_off
 def test_resume_of_a_run_that_only_trains(work, cut_off, run):
     """PREQUANT_ONLY=1 evaluates the MODEL_PATH that is there, but not what its unfinished run has left."""
     settings = {"PREQUANT_ONLY": 1, "VAL_LOSS_EVERY": 0}
-    cut_off("only", "Run.evaluate", 1, **settings)
+    cut_off("only", "Run.score", 1, **settings)
     code, output, errors = run("only", **settings)
     assert code == 0 and "resumed only after train\n" in output and "train step" not in output, errors
     assert json.loads((work / "only/result.json").read_text())["steps"] == 6
@@ -453,9 +453,9 @@ def test_resume_without_a_whole_checkpoint_is_refused(work, cut_off, run):
 
 def test_resume_with_damaged_outputs(work, reference, cut_off, run):
     """The artifact is made again from the weights; other weights than the run's are refused."""
-    cut_off("outputs", "Run.adapt", 1)
+    cut_off("outputs", "Run.adapt_documents", 1)
     flip(work / "outputs/final_model.int6.ptz")
-    cut_off("outputs", "Run.adapt", 1)
+    cut_off("outputs", "Run.adapt_documents", 1)
     assert (work / "outputs/final_model.int6.ptz").read_bytes() == (
         work / "undisturbed/final_model.int6.ptz"
     ).read_bytes()

@@ -114,12 +114,10 @@ def test_rows_of_the_standard_evaluation_cover_the_stream(tg, rng, monkeypatch):
     val, rows = tg.ValidationSet.from_sidecar(tokens, torch.ones_like(tokens)), []
     cfg = SimpleNamespace(val_batch_tokens=8 * row, eval_seq_len=rng.randint(1, 50), plain_windows=False)
     watch = SimpleNamespace(see=lambda kind, **facts: rows.append((facts["start"], facts["end"])))
+    monkeypatch.setattr(tg, "model_score", lambda *_, **__: lambda x, y, segments: torch.zeros(y.shape))
     for rank in range(world):
         ranks = SimpleNamespace(rank=rank, world_size=world)
         worker = tg.StandardEvaluation(None, val, cfg, looping=False, ranks=ranks, watch=watch)
-        monkeypatch.setattr(
-            tg, "model_score", lambda *model, **how: lambda x, y, segments: torch.zeros(y.shape)
-        )
         worker.meter.sum_over = lambda ranks: None
         worker.run()
     assert sorted(place for start, end in rows for place in range(start, end)) == list(range(length - 1))

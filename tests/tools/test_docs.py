@@ -21,18 +21,19 @@ from auditing.questions import QUESTIONS  # noqa: E402
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 HOUSE = "harness|systems|tools|dataprep|experiments|bench|tests|docs"
-# Variables that are no settings: of Make, Slurm, trackers, the tests, data preparation, an experiment.
+# Variables that are no settings: of Make, Slurm, trackers, inductor, tests, data preparation, an experiment.
 ALSO_READ = {
     "RUN_DIR",
     "PYTHON",
     "SLURM_JOB_ID",
     "SLURM_JOB_NODELIST",
     "WANDB_MODE",
+    "TORCHINDUCTOR_MIX_ORDER_REDUCTION",
     "HF_ENDPOINT",
     "ALLOW_ILLEGAL",
 }
 ALSO_READ |= {"GOLDEN_DIR", "TOKENIZER_DIR", "PUBLISHED_LOGS", "SCALE", *lineage.VOCABULARY}
-ALSO_READ |= {"CONSOLE", "NO_COLOR", "TERM", "STRESS_SEED", "STRESS_CASES"}
+ALSO_READ |= {"CONSOLE", "VERIFY", "XDG_CACHE_HOME", "NO_COLOR", "TERM", "STRESS_SEED", "STRESS_CASES"}
 NO_VARIABLES = {"NO_EFFECT"}  # a table of a test
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

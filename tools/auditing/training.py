@@ -189,8 +189,9 @@ def warm_up(audit: Audit) -> WarmUp:
 @functools.cache
 def ttt_warm_up(audit: Audit) -> WarmUp:
     """Warm up a fresh model's test-time training as a run that compiles does; eagerly, in short windows."""
-    if not hasattr(audit.script.Run, "compile_adaptation"):
-        raise NotChecked("the script's Run has no warm-up of test-time training called compile_adaptation")
+    compile_adaptation = getattr(audit.script, "compile_adaptation", None)
+    if compile_adaptation is None:
+        raise NotChecked("the script has no warm-up of test-time training called compile_adaptation")
     cfg = audit.cfg
     window = max(2 * cfg.ttt_chunk_size, cfg.ttt_cache_window)
     short = {
@@ -212,7 +213,7 @@ def ttt_warm_up(audit: Audit) -> WarmUp:
 
     def act() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            run.compile_adaptation(run.val.documents)
+            compile_adaptation(run, run.val.documents)
 
     with torch.compiler.set_stance("default"):
         done = _watched(model, state, act)

@@ -55,8 +55,8 @@ def score(run: Run) -> str:
     """The score in large type, and what it means."""
     val_bpb, stage = run.record.val_bpb, run.record.final_stage
     meaning = (
-        f"What {SCORED.get(stage, stage)} needs for a byte of the validation text. As it is, a byte takes 8 "
-        f"bits: an ideal coder would shrink the text to {val_bpb / 8:.1%} of its size. Lower is better."
+        f"The bits that {SCORED.get(stage, stage)} needs for a byte of the validation text. As it is, a byte "
+        f"has 8: an ideal coder would shrink the text to {val_bpb / 8:.1%} of its size. Lower is better."
     )
     large = f'<p class="score"><b>{val_bpb:.5f}</b> <small>bits per byte</small></p>'
     return f"{large}<p>{text(meaning)} {note(run)}</p>"
