@@ -841,41 +841,35 @@ class PackedLoader:
 class ShuffledLoader:
     """Calibration batches: plain windows of TRAIN_SEQ_LEN tokens in a random order, without documents.
 
-    PCG64 draws a phase and a permutation for each shard, then shards by the windows that they have left. Node
-    n of a binary tree counts those of nodes 2n and 2n + 1, the shards are its leaves: no draw looks at all.
+    PCG64 draws a phase and a permutation for each shard, then shards by the windows that they have left.
     """
 
     def __init__(self, paths: Sequence[Path], cfg: Config, seed: int = 0):
         self.cfg, self._paths, self._shards = cfg, paths, [read_shard(path) for path in paths]
-        self.rng, self._leaves = np.random.Generator(np.random.PCG64(seed)), 1 << len(paths).bit_length()
+        self.rng = np.random.Generator(np.random.PCG64(seed))
         self.reset()
-        if not self.left[1]:
+        if not self.left.any():
             raise DataError(f"TRAIN_SEQ_LEN={cfg.train_seq_len}: no training shard holds such a window")
 
     def reset(self) -> None:
         """Make all windows anew."""
         self.began = self.rng.bit_generator.state  # from which they can be made again
-        self._windows, self.left, length = [], [0] * 2 * self._leaves, self.cfg.train_seq_len
-        for leaf, tokens in enumerate(self._shards, self._leaves):
+        self._windows, length = [], self.cfg.train_seq_len
+        for tokens in self._shards:
             room = min(length - 1, max(0, len(tokens) - length - 1))
             phase = int(self.rng.integers(room + 1)) if room else 0
-            self.left[leaf] = max(0, (len(tokens) - 1 - phase) // length)
-            self._windows.append(phase + self.rng.permutation(self.left[leaf]) * length)
-        for node in range(2 * self._leaves - 1, 1, -1):
-            self.left[node // 2] += self.left[node]
+            count = max(0, (len(tokens) - 1 - phase) // length)
+            self._windows.append(phase + self.rng.permutation(count) * length)
+        self.left = np.array([len(windows) for windows in self._windows])
 
     def _draw(self) -> tuple[int, int]:
         """Shard and start of the next window."""
-        if not self.left[1]:
+        if not self.left.any():
             self.reset()
-        node, place = 1, int(self.rng.random() * self.left[1])
-        while node < self._leaves:
-            self.left[node] -= 1
-            node *= 2
-            if place >= self.left[node]:
-                place, node = place - self.left[node], node + 1
-        self.left[node] -= 1
-        return node - self._leaves, int(self._windows[node - self._leaves][self.left[node]])
+        ends = self.left.cumsum()
+        shard = int(np.searchsorted(ends, int(self.rng.random() * ends[-1]), "right"))
+        self.left[shard] -= 1
+        return shard, int(self._windows[shard][self.left[shard]])
 
     def draw(self, rows: int) -> list[tuple[int, int]]:
         """Shards and starts of the next windows, which are not read: they lie all over the files."""
@@ -1009,8 +1003,7 @@ def _masked_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backends
     if backends.attention == "flex":
         mask = create_block_mask(sees, None, None, len(positions), len(positions), device=q.device)
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
-    mask = sees(0, 0, positions[:, None], positions)
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, sees(0, 0, positions[:, None], positions), enable_gqa=True)
 
 
 # ---- 6. Functions that are right on every device; systems/kernels.py has fused forms for CUDA ----------
@@ -1456,9 +1449,8 @@ class BatchedLoRA(nn.Module):
 
     def draw_A(self) -> None:
         """Draw A uniform in +-1/sqrt(inputs)."""
-        for low_rank in self.maps():
-            limit = 1 / math.sqrt(low_rank.A.size(-1))
-            low_rank.A.data.uniform_(-limit, limit, generator=self._generator)
+        for A in (low_rank.A.data for low_rank in self.maps()):
+            A.uniform_(-1 / math.sqrt(A.size(-1)), 1 / math.sqrt(A.size(-1)), generator=self._generator)
 
     def draw_rows(self, seeds: Sequence[int]) -> None:
         """`draw_A`, each row by its seed: SplitMix64 (Steele et al. 2014), equal bits on all devices."""
@@ -1657,9 +1649,7 @@ def parameter_table(cfg: Config, model: GPT) -> dict[str, dict]:
 
 def lr_multiplier(frac: float, warmdown_frac: float, min_lr: float) -> float:
     """Learning-rate factor at a fraction of training: 1, then linear to 0 at the end, with a floor."""
-    if warmdown_frac <= 0 or frac < 1 - warmdown_frac:
-        return 1.0
-    return max((1 - frac) / warmdown_frac, min_lr)
+    return 1.0 if warmdown_frac <= 0 or frac < 1 - warmdown_frac else max((1 - frac) / warmdown_frac, min_lr)
 
 
 def muon_momentum(step: int, start: float, end: float, warmup_steps: int) -> float:
@@ -3210,13 +3200,11 @@ class Run:
             self.model = self.model_of_artifact(self.output("quantized_model_path"))
         self.once("count_bytes", self.count_bytes)
         self.once("quantised", lambda: self.score("quantised"))
-        if cfg.sliding_window_enabled:
+        if cfg.sliding_window_enabled or cfg.ttt_sgd:
             from systems.stream import score_stream
-
+        if cfg.sliding_window_enabled:
             self.once("sliding", lambda: score_stream(self, "sliding"))
         if cfg.ttt_enabled and cfg.ttt_sgd:
-            from systems.stream import score_stream
-
             self.once("ttt", lambda: score_stream(self, "ttt"))
         if cfg.ttt_enabled and not cfg.ttt_sgd:
             self.once("ttt", self.adapt_documents)

@@ -4,7 +4,7 @@
 
 Processor microseconds, the least of some repeats: planning test-time training (a document) and charging a
 scored chunk of 64 documents to the ledger, by validation documents (40 to 2,560); drawing a window in random
-order, by shards (1 to 800). Each is to stay what it is; a draw goes down a tree, so it grows by its levels.
+order, by shards (1 to 800). Each is to stay what it is, whatever their number.
 """
 
 import sys

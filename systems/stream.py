@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,14 +56,14 @@ class WindowLoader:
     def state(self) -> tuple[dict, dict, list[int]]:
         """Position: PCG64 as it was before the windows were made, and as it is; how many are left where."""
         windows = self._windows
-        return windows.began, windows.rng.bit_generator.state, [*windows.left]
+        return windows.began, windows.rng.bit_generator.state, windows.left.tolist()
 
     def load_state(self, state: tuple[dict, dict, list[int]]) -> None:
         """Go to a position: the windows are made again, and none of those before it is drawn."""
         windows, (began, now, left) = self._windows, state
         windows.rng.bit_generator.state = began
         windows.reset()
-        windows.rng.bit_generator.state, windows.left = now, [*left]
+        windows.rng.bit_generator.state, windows.left = now, np.array(left)
 
 
 def sliding_windows(first: int, end: int, window: int, stride: int) -> list[ChunkWindow]:
