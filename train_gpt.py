@@ -384,8 +384,7 @@ def kernel_names(text: str) -> list[str]:
     """TRITON_KERNELS as a list: 1 means all fused kernels, 0 or nothing none. Raises ConfigError."""
     chosen = {"": [], "0": [], "1": list(KERNELS)}.get(text, text.split(","))
     if not {*chosen} <= {*KERNELS}:
-        some = f"0, 1, or some of {','.join(KERNELS)} with commas between"
-        raise ConfigError(f"TRITON_KERNELS={text!r}: must be {some}")
+        raise ConfigError(f"TRITON_KERNELS={text!r}: must be 0, 1 or some of {','.join(KERNELS)}")
     return chosen
 
 
@@ -1313,7 +1312,7 @@ class GPT(nn.Module):
         weights, skips, lanes = self.weights(), [], None
         for slot, layer in enumerate(encoder + decoder):
             block, step = self.blocks[layer], slot - len(encoder)
-            adapt = None if lora is None else SlotAdapters(lora, slot)
+            adapt = None if lora is None else lora.at(slot)
             used = wanted if step == len(decoder) - 1 else None
             past = cache and cache.at(slot)
             context = BlockContext(x0, weights[layer], rope, segments, adapt, on_input, used, past)
@@ -1353,7 +1352,7 @@ class GPT(nn.Module):
 
     def _head(self, h: Tensor, lora: "BatchedLoRA | None") -> Tensor:
         """Hidden states -> logits before the softcap."""
-        return project(h, self._head_weight.to(h.dtype), "head", lora and SlotAdapters(lora, 0))
+        return project(h, self._head_weight.to(h.dtype), "head", None if lora is None else lora.at(0))
 
     def logits(self, h: Tensor, lora: "BatchedLoRA | None" = None) -> Tensor:
         """Soft-capped logits [B, T, V] of hidden states [B, T, D]."""
@@ -1416,11 +1415,6 @@ class LowRank(nn.Module):
         self.B = nn.Parameter(torch.zeros(batch, outputs, rank))
         self.factors: list[Tensor] = []  # These leaves share the memory of the last rows of A and B.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [n, T, inputs] -> [n, T, outputs] by the last n rows; the documents of the others have ended."""
-        A, B = (factor[-x.size(0) :].mT.to(x.dtype) for factor in self.factors or (self.A, self.B))
-        return x @ A @ B
-
 
 class BatchedLoRA(nn.Module):
     """Adapters: for each document of a batch one on the head and one per virtual layer and role.
@@ -1468,6 +1462,10 @@ class BatchedLoRA(nn.Module):
         for low_rank in self.maps():
             low_rank.B.data.zero_()
 
+    def at(self, slot: int) -> "SlotAdapters":
+        """The adapters of a virtual layer."""
+        return SlotAdapters(self, slot)
+
     def use_last(self, rows: int) -> list[Tensor]:
         """Compute with the adapters of the last rows only; returns their factors, leaves of the graph."""
         for low_rank in self.maps():
@@ -1481,17 +1479,21 @@ class SlotAdapters(NamedTuple):
     lora: BatchedLoRA
     slot: int
 
-    def maps(self, role: str) -> LowRank | None:
-        """The adapters of a role, where it has some."""
+    def get(self, role: str, rows: int) -> tuple[Tensor, Tensor] | None:
+        """A [rows, r, i] and scaled B [rows, o, r] of a role, if it has some; of switched off ones zeros."""
         maps = self.lora.lm_head_lora if role == "head" else getattr(self.lora, f"{role}_loras", None)
-        return maps if role == "head" or maps is None else maps[self.slot]
+        if maps is None:
+            return None
+        maps, active = maps if role == "head" else maps[self.slot], self.lora.active
+        A, B = (factor[-rows:] for factor in maps.factors or (maps.A, maps.B))
+        if active is not None and (A.is_cuda or torch.compiler.is_compiling() or not active[-rows:].all()):
+            A, B = (torch.where(active[-rows:, None, None], factor, 0.0) for factor in (A, B))
+        return A, B * self.lora.scale
 
     def __call__(self, role: str, x: Tensor) -> Tensor | float:
         """What is added to a role's product with x [n, T, inputs]."""
-        if (maps := self.maps(role)) is None:
-            return 0.0
-        y, active = self.lora.scale * maps(x), self.lora.active
-        return y if active is None else torch.where(active[-len(y) :, None, None], y, 0.0)
+        pair = self.get(role, len(x))
+        return 0.0 if pair is None else x @ pair[0].mT.to(x.dtype) @ pair[1].mT.to(x.dtype)
 
 
 class LoRAOptimizer:
@@ -2217,19 +2219,17 @@ def pack_low_rank(a: Tensor, b: Tensor, group: int, bits: int) -> tuple[tuple, d
     return (form, len(b), group), dict(zip(FORMS[form][1], arrays, strict=True))
 
 
-def quantize_tensor(
-    tensor: Tensor, scheme: Scheme, factor: HessianFactor | None, cfg: Config
-) -> QuantizedTensor:
+def quantize_tensor(x: Tensor, scheme: Scheme, factor: HessianFactor | None, cfg: Config) -> QuantizedTensor:
     """Store one tensor by its scheme; GPTQ needs the factor of its Hessian, and clips rows (PR #1394)."""
-    started, report, arrays = time.perf_counter(), {}, [tensor.half()]
+    started, report, arrays = time.perf_counter(), {}, [x.half()]
     if scheme.kind == "gptq":
-        *arrays, error = gptq(tensor, factor, scheme.bits, row_scales(tensor, scheme))
+        *arrays, error = gptq(x, factor, scheme.bits, row_scales(x, scheme))
         if not COUNTED:
             report = gptq_report(scheme, factor, error, started)
     elif cfg.gated_attn_quant_gate and scheme.kind == "int8_rows":
-        arrays = round_to_scales(tensor, len(tensor), -127, 127, 127)
+        arrays = round_to_scales(x, len(x), -127, 127, 127)
     keyed = dict(zip(FORMS[scheme.kind][1], arrays, strict=True))
-    return QuantizedTensor(scheme.kind, scheme.bits, tuple(tensor.shape), keyed, report=report)
+    return QuantizedTensor(scheme.kind, scheme.bits, tuple(x.shape), keyed, report=report)
 
 
 def gptq_report(scheme: Scheme, factor: HessianFactor, error: float, started: float) -> dict[str, float]:

@@ -211,18 +211,6 @@ class Adapted(torch.autograd.Function):
         return dy, dnarrow @ A, dnarrow.mT @ x, dy.mT @ narrow
 
 
-def factors(adapt: SlotAdapters | None, role: str, rows: int) -> tuple[Tensor, Tensor] | None:
-    """A [rows, r, i] and scaled B [rows, o, r] of a role's adapters, zeros where they are switched off."""
-    maps = adapt and adapt.maps(role)
-    if maps is None:
-        return None
-    A, B = (factor[-rows:] for factor in maps.factors or (maps.A, maps.B))
-    active = adapt.lora.active
-    if active is not None and not bool(active[-rows:].all()):
-        A, B = (torch.where(active[-rows:, None, None], factor, 0.0) for factor in (A, B))
-    return A, B * adapt.lora.scale
-
-
 def adapted(
     y: Tensor, x: Tensor, adapt: SlotAdapters | None, widths: Mapping[str, int], scale: Tensor | None = None
 ) -> Tensor:
@@ -232,7 +220,7 @@ def adapted(
     """
     As, Bs, start = [], [], 0
     for role, width in widths.items():
-        if (pair := factors(adapt, role, len(x))) is not None:
+        if adapt is not None and (pair := adapt.get(role, len(x))) is not None:
             As.append(pair[0])
             Bs.append(F.pad(pair[1], (0, 0, start, y.size(-1) - start - width)))
         start += width
@@ -287,7 +275,7 @@ class SoftcappedHead(torch.autograd.Function):
 
 def head_loss(h: Tensor, weight: Tensor, targets: Tensor, cap: float, lora: BatchedLoRA | None) -> Tensor:
     """Hidden states [B, T, D], head [V, D], targets [B, T] -> nats [B, T]."""
-    pair = factors(lora and SlotAdapters(lora, 0), "head", len(h)) or (None, None)
+    pair = (None, None) if lora is None else lora.at(0).get("head", len(h))
     return SoftcappedHead.apply(h, weight, targets, cap, *pair)
 
 
