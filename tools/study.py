@@ -2,7 +2,7 @@
 
     python tools/study.py --docs FILE --prepare                    # data of the seeds, once: data/study/
     PREQUANT_ONLY=1 python tools/study.py --arms noise,training --seeds 4   # screening, SCALE=study
-    python tools/study.py --arms storing,adapting --bytes 900000   # with quantiser and adaptation
+    python tools/study.py --arms storing,adapting --bytes 965000   # with quantiser and adaptation
     python tools/study.py --arm "slow:MATRIX_LR=0.01" --seeds 5-8  # any settings; four other seeds
     python tools/study.py --arms "fused markers" --confirm --seeds 8
     python tools/study.py --show [logs/study/NAME.json ...]        # the tables of what was run before

@@ -54,7 +54,7 @@ PARTS = (  # the record without its parts, one at a time
 )
 KEPT = {  # what became of the ideas that were measured (logs/study/)
     "fused markers": "an option of the data preparation, off",
-    "bi-Maxwell": "a switch, off",
+    "bi-Maxwell": "in `best`",
     **dict.fromkeys(("EMA-Nesterov", "row floor", "cautious decay", "slow scalars"), "removed"),
 }
 GROUPS = {"noise": NOISE, "training": TRAINING, "storing": STORING, "adapting": ADAPTING, "parts": PARTS}
