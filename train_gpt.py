@@ -2922,7 +2922,7 @@ class BaseTraining:
         model, ranks, window = self.model, self.ranks, self.cfg.eval_seq_len
         x, y, segments = packed_row(tokens[lead:], window)
         if lead:  # a segment of its own
-            x, y = (torch.cat([tokens[None, :1], part], 1) for part in (x, y))
+            x, y = (torch.cat([tokens[None, :1].to(part), part], 1) for part in (x, y))
             segments = segments._replace(cu_seqlens=F.pad(segments.cu_seqlens + 1, (1, 0)))
         with ranks.autocast():
             if not self.by_document:

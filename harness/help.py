@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import train_gpt
 from harness.rules import allowed
-from harness.settings import NO_SETTINGS, PRESETS, WITHOUT, nearest_name
+from harness.settings import NO_SETTINGS, PRESETS, SCALES, WITHOUT, nearest_name
 from systems.layout import as_set
 from train_gpt import Config, ConfigError
 
@@ -14,6 +14,7 @@ FIRST = (  # what people change first
     *("PRESET", "SEED", "DATA_PATH", "ARTIFACT_DIR", "ITERATIONS", "MAX_WALLCLOCK_SECONDS", "MATRIX_LR"),
     *("TTT_ENABLED", "CHECKPOINT_SECONDS", "AUDIT"),
 )
+SIZED = tuple(f"-{scale}" for scale in SCALES)  # how the names of what SCALE makes of presets end
 LIKE = "PRESET=demo SEED=1 python train_gpt.py"
 
 
@@ -62,11 +63,11 @@ def _about() -> str:
 def _presets() -> str:
     """What a preset is, and each in a line: what it changes, or how much."""
     lines = [
-        "PRESET=NAME is a base that explicit variables change; --show prints what it comes to. All but",
-        "`demo` are there at the demo's size and on its data, too: as NAME-demo, or with SCALE=demo.\n",
+        "PRESET=NAME is a base that explicit variables change; --show prints what it comes to. SCALE=demo",
+        "makes it as small as the demo, SCALE=study as a study, each on its own data (--help SCALE).\n",
     ]
     for name, row in PRESETS.items():
-        if name.endswith("-demo"):
+        if name.endswith(SIZED):
             continue
         changes = [f"{key.upper()}={as_set(v)}" for key, v in row.items() if v != getattr(Config, key)]
         few, many = " ".join(changes), f"{len(changes)} settings are not the record's"
