@@ -322,7 +322,7 @@ def test_training_with_one_clip_for_all(results, alone):
 def test_training_with_two_momenta(results, alone):
     single = alone["bi_maxwell"]
     check_training([result["bi_maxwell"] for result in results], single)
-    assert not torch.allclose(single["loss"], alone["train"]["loss"], rtol=1e-3), "they do nothing"
+    assert not torch.allclose(single["loss"], alone["train"]["loss"], rtol=2e-4), "they do nothing"
 
 
 @pytest.mark.parametrize("results", [4], indirect=True, ids=["4 ranks"])
