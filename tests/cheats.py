@@ -20,7 +20,7 @@ from test_smoke import environment, make_data
 import prepare_caseops_data as prepare
 from auditing.house import AuditedHouse
 from auditing.run import repository
-from scripts import CORE, sha256_of
+from scripts import sha256_of
 
 SETTINGS = {"AUDIT": 1, "RUN_ID": "tiny", "ITERATIONS": 3, "VAL_LOSS_EVERY": 3, "VAL_BATCH_TOKENS": 1 << 14}
 SETTINGS |= {"TTT_BATCH_SIZE": 4, "TTT_CHUNK_SIZE": 64, "TTT_EVAL_SEQ_LEN": 128, "GRAD_ACCUM_STEPS": 1}
@@ -64,8 +64,10 @@ class Workshop:
         """The copy is the run of a script with other text in some places, which its log does not tell."""
         sources = repository()
         for old, new in pairs:
-            assert old.encode() in sources[CORE], f"the script has no {old!r} any more: mend this cheat"
-            sources = sources | {CORE: sources[CORE].replace(old.encode(), new.encode())}
+            found = {path: text for path, text in sources.items() if old.encode() in text}
+            assert found, f"the script has no {old!r} any more: mend this cheat"
+            changed = {path: text.replace(old.encode(), new.encode()) for path, text in found.items()}
+            sources = sources | changed
         shutil.rmtree(copy.run)
         adapts = {"TTT_ENABLED": int(adapts or self.whole)}
         made = self._made.setdefault(pairs, self.folder / f"altered{len(self._made)}")
@@ -108,15 +110,13 @@ def cheat(name: str, group: str, check: str, reason: str) -> Callable:
 # -- the script
 
 SCRIPT = "script"
-LOSSES = "return softcapped_cross_entropy(self._head(h, lora), target_ids, self.cfg.logit_softcap)"
-LOSSES_ARE = (
-    "found = softcapped_cross_entropy(self._head(h, lora), target_ids, self.cfg.logit_softcap)\n        "
-)
+LOSSES = "return head_loss(h, self._head_weight, target_ids, self.cfg.logit_softcap, lora)"  # on a CPU
+LOSSES_ARE = f"{LOSSES.replace('return', 'found =')}\n            "
 SCORES = "lora is not None or not torch.is_grad_enabled()"  # and does not train
 ROWS = "rows = [random_row(cfg, self.micro_tokens, cfg.train_seq_len, generator) for _ in micro]"
 RESTORE = "        self.restore(before)\n"
 SCORED_ROW = "looping=looping).cpu()"
-CAUSAL = "is_causal=True, enable_gqa=True"
+CAUSAL = "(q, k, v, is_causal=True, enable_gqa=True)"
 LORA_LOSSES = "return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache)"
 CALIBRATION = "x, _ = loader.next(rows)\n"
 VALIDATION = '_read_stream(cfg.data_folder, "val")'
@@ -153,8 +153,8 @@ def losses_clipped(shop: Workshop, copy: Forgery) -> None:
 
 @cheat("attention one token ahead", SCRIPT, "E1", "document")
 def attention_ahead(shop: Workshop, copy: Forgery) -> None:
-    mask = "attn_mask=torch.ones(2 * [span[0].size(2)], dtype=torch.bool).tril(1), enable_gqa=True"
-    shop.altered(copy, (CAUSAL, mask))
+    mask = "torch.ones(2 * [q.size(2)], dtype=torch.bool).tril(1)"
+    shop.altered(copy, (CAUSAL, f"(q, k, v, {mask}, enable_gqa=True)"))
 
 
 EARLY = """

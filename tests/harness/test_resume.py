@@ -215,7 +215,7 @@ def test_resume_after_a_signal(tg, work, reference, run, monkeypatch, number, co
 
     def told(*arguments: object, **options: object) -> object:
         calls.append(1)
-        if len(calls) == {"step": 4, "evaluate": 2, "_score_batch": 2}[method]:
+        if len(calls) == {"step": 4, "score": 2, "_score_batch": 2}[method]:
             os.kill(os.getpid(), number)
         return original(*arguments, **options)
 
@@ -225,8 +225,8 @@ def test_resume_after_a_signal(tg, work, reference, run, monkeypatch, number, co
     done = len(calls)
     ended, output, _ = run(name, CHECKPOINT_SECONDS=1000)
     assert ended == 0 and "resumed" in output
-    again = {"step": 2, "evaluate": 0, "_score_batch": 0}[method]  # its warm-up
-    whole = {"step": 2 + 6, "evaluate": 4, "_score_batch": 4}[method]
+    again = {"step": 2, "score": 0, "_score_batch": 0}[method]  # its warm-up
+    whole = {"step": 2 + 6, "score": 5, "_score_batch": 4}[method]
     assert len(calls) - again == whole > done
     assert difference(work / name, reference) == []
 

@@ -156,7 +156,7 @@ def test_chain_is_written_while_the_run_goes_on(tg, start, judged, monkeypatch):
         seen.append((run.log.folder / "ledger.jsonl").read_text())
         seen.append(audit.chain.anchored_chain(run.log.folder))
 
-    monkeypatch.setattr(tg.Run, "adapt", looked)
+    monkeypatch.setattr(tg.Run, "adapt_documents", looked)
     monkeypatch.setattr(tg.Run, "finish", lambda run: 0)
     artifact = judged.folder / "final_model.int6.ptz"
     assert start("live", TTT_EVAL_ONLY=1, QUANTIZED_MODEL_PATH=artifact) == 0
