@@ -384,7 +384,7 @@ def kernel_names(text: str) -> list[str]:
     """TRITON_KERNELS as a list: 1 means all fused kernels, 0 or nothing none. Raises ConfigError."""
     chosen = {"": [], "0": [], "1": list(KERNELS)}.get(text, text.split(","))
     if not {*chosen} <= {*KERNELS}:
-        raise ConfigError(f"TRITON_KERNELS={text!r}: must be 0, 1 or some of {','.join(KERNELS)}")
+        raise ConfigError(f"TRITON_KERNELS={text!r}: must be 0, 1, or some of {','.join(KERNELS)}")
     return chosen
 
 

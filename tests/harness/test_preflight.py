@@ -404,7 +404,7 @@ def test_guard_refuses_weights_that_no_scheme_stores(tg, run, work, monkeypatch,
     state["tok_emb.weight"][-1, 0] = 1e6  # what is not finite, a checkpoint's reader refuses
     torch.save(state, work / "given.pt")
     if bad != 1e6:
-        monkeypatch.setattr(tg.Run, "evaluate", lambda run, stage: run.model.tok_emb.weight.data.fill_(bad))
+        monkeypatch.setattr(tg.Run, "score", lambda run, *_, **__: run.model.tok_emb.weight.data.fill_(bad))
     code, _, error = run(QUANTIZE_ONLY=1, MODEL_PATH="given.pt", ARTIFACT_DIR="unstored", TTT_ENABLED=0)
     assert code == 1 and len(error.splitlines()) == 1
     assert "tok_emb.weight holds values that are not finite, or above 65504: they cannot be stored" in error

@@ -23,7 +23,7 @@ class Windows:
         )
         return ids[:, :-1], ids[:, 1:]
 
-    def skip(self, rows):
+    def draw(self, rows):
         self.next(rows)
 
 
