@@ -20,7 +20,7 @@ from test_smoke import environment, make_data
 import prepare_caseops_data as prepare
 from auditing.house import AuditedHouse
 from auditing.run import repository
-from scripts import sha256_of
+from scripts import CORE, sha256_of
 
 SETTINGS = {"AUDIT": 1, "RUN_ID": "tiny", "ITERATIONS": 3, "VAL_LOSS_EVERY": 3, "VAL_BATCH_TOKENS": 1 << 14}
 SETTINGS |= {"TTT_BATCH_SIZE": 4, "TTT_CHUNK_SIZE": 64, "TTT_EVAL_SEQ_LEN": 128, "GRAD_ACCUM_STEPS": 1}
