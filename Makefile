@@ -14,7 +14,7 @@ LATEST = $(or $(RUN_DIR),$(shell ls -td runs/*/metrics.jsonl 2> /dev/null | head
 help:  ## this list
 	@awk -F ':.*## ' '/^##@ /{print "\n" substr($$0, 5)} /^[a-z-]+:.*## /{printf "  %-12s%s\n", $$1, $$2}' Makefile
 
-demo: $(RUN) data/demo/manifest.json  ## train, quantise, score, adapt and audit on demo data (6 minutes)
+demo: $(RUN) data/demo/manifest.json  ## train, quantise, score, adapt and audit on demo data (5 minutes)
 	@# Exit code 3: over the contest's 600 s, on a slow machine; the audit says so, and judges all else.
 	PRESET=demo $(BIN)/python train_gpt.py || test $$? -eq 3
 	@# The page needs matplotlib, which only `make report` installs. Whatever comes of it, the audit's exit code counts.
