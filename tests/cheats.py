@@ -118,7 +118,7 @@ RESTORE = "        self.restore(before)\n"
 SCORED_ROW = "looping=looping).cpu()"
 CAUSAL = "(q, k, v, is_causal=True, enable_gqa=True)"
 LORA_LOSSES = (
-    "return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache, **hints)"
+    "return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache, **tip)"
 )
 CALIBRATION = "x, _ = loader.next(rows)\n"
 VALIDATION = '_read_stream(cfg.data_folder, "val")'

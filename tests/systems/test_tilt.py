@@ -1,47 +1,19 @@
 """NGRAM_TILT: hints against a plain reading of the rule, what they may depend on, and the distributions."""
 
-import collections
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from test_ttt import LENGTHS, TINY, documents_stream, random_model, run, validation
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+from auditing.tilt import plain_hints  # noqa: E402
+
 BOS = 1
 SHORT = {"ngram_tilt": "1:1.5", "ttt_warm_start_a": False}  # contexts of one token come again in a short text
-
-
-def plain_hints(tokens, parts, order, share):
-    """The rule as its text says it: counts of what followed, by document and by earlier parts."""
-
-    def leader(table, context):
-        counts = table.get(context, {})
-        best = max(counts, key=counts.get, default=None)  # of equals the first that got there: see `note`
-        return best if best is not None and counts[best] >= share * sum(counts.values()) else None
-
-    def note(table, context, token):
-        counts = table[context]
-        counts[token] = counts.get(token, 0) + 1
-        if all(counts[token] > count for other, count in counts.items() if other != token):
-            table[context] = {token: counts.pop(token)} | counts
-
-    found, past = {}, collections.defaultdict(dict)
-    for part in parts:
-        seen = []
-        for start, length in part:
-            own, text = (
-                collections.defaultdict(dict),
-                [int(token) for token in tokens[start : start + length]],
-            )
-            for i in range(order, length):
-                context, token = tuple(text[i - order : i]), text[i]
-                hints = [leader(table, context) for table in (own, past)]
-                found[start + i - 1] = next((hint for hint in hints if hint is not None), -1)
-                note(own, context, token)
-                seen.append((context, token))
-        for context, token in seen:
-            note(past, context, token)
-    return found
 
 
 def drawn_stream(seed, documents=12):
@@ -63,11 +35,12 @@ def test_hints_are_those_of_a_plain_reading(tg, monkeypatch, order, share):
     monkeypatch.setattr("systems.tilt.SHARE", share)
     for seed in range(10):
         tokens, parts = drawn_stream(seed)
-        hints, nats = tg.find_hints(tokens, parts, {order: 1.5}, len(tokens) - 1)
-        plain = plain_hints(tokens, parts, order, share)
-        assert hints.tolist() == [plain.get(place, -1) for place in range(len(hints))]
-        assert (nats == np.where(hints < 0, 0, np.float32(1.5))).all()
-        assert order > 5 or (hints >= 0).any()
+        boosts = {order: 1.5, order + 1: 2.5}
+        hints, nats = tg.find_hints(tokens, parts, boosts, len(tokens) - 1)
+        plain = plain_hints(tokens, parts, boosts, share)
+        told = [plain.get(place, (-1, 0.0)) for place in range(len(hints))]
+        assert list(zip(hints.tolist(), nats.tolist(), strict=True)) == told
+        assert order > 5 or plain
 
 
 def test_longer_contexts_and_the_own_document_go_first(tg):
