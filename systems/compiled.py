@@ -52,7 +52,7 @@ def compile_adaptation(run: Run, documents: Iterable[Span]) -> None:
 
 
 def compiled_losses(
-    model: GPT, x: Tensor, y: Tensor, scored: Tensor, *, lora: BatchedLoRA, looping: bool, **hints: Tensor
+    model: GPT, x: Tensor, y: Tensor, scored: Tensor, lora: BatchedLoRA, looping: bool, **hints: Tensor
 ) -> Tensor:
     """`model.losses` of a chunk; adapters whose documents have ended get rows of zeros until they leave."""
     active, rows, used = lora.active, len(lora.lm_head_lora.factors[0]), len(x)
