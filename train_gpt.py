@@ -8,7 +8,6 @@ been scored.
     torchrun --standalone --nproc_per_node=8 train_gpt.py        # the record run: nothing set = PR #1851
     python train_gpt.py                                          # the same on one GPU
     PRESET=demo python train_gpt.py                              # minutes on a laptop's CPU (see `make demo`)
-    PRESET=pr1667 SCALE=demo python train_gpt.py                 # another published system at that size
     python train_gpt.py --help [TOPIC] | --show [--json]         # the settings | the resolved ones
 
 A reader can stop at any banner (# ----) and have understood what is above it. harness/ watches over a run,
@@ -83,7 +82,6 @@ def one_line(error: Exception) -> str:
 
 
 # ---- 2. Configuration ----------------------------------------------------------------------------------
-#
 # Every setting is a field of `Config`: type and range, default, and a line of help (`--help` prints it). Its
 # environment variable is the field's name in capitals. Defaults are the record, PR #1851.
 
@@ -254,6 +252,7 @@ class Config:
     ttt_chunk_size: Count = 48  # targets scored before each adaptation step
     ttt_chunk_by_length: str = ""  # smaller chunks up to lengths in targets: 256:8,2000:24 (PR #2014)
     ttt_eval_seq_len: Count = 2048  # longest window behind a chunk's end
+    ngram_tilt: str = ""  # nats towards what followed the same ORDER tokens before: 16:2.62 (PR #1514)
     ttt_cache_window: Whole = 0  # compute this many tokens anew, cache the keys before; 0: all (exact)
     ttt_lora_rank: Count = 96  # rank of the adapters
     ttt_lora_alpha: Positive = 144.0  # their output is scaled by alpha / rank
@@ -407,7 +406,6 @@ def chunk_size(cfg: Config, targets: int) -> int:
 
 
 # ---- 3. Runtime: the device, the log, the clock --------------------------------------------------------
-#
 # Libraries take seconds to load. So harness/ answers `--help`, and what is wrong with the settings, before.
 
 if __name__ == "__main__" and not COUNTED:
@@ -1368,10 +1366,15 @@ class GPT(nn.Module):
         lora: "BatchedLoRA | None" = None,
         scored: Tensor | None = None,
         cache: object | None = None,
+        hints: object | None = None,
     ) -> Tensor:
         """Cross entropy (nats) of each target [B, T]; with `scored` [B, n] only at those positions."""
         h = self.hidden(input_ids, segments, looping=looping, lora=lora, wanted=scored, cache=cache)
         target_ids = target_ids if scored is None else target_ids.gather(1, scored)
+        if self.cfg.ngram_tilt and hints is not None:
+            from systems.tilt import tilted_losses
+
+            return tilted_losses(self, h, target_ids, lora, hints)
         if lora is None and "loss" in self.backends.kernels:
             from systems.kernels import fused_cross_entropy
 
@@ -1781,8 +1784,7 @@ class Trainer(Worker):
             self.muon.param_groups[0]["weight_decay"] = decay
         loss, norm = self._accumulate_gradients(batches)
         clock = torch.full_like(loss, elapsed if self.ranks.is_main else 0.0)
-        stop = torch.full_like(loss, float(self.ranks.stop_signal > 0))
-        measured = torch.stack([loss, norm, clock, stop])
+        measured = torch.stack([loss, norm, clock, torch.full_like(loss, float(self.ranks.stop_signal > 0))])
         slices, scale = self._exchange_gradients(measured)
         measured = torch.cat([measured, (loss + norm)[None]])
         finite = torch.isfinite(measured).all()
@@ -1798,8 +1800,7 @@ class Trainer(Worker):
     def _accumulate_gradients(self, batches: Sequence[Batch] | None) -> tuple[Tensor, Tensor]:
         """Leave the mean gradient of the rank's micro-batches in `.grad`; return mean loss and gradient norm.
 
-        Each micro-batch is clipped by itself, as on each of eight published ranks, so that the number of
-        ranks does not matter (or none is, CLIP_GLOBAL=1).
+        Each micro-batch is clipped by itself, as on eight published ranks (none is with CLIP_GLOBAL=1).
         """
         limit = math.inf if self.cfg.clip_global else self.cfg.grad_clip_norm or math.inf
         loss_sum, norm_sum = torch.zeros(2, device=self.ranks.device)
@@ -1808,8 +1809,7 @@ class Trainer(Worker):
             x, y, segments = self.loader.next() if batches is None else batches[micro]
             with self.ranks.autocast():
                 batch = self.ranks.send(x, y, segments, self.model.backends.compiler)
-                losses = self.model(*batch, looping=self.looping)
-            loss = losses.mean()
+                loss = self.model(*batch, looping=self.looping).mean()
             loss.backward()
             loss_sum += loss.detach()
             norm_sum += nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -2289,7 +2289,6 @@ def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) ->
 
 
 # ---- 12. Artifact: a container without anything executable ---------------------------------------------
-#
 # magic, version, codec (1 byte each after the magic) | header length u32 | sha256 of what follows | header:
 # compressed JSON (model settings; name, kind, bits, shape, correction of each tensor; key and packed length
 # of each stream) | streams: all arrays of one key, concatenated in the tensors' order and compressed. With
@@ -2577,8 +2576,6 @@ ChunkWindow = namedtuple("ChunkWindow", "start length offset targets")
 
 def select_documents(documents: Sequence[Span], fraction: float, seed: int) -> list[Span]:
     """A random sample of the documents, in their order; all of them for fraction 1."""
-    if fraction >= 1:
-        return list(documents)
     count = max(1, round(len(documents) * fraction))
     return [documents[i] for i in sorted(random.Random(seed).sample(range(len(documents)), count))]
 
@@ -2592,14 +2589,12 @@ def ttt_batches(documents: Sequence[Document], cfg: Config, first: int = 0) -> l
 
         parts = chunk_groups(by_length, cfg)
     batches = [part[start : start + size] for part in parts for start in range(0, len(part), size)]
-    batches = [TTTBatch(index, batch) for index, batch in enumerate(batches, first)]
-    return sorted(batches, key=lambda batch: -batch.targets)
+    return sorted(itertools.starmap(TTTBatch, enumerate(batches, first)), key=lambda batch: -batch.targets)
 
 
 def phase_boundaries(prefix_docs: int, num_phases: int, num_docs: int) -> list[int]:
     """Numbers of scored documents at which the base weights are trained; an empty phase is none."""
-    prefix = min(prefix_docs, num_docs)
-    return [count for i in range(num_phases) if (count := prefix * (i + 1) // num_phases)]
+    return [count for i in range(num_phases) if (count := min(prefix_docs, num_docs) * (i + 1) // num_phases)]
 
 
 def chunk_window(chunk: int, targets: int, size: int, max_window: int, uncached: int = 0) -> ChunkWindow:
@@ -2698,6 +2693,11 @@ class ScoreFirstTTT(Evaluation):
         if not self.phases + self._batches:
             self.watch.see("start", boundaries=self.boundaries)
         parts = split_at_boundaries(self.batches, self.boundaries)
+        if self.cfg.ngram_tilt:
+            from systems.tilt import Tilt
+
+            self.tilt = Tilt(self)
+            parts = self.tilt.parts
         while self.phases < len(parts):
             if self.cfg.ttt_warm_start_a and self._reusable is None:
                 self._reusable = self._new_lora(range(self.cfg.ttt_batch_size))
@@ -2801,8 +2801,7 @@ class ScoreFirstTTT(Evaluation):
         chunks = [[float(loss_sum), byte_sum, tokens] for loss_sum, byte_sum, tokens in sums]
         for chunk in chunks:
             self.meter.add_sums(*chunk)
-        diverged = int((~lora.active).sum())
-        self.diverged += diverged
+        self.diverged += (diverged := int((~lora.active).sum()))
         totals = dict(zip(("loss_sum", "byte_sum", "token_count"), self.meter.sums, strict=True))
         facts = totals | {"chunks": chunks, "lora": lora, "batch": batch, "diverged": diverged}
         self.watch.see("batch_done", batch_number=batch.index, **facts)
@@ -2828,12 +2827,13 @@ class ScoreFirstTTT(Evaluation):
 
     def _losses(self, part: ChunkBatch, lora: BatchedLoRA, cache: object | None) -> Tensor:
         x, y, scored = (self.ranks.put(tensor) for tensor in (part.x, part.y, part.scored))
+        tip = {"hints": self.tilt.hints_of(part, self.ranks)} if self.cfg.ngram_tilt else {}
         with self.ranks.autocast():
             if self.model.backends.compiler and torch.is_grad_enabled() and not cache:
                 from systems.compiled import compiled_losses
 
-                return compiled_losses(self.model, x, y, scored, lora, self.looping)
-            return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache)
+                return compiled_losses(self.model, x, y, scored, lora, self.looping, **tip)
+            return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache, **tip)
 
     def _adapt(self, part: ChunkBatch, optimizer: LoRAOptimizer, losses: Tensor, cache: object) -> None:
         """Optimiser steps on a scored chunk; the first takes the gradient of the scoring pass itself."""
@@ -3214,7 +3214,7 @@ class Run:
 def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
     parts = "plain_windows:stream sliding_window_enabled:stream ttt_sgd:stream fit_bytes:fit_bytes"
-    parts += " gptq_drift_batches:drift ttt_cache_window:cache ttt_chunk_by_length:chunks"
+    parts += " gptq_drift_batches:drift ttt_cache_window:cache ttt_chunk_by_length:chunks ngram_tilt:tilt"
     parts += " muon_bi_maxwell:bi_maxwell caseops_enabled:plain_text quantizer:trellis"
     pairs = (pair.split(":") for pair in parts.split())
     needed = {name: part for name, part in pairs if getattr(cfg, name) != getattr(Config, name)}

@@ -35,6 +35,7 @@ REPLACED = {
     ("TTT_SGD", 1): "stream",
     ("TTT_CACHE_WINDOW", 32): "cache",
     ("TTT_CHUNK_BY_LENGTH", "60:8"): "chunks",
+    ("NGRAM_TILT", "2:1"): "tilt",
     ("TRITON_KERNELS", "loss"): "kernels",
     ("ATTENTION_BACKEND", "fa3"): "fa3",
     ("ATTENTION_BACKEND", "fa4"): "fa4",

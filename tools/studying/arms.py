@@ -38,6 +38,7 @@ STORING = (  # at equal bytes: --bytes
 )
 ADAPTING = (
     _arm("no LoRA on Q and V", "TTT_Q_LORA=0 TTT_V_LORA=0", "PR #1953", "artifact"),
+    _arm("n-gram tilt", "NGRAM_TILT=16:2.62", "PR #1514", "artifact"),
     _arm("chunks by length", "TTT_CHUNK_BY_LENGTH=256:8,2000:24", "PR #2014", "artifact"),
 )
 EIGHTH = "GPTQ_CALIBRATION_BATCHES=1 TRAIN_BATCH_TOKENS=2048 GRAD_ACCUM_STEPS=1"
