@@ -26,7 +26,8 @@ def _arm(name: str, text: str, source: str, start: str = "", data: str = "") -> 
 NOISE = (Arm("null", {}, "the control once more"), Arm(OTHER_BATCHES, {}, "the control on other documents"))
 TRAINING = (  # what past systems of the lineage and of its neighbours do otherwise
     _arm("fused markers", "", "PR #2109", data="fused"),
-    _arm("bi-Maxwell", "MUON_BI_MAXWELL=1", "modded-nanogpt #340"),
+    _arm("four momenta", "MUON_MAXWELL=1", "modded-nanogpt #357"),
+    _arm("prefix targets", "PREFIX_LOSS=0.25", "modded-nanogpt #337"),
     _arm("hyperparameters of pr1855", "WARMDOWN_FRAC=0.85 BETA2=0.99", "PR #1855"),
     _arm("rate 0.028", "MATRIX_LR=0.028", "PR #1925"),
     _arm("query gain 5.25", "QK_GAIN_INIT=5.25", "PR #1953"),
