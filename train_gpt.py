@@ -75,12 +75,6 @@ class ArtifactError(UserError):
     """A model file that is truncated, corrupted or foreign."""
 
 
-def one_line(error: Exception) -> str:
-    """What an exception of a foreign library says, short: a compiler tells the cause at the end."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 200 else f"{text[:60]} ... {text[-135:]}"
-
-
 # ---- 2. Configuration ----------------------------------------------------------------------------------
 # Every setting is a field of `Config`: type and range, default, and a line of help (`--help` prints it). Its
 # environment variable is the field's name in capitals. Defaults are the record, PR #1851.
@@ -790,7 +784,8 @@ class PackedLoader:
     def __init__(self, paths: Sequence[Path], cfg: Config, ranks: Ranks, micro_tokens: int, group: int = 0):
         self.cfg, self._ranks, self._paths = cfg, ranks, list(paths)
         self._span, self._group = micro_tokens + 1, group or ranks.world_size
-        self._need, shards = self._group * self._span, map(read_shard, self._paths)
+        self._need = self._group * self._span
+        shards = map(read_shard, self._paths)
         largest = max((len(tokens) - self._first_bos(tokens) for tokens in shards), default=0)
         if largest < self._need:
             where = self._paths[0].with_name("fineweb_train_*") if self._paths else "no shards"
@@ -1300,7 +1295,8 @@ class GPT(nn.Module):
         `parallel_start_layer` on are parallel. A slot is the index of a virtual layer, so looped layers have
         one set of adapters for each pass.
         """
-        cfg, first = self.cfg, cache.first if cache else 0
+        cfg = self.cfg
+        first = cache.first if cache else 0
         x = x0 = self.embed(input_ids)[:, first > 0 :]
         rope = rope_tables(cfg, x.size(1), x.device, first)
         encoder, decoder = layer_order(cfg, looping)
