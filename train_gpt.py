@@ -202,7 +202,6 @@ class Config:
     beta1: Beta = 0.9  # AdamW's decay of the mean gradient
     beta2: Beta = 0.95  # AdamW's decay of the mean squared gradient
     adam_eps: Positive = 1e-8  # AdamW's addend in the denominator
-    prefix_loss: Share = 0.0  # first weight of a second target, the next piece's longest prefix (mn- #337)
     grad_clip_norm: Amount = 0.3  # global gradient norm; 0: no clipping
     clip_global: bool = False  # clip the averaged gradient; 0: each micro-batch's (eight published ranks do)
     ema_decay: Beta = 0.9965  # average of all state, what is evaluated and quantised
@@ -319,7 +318,9 @@ class Config:
 
 def base_type(annotation: object) -> type:
     """The plain type of a setting: bool, int, float or str."""
-    return str if get_origin(annotation) is Literal else (get_args(annotation) or [annotation])[0]
+    if get_origin(annotation) is Literal:
+        return str
+    return get_args(annotation)[0] if get_args(annotation) else annotation
 
 
 def parse_setting(name: str, text: str, annotation: object) -> object:
@@ -734,7 +735,8 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
 def read_shard(path: Path) -> np.ndarray:
     """Tokens of a shard, uint16, memory-mapped. Raises DataError unless header and size fit exactly."""
     try:
-        header, size = np.fromfile(path, "<i4", SHARD_HEADER_INTS), path.stat().st_size
+        header = np.fromfile(path, "<i4", SHARD_HEADER_INTS)
+        size = path.stat().st_size
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if len(header) < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -1231,7 +1233,6 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, backends: Backends = Backends()):
         super().__init__()
         self.cfg, self.backends = cfg, backends
-        self.prefixes: Callable | None = None  # adds second targets while it trains (PREFIX_LOSS)
         layers, dim, skips = cfg.num_layers, cfg.model_dim, num_skips(cfg)
         kv_dim = cfg.num_kv_heads * cfg.head_dim
         self.qo_bank = nn.Parameter(torch.cat([_orthogonal(layers, dim, dim), torch.zeros(layers, dim, dim)]))
@@ -1303,8 +1304,9 @@ class GPT(nn.Module):
         weights, skips, lanes = self.weights(), [], None
         for slot, layer in enumerate(encoder + decoder):
             block, step = self.blocks[layer], slot - len(encoder)
-            adapt, past = lora and lora.at(slot), cache and cache.at(slot)
+            adapt = None if lora is None else lora.at(slot)
             used = wanted if step == len(decoder) - 1 else None
+            past = cache and cache.at(slot)
             context = BlockContext(x0, weights[layer], rope, segments, adapt, on_input, used, past)
             parallel = 0 < cfg.parallel_start_layer <= layer
             if step < 0:
@@ -1370,15 +1372,12 @@ class GPT(nn.Module):
         if lora is None and "loss" in self.backends.kernels:
             from systems.kernels import fused_cross_entropy
 
-            nats = fused_cross_entropy(h, self._head_weight, target_ids, self.cfg.logit_softcap)
-        elif "eager" in self.backends.kernels:
+            return fused_cross_entropy(h, self._head_weight, target_ids, self.cfg.logit_softcap)
+        if "eager" in self.backends.kernels:
             from systems.eager import head_loss
 
-            nats = head_loss(h, self._head_weight, target_ids, self.cfg.logit_softcap, lora)
-        else:
-            nats = softcapped_cross_entropy(self._head(h, lora), target_ids, self.cfg.logit_softcap)
-        second = self.prefixes if self.cfg.prefix_loss else None
-        return second(nats, h, self._head_weight, target_ids) if second else nats
+            return head_loss(h, self._head_weight, target_ids, self.cfg.logit_softcap, lora)
+        return softcapped_cross_entropy(self._head(h, lora), target_ids, self.cfg.logit_softcap)
 
     def forward(self, *batch: object, **options: object) -> Tensor:
         """`losses`, compiled where `Backends.move_and_compile` compiles."""
@@ -1551,7 +1550,8 @@ def newton_schulz(
     """Orthogonalise matrices [..., rows, columns] in bfloat16: X <- a X + (b A + c A A) X, A = X X^T."""
     x = matrices.bfloat16()
     tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
+    if tall:
+        x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in coefficients[:steps]:
         gram = x @ x.mT
@@ -1737,7 +1737,8 @@ class Trainer(Worker):
         self.reports: list[StepReport] = []  # of the last two steps
         self.capped = cfg.max_wallclock_seconds > 0
         self.total = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if self.capped else cfg.iterations
-        parameters, groups = dict(model.named_parameters()), {}
+        parameters = dict(model.named_parameters())
+        groups = {}
         for name, row in parameter_table(cfg, model).items():
             group = {"params": []} | row
             groups.setdefault(group.pop("optimizer"), group)["params"].append(parameters[name])
@@ -1747,10 +1748,6 @@ class Trainer(Worker):
             from systems.maxwell import MaxwellMuon
 
             kind = MaxwellMuon
-        if cfg.prefix_loss:
-            from systems.prefix_loss import Prefixes
-
-            model.prefixes = Prefixes(cfg, ranks.device)
         self.muon = kind(**groups.pop("muon"), **options)
         self.adamw = torch.optim.AdamW(list(groups.values()), fused=True)
         self._small = [p for group in groups.values() for p in group["params"]]  # averaged as one buffer
@@ -1779,11 +1776,10 @@ class Trainer(Worker):
             late = max(0.0, frac - cfg.wd_taper_start_frac) / (1 - cfg.wd_taper_start_frac)
             decay = self.muon.defaults["weight_decay"] * (1 - late * (1 - cfg.wd_taper_final_mult))
             self.muon.param_groups[0]["weight_decay"] = decay
-        if cfg.prefix_loss:
-            self.model.prefixes.fall(frac)
         loss, norm = self._accumulate_gradients(batches)
-        told = elapsed if self.ranks.is_main else 0.0, float(self.ranks.stop_signal > 0)
-        measured = torch.stack([loss, norm, *(torch.full_like(loss, value) for value in told)])
+        clock = torch.full_like(loss, elapsed if self.ranks.is_main else 0.0)
+        stop = torch.full_like(loss, float(self.ranks.stop_signal > 0))
+        measured = torch.stack([loss, norm, clock, stop])
         slices, scale = self._exchange_gradients(measured)
         measured = torch.cat([measured, (loss + norm)[None]])
         finite = torch.isfinite(measured).all()
@@ -1808,7 +1804,8 @@ class Trainer(Worker):
             x, y, segments = self.loader.next() if batches is None else batches[micro]
             with self.ranks.autocast():
                 batch = self.ranks.send(x, y, segments, self.model.backends.compiler)
-                loss = self.model(*batch, looping=self.looping).mean()
+                losses = self.model(*batch, looping=self.looping)
+            loss = losses.mean()
             loss.backward()
             loss_sum += loss.detach()
             norm_sum += nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -1937,7 +1934,8 @@ class Trainer(Worker):
         self.model.load_state_dict(snapshot["model"])
         self.muon.load_state_dict(copy_tensors(snapshot["muon"]))
         self.adamw.load_state_dict(copy_tensors(snapshot["adamw"]))
-        self.ema.averages, self.looping = copy_tensors(snapshot["ema"]), snapshot["looping"]
+        self.ema.averages = copy_tensors(snapshot["ema"])
+        self.looping = snapshot["looping"]
         self.loader.load_state(snapshot["loader"])
 
 
@@ -3213,7 +3211,7 @@ def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
     parts = "plain_windows:stream sliding_window_enabled:stream ttt_sgd:stream fit_bytes:fit_bytes"
     parts += " gptq_drift_batches:drift ttt_cache_window:cache ttt_chunk_by_length:chunks ngram_tilt:tilt"
-    parts += " muon_maxwell:maxwell prefix_loss:prefix_loss caseops_enabled:plain_text quantizer:trellis"
+    parts += " muon_maxwell:maxwell caseops_enabled:plain_text quantizer:trellis"
     pairs = (pair.split(":") for pair in parts.split())
     needed = {name: part for name, part in pairs if getattr(cfg, name) != getattr(Config, name)}
     chosen = {"ans": "ans", "fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"}
