@@ -1,0 +1,225 @@
+/* What data preparation does to every byte of its texts; `words.py` compiles, loads and explains it.
+
+Texts lie in one buffer, 0xFF before each and behind the last: no UTF-8 holds that byte, so that it ends every
+loop. All functions write into buffers of the caller, who knows how much they can need. */
+
+#include <stdint.h>
+#include <string.h>
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint64_t u64;
+
+enum { LONGEST = 256 };  /* characters of a word that is merged here: the time grows with their square */
+enum { LONGEST_KNOWN = 23, AHEAD = 32 };  /* bytes of a word that is remembered; words looked up at once */
+enum { TITLE = 0x81, ALLCAPS, CAPNEXT, ESC };  /* operators are 0xEE 0x80 and one of these */
+
+static int is_upper(u8 byte) { return (u8)(byte - 'A') < 26; }
+static int is_letter(u8 byte) { return (u8)((byte | 32) - 'a') < 26; }
+static int is_printable(u8 byte) { return byte > ' ' && byte < 0x7F; }
+static int is_operator(const u8 *at) { return at[0] == 0xEE && at[1] == 0x80 && at[2] >= TITLE && at[2] <= ESC; }
+
+static u8 *put_operator(u8 *out, u8 operator) {
+    *out++ = 0xEE, *out++ = 0x80, *out++ = operator;
+    return out;
+}
+
+/* CaseOps of texts, as `lossless_caps.encode_utf8`: at most four times their bytes. Returns how many. */
+int64_t caps(const u8 *in, int64_t size, u8 *out) {
+    const u8 *end = in + size, *next;
+    u8 *first = out;
+    while (in < end) {
+        if (!is_letter(*in)) {
+            if (is_operator(in)) {  /* reads no further than the 0xFF at the end */
+                out = put_operator(out, ESC);
+                *out++ = *in++, *out++ = *in++;
+            }
+            *out++ = *in++;
+            continue;
+        }
+        int64_t capitals = 0;
+        for (next = in; is_letter(*next); next++) capitals += is_upper(*next);
+        int all = capitals > 1 && capitals == next - in;
+        if (all) out = put_operator(out, ALLCAPS);
+        for (const u8 *letter = in; letter < next; letter++) {
+            if (is_upper(*letter) && !all) out = put_operator(out, letter == in ? TITLE : CAPNEXT);
+            *out++ = *letter | 32;
+        }
+        in = next;
+    }
+    return out - first;
+}
+
+/* A BPE model: symbols are its pieces, and behind them the bytes for characters that are in no piece. */
+typedef struct { u64 pair; int32_t rank, merged; } Merge;  /* pair: left << 32 | right; rank < 0: free */
+typedef struct { u64 key[3]; u16 count, tokens[19]; } Word;  /* key: the bytes, in the last one their number */
+typedef struct {
+    const int32_t *ascii, *quotes, *operators;  /* (256,) symbols by (last) byte; -1: left to SentencePiece */
+    Merge *merges;  /* by hash */
+    const u16 *tokens, *sizes;  /* by symbol its token, by token the bytes of text that it carries */
+    Word *words;  /* by hash, the last one that came */
+    int64_t merge_mask, word_mask, joins, bos;
+} Model;
+
+/* A word that is left to SentencePiece, and where in the tokens those of it are missing. */
+typedef struct { int64_t start, length, place, more; } Missing;
+
+static u64 mixed(u64 value) {
+    value *= 0x9E3779B97F4A7C15;
+    return value ^ value >> 32;
+}
+
+static Merge *slot_of(Merge *merges, u64 mask, u64 pair) {
+    u64 slot = mixed(pair) & mask;
+    while (merges[slot].rank >= 0 && merges[slot].pair != pair) slot = (slot + 1) & mask;
+    return merges + slot;
+}
+
+/* Put merges into an empty table of more slots than there are, a power of two: mask is one less. */
+void fill(Merge *merges, int64_t mask, const Merge *known, int64_t count) {
+    for (int64_t i = 0; i <= mask; i++) merges[i].rank = -1;
+    for (int64_t i = 0; i < count; i++) *slot_of(merges, mask, known[i].pair) = known[i];
+}
+
+static const Merge *find(const Model *model, u64 left, u64 right) {
+    return slot_of(model->merges, model->merge_mask, left << 32 | right);
+}
+
+/* Merge the symbols of a word: always the pair of the lowest rank, of equal ones the first. Returns how many. */
+static int merge_all(const Model *model, int32_t *symbols, int count) {
+    const Merge *merges[LONGEST];
+    for (int i = 0; i + 1 < count; i++) merges[i] = find(model, symbols[i], symbols[i + 1]);
+    for (;;) {
+        int best = -1;
+        for (int i = 0; i + 1 < count; i++)
+            if (merges[i]->rank >= 0 && (best < 0 || merges[i]->rank < merges[best]->rank)) best = i;
+        if (best < 0) return count;
+        symbols[best] = merges[best]->merged;
+        count--;
+        memmove(symbols + best + 1, symbols + best + 2, (count - best - 1) * sizeof *symbols);
+        memmove(merges + best, merges + best + 1, (count - best) * sizeof *merges);
+        if (best) merges[best - 1] = find(model, symbols[best - 1], symbols[best]);
+        if (best + 1 < count) merges[best] = find(model, symbols[best], symbols[best + 1]);
+    }
+}
+
+/* The symbol of the character at a place, and the bytes that it has. */
+static int32_t symbol(const Model *model, const u8 *at, int *size) {
+    *size = 1;
+    if (*at < 0x80) return model->ascii[*at];
+    *size = 3;
+    if (at[0] == 0xE2 && at[1] == 0x80) return model->quotes[at[2]];
+    return at[0] == 0xEE && at[1] == 0x80 ? model->operators[at[2]] : -1;
+}
+
+/* Tokens of one word; -1 if that is left to SentencePiece. */
+static int word_tokens(const Model *model, const u8 *word, int64_t length, u16 *tokens) {
+    int32_t symbols[LONGEST];
+    int count = 0, size;
+    for (int64_t at = 0; at < length; at += size) {
+        int32_t found = symbol(model, word + at, &size);
+        if (found < 0 || count == LONGEST || (model->joins && at && word[at] == ' ')) return -1;
+        symbols[count++] = found;
+    }
+    count = merge_all(model, symbols, count);
+    for (int i = 0; i < count; i++) tokens[i] = model->tokens[symbols[i]];
+    return count;
+}
+
+/* A word in its text: `more` is the white space before its own. `known`: where its tokens are remembered. */
+typedef struct { const u8 *start; int64_t length, more; u64 key[3]; Word *known; } Cut;
+
+/* A word of which the memory is on its way. Bytes behind the word are read, up to 24 from its start. */
+static Cut cut(const Model *model, const u8 *start, int64_t length, int64_t more) {
+    Cut own = {.start = start, .length = length, .more = more};
+    if (length > LONGEST_KNOWN) return own;
+    memcpy(own.key, start, sizeof own.key);
+    for (int i = 0; i < 3; i++) {
+        int64_t rest = length - 8 * i;
+        if (rest < 8) own.key[i] = rest <= 0 ? 0 : own.key[i] & (((u64)1 << 8 * rest) - 1);
+    }
+    own.key[2] |= (u64)length << 56;
+    own.known = model->words + (mixed(own.key[0] ^ mixed(own.key[1] ^ mixed(own.key[2]))) & model->word_mask & ~1);
+    __builtin_prefetch(own.known);
+    return own;
+}
+
+/* Tokens of a word, remembered or made now; -1 if it is left to SentencePiece. Up to 19 behind are written to. */
+static int known_tokens(const Model *model, const Cut *word, u16 *tokens) {
+    Word *known = word->known;
+    int second = known && memcmp(known->key, word->key, sizeof word->key);
+    if (known && !(second && memcmp(known[1].key, word->key, sizeof word->key))) {
+        memcpy(tokens, known[second].tokens, sizeof known->tokens);
+        return known[second].count;
+    }
+    int count = word_tokens(model, word->start, word->length, tokens);
+    if (known && count >= 0 && count <= 19) {  /* in place of the older one of two */
+        known[1] = known[0];
+        memcpy(known->key, word->key, sizeof word->key);
+        memcpy(known->tokens, tokens, sizeof *tokens * count);
+        known->count = count;
+    }
+    return count;
+}
+
+static int is_quote(const u8 *at) {  /* or a dash: U+2013, U+2014, U+2018, U+2019, U+201C, U+201D */
+    static const u8 last[] = {0x93, 0x94, 0x98, 0x99, 0x9C, 0x9D};
+    return at[0] == 0xE2 && at[1] == 0x80 && memchr(last, at[2], sizeof last);
+}
+
+static int is_space(const Model *model, u8 byte) {
+    return byte == ' ' || (model->joins && (byte == '\t' || byte == '\n' || byte == '\f' || byte == '\r'));
+}
+
+/* Tokens of texts, BOS before each, without those of words that are left to SentencePiece.
+
+raw: is written to, and has 32 bytes behind the last 0xFF. tokens: has room for one a byte, and 32.
+carried: the bytes of CaseOps text that each token carries, or none. ends: of each text's tokens.
+Returns how many words are missing. */
+int64_t encode(const Model *model, u8 *raw, int64_t size, u16 *tokens, int64_t *carried, int64_t *ends,
+               Missing *missing) {
+    int64_t place = 0, absent = 0;
+    int ahead = 0;
+    Cut cuts[AHEAD];
+    const u8 *last = raw + size - 1;
+    for (u8 *at = raw; at < last;) {
+        u8 *start = ++at, *end = memchr(at, 0xFF, last + 1 - at), *next = end;
+        if (carried) carried[place] = 0;
+        tokens[place++] = model->bos;
+        while (model->joins && start < end && is_space(model, *start)) start++;
+        while (model->joins && start < end && is_space(model, end[-1])) end--;
+        int64_t more = 0;  /* white space before the word, but for the one byte that belongs to it */
+        for (at = start; start < end;) {
+            u8 *stop = end, *after = end;
+            for (; at < end; at++) {
+                if (!is_space(model, *at)) continue;
+                for (after = at + 1; model->joins && is_space(model, *after);) after++;
+                int begins = is_printable(*after) || is_quote(after) || is_operator(after);
+                if (begins && at > start && (is_printable(at[-1]) || (at - start >= 3 && is_quote(at - 3)))) {
+                    stop = at;
+                    break;
+                }
+                at = after - 1;
+            }
+            cuts[ahead++] = cut(model, start, stop - start, more);
+            for (Cut *word = cuts; (ahead == AHEAD || stop == end) && word < cuts + ahead; word++) {
+                int count = known_tokens(model, word, tokens + place);
+                if (count < 0) {
+                    missing[absent++] = (Missing){word->start - raw, word->length, place, word->more};
+                    continue;
+                }
+                for (int i = 0; carried && i < count; i++) carried[place + i] = model->sizes[tokens[place + i]];
+                if (carried) carried[place] += word->more;
+                place += count;
+            }
+            if (ahead == AHEAD || stop == end) ahead = 0;
+            if (stop == end) break;
+            more = after - stop - 1;
+            start = after - 1, at = after;
+            *start = ' ';
+        }
+        *ends++ = place;
+        at = next;
+    }
+    return absent;
+}
