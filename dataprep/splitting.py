@@ -1,5 +1,6 @@
 """Texts cut into words whose tokens do not depend on what is around them, and the tokens of those."""
 
+import functools
 import struct
 from collections.abc import Iterator, Sequence
 
@@ -78,6 +79,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
         at += size
 
 
+@functools.lru_cache(4)
 def pieces_of_model(model: bytes) -> list[tuple[str, float, int]]:
     """Text, score and type of each piece of a serialized SentencePiece model; the library tells no types."""
     pieces = []

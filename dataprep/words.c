@@ -10,6 +10,8 @@ typedef uint8_t u8;
 typedef uint16_t u16;
 typedef uint64_t u64;
 
+static const u64 FACTOR = 0x9E3779B97F4A7C15;
+
 enum { LONGEST = 256 };  /* characters of a word that is merged here: the time grows with their square */
 enum { LONGEST_KNOWN = 23, AHEAD = 32 };  /* bytes of a word that is remembered; words looked up at once */
 enum { TITLE = 0x81, ALLCAPS, CAPNEXT, ESC };  /* operators are 0xEE 0x80 and one of these */
@@ -50,6 +52,55 @@ int64_t caps(const u8 *in, int64_t size, u8 *out) {
     return out - first;
 }
 
+/* UTF-8 without white space, as `str.split` sees it, and without 0xFF. Returns how many bytes. */
+int64_t bare(const u8 *in, int64_t size, u8 *out) {
+    const u8 *end = in + size;
+    u8 *first = out;
+    while (in < end) {
+        int spaces = 0;
+        if (*in <= ' ') {
+            spaces = *in == ' ' || (*in >= 9 && *in <= 13) || (*in >= 28 && *in <= 31);
+        } else if (*in == 0xC2) {  /* U+0085, U+00A0 */
+            spaces = 2 * (in[1] == 0x85 || in[1] == 0xA0);
+        } else if (*in == 0xE1) {  /* U+1680 */
+            spaces = 3 * (in[1] == 0x9A && in[2] == 0x80);
+        } else if (*in == 0xE2 && in[1] == 0x80) {  /* U+2000 to U+200A, U+2028, U+2029, U+202F */
+            spaces = 3 * (in[2] <= 0x8A || in[2] == 0xA8 || in[2] == 0xA9 || in[2] == 0xAF);
+        } else if (*in == 0xE2 || *in == 0xE3) {  /* U+205F, U+3000 */
+            spaces = 3 * (in[1] == (*in == 0xE2 ? 0x81 : 0x80) && in[2] == (*in == 0xE2 ? 0x9F : 0x80));
+        }
+        if (!spaces) *out++ = *in;
+        in += spaces ? spaces : 1;
+    }
+    return out - first;
+}
+
+/* Hash of each document, as `leaks.document_hashes`: ends are where the documents do. */
+void hashes(const u16 *tokens, const int64_t *ends, int64_t count, const u64 *values, u64 *out) {
+    for (int64_t at = 0; count--; out++, ends++) {
+        *out = 0;
+        for (u64 power = 1; at < *ends; power *= FACTOR) *out += values[tokens[at++]] * power;
+    }
+}
+
+/* Windows of tokens, as `leaks.sampled_windows`: BOS is before each document. Returns how many. */
+int64_t windows(const u16 *tokens, int64_t size, const u64 *values, int64_t bos, u64 *found, int32_t *documents) {
+    u64 hash = 0, last = FACTOR;
+    for (int i = 1; i < 16; i *= 2) last *= last;
+    int64_t count = 0, length = 0;
+    int32_t document = -1;
+    for (int64_t i = 0; i < size; i++) {
+        if (tokens[i] == bos) {
+            document++, hash = length = 0;
+            continue;
+        }
+        hash = hash * FACTOR + values[tokens[i]];
+        if (++length > 16) hash -= values[tokens[i - 16]] * last;
+        if (length >= 16 && (hash >> 32) % 16 == 0) found[count] = hash, documents[count++] = document;
+    }
+    return count;
+}
+
 /* A BPE model: symbols are its pieces, and behind them the bytes for characters that are in no piece. */
 typedef struct { u64 pair; int32_t rank, merged; } Merge;  /* pair: left << 32 | right; rank < 0: free */
 typedef struct { u64 key[3]; u16 count, tokens[19]; } Word;  /* key: the bytes, in the last one their number */
@@ -65,7 +116,7 @@ typedef struct {
 typedef struct { int64_t start, length, place, more; } Missing;
 
 static u64 mixed(u64 value) {
-    value *= 0x9E3779B97F4A7C15;
+    value *= FACTOR;
     return value ^ value >> 32;
 }
 

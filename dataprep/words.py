@@ -35,7 +35,7 @@ def library() -> ctypes.CDLL | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / name
-        command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(made), str(SOURCE)]
+        command = [compiler, "-O3", "-shared", "-fPIC", "-o", str(made), str(SOURCE)]
         try:
             subprocess.run(command, check=True, capture_output=True)
             loaded = _loaded(made)
@@ -53,6 +53,10 @@ def _loaded(path: Path) -> ctypes.CDLL:
     functions, pointer, count = ctypes.CDLL(str(path)), ctypes.c_void_p, ctypes.c_int64
     functions.caps.argtypes, functions.caps.restype = [pointer, count, pointer], count
     functions.fill.argtypes, functions.fill.restype = [pointer, count, pointer, count], None
+    functions.bare.argtypes, functions.bare.restype = [pointer, count, pointer], count
+    functions.hashes.argtypes, functions.hashes.restype = [pointer, pointer, count, pointer, pointer], None
+    functions.windows.argtypes = [pointer, count, pointer, count, pointer, pointer]
+    functions.windows.restype = count
     functions.encode.argtypes = [pointer, pointer, count, *[pointer] * 4]
     functions.encode.restype = count
     return functions
@@ -72,6 +76,30 @@ def caps(raw: np.ndarray) -> np.ndarray:
     size = library().caps(raw.ctypes.data, len(raw) - _PADDING, encoded.ctypes.data)
     encoded[size : size + _PADDING] = 0
     return encoded[: size + _PADDING]
+
+
+def bare(text: bytes) -> memoryview:
+    """UTF-8 without what `str.split` takes for white space."""
+    out = np.empty(len(text), np.uint8)
+    return out.data[: library().bare(text, len(text), out.ctypes.data)]
+
+
+def document_hashes(tokens: np.ndarray, ends: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`leaks.document_hashes` of documents by their ends, (n,); values: of each token, (65536,) uint64."""
+    tokens, ends = np.ascontiguousarray(tokens), np.ascontiguousarray(ends, np.int64)
+    found = np.empty(len(ends), np.uint64)
+    pointers = tokens.ctypes.data, ends.ctypes.data, len(ends), values.ctypes.data, found.ctypes.data
+    library().hashes(*pointers)
+    return found
+
+
+def sampled_windows(tokens: np.ndarray, values: np.ndarray, bos: int) -> tuple[np.ndarray, np.ndarray]:
+    """`leaks.sampled_windows`; values: of each token, (65536,) uint64."""
+    tokens = np.ascontiguousarray(tokens)
+    found, documents = np.empty(len(tokens), np.uint64), np.empty(len(tokens), np.int32)
+    pointers = values.ctypes.data, bos, found.ctypes.data, documents.ctypes.data
+    count = library().windows(tokens.ctypes.data, len(tokens), *pointers)
+    return found[:count].copy(), documents[:count].copy()
 
 
 class _Model(ctypes.Structure):

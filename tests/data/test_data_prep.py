@@ -196,7 +196,6 @@ def equals_sentencepiece(encoder: Encoder, text: str) -> None:
         assert lossless_caps.piece_byte_counts(surfaces) == counts[1:].tolist()
     with pytest.MonkeyPatch.context() as patch:  # as if the text were long
         patch.setattr(encoding, "CHUNK_BYTES", 8)
-        patch.setattr(encoding, "BATCH_BYTES", 16)
         cut = encoder.counted_alone(data)
         assert [values.tolist() for values in cut] == [expected, counts.tolist()]
         cut = encoder.counted([data, b"", data])[2]
