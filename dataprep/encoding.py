@@ -261,7 +261,7 @@ def check_validation(
             f"{document.origin}: one token carries {counts.max()} bytes (a run of white space?), "
             f"more than the {MAX_TOKEN_BYTES} that a shard can say"
         )
-    encoded = document.utf8 if tokenizer.plain else lossless_caps.encode_utf8(document.utf8)
+    encoded = document.utf8 if tokenizer.plain else _with_caps(document.utf8)
     whole = tokenizer.plain or counts.sum() == document.size
     round_trip = tokenizer.processor.decode(tokens[1:].tolist()).encode("utf-8") == encoded
     if tokenizer.lossless and not (round_trip and whole):
@@ -280,6 +280,11 @@ def tokenise_validation(encoder: Encoder, document: Document) -> tuple[np.ndarra
     tokens, counts = encoder.counted_alone(document.utf8)
     round_trip = check_validation(encoder.tokenizer, document, tokens, counts)
     return tokens, counts.astype(np.uint16), round_trip
+
+
+def _with_caps(text: bytes) -> bytes:
+    """`lossless_caps.encode_utf8`, by compiled code where there is some."""
+    return words.caps_of(text) if words.library() else lossless_caps.encode_utf8(text)
 
 
 def _with_first(first: int, values: np.ndarray) -> np.ndarray:

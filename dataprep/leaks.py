@@ -135,14 +135,17 @@ class NearIndex:
         place = np.zeros(len(hit), np.int64)
         place[hit] = np.searchsorted(self._hashes, windows.hashes[hit], "right") - 1
         hit[hit] = self._hashes[place[hit]] == windows.hashes[hit]
-        for number in np.unique(windows.documents[hit]).tolist():
-            yield number, *self._compared(place, hit, windows.documents == number)
+        numbers = np.unique(windows.documents[hit])
+        starts, ends = (np.searchsorted(windows.documents, numbers, side) for side in ("left", "right"))
+        for number, start, end in zip(numbers.tolist(), starts.tolist(), ends.tolist(), strict=True):
+            yield number, *self._compared(place[start:end][hit[start:end]], end - start)
 
-    def _compared(self, place: np.ndarray, hit: np.ndarray, own: np.ndarray) -> tuple[bool, set[int]]:
-        found = np.unique(place[own & hit])
+    def _compared(self, hits: np.ndarray, windows: int) -> tuple[bool, set[int]]:
+        """Of a document with so many windows: is it near, what does it hold; hits are places of its windows."""
+        found = np.unique(hits)
         if len(found) < NEAR_WINDOWS:
             return False, set()
-        share = np.count_nonzero(own & hit) / np.count_nonzero(own)
+        share = len(hits) / windows
         owners = np.bincount(self._owners[found])
         shares = owners / np.maximum(self._totals[: len(owners)], 1)
         held = np.flatnonzero((owners >= NEAR_WINDOWS) & (shares >= NEAR_SHARE))

@@ -124,7 +124,7 @@ def _model(processor: sentencepiece.SentencePieceProcessor, joins: bool) -> word
     tables["operators"][lossless_caps.ESC.encode()[2]] = -1  # what it stands before carries bytes
     _, ranks = np.unique([-score for _, score, _ in pieces], return_inverse=True)
     merges = [
-        (normal[text[:cut]] << 32 | normal[text[cut:]], ranks[token], token)
+        (normal[text[:cut]] << words.SYMBOL_BITS | normal[text[cut:]]) << words.SYMBOL_BITS | token
         for token, (text, _, kind) in enumerate(pieces)
         for cut in range(1, len(text) * (kind == _NORMAL))
         if text[:cut] in normal and text[cut:] in normal
@@ -133,8 +133,8 @@ def _model(processor: sentencepiece.SentencePieceProcessor, joins: bool) -> word
     for text, token in known.items():
         sizes[token] = len(text.replace(SPACE_PIECE, " ").translate(_NO_OPERATORS).encode())
     sizes[[*bytes_.values()]] = 1
-    tables |= {"tokens": tokens, "sizes": sizes}
-    return words.Model(tables, np.array(merges, words.MERGE), joins, BOS_ID)
+    tables |= {"tokens": tokens, "sizes": sizes, "ranks": ranks.astype(np.int32)}
+    return words.Model(tables, np.array(merges, np.uint64), joins, BOS_ID)
 
 
 class Units:

@@ -28,39 +28,37 @@ static u8 *put_operator(u8 *out, u8 operator) {
 
 /* CaseOps of texts, as `lossless_caps.encode_utf8`: at most four times their bytes. Returns how many. */
 int64_t caps(const u8 *in, int64_t size, u8 *out) {
-    const u8 *end = in + size, *next;
+    const u8 *end = in + size;
     u8 *first = out;
     while (in < end) {
-        if (!is_letter(*in)) {
-            if (is_operator(in)) {  /* reads no further than the 0xFF at the end */
-                out = put_operator(out, ESC);
-                *out++ = *in++, *out++ = *in++;
+        int64_t run = 0;  /* of capitals */
+        if (*in == 0xEE) {
+            if (is_operator(in)) out = put_operator(out, ESC);
+        } else if (is_upper(*in)) {
+            if (is_letter(in[-1])) {  /* there is one: texts begin behind 0xFF */
+                out = put_operator(out, CAPNEXT);
+            } else {
+                while (is_upper(in[run])) run++;
+                int whole = run > 1 && !is_letter(in[run]);
+                out = put_operator(out, whole ? ALLCAPS : TITLE);
+                while (whole && run-- > 1) *out++ = *in++ | 32;
             }
-            *out++ = *in++;
+            *out++ = *in++ | 32;
             continue;
         }
-        int64_t capitals = 0;
-        for (next = in; is_letter(*next); next++) capitals += is_upper(*next);
-        int all = capitals > 1 && capitals == next - in;
-        if (all) out = put_operator(out, ALLCAPS);
-        for (const u8 *letter = in; letter < next; letter++) {
-            if (is_upper(*letter) && !all) out = put_operator(out, letter == in ? TITLE : CAPNEXT);
-            *out++ = *letter | 32;
-        }
-        in = next;
+        *out++ = *in++;
     }
     return out - first;
 }
 
-/* UTF-8 without white space, as `str.split` sees it, and without 0xFF. Returns how many bytes. */
+/* UTF-8 without white space, as `str.split` sees it. Returns how many bytes. */
 int64_t bare(const u8 *in, int64_t size, u8 *out) {
+    static const u8 ascii_space[256] = {[9] = 1, 1, 1, 1, 1, [28] = 1, 1, 1, 1, 1};
     const u8 *end = in + size;
     u8 *first = out;
     while (in < end) {
         int spaces = 0;
-        if (*in <= ' ') {
-            spaces = *in == ' ' || (*in >= 9 && *in <= 13) || (*in >= 28 && *in <= 31);
-        } else if (*in == 0xC2) {  /* U+0085, U+00A0 */
+        if (*in == 0xC2) {  /* U+0085, U+00A0 */
             spaces = 2 * (in[1] == 0x85 || in[1] == 0xA0);
         } else if (*in == 0xE1) {  /* U+1680 */
             spaces = 3 * (in[1] == 0x9A && in[2] == 0x80);
@@ -69,7 +67,8 @@ int64_t bare(const u8 *in, int64_t size, u8 *out) {
         } else if (*in == 0xE2 || *in == 0xE3) {  /* U+205F, U+3000 */
             spaces = 3 * (in[1] == (*in == 0xE2 ? 0x81 : 0x80) && in[2] == (*in == 0xE2 ? 0x9F : 0x80));
         }
-        if (!spaces) *out++ = *in;
+        *out = *in;  /* without a branch for what comes at every word */
+        out += !(spaces || ascii_space[*in]);
         in += spaces ? spaces : 1;
     }
     return out - first;
@@ -102,11 +101,14 @@ int64_t windows(const u16 *tokens, int64_t size, const u64 *values, int64_t bos,
 }
 
 /* A BPE model: symbols are its pieces, and behind them the bytes for characters that are in no piece. */
-typedef struct { u64 pair; int32_t rank, merged; } Merge;  /* pair: left << 32 | right; rank < 0: free */
+enum { SYMBOL_BITS = 17, NEVER = 0x7FFFFFFF };
+static const u64 FREE = ~(u64)0, SYMBOL = ((u64)1 << SYMBOL_BITS) - 1;
+typedef u64 Merge;  /* left, right, and what they become, of SYMBOL_BITS each; FREE: none */
 typedef struct { u64 key[3]; u16 count, tokens[19]; } Word;  /* key: the bytes, in the last one their number */
 typedef struct {
     const int32_t *ascii, *quotes, *operators;  /* (256,) symbols by (last) byte; -1: left to SentencePiece */
-    Merge *merges;  /* by hash */
+    Merge *merges;  /* by hash of the pair */
+    const int32_t *ranks;  /* of each piece: the lower, the earlier it is made */
     const u16 *tokens, *sizes;  /* by symbol its token, by token the bytes of text that it carries */
     Word *words;  /* by hash, the last one that came */
     int64_t merge_mask, word_mask, joins, bos;
@@ -120,37 +122,40 @@ static u64 mixed(u64 value) {
     return value ^ value >> 32;
 }
 
-static Merge *slot_of(Merge *merges, u64 mask, u64 pair) {
+static u64 slot_of(const Merge *merges, u64 mask, u64 pair) {
     u64 slot = mixed(pair) & mask;
-    while (merges[slot].rank >= 0 && merges[slot].pair != pair) slot = (slot + 1) & mask;
-    return merges + slot;
+    while (merges[slot] != FREE && merges[slot] >> SYMBOL_BITS != pair) slot = (slot + 1) & mask;
+    return slot;
 }
 
-/* Put merges into an empty table of more slots than there are, a power of two: mask is one less. */
+/* Put merges into a table of more slots than there are, a power of two: mask is one less. */
 void fill(Merge *merges, int64_t mask, const Merge *known, int64_t count) {
-    for (int64_t i = 0; i <= mask; i++) merges[i].rank = -1;
-    for (int64_t i = 0; i < count; i++) *slot_of(merges, mask, known[i].pair) = known[i];
-}
-
-static const Merge *find(const Model *model, u64 left, u64 right) {
-    return slot_of(model->merges, model->merge_mask, left << 32 | right);
+    memset(merges, 0xFF, (mask + 1) * sizeof *merges);
+    for (int64_t i = 0; i < count; i++) merges[slot_of(merges, mask, known[i] >> SYMBOL_BITS)] = known[i];
 }
 
 /* Merge the symbols of a word: always the pair of the lowest rank, of equal ones the first. Returns how many. */
 static int merge_all(const Model *model, int32_t *symbols, int count) {
-    const Merge *merges[LONGEST];
-    for (int i = 0; i + 1 < count; i++) merges[i] = find(model, symbols[i], symbols[i + 1]);
+    int32_t merged[LONGEST], ranks[LONGEST];
+    int from = 0, to = count - 1;  /* pairs to be looked up */
     for (;;) {
-        int best = -1;
-        for (int i = 0; i + 1 < count; i++)
-            if (merges[i]->rank >= 0 && (best < 0 || merges[i]->rank < merges[best]->rank)) best = i;
-        if (best < 0) return count;
-        symbols[best] = merges[best]->merged;
+        for (int i = from; i < to; i++) {
+            u64 pair = (u64)symbols[i] << SYMBOL_BITS | (u64)symbols[i + 1];
+            Merge found = model->merges[slot_of(model->merges, model->merge_mask, pair)];
+            merged[i] = found & SYMBOL;
+            ranks[i] = found == FREE ? NEVER : model->ranks[merged[i]];
+        }
+        int best = 0;
+        for (int i = 1; i + 1 < count; i++)
+            if (ranks[i] < ranks[best]) best = i;
+        if (count < 2 || ranks[best] == NEVER) return count;
+        symbols[best] = merged[best];
         count--;
         memmove(symbols + best + 1, symbols + best + 2, (count - best - 1) * sizeof *symbols);
-        memmove(merges + best, merges + best + 1, (count - best) * sizeof *merges);
-        if (best) merges[best - 1] = find(model, symbols[best - 1], symbols[best]);
-        if (best + 1 < count) merges[best] = find(model, symbols[best], symbols[best + 1]);
+        memmove(merged + best, merged + best + 1, (count - best - 1) * sizeof *merged);
+        memmove(ranks + best, ranks + best + 1, (count - best - 1) * sizeof *ranks);
+        from = best ? best - 1 : 0;
+        to = best + 1 < count ? best + 1 : best;
     }
 }
 
@@ -195,11 +200,16 @@ static Cut cut(const Model *model, const u8 *start, int64_t length, int64_t more
     return own;
 }
 
-/* Tokens of a word, remembered or made now; -1 if it is left to SentencePiece. Up to 19 behind are written to. */
+static int is_known(const Word *known, const Cut *word) {
+    const u64 *a = known->key, *b = word->key;
+    return a[0] == b[0] && a[1] == b[1] && a[2] == b[2];
+}
+
+/* Tokens of a word, remembered or made now; -1 if it is left to SentencePiece. 19 are written to in any case. */
 static int known_tokens(const Model *model, const Cut *word, u16 *tokens) {
     Word *known = word->known;
-    int second = known && memcmp(known->key, word->key, sizeof word->key);
-    if (known && !(second && memcmp(known[1].key, word->key, sizeof word->key))) {
+    int second = known && !is_known(known, word);
+    if (known && (!second || is_known(known + 1, word))) {
         memcpy(tokens, known[second].tokens, sizeof known->tokens);
         return known[second].count;
     }

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 SOURCE = Path(__file__).with_suffix(".c")
-KEPT = 1 << 17  # words whose tokens are remembered, in 64 bytes each; a power of two
-MERGE = np.dtype([("pair", np.uint64), ("rank", np.int32), ("merged", np.int32)])
+KEPT = 1 << 18  # words whose tokens are remembered, in 64 bytes each; a power of two
+SYMBOL_BITS = 17  # as in words.c
 _BETWEEN = b"\xff"  # a byte that no UTF-8 text holds
 _PADDING = 32  # bytes, and tokens, behind the last that functions may read or write
 _COMPILERS = "cc", "gcc", "clang"
@@ -78,6 +78,11 @@ def caps(raw: np.ndarray) -> np.ndarray:
     return encoded[: size + _PADDING]
 
 
+def caps_of(text: bytes) -> bytes:
+    """CaseOps of one text."""
+    return caps(joined([text]))[1 : -_PADDING - 1].tobytes()
+
+
 def bare(text: bytes) -> memoryview:
     """UTF-8 without what `str.split` takes for white space."""
     out = np.empty(len(text), np.uint8)
@@ -104,7 +109,7 @@ def sampled_windows(tokens: np.ndarray, values: np.ndarray, bos: int) -> tuple[n
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("ascii", "quotes", "operators", "merges")),
+        *((name, ctypes.c_void_p) for name in ("ascii", "quotes", "operators", "merges", "ranks")),
         *((name, ctypes.c_void_p) for name in ("tokens", "sizes", "words")),
         *((name, ctypes.c_int64) for name in ("merge_mask", "word_mask", "joins", "bos")),
     ]
@@ -114,8 +119,11 @@ class Model:
     """A BPE model as `words.c` takes it, with a memory of words of its own."""
 
     def __init__(self, tables: dict[str, np.ndarray], merges: np.ndarray, joins: bool, bos: int) -> None:
-        """`tables`: `ascii`, `quotes`, `operators` (int32), `tokens`, `sizes` (uint16); `merges`: MERGE."""
-        slots = np.empty(1 << (2 * len(merges)).bit_length(), MERGE)
+        """`tables`: `ascii`, `quotes`, `operators`, `ranks` (int32), `tokens`, `sizes` (uint16).
+
+        `merges`: left, right and new symbol in one integer each, of SYMBOL_BITS, (n,) uint64.
+        """
+        slots = np.empty(1 << (2 * len(merges)).bit_length(), np.uint64)
         library().fill(slots.ctypes.data, len(slots) - 1, merges.ctypes.data, len(merges))
         self._held = {**tables, "merges": slots, "words": _lines(KEPT)}
         masks = {"merge_mask": len(slots) - 1, "word_mask": KEPT - 1}
