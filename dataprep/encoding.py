@@ -21,6 +21,7 @@ from dataprep.splitting import (
     keeps_spaces,
     merges_here,
     splits_at_spaces,
+    tokens_and_spans,
 )
 
 MAX_TOKEN_BYTES, MAX_VOCAB = 65_535, 65_536  # uint16 values
@@ -197,10 +198,9 @@ class Encoder:
         tokens, spans = [np.empty(0, np.int64)], [np.empty((0, 2), np.int64)]
         for start, end in zip(cuts, cuts[1:], strict=False):
             skip = start > 0  # a later part begins with its space; an "a" before it keeps that
-            mapping = self._processor.encode(b"a" * skip + encoded[start:end], out_type="offset_mapping")
-            tokens.append(np.array(mapping["ids"][skip:], np.int64))
-            offsets = np.array(mapping["offsets"][skip:], np.int64).reshape(-1, 2)
-            spans.append(offsets + (start - skip))
+            found, offsets = tokens_and_spans(self._processor, b"a" * skip + encoded[start:end])
+            tokens.append(found[skip:])
+            spans.append(offsets[skip:] + (start - skip))
         return np.concatenate(tokens), np.concatenate(spans)
 
     def _plain_counts(self, tokens: np.ndarray) -> np.ndarray:

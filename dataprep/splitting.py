@@ -1,6 +1,7 @@
 """Texts cut into words whose tokens do not depend on what is around them, and the tokens of those."""
 
 import functools
+import itertools
 import struct
 from collections.abc import Iterator, Sequence
 
@@ -137,6 +138,16 @@ def _model(processor: sentencepiece.SentencePieceProcessor, joins: bool) -> word
     return words.Model(tables, np.array(merges, np.uint64), joins, BOS_ID)
 
 
+def tokens_and_spans(
+    processor: sentencepiece.SentencePieceProcessor, text: bytes
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (n,) and the byte offsets (n, 2) of their surfaces, both int64, by SentencePiece."""
+    mapping = processor.encode(text, out_type="offset_mapping")
+    flat = itertools.chain.from_iterable(mapping["offsets"])
+    tokens = np.array(mapping["ids"], np.int64)
+    return tokens, np.fromiter(flat, np.int64, 2 * len(tokens)).reshape(-1, 2)
+
+
 class Units:
     """Tokens of many texts by their words.
 
@@ -189,8 +200,6 @@ class Units:
             return [[tokens[skip:].astype(np.uint16)] for skip, tokens in zip(led, made, strict=True)]
         columns = []
         for skip, text in zip(led, texts, strict=True):
-            mapping = self._processor.encode(text, out_type="offset_mapping")
-            spans = np.array(mapping["offsets"][skip:], np.int64).reshape(-1, 2)
-            tokens = np.array(mapping["ids"][skip:], np.uint16)
-            columns.append([tokens, lossless_caps.span_byte_counts(text, spans)])
+            tokens, spans = tokens_and_spans(self._processor, text)
+            columns.append([tokens[skip:].astype(np.uint16), lossless_caps.span_byte_counts(text, spans[skip:])])
         return columns

@@ -58,7 +58,11 @@ int64_t bare(const u8 *in, int64_t size, u8 *out) {
     u8 *first = out;
     while (in < end) {
         int spaces = 0;
-        if (*in == 0xC2) {  /* U+0085, U+00A0 */
+        if (*in < 0xC2 || *in > 0xE3) {  /* nearly all; a branch at each space would be guessed wrong */
+            *out = *in;
+            out += !ascii_space[*in++];
+            continue;
+        } else if (*in == 0xC2) {  /* U+0085, U+00A0 */
             spaces = 2 * (in[1] == 0x85 || in[1] == 0xA0);
         } else if (*in == 0xE1) {  /* U+1680 */
             spaces = 3 * (in[1] == 0x9A && in[2] == 0x80);
@@ -67,8 +71,7 @@ int64_t bare(const u8 *in, int64_t size, u8 *out) {
         } else if (*in == 0xE2 || *in == 0xE3) {  /* U+205F, U+3000 */
             spaces = 3 * (in[1] == (*in == 0xE2 ? 0x81 : 0x80) && in[2] == (*in == 0xE2 ? 0x9F : 0x80));
         }
-        *out = *in;  /* without a branch for what comes at every word */
-        out += !(spaces || ascii_space[*in]);
+        if (!spaces) *out++ = *in;
         in += spaces ? spaces : 1;
     }
     return out - first;
