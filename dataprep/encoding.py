@@ -133,8 +133,8 @@ def _sentences(texts: Iterable[str], plain: bool, failures: list[BaseException])
 class Encoder:
     """Tokens of texts, the same as SentencePiece's own, but made word by word by compiled code (`words.c`).
 
-    Where a model does not allow that (`splits_at_spaces`, `merges_here`), or there is no C compiler, documents
-    go through SentencePiece whole: a tenth as fast.
+    Where a model does not allow that (`splits_at_spaces`, `merges_here`), or there is no C compiler,
+    documents go through SentencePiece whole: a tenth as fast.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -97,7 +97,9 @@ class NearIndex:
         new_pair = new | (np.diff(documents, prepend=-1) != 0)
         self._totals = np.bincount(documents[new_pair], minlength=1)  # distinct windows of each document
         self._hashes, self._owners = hashes[new], documents[new]  # the first document that has it
-        self._seen = np.zeros(_SEEN, bool)  # by the low bits of a hash: most windows are not looked for further
+        self._seen = np.zeros(
+            _SEEN, bool
+        )  # by the low bits of a hash: most windows are not looked for further
         self._seen[self._hashes % _SEEN] = True
 
     @classmethod
@@ -141,7 +143,7 @@ class NearIndex:
             yield number, *self._compared(place[start:end][hit[start:end]], end - start)
 
     def _compared(self, hits: np.ndarray, windows: int) -> tuple[bool, set[int]]:
-        """Of a document with so many windows: is it near, what does it hold; hits are places of its windows."""
+        """Of a document with so many windows, of which some are held out: is it near, and what it holds."""
         found = np.unique(hits)
         if len(found) < NEAR_WINDOWS:
             return False, set()

@@ -100,9 +100,9 @@ def merges_here(processor: sentencepiece.SentencePieceProcessor) -> bool:
 def _model(processor: sentencepiece.SentencePieceProcessor, joins: bool) -> words.Model:
     """A model as `words.c` takes it.
 
-    Two neighbours may merge if their texts, joined, are a piece; the higher its score, the earlier. So a piece
-    has a merge for each way to cut it into pieces, or characters that are in none: ASCII ones, which are
-    tokens of one byte. Words with any other character that is in none are left to SentencePiece.
+    Two neighbours may merge if their texts, joined, are a piece; the higher its score, the earlier. So a
+    piece has a merge for each way to cut it into pieces, or characters that are in none: ASCII ones, which
+    are tokens of one byte. Words with any other character that is in none are left to SentencePiece.
     """
     pieces = pieces_of_model(processor.serialized_model_proto())
     known, normal, bytes_ = (
@@ -151,9 +151,9 @@ def tokens_and_spans(
 class Units:
     """Tokens of many texts by their words.
 
-    A text is cut at its white space wherever a neutral character is on both sides of it: what is between has
-    the same tokens wherever it stands (`splits_at_spaces`). A word begins with one space, but for the first of
-    a text. One of neutral characters alone is merged in `words.c`; all others go through SentencePiece.
+    A text is cut at its white space wherever a neutral character is on both sides of it: what is between
+    has the same tokens wherever it stands (`splits_at_spaces`). A word begins with one space, but for the
+    first of a text. One of neutral characters alone is merged in `words.c`, others go through SentencePiece.
     """
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor, caps: bool, counted: bool) -> None:
@@ -186,7 +186,7 @@ class Units:
         new = [text for text, columns in found.items() if columns is None]
         if new:
             found.update(zip(new, self._made(new), strict=True))
-            if len(self._known) > KEPT:
+            if len(self._known) + len(new) > KEPT:
                 self._known.clear()
             self._known.update((text, found[text]) for text in new if len(text) <= LONGEST)
         return [found[text] for text in texts]
@@ -201,5 +201,7 @@ class Units:
         columns = []
         for skip, text in zip(led, texts, strict=True):
             tokens, spans = tokens_and_spans(self._processor, text)
-            columns.append([tokens[skip:].astype(np.uint16), lossless_caps.span_byte_counts(text, spans[skip:])])
+            columns.append(
+                [tokens[skip:].astype(np.uint16), lossless_caps.span_byte_counts(text, spans[skip:])]
+            )
         return columns
