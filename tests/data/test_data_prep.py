@@ -374,16 +374,17 @@ def test_data_compiles_once(source_elsewhere, monkeypatch):
     assert words.library()
     (made,) = source_elsewhere.iterdir()
     path = os.environ["PATH"]
+    made.write_bytes(b"damaged")  # the one that is loaded lay elsewhere
     monkeypatch.setenv("PATH", "")
-    words.library.cache_clear()
-    assert words.library()
-    made.unlink()  # not written over: a library that is loaded must not change
-    made.write_bytes(b"damaged")
     words.library.cache_clear()
     assert words.library() is None
     monkeypatch.setenv("PATH", path)
     words.library.cache_clear()
     assert words.library() and made.read_bytes() != b"damaged"
+    monkeypatch.setenv("PATH", "")
+    words.library.cache_clear()
+    assert words.library()
+    monkeypatch.setenv("PATH", path)
     words.SOURCE.write_text(words.SOURCE.read_text() + "\n")
     words.library.cache_clear()
     assert words.library() and len([*source_elsewhere.iterdir()]) == 2
