@@ -147,7 +147,7 @@ class Encoder:
     @property
     def name(self) -> dict:
         """What makes the tokens, for the manifest."""
-        by = "dataprep/words.c" if self.by_words else "sentencepiece"
+        by = "dataprep/words.py" if self.by_words else "sentencepiece"
         return {"name": by, "sentencepiece": sentencepiece.__version__}
 
     @functools.cached_property

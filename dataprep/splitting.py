@@ -27,6 +27,7 @@ Columns = list[np.ndarray]
 """Arrays of equal length: tokens, and where they are counted, the bytes that each carries."""
 
 
+@functools.lru_cache(4)
 def splits_at_spaces(processor: sentencepiece.SentencePieceProcessor) -> bool:
     """Whether the tokens of words joined by single spaces are those of the words, one after the other.
 

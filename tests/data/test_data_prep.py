@@ -351,7 +351,7 @@ def test_compiled_functions_give_what_python_gives(monkeypatch):
 def test_prepare_without_a_compiler_gives_the_same(docs, published, tmp_path, monkeypatch, capsys):
     source = reading.Reader([str(docs)])
     with_it = prepare.prepare(source, published, tmp_path / "with", VAL_DOCS)
-    assert with_it["encoder"]["name"] == "dataprep/words.c" and capsys.readouterr().out == ""
+    assert with_it["encoder"]["name"] == "dataprep/words.py" and capsys.readouterr().out == ""
     monkeypatch.setattr(words, "library", lambda: None)
     without = prepare.prepare(source, published, tmp_path / "without", VAL_DOCS)
     assert without["encoder"]["name"] == "sentencepiece"
