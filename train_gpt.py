@@ -1304,8 +1304,7 @@ class GPT(nn.Module):
         `parallel_start_layer` on are parallel. A slot is the index of a virtual layer, so looped layers have
         one set of adapters for each pass.
         """
-        cfg = self.cfg
-        first = cache.first if cache else 0
+        cfg, first = self.cfg, cache.first if cache else 0
         x = x0 = self.embed(input_ids)[:, first > 0 :]
         rope = rope_tables(cfg, x.size(1), x.device, first)
         encoder, decoder = layer_order(cfg, looping)
@@ -1786,9 +1785,8 @@ class Trainer(Worker):
         slices, scale = self._exchange_gradients(measured)
         measured = torch.cat([measured, (loss + norm)[None]])
         finite = torch.isfinite(measured).all()
-        for parameter in self._small:
-            if parameter.grad is not None:
-                parameter.grad = torch.where(finite, parameter.grad, 0)
+        for parameter in (p for p in self._small if p.grad is not None):
+            parameter.grad = torch.where(finite, parameter.grad, 0)
         self.adamw.step()
         self.muon.apply(slices, scale, finite)
         self.model.zero_grad(set_to_none=True)
@@ -1827,8 +1825,7 @@ class Trainer(Worker):
     @torch.no_grad()
     def _exchange_gradients(self, measured: Tensor) -> tuple[list, Tensor | float]:
         """Average gradients and measured values; returns slices of banks and a clip factor for them."""
-        ranks = self.ranks
-        slices = self.muon.reduce_gradients()  # under way while the small ones are packed
+        ranks, slices = self.ranks, self.muon.reduce_gradients()  # under way while small ones are packed
         small = [p.grad for p in self._small if p.grad is not None]
         ranks.sum_packed_([*small, measured])
         if ranks.world_size > 1:
@@ -1836,9 +1833,8 @@ class Trainer(Worker):
             measured[:2] /= ranks.world_size
         if not self.cfg.clip_global:
             return slices, 1.0
-        squares = sum(pending.wait().float().square().sum() for _, pending in slices)
-        squares = ranks.sum_(squares) / ranks.world_size**2
-        measured[1] = torch.sqrt(squares + sum(gradient.float().square().sum() for gradient in small))
+        squares = ranks.sum_(sum(pending.wait().float().square().sum() for _, pending in slices))
+        measured[1] = torch.sqrt(squares / ranks.world_size**2 + sum(g.float().square().sum() for g in small))
         scale = ((self.cfg.grad_clip_norm or math.inf) / (measured[1] + 1e-6)).clamp_max(1.0)
         torch._foreach_mul_(small, scale)
         return slices, scale
@@ -2833,6 +2829,10 @@ class ScoreFirstTTT(Evaluation):
                 from systems.compiled import compiled_losses
 
                 return compiled_losses(self.model, x, y, scored, lora, self.looping)
+            if "eager" in self.model.backends.kernels and torch.is_grad_enabled() and not cache:
+                from systems.memory import losses_by_rows
+
+                return losses_by_rows(self.model, x, y, scored, lora, self.looping)
             return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache)
 
     def _adapt(self, part: ChunkBatch, optimizer: LoRAOptimizer, losses: Tensor, cache: object) -> None:
