@@ -97,12 +97,13 @@ def use_factors(lora: BatchedLoRA, factors: Sequence[Tensor]) -> None:
 
 
 def losses_by_rows(
-    model: GPT, x: Tensor, y: Tensor, scored: Tensor, lora: BatchedLoRA, looping: bool
+    model: GPT, x: Tensor, y: Tensor, scored: Tensor, lora: BatchedLoRA, looping: bool, **hints: Tensor
 ) -> Tensor:
     """`GPT.losses` [b, n] of adapted documents [b, T], and gradients for `LoRAOptimizer` alone."""
 
-    def losses(x: Tensor, y: Tensor, scored: Tensor) -> Tensor:
-        return model.losses(x, y, looping=looping, lora=lora, scored=scored)
+    def losses(x: Tensor, y: Tensor, scored: Tensor, *parts: Tensor) -> Tensor:
+        told = dict(zip(hints, parts, strict=True))
+        return model.losses(x, y, looping=looping, lora=lora, scored=scored, **told)
 
     factors = [factor for low_rank in lora.maps() for factor in low_rank.factors]
-    return LossesByRows.apply(losses, (x, y, scored), lora, *factors)
+    return LossesByRows.apply(losses, (x, y, scored, *hints.values()), lora, *factors)
