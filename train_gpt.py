@@ -2729,12 +2729,10 @@ class ScoreFirstTTT(Evaluation):
         self.phases, self._batches, self.done, self.diverged, self._constructed = state["place"]
         self.meter.add_sums(*state["sums"])
         if state["A"]:
-            self._reusable = self._make_lora(self.cfg.ttt_batch_size)
-            for low_rank, A in zip(self._reusable.maps(), state["A"], strict=True):
+            lora = self._reusable = self._make_lora(self.cfg.ttt_batch_size)
+            for low_rank, A in zip(lora.maps(), state["A"], strict=True):
                 low_rank.A.data.copy_(A)
-            self._reusable.active = (
-                None if (active := state["active"]) is None else active.to(self.ranks.device)
-            )
+            lora.active = None if (active := state["active"]) is None else active.to(self.ranks.device)
         self._generator.set_state(state["generator"])
         if "weights" in state:
             self.model.load_state_dict(state["weights"])
