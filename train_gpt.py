@@ -1518,9 +1518,8 @@ class LoRAOptimizer:
             low_rank.A.data *= factors
 
     def step(self, loss: Tensor) -> None:
-        """One step on the rows in use, down the gradient of a loss."""
-        cfg, gradients = self.cfg, torch.autograd.grad(loss, self.factors)
-        gradients = [gradient.contiguous() for gradient in gradients]  # The fused kernel ignores strides.
+        """One step on the rows in use, down the gradient of a loss (the fused kernel ignores strides)."""
+        cfg, gradients = self.cfg, [g.contiguous() for g in torch.autograd.grad(loss, self.factors)]
         settings = {"beta1": cfg.ttt_beta1, "beta2": cfg.ttt_beta2, "eps": 1e-10, "lr": cfg.ttt_lora_lr}
         settings |= {"weight_decay": cfg.ttt_weight_decay, "fused": True, "amsgrad": False, "maximize": False}
         with torch.no_grad():
@@ -1783,9 +1782,8 @@ class Trainer(Worker):
         slices, scale = self._exchange_gradients(measured)
         measured = torch.cat([measured, (loss + norm)[None]])
         finite = torch.isfinite(measured).all()
-        for parameter in self._small:
-            if parameter.grad is not None:
-                parameter.grad = torch.where(finite, parameter.grad, 0)
+        for parameter in (p for p in self._small if p.grad is not None):
+            parameter.grad = torch.where(finite, parameter.grad, 0)
         self.adamw.step()
         self.muon.apply(slices, scale, finite)
         self.model.zero_grad(set_to_none=True)
@@ -1810,10 +1808,9 @@ class Trainer(Worker):
             loss_sum += loss.detach()
             norm_sum += nn.utils.clip_grad_norm_(self.model.parameters(), limit)
             used = [p for p in self.model.parameters() if p.grad is not None]
-            gradients = [p.grad for p in used]
             if sums:
-                torch._foreach_add_(sums, gradients)
-            sums = sums or gradients
+                torch._foreach_add_(sums, [p.grad for p in used])
+            sums = sums or [p.grad for p in used]
             self.model.zero_grad(set_to_none=True)
         torch._foreach_div_(sums, self.micro_batches)
         for parameter, gradient in zip(used, sums, strict=True):
@@ -1823,8 +1820,7 @@ class Trainer(Worker):
     @torch.no_grad()
     def _exchange_gradients(self, measured: Tensor) -> tuple[list, Tensor | float]:
         """Average gradients and measured values; returns slices of banks and a clip factor for them."""
-        ranks = self.ranks
-        slices = self.muon.reduce_gradients()  # under way while the small ones are packed
+        ranks, slices = self.ranks, self.muon.reduce_gradients()  # under way while small ones are packed
         small = [p.grad for p in self._small if p.grad is not None]
         ranks.sum_packed_([*small, measured])
         if ranks.world_size > 1:
@@ -1832,9 +1828,8 @@ class Trainer(Worker):
             measured[:2] /= ranks.world_size
         if not self.cfg.clip_global:
             return slices, 1.0
-        squares = sum(pending.wait().float().square().sum() for _, pending in slices)
-        squares = ranks.sum_(squares) / ranks.world_size**2
-        measured[1] = torch.sqrt(squares + sum(gradient.float().square().sum() for gradient in small))
+        squares = ranks.sum_(sum(pending.wait().float().square().sum() for _, pending in slices))
+        measured[1] = torch.sqrt(squares / ranks.world_size**2 + sum(g.float().square().sum() for g in small))
         scale = ((self.cfg.grad_clip_norm or math.inf) / (measured[1] + 1e-6)).clamp_max(1.0)
         torch._foreach_mul_(small, scale)
         return slices, scale
@@ -2728,11 +2723,10 @@ class ScoreFirstTTT(Evaluation):
         self.phases, self._batches, self.done, self.diverged, self._constructed = state["place"]
         self.meter.add_sums(*state["sums"])
         if state["A"]:
-            self._reusable = self._make_lora(self.cfg.ttt_batch_size)
-            for low_rank, A in zip(self._reusable.maps(), state["A"], strict=True):
+            lora = self._reusable = self._make_lora(self.cfg.ttt_batch_size)
+            for low_rank, A in zip(lora.maps(), state["A"], strict=True):
                 low_rank.A.data.copy_(A)
-            active = state["active"]
-            self._reusable.active = None if active is None else active.to(self.ranks.device)
+            lora.active = None if (active := state["active"]) is None else active.to(self.ranks.device)
         self._generator.set_state(state["generator"])
         if "weights" in state:
             self.model.load_state_dict(state["weights"])
@@ -2829,6 +2823,10 @@ class ScoreFirstTTT(Evaluation):
                 from systems.compiled import compiled_losses
 
                 return compiled_losses(self.model, x, y, scored, lora, self.looping, **tip)
+            if "eager" in self.model.backends.kernels and torch.is_grad_enabled() and not cache:
+                from systems.memory import losses_by_rows
+
+                return losses_by_rows(self.model, x, y, scored, lora, self.looping, **tip)
             return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache, **tip)
 
     def _adapt(self, part: ChunkBatch, optimizer: LoRAOptimizer, losses: Tensor, cache: object) -> None:
