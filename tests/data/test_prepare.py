@@ -15,6 +15,7 @@ import sentencepiece
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE
 
 import lossless_caps
 import prepare_caseops_data as prepare
@@ -49,7 +50,7 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 
 def run(*arguments, **settings) -> subprocess.CompletedProcess:
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, timeout=120, **settings)
+    return subprocess.run(command, capture_output=True, timeout=PATIENCE, **settings)
 
 
 def make(docs: Path, model: Path, out: Path, *more, val_docs: int = VAL_DOCS) -> dict:
