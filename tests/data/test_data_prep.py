@@ -94,7 +94,7 @@ UTF8 = st.text(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(UTF8, max_size=6))
 def test_caps_of_many_texts_are_those_of_each(texts):
     many = lossless_caps.encode_many([text.encode() for text in texts])
@@ -109,7 +109,7 @@ def test_caps_of_slices(monkeypatch, text):
     assert lossless_caps.encode(text) == expected == data_prep.encode_by_character(text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(UTF8, st.lists(st.integers(0, 400), max_size=6))
 def test_caps_byte_counts_of_spans(text, cuts):
     encoded = lossless_caps.encode(text)
@@ -204,7 +204,7 @@ def equals_sentencepiece(encoder: Encoder, text: str) -> None:
         assert [values.tolist() for values in cut] == [expected, counts.tolist()]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(MIXED)
 @example(" ")
 @example("")

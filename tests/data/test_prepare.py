@@ -359,7 +359,7 @@ def test_layout_of_a_trained_tokenizer(tokenizer):
     assert all(len(piece) == 1 for piece in digits)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(st.sampled_from("aAB \n\t\r\0\ue001\ue004\u2585\u3000<s>") | st.characters(codec="utf-8")))
 def test_trained_tokenizer_gives_every_text_back(tokenizer, text):
     document = prepare.make_document(text.replace("\u2581", ""), "text")

@@ -112,7 +112,7 @@ def test_ppm_is_the_plain_one_on_text():
     assert -np.log2(expected[6000:]).mean() < 3.5, "it has learnt nothing"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=300) | st.text("abcab ", max_size=300).map(str.encode))
 def test_ppm_sums_to_one_and_scores_before_it_learns(data):
     model = PPMD()
