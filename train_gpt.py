@@ -8,7 +8,6 @@ been scored.
     torchrun --standalone --nproc_per_node=8 train_gpt.py        # the record run: nothing set = PR #1851
     python train_gpt.py                                          # the same on one GPU
     PRESET=demo python train_gpt.py                              # minutes on a laptop's CPU (see `make demo`)
-    PRESET=pr1667 SCALE=demo python train_gpt.py                 # another published system at that size
     python train_gpt.py --help [TOPIC] | --show [--json]         # the settings | the resolved ones
 
 A reader can stop at any banner (# ----) and have understood what is above it. harness/ watches over a run,
@@ -83,7 +82,6 @@ def one_line(error: Exception) -> str:
 
 
 # ---- 2. Configuration ----------------------------------------------------------------------------------
-#
 # Every setting is a field of `Config`: type and range, default, and a line of help (`--help` prints it). Its
 # environment variable is the field's name in capitals. Defaults are the record, PR #1851.
 
@@ -195,7 +193,7 @@ class Config:
     muon_momentum: Beta = 0.97  # momentum after its warm-up
     muon_momentum_warmup_start: Beta = 0.92  # momentum at step 0
     muon_momentum_warmup_steps: Whole = 1500  # steps of the linear warm-up
-    muon_bi_maxwell: bool = False  # a mix of a fast and a slow momentum instead (modded-nanogpt #340)
+    muon_maxwell: bool = False  # a mix of four momenta instead, fast to slow (modded-nanogpt #340, #357)
     muon_backend_steps: Annotated[int, Range(1, 5)] = 5  # Newton-Schulz steps
     muon_coefficients: Literal["polar_express", "quintic"] = "polar_express"  # their coefficients (PR #1344)
     muon_row_normalize: bool = True  # unit rows before the orthogonalisation (MuonEq-R)
@@ -210,6 +208,7 @@ class Config:
     beta1: Beta = 0.9  # AdamW's decay of the mean gradient
     beta2: Beta = 0.95  # AdamW's decay of the mean squared gradient
     adam_eps: Positive = 1e-8  # AdamW's addend in the denominator
+    prefix_loss: Share = 0.0  # first weight of a second target, the next piece's longest prefix (mn- #337)
     grad_clip_norm: Amount = 0.3  # global gradient norm; 0: no clipping
     clip_global: bool = False  # clip the averaged gradient; 0: each micro-batch's (eight published ranks do)
     ema_decay: Beta = 0.9965  # average of all state, what is evaluated and quantised
@@ -254,6 +253,7 @@ class Config:
     ttt_chunk_size: Count = 48  # targets scored before each adaptation step
     ttt_chunk_by_length: str = ""  # smaller chunks up to lengths in targets: 256:8,2000:24 (PR #2014)
     ttt_eval_seq_len: Count = 2048  # longest window behind a chunk's end
+    ngram_tilt: str = ""  # nats towards what followed the same ORDER tokens before: 16:2.62 (PR #1514)
     ttt_cache_window: Whole = 0  # compute this many tokens anew, cache the keys before; 0: all (exact)
     ttt_lora_rank: Count = 96  # rank of the adapters
     ttt_lora_alpha: Positive = 144.0  # their output is scaled by alpha / rank
@@ -325,9 +325,7 @@ class Config:
 
 def base_type(annotation: object) -> type:
     """The plain type of a setting: bool, int, float or str."""
-    if get_origin(annotation) is Literal:
-        return str
-    return get_args(annotation)[0] if get_args(annotation) else annotation
+    return str if get_origin(annotation) is Literal else (get_args(annotation) or [annotation])[0]
 
 
 def parse_setting(name: str, text: str, annotation: object) -> object:
@@ -407,7 +405,6 @@ def chunk_size(cfg: Config, targets: int) -> int:
 
 
 # ---- 3. Runtime: the device, the log, the clock --------------------------------------------------------
-#
 # Libraries take seconds to load. So harness/ answers `--help`, and what is wrong with the settings, before.
 
 if __name__ == "__main__" and not COUNTED:
@@ -743,8 +740,7 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
 def read_shard(path: Path) -> np.ndarray:
     """Tokens of a shard, uint16, memory-mapped. Raises DataError unless header and size fit exactly."""
     try:
-        header = np.fromfile(path, "<i4", SHARD_HEADER_INTS)
-        size = path.stat().st_size
+        header, size = np.fromfile(path, "<i4", SHARD_HEADER_INTS), path.stat().st_size
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if len(header) < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -794,8 +790,7 @@ class PackedLoader:
     def __init__(self, paths: Sequence[Path], cfg: Config, ranks: Ranks, micro_tokens: int, group: int = 0):
         self.cfg, self._ranks, self._paths = cfg, ranks, list(paths)
         self._span, self._group = micro_tokens + 1, group or ranks.world_size
-        self._need = self._group * self._span
-        shards = map(read_shard, self._paths)
+        self._need, shards = self._group * self._span, map(read_shard, self._paths)
         largest = max((len(tokens) - self._first_bos(tokens) for tokens in shards), default=0)
         if largest < self._need:
             where = self._paths[0].with_name("fineweb_train_*") if self._paths else "no shards"
@@ -1241,6 +1236,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, backends: Backends = Backends()):
         super().__init__()
         self.cfg, self.backends = cfg, backends
+        self.prefixes: Callable | None = None  # adds second targets while it trains (PREFIX_LOSS)
         layers, dim, skips = cfg.num_layers, cfg.model_dim, num_skips(cfg)
         kv_dim = cfg.num_kv_heads * cfg.head_dim
         self.qo_bank = nn.Parameter(torch.cat([_orthogonal(layers, dim, dim), torch.zeros(layers, dim, dim)]))
@@ -1304,17 +1300,15 @@ class GPT(nn.Module):
         `parallel_start_layer` on are parallel. A slot is the index of a virtual layer, so looped layers have
         one set of adapters for each pass.
         """
-        cfg = self.cfg
-        first = cache.first if cache else 0
+        cfg, first = self.cfg, cache.first if cache else 0
         x = x0 = self.embed(input_ids)[:, first > 0 :]
         rope = rope_tables(cfg, x.size(1), x.device, first)
         encoder, decoder = layer_order(cfg, looping)
         weights, skips, lanes = self.weights(), [], None
         for slot, layer in enumerate(encoder + decoder):
             block, step = self.blocks[layer], slot - len(encoder)
-            adapt = None if lora is None else lora.at(slot)
+            adapt, past = lora and lora.at(slot), cache and cache.at(slot)
             used = wanted if step == len(decoder) - 1 else None
-            past = cache and cache.at(slot)
             context = BlockContext(x0, weights[layer], rope, segments, adapt, on_input, used, past)
             parallel = 0 < cfg.parallel_start_layer <= layer
             if step < 0:
@@ -1368,19 +1362,27 @@ class GPT(nn.Module):
         lora: "BatchedLoRA | None" = None,
         scored: Tensor | None = None,
         cache: object | None = None,
+        hints: object | None = None,
     ) -> Tensor:
         """Cross entropy (nats) of each target [B, T]; with `scored` [B, n] only at those positions."""
         h = self.hidden(input_ids, segments, looping=looping, lora=lora, wanted=scored, cache=cache)
         target_ids = target_ids if scored is None else target_ids.gather(1, scored)
+        if self.cfg.ngram_tilt and hints is not None:
+            from systems.tilt import tilted_losses
+
+            return tilted_losses(self, h, target_ids, lora, hints)
         if lora is None and "loss" in self.backends.kernels:
             from systems.kernels import fused_cross_entropy
 
-            return fused_cross_entropy(h, self._head_weight, target_ids, self.cfg.logit_softcap)
-        if "eager" in self.backends.kernels:
+            nats = fused_cross_entropy(h, self._head_weight, target_ids, self.cfg.logit_softcap)
+        elif "eager" in self.backends.kernels:
             from systems.eager import head_loss
 
-            return head_loss(h, self._head_weight, target_ids, self.cfg.logit_softcap, lora)
-        return softcapped_cross_entropy(self._head(h, lora), target_ids, self.cfg.logit_softcap)
+            nats = head_loss(h, self._head_weight, target_ids, self.cfg.logit_softcap, lora)
+        else:
+            nats = softcapped_cross_entropy(self._head(h, lora), target_ids, self.cfg.logit_softcap)
+        second = self.prefixes if self.cfg.prefix_loss else None
+        return second(nats, h, self._head_weight, target_ids) if second else nats
 
     def forward(self, *batch: object, **options: object) -> Tensor:
         """`losses`, compiled where `Backends.move_and_compile` compiles."""
@@ -1553,8 +1555,7 @@ def newton_schulz(
     """Orthogonalise matrices [..., rows, columns] in bfloat16: X <- a X + (b A + c A A) X, A = X X^T."""
     x = matrices.bfloat16()
     tall = x.size(-2) > x.size(-1)
-    if tall:
-        x = x.mT
+    x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in coefficients[:steps]:
         gram = x @ x.mT
@@ -1740,17 +1741,20 @@ class Trainer(Worker):
         self.reports: list[StepReport] = []  # of the last two steps
         self.capped = cfg.max_wallclock_seconds > 0
         self.total = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if self.capped else cfg.iterations
-        parameters = dict(model.named_parameters())
-        groups = {}
+        parameters, groups = dict(model.named_parameters()), {}
         for name, row in parameter_table(cfg, model).items():
             group = {"params": []} | row
             groups.setdefault(group.pop("optimizer"), group)["params"].append(parameters[name])
         coefficients = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC}[cfg.muon_coefficients]
         options, kind = {"coefficients": coefficients, "ranks": ranks, "backends": model.backends}, Muon
-        if cfg.muon_bi_maxwell:
-            from systems.bi_maxwell import BiMaxwellMuon
+        if cfg.muon_maxwell:
+            from systems.maxwell import MaxwellMuon
 
-            kind = BiMaxwellMuon
+            kind = MaxwellMuon
+        if cfg.prefix_loss:
+            from systems.prefix_loss import Prefixes
+
+            model.prefixes = Prefixes(cfg, ranks.device)
         self.muon = kind(**groups.pop("muon"), **options)
         self.adamw = torch.optim.AdamW(list(groups.values()), fused=True)
         self._small = [p for group in groups.values() for p in group["params"]]  # averaged as one buffer
@@ -1779,10 +1783,11 @@ class Trainer(Worker):
             late = max(0.0, frac - cfg.wd_taper_start_frac) / (1 - cfg.wd_taper_start_frac)
             decay = self.muon.defaults["weight_decay"] * (1 - late * (1 - cfg.wd_taper_final_mult))
             self.muon.param_groups[0]["weight_decay"] = decay
+        if cfg.prefix_loss:
+            self.model.prefixes.fall(frac)
         loss, norm = self._accumulate_gradients(batches)
-        clock = torch.full_like(loss, elapsed if self.ranks.is_main else 0.0)
-        stop = torch.full_like(loss, float(self.ranks.stop_signal > 0))
-        measured = torch.stack([loss, norm, clock, stop])
+        told = elapsed if self.ranks.is_main else 0.0, float(self.ranks.stop_signal > 0)
+        measured = torch.stack([loss, norm, *(torch.full_like(loss, value) for value in told)])
         slices, scale = self._exchange_gradients(measured)
         measured = torch.cat([measured, (loss + norm)[None]])
         finite = torch.isfinite(measured).all()
@@ -1798,8 +1803,7 @@ class Trainer(Worker):
     def _accumulate_gradients(self, batches: Sequence[Batch] | None) -> tuple[Tensor, Tensor]:
         """Leave the mean gradient of the rank's micro-batches in `.grad`; return mean loss and gradient norm.
 
-        Each micro-batch is clipped by itself, as on each of eight published ranks, so that the number of
-        ranks does not matter (or none is, CLIP_GLOBAL=1).
+        Each micro-batch is clipped by itself, as on eight published ranks (none is with CLIP_GLOBAL=1).
         """
         limit = math.inf if self.cfg.clip_global else self.cfg.grad_clip_norm or math.inf
         loss_sum, norm_sum = torch.zeros(2, device=self.ranks.device)
@@ -1808,8 +1812,7 @@ class Trainer(Worker):
             x, y, segments = self.loader.next() if batches is None else batches[micro]
             with self.ranks.autocast():
                 batch = self.ranks.send(x, y, segments, self.model.backends.compiler)
-                losses = self.model(*batch, looping=self.looping)
-            loss = losses.mean()
+                loss = self.model(*batch, looping=self.looping).mean()
             loss.backward()
             loss_sum += loss.detach()
             norm_sum += nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -1938,8 +1941,7 @@ class Trainer(Worker):
         self.model.load_state_dict(snapshot["model"])
         self.muon.load_state_dict(copy_tensors(snapshot["muon"]))
         self.adamw.load_state_dict(copy_tensors(snapshot["adamw"]))
-        self.ema.averages = copy_tensors(snapshot["ema"])
-        self.looping = snapshot["looping"]
+        self.ema.averages, self.looping = copy_tensors(snapshot["ema"]), snapshot["looping"]
         self.loader.load_state(snapshot["loader"])
 
 
@@ -2289,7 +2291,6 @@ def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) ->
 
 
 # ---- 12. Artifact: a container without anything executable ---------------------------------------------
-#
 # magic, version, codec (1 byte each after the magic) | header length u32 | sha256 of what follows | header:
 # compressed JSON (model settings; name, kind, bits, shape, correction of each tensor; key and packed length
 # of each stream) | streams: all arrays of one key, concatenated in the tensors' order and compressed. With
@@ -2577,8 +2578,6 @@ ChunkWindow = namedtuple("ChunkWindow", "start length offset targets")
 
 def select_documents(documents: Sequence[Span], fraction: float, seed: int) -> list[Span]:
     """A random sample of the documents, in their order; all of them for fraction 1."""
-    if fraction >= 1:
-        return list(documents)
     count = max(1, round(len(documents) * fraction))
     return [documents[i] for i in sorted(random.Random(seed).sample(range(len(documents)), count))]
 
@@ -2592,14 +2591,12 @@ def ttt_batches(documents: Sequence[Document], cfg: Config, first: int = 0) -> l
 
         parts = chunk_groups(by_length, cfg)
     batches = [part[start : start + size] for part in parts for start in range(0, len(part), size)]
-    batches = [TTTBatch(index, batch) for index, batch in enumerate(batches, first)]
-    return sorted(batches, key=lambda batch: -batch.targets)
+    return sorted(itertools.starmap(TTTBatch, enumerate(batches, first)), key=lambda batch: -batch.targets)
 
 
 def phase_boundaries(prefix_docs: int, num_phases: int, num_docs: int) -> list[int]:
     """Numbers of scored documents at which the base weights are trained; an empty phase is none."""
-    prefix = min(prefix_docs, num_docs)
-    return [count for i in range(num_phases) if (count := prefix * (i + 1) // num_phases)]
+    return [count for i in range(num_phases) if (count := min(prefix_docs, num_docs) * (i + 1) // num_phases)]
 
 
 def chunk_window(chunk: int, targets: int, size: int, max_window: int, uncached: int = 0) -> ChunkWindow:
@@ -2698,6 +2695,11 @@ class ScoreFirstTTT(Evaluation):
         if not self.phases + self._batches:
             self.watch.see("start", boundaries=self.boundaries)
         parts = split_at_boundaries(self.batches, self.boundaries)
+        if self.cfg.ngram_tilt:
+            from systems.tilt import Tilt
+
+            self.tilt = Tilt(self)
+            parts = self.tilt.parts
         while self.phases < len(parts):
             if self.cfg.ttt_warm_start_a and self._reusable is None:
                 self._reusable = self._new_lora(range(self.cfg.ttt_batch_size))
@@ -2801,8 +2803,7 @@ class ScoreFirstTTT(Evaluation):
         chunks = [[float(loss_sum), byte_sum, tokens] for loss_sum, byte_sum, tokens in sums]
         for chunk in chunks:
             self.meter.add_sums(*chunk)
-        diverged = int((~lora.active).sum())
-        self.diverged += diverged
+        self.diverged += (diverged := int((~lora.active).sum()))
         totals = dict(zip(("loss_sum", "byte_sum", "token_count"), self.meter.sums, strict=True))
         facts = totals | {"chunks": chunks, "lora": lora, "batch": batch, "diverged": diverged}
         self.watch.see("batch_done", batch_number=batch.index, **facts)
@@ -2828,12 +2829,13 @@ class ScoreFirstTTT(Evaluation):
 
     def _losses(self, part: ChunkBatch, lora: BatchedLoRA, cache: object | None) -> Tensor:
         x, y, scored = (self.ranks.put(tensor) for tensor in (part.x, part.y, part.scored))
+        tip = {"hints": self.tilt.hints_of(part, self.ranks)} if self.cfg.ngram_tilt else {}
         with self.ranks.autocast():
             if self.model.backends.compiler and torch.is_grad_enabled() and not cache:
                 from systems.compiled import compiled_losses
 
-                return compiled_losses(self.model, x, y, scored, lora, self.looping)
-            return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache)
+                return compiled_losses(self.model, x, y, scored, lora, self.looping, **tip)
+            return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache, **tip)
 
     def _adapt(self, part: ChunkBatch, optimizer: LoRAOptimizer, losses: Tensor, cache: object) -> None:
         """Optimiser steps on a scored chunk; the first takes the gradient of the scoring pass itself."""
@@ -3214,8 +3216,8 @@ class Run:
 def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
     parts = "plain_windows:stream sliding_window_enabled:stream ttt_sgd:stream fit_bytes:fit_bytes"
-    parts += " gptq_drift_batches:drift ttt_cache_window:cache ttt_chunk_by_length:chunks"
-    parts += " muon_bi_maxwell:bi_maxwell caseops_enabled:plain_text quantizer:trellis"
+    parts += " gptq_drift_batches:drift ttt_cache_window:cache ttt_chunk_by_length:chunks ngram_tilt:tilt"
+    parts += " muon_maxwell:maxwell prefix_loss:prefix_loss caseops_enabled:plain_text quantizer:trellis"
     pairs = (pair.split(":") for pair in parts.split())
     needed = {name: part for name, part in pairs if getattr(cfg, name) != getattr(Config, name)}
     chosen = {"ans": "ans", "fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"}

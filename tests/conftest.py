@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARES_RUNS = {
     "test_alone", "test_audit", "test_cheats", "test_errors", "test_golden_train30", "test_hopper",
     "test_ppm", "test_prequant", "test_ranks", "test_recompute", "test_rehearse", "test_report",
-    "test_resume", "test_smoke", "test_tampering", "test_two_ranks",
+    "test_resume", "test_smoke", "test_tampering", "test_tilt_audit", "test_two_ranks",
 }  # fmt: skip
 sys.path.insert(0, str(ROOT))
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):

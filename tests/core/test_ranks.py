@@ -145,7 +145,7 @@ def everything(tg, ranks, folder: Path) -> dict:
     result = {"train": exact_training(tg, ranks, folder)}
     if ranks.world_size <= 2:
         result["clip_global"] = exact_training(tg, ranks, folder, CLIP_GLOBAL=1)
-        result["bi_maxwell"] = exact_training(tg, ranks, folder, MUON_BI_MAXWELL=1)
+        result["maxwell"] = exact_training(tg, ranks, folder, MUON_MAXWELL=1)
     if ranks.world_size == 1:
         result["three"] = exact_training(tg, ranks, folder, **THREE)
     if ranks.world_size != 2:
@@ -172,7 +172,9 @@ def everything(tg, ranks, folder: Path) -> dict:
     result["standard"] = {"val_bpb": meter.val_bpb, "tokens": meter.tokens, "bytes": meter.bytes}
     result["warm"] = adaptation(tg, ranks, weights, validation(tg))
     unknown = validation(tg, factor=1)  # another grammar: much to learn, so that a wrong adapter would show
-    result["cold"] = exact_adaptation(tg, ranks, weights, unknown, TTT_WARM_START_A=0, TTT_LORA_LR=0.001)
+    fresh = {"TTT_WARM_START_A": 0, "TTT_LORA_LR": 0.001}
+    result["cold"] = exact_adaptation(tg, ranks, weights, unknown, **fresh)
+    result["tilted"] = exact_adaptation(tg, ranks, weights, unknown, NGRAM_TILT="2:1,1:0.5", **fresh)
     still = adaptation(tg, ranks, weights, unknown, TTT_LORA_LR=0) if ranks.world_size == 1 else {}
     result["gain"] = still.get("val_bpb", 0) - result["cold"]["val_bpb"]
     return result
@@ -323,9 +325,9 @@ def test_training_with_one_clip_for_all(results, alone):
 
 
 @pytest.mark.parametrize("results", [2], indirect=True, ids=["2 ranks"])
-def test_training_with_two_momenta(results, alone):
-    single = alone["bi_maxwell"]
-    check_training([result["bi_maxwell"] for result in results], single)
+def test_training_with_four_momenta(results, alone):
+    single = alone["maxwell"]
+    check_training([result["maxwell"] for result in results], single)
     assert not torch.allclose(single["loss"], alone["train"]["loss"], rtol=2e-4), "they do nothing"
 
 
@@ -517,6 +519,12 @@ def test_adaptation_with_fresh_adapters(results, alone):
     single = alone["cold"]
     assert alone["gain"] > 0.01, "the adapters did nothing: too weak a test"
     check_adaptation([result["cold"] for result in results], single, 2e-7)
+
+
+def test_adaptation_that_is_tilted(results, alone):
+    """The hints are those of any number of ranks, and do something."""
+    assert abs(alone["tilted"]["val_bpb"] - alone["cold"]["val_bpb"]) > 1e-3
+    check_adaptation([result["tilted"] for result in results], alone["tilted"], 2e-7)
 
 
 def test_adaptation_with_warm_start(results, alone):

@@ -155,7 +155,8 @@ OURS |= {
 OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "clip_global", "fit_bytes"}
 OURS |= {"preflight_only", "wd_taper_start_frac", "wd_taper_final_mult"}
 OURS |= {"allow_unverified_data", "audit", "wandb_project", "tensorboard_dir", "plain_windows"}
-OURS |= {"checkpoint_seconds", "resume", "quantizer", "gptq_drift_batches", "muon_bi_maxwell"}
+OURS |= {"checkpoint_seconds", "resume", "quantizer", "gptq_drift_batches", "muon_maxwell", "prefix_loss"}
+OURS |= {"ngram_tilt"}
 
 # What else a setting's other value needs, so that the whole makes sense.
 COMPANIONS = {
@@ -168,6 +169,7 @@ COMPANIONS = {
 }
 OTHER_VALUES = {  # where twice the default is out of range or makes no sense
     "TTT_CHUNK_BY_LENGTH": "256:8,2000:24",
+    "NGRAM_TILT": "16:2.62",
     "FIT_BYTES": "16000000",
     "TRITON_KERNELS": "loss,mlp",
     "PRESET": "pr1855",
