@@ -85,7 +85,6 @@ _SYSTEMS = {
         "fit_bytes": 16_000_000,
         "gptq_drift_batches": 4,
         "muon_maxwell": True,
-        "prefix_loss": 0.25,
         "ngram_tilt": "16:2.62",
     },
     "one_gpu": {"max_wallclock_seconds": 4800.0, "checkpoint_seconds": 300.0},  # eight times as long
