@@ -8,6 +8,7 @@ been scored.
     torchrun --standalone --nproc_per_node=8 train_gpt.py        # the record run: nothing set = PR #1851
     python train_gpt.py                                          # the same on one GPU
     PRESET=demo python train_gpt.py                              # minutes on a laptop's CPU (see `make demo`)
+    PRESET=pr1667 SCALE=demo python train_gpt.py                 # another published system at that size
     python train_gpt.py --help [TOPIC] | --show [--json]         # the settings | the resolved ones
 
 A reader can stop at any banner (# ----) and have understood what is above it. harness/ watches over a run,
@@ -2585,7 +2586,8 @@ def ttt_batches(documents: Sequence[Document], cfg: Config, first: int = 0) -> l
 
 def phase_boundaries(prefix_docs: int, num_phases: int, num_docs: int) -> list[int]:
     """Numbers of scored documents at which the base weights are trained; an empty phase is none."""
-    return [count for i in range(num_phases) if (count := min(prefix_docs, num_docs) * (i + 1) // num_phases)]
+    prefix = min(prefix_docs, num_docs)
+    return [count for i in range(num_phases) if (count := prefix * (i + 1) // num_phases)]
 
 
 def chunk_window(chunk: int, targets: int, size: int, max_window: int, uncached: int = 0) -> ChunkWindow:
@@ -2791,7 +2793,8 @@ class ScoreFirstTTT(Evaluation):
         chunks = [[float(loss_sum), byte_sum, tokens] for loss_sum, byte_sum, tokens in sums]
         for chunk in chunks:
             self.meter.add_sums(*chunk)
-        self.diverged += (diverged := int((~lora.active).sum()))
+        diverged = int((~lora.active).sum())
+        self.diverged += diverged
         totals = dict(zip(("loss_sum", "byte_sum", "token_count"), self.meter.sums, strict=True))
         facts = totals | {"chunks": chunks, "lora": lora, "batch": batch, "diverged": diverged}
         self.watch.see("batch_done", batch_number=batch.index, **facts)
