@@ -195,7 +195,7 @@ class Config:
     muon_momentum: Beta = 0.97  # momentum after its warm-up
     muon_momentum_warmup_start: Beta = 0.92  # momentum at step 0
     muon_momentum_warmup_steps: Whole = 1500  # steps of the linear warm-up
-    muon_bi_maxwell: bool = False  # a mix of a fast and a slow momentum instead (modded-nanogpt #340)
+    muon_maxwell: bool = False  # a mix of four momenta instead, fast to slow (modded-nanogpt #340, #357)
     muon_backend_steps: Annotated[int, Range(1, 5)] = 5  # Newton-Schulz steps
     muon_coefficients: Literal["polar_express", "quintic"] = "polar_express"  # their coefficients (PR #1344)
     muon_row_normalize: bool = True  # unit rows before the orthogonalisation (MuonEq-R)
@@ -1747,10 +1747,10 @@ class Trainer(Worker):
             groups.setdefault(group.pop("optimizer"), group)["params"].append(parameters[name])
         coefficients = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC}[cfg.muon_coefficients]
         options, kind = {"coefficients": coefficients, "ranks": ranks, "backends": model.backends}, Muon
-        if cfg.muon_bi_maxwell:
-            from systems.bi_maxwell import BiMaxwellMuon
+        if cfg.muon_maxwell:
+            from systems.maxwell import MaxwellMuon
 
-            kind = BiMaxwellMuon
+            kind = MaxwellMuon
         self.muon = kind(**groups.pop("muon"), **options)
         self.adamw = torch.optim.AdamW(list(groups.values()), fused=True)
         self._small = [p for group in groups.values() for p in group["params"]]  # averaged as one buffer
@@ -3215,7 +3215,7 @@ def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
     parts = "plain_windows:stream sliding_window_enabled:stream ttt_sgd:stream fit_bytes:fit_bytes"
     parts += " gptq_drift_batches:drift ttt_cache_window:cache ttt_chunk_by_length:chunks"
-    parts += " muon_bi_maxwell:bi_maxwell caseops_enabled:plain_text quantizer:trellis"
+    parts += " muon_maxwell:maxwell caseops_enabled:plain_text quantizer:trellis"
     pairs = (pair.split(":") for pair in parts.split())
     needed = {name: part for name, part in pairs if getattr(cfg, name) != getattr(Config, name)}
     chosen = {"ans": "ans", "fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"}

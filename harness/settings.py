@@ -84,7 +84,7 @@ _SYSTEMS = {
         "compressor": "ans",
         "fit_bytes": 16_000_000,
         "gptq_drift_batches": 4,
-        "muon_bi_maxwell": True,
+        "muon_maxwell": True,
     },
     "one_gpu": {"max_wallclock_seconds": 4800.0, "checkpoint_seconds": 300.0},  # eight times as long
     "pr1855": {

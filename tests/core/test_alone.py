@@ -28,7 +28,7 @@ REPLACED = {
     ("QUANTIZER", "trellis"): "trellis",
     ("FIT_BYTES", 450_000): "fit_bytes",
     ("GPTQ_DRIFT_BATCHES", 2): "drift",
-    ("MUON_BI_MAXWELL", 1): "bi_maxwell",
+    ("MUON_MAXWELL", 1): "maxwell",
     ("CASEOPS_ENABLED", 0): "plain_text",
     ("PLAIN_WINDOWS", 1): "stream",
     ("SLIDING_WINDOW_ENABLED", 1): "stream",

@@ -143,7 +143,7 @@ def everything(tg, ranks, folder: Path) -> dict:
     result = {"train": exact_training(tg, ranks, folder)}
     if ranks.world_size <= 2:
         result["clip_global"] = exact_training(tg, ranks, folder, CLIP_GLOBAL=1)
-        result["bi_maxwell"] = exact_training(tg, ranks, folder, MUON_BI_MAXWELL=1)
+        result["maxwell"] = exact_training(tg, ranks, folder, MUON_MAXWELL=1)
     if ranks.world_size == 1:
         result["three"] = exact_training(tg, ranks, folder, **THREE)
     if ranks.world_size != 2:
@@ -319,9 +319,9 @@ def test_training_with_one_clip_for_all(results, alone):
 
 
 @pytest.mark.parametrize("results", [2], indirect=True, ids=["2 ranks"])
-def test_training_with_two_momenta(results, alone):
-    single = alone["bi_maxwell"]
-    check_training([result["bi_maxwell"] for result in results], single)
+def test_training_with_four_momenta(results, alone):
+    single = alone["maxwell"]
+    check_training([result["maxwell"] for result in results], single)
     assert not torch.allclose(single["loss"], alone["train"]["loss"], rtol=2e-4), "they do nothing"
 
 

@@ -154,7 +154,7 @@ OURS |= {
 OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "clip_global", "fit_bytes"}
 OURS |= {"preflight_only", "wd_taper_start_frac", "wd_taper_final_mult"}
 OURS |= {"allow_unverified_data", "audit", "wandb_project", "tensorboard_dir", "plain_windows"}
-OURS |= {"checkpoint_seconds", "resume", "quantizer", "gptq_drift_batches", "muon_bi_maxwell"}
+OURS |= {"checkpoint_seconds", "resume", "quantizer", "gptq_drift_batches", "muon_maxwell"}
 
 # What else a setting's other value needs, so that the whole makes sense.
 COMPANIONS = {

@@ -26,7 +26,7 @@ def _arm(name: str, text: str, source: str, start: str = "", data: str = "") -> 
 NOISE = (Arm("null", {}, "the control once more"), Arm(OTHER_BATCHES, {}, "the control on other documents"))
 TRAINING = (  # what past systems of the lineage and of its neighbours do otherwise
     _arm("fused markers", "", "PR #2109", data="fused"),
-    _arm("bi-Maxwell", "MUON_BI_MAXWELL=1", "modded-nanogpt #340"),
+    _arm("four momenta", "MUON_MAXWELL=1", "modded-nanogpt #357"),
     _arm("hyperparameters of pr1855", "WARMDOWN_FRAC=0.85 BETA2=0.99", "PR #1855"),
     _arm("rate 0.028", "MATRIX_LR=0.028", "PR #1925"),
     _arm("query gain 5.25", "QK_GAIN_INIT=5.25", "PR #1953"),
@@ -54,8 +54,11 @@ PARTS = (  # the record without its parts, one at a time
 )
 KEPT = {  # what became of the ideas that were measured (logs/study/)
     "fused markers": "an option of the data preparation, off",
-    "bi-Maxwell": "in `best`",
+    "four momenta": "in `best`",
+    "bi-Maxwell": "gave way to four momenta",
     **dict.fromkeys(("EMA-Nesterov", "row floor", "cautious decay", "slow scalars"), "removed"),
+    **dict.fromkeys(("prefix targets", "prefix targets too", "slope 0.3", "gated XSA"), "not built"),
+    "MUDD": "not built yet",
 }
 GROUPS = {"noise": NOISE, "training": TRAINING, "storing": STORING, "adapting": ADAPTING, "parts": PARTS}
 ARMS = {arm.name: arm for arms in GROUPS.values() for arm in arms}
