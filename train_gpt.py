@@ -76,14 +76,7 @@ class ArtifactError(UserError):
     """A model file that is truncated, corrupted or foreign."""
 
 
-def one_line(error: Exception) -> str:
-    """What an exception of a foreign library says, short: a compiler tells the cause at the end."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 200 else f"{text[:60]} ... {text[-135:]}"
-
-
 # ---- 2. Configuration ----------------------------------------------------------------------------------
-#
 # Every setting is a field of `Config`: type and range, default, and a line of help (`--help` prints it). Its
 # environment variable is the field's name in capitals. Defaults are the record, PR #1851.
 
@@ -254,6 +247,7 @@ class Config:
     ttt_chunk_size: Count = 48  # targets scored before each adaptation step
     ttt_chunk_by_length: str = ""  # smaller chunks up to lengths in targets: 256:8,2000:24 (PR #2014)
     ttt_eval_seq_len: Count = 2048  # longest window behind a chunk's end
+    ngram_tilt: str = ""  # nats towards what followed the same ORDER tokens before: 16:2.62 (PR #1514)
     ttt_cache_window: Whole = 0  # compute this many tokens anew, cache the keys before; 0: all (exact)
     ttt_lora_rank: Count = 96  # rank of the adapters
     ttt_lora_alpha: Positive = 144.0  # their output is scaled by alpha / rank
@@ -407,7 +401,6 @@ def chunk_size(cfg: Config, targets: int) -> int:
 
 
 # ---- 3. Runtime: the device, the log, the clock --------------------------------------------------------
-#
 # Libraries take seconds to load. So harness/ answers `--help`, and what is wrong with the settings, before.
 
 if __name__ == "__main__" and not COUNTED:
@@ -1368,10 +1361,15 @@ class GPT(nn.Module):
         lora: "BatchedLoRA | None" = None,
         scored: Tensor | None = None,
         cache: object | None = None,
+        hints: object | None = None,
     ) -> Tensor:
         """Cross entropy (nats) of each target [B, T]; with `scored` [B, n] only at those positions."""
         h = self.hidden(input_ids, segments, looping=looping, lora=lora, wanted=scored, cache=cache)
         target_ids = target_ids if scored is None else target_ids.gather(1, scored)
+        if self.cfg.ngram_tilt and hints is not None:
+            from systems.tilt import tilted_losses
+
+            return tilted_losses(self, h, target_ids, lora, hints)
         if lora is None and "loss" in self.backends.kernels:
             from systems.kernels import fused_cross_entropy
 
@@ -1521,9 +1519,8 @@ class LoRAOptimizer:
             low_rank.A.data *= factors
 
     def step(self, loss: Tensor) -> None:
-        """One step on the rows in use, down the gradient of a loss."""
-        cfg, gradients = self.cfg, torch.autograd.grad(loss, self.factors)
-        gradients = [gradient.contiguous() for gradient in gradients]  # The fused kernel ignores strides.
+        """One step on the rows in use, down the gradient of a loss (the fused kernel ignores strides)."""
+        cfg, gradients = self.cfg, [g.contiguous() for g in torch.autograd.grad(loss, self.factors)]
         settings = {"beta1": cfg.ttt_beta1, "beta2": cfg.ttt_beta2, "eps": 1e-10, "lr": cfg.ttt_lora_lr}
         settings |= {"weight_decay": cfg.ttt_weight_decay, "fused": True, "amsgrad": False, "maximize": False}
         with torch.no_grad():
@@ -1786,9 +1783,8 @@ class Trainer(Worker):
         slices, scale = self._exchange_gradients(measured)
         measured = torch.cat([measured, (loss + norm)[None]])
         finite = torch.isfinite(measured).all()
-        for parameter in self._small:
-            if parameter.grad is not None:
-                parameter.grad = torch.where(finite, parameter.grad, 0)
+        for parameter in (p for p in self._small if p.grad is not None):
+            parameter.grad = torch.where(finite, parameter.grad, 0)
         self.adamw.step()
         self.muon.apply(slices, scale, finite)
         self.model.zero_grad(set_to_none=True)
@@ -1798,8 +1794,7 @@ class Trainer(Worker):
     def _accumulate_gradients(self, batches: Sequence[Batch] | None) -> tuple[Tensor, Tensor]:
         """Leave the mean gradient of the rank's micro-batches in `.grad`; return mean loss and gradient norm.
 
-        Each micro-batch is clipped by itself, as on each of eight published ranks, so that the number of
-        ranks does not matter (or none is, CLIP_GLOBAL=1).
+        Each micro-batch is clipped by itself, as on eight published ranks (none is with CLIP_GLOBAL=1).
         """
         limit = math.inf if self.cfg.clip_global else self.cfg.grad_clip_norm or math.inf
         loss_sum, norm_sum = torch.zeros(2, device=self.ranks.device)
@@ -1814,10 +1809,9 @@ class Trainer(Worker):
             loss_sum += loss.detach()
             norm_sum += nn.utils.clip_grad_norm_(self.model.parameters(), limit)
             used = [p for p in self.model.parameters() if p.grad is not None]
-            gradients = [p.grad for p in used]
             if sums:
-                torch._foreach_add_(sums, gradients)
-            sums = sums or gradients
+                torch._foreach_add_(sums, [p.grad for p in used])
+            sums = sums or [p.grad for p in used]
             self.model.zero_grad(set_to_none=True)
         torch._foreach_div_(sums, self.micro_batches)
         for parameter, gradient in zip(used, sums, strict=True):
@@ -1827,8 +1821,7 @@ class Trainer(Worker):
     @torch.no_grad()
     def _exchange_gradients(self, measured: Tensor) -> tuple[list, Tensor | float]:
         """Average gradients and measured values; returns slices of banks and a clip factor for them."""
-        ranks = self.ranks
-        slices = self.muon.reduce_gradients()  # under way while the small ones are packed
+        ranks, slices = self.ranks, self.muon.reduce_gradients()  # under way while small ones are packed
         small = [p.grad for p in self._small if p.grad is not None]
         ranks.sum_packed_([*small, measured])
         if ranks.world_size > 1:
@@ -1836,9 +1829,8 @@ class Trainer(Worker):
             measured[:2] /= ranks.world_size
         if not self.cfg.clip_global:
             return slices, 1.0
-        squares = sum(pending.wait().float().square().sum() for _, pending in slices)
-        squares = ranks.sum_(squares) / ranks.world_size**2
-        measured[1] = torch.sqrt(squares + sum(gradient.float().square().sum() for gradient in small))
+        squares = ranks.sum_(sum(pending.wait().float().square().sum() for _, pending in slices))
+        measured[1] = torch.sqrt(squares / ranks.world_size**2 + sum(g.float().square().sum() for g in small))
         scale = ((self.cfg.grad_clip_norm or math.inf) / (measured[1] + 1e-6)).clamp_max(1.0)
         torch._foreach_mul_(small, scale)
         return slices, scale
@@ -2289,7 +2281,6 @@ def dequantize_state(records: Mapping[str, QuantizedTensor], num_layers: int) ->
 
 
 # ---- 12. Artifact: a container without anything executable ---------------------------------------------
-#
 # magic, version, codec (1 byte each after the magic) | header length u32 | sha256 of what follows | header:
 # compressed JSON (model settings; name, kind, bits, shape, correction of each tensor; key and packed length
 # of each stream) | streams: all arrays of one key, concatenated in the tensors' order and compressed. With
@@ -2577,8 +2568,6 @@ ChunkWindow = namedtuple("ChunkWindow", "start length offset targets")
 
 def select_documents(documents: Sequence[Span], fraction: float, seed: int) -> list[Span]:
     """A random sample of the documents, in their order; all of them for fraction 1."""
-    if fraction >= 1:
-        return list(documents)
     count = max(1, round(len(documents) * fraction))
     return [documents[i] for i in sorted(random.Random(seed).sample(range(len(documents)), count))]
 
@@ -2592,8 +2581,7 @@ def ttt_batches(documents: Sequence[Document], cfg: Config, first: int = 0) -> l
 
         parts = chunk_groups(by_length, cfg)
     batches = [part[start : start + size] for part in parts for start in range(0, len(part), size)]
-    batches = [TTTBatch(index, batch) for index, batch in enumerate(batches, first)]
-    return sorted(batches, key=lambda batch: -batch.targets)
+    return sorted(itertools.starmap(TTTBatch, enumerate(batches, first)), key=lambda batch: -batch.targets)
 
 
 def phase_boundaries(prefix_docs: int, num_phases: int, num_docs: int) -> list[int]:
@@ -2698,6 +2686,11 @@ class ScoreFirstTTT(Evaluation):
         if not self.phases + self._batches:
             self.watch.see("start", boundaries=self.boundaries)
         parts = split_at_boundaries(self.batches, self.boundaries)
+        if self.cfg.ngram_tilt:
+            from systems.tilt import Tilt
+
+            self.tilt = Tilt(self)
+            parts = self.tilt.parts
         while self.phases < len(parts):
             if self.cfg.ttt_warm_start_a and self._reusable is None:
                 self._reusable = self._new_lora(range(self.cfg.ttt_batch_size))
@@ -2732,11 +2725,10 @@ class ScoreFirstTTT(Evaluation):
         self.phases, self._batches, self.done, self.diverged, self._constructed = state["place"]
         self.meter.add_sums(*state["sums"])
         if state["A"]:
-            self._reusable = self._make_lora(self.cfg.ttt_batch_size)
-            for low_rank, A in zip(self._reusable.maps(), state["A"], strict=True):
+            lora = self._reusable = self._make_lora(self.cfg.ttt_batch_size)
+            for low_rank, A in zip(lora.maps(), state["A"], strict=True):
                 low_rank.A.data.copy_(A)
-            active = state["active"]
-            self._reusable.active = None if active is None else active.to(self.ranks.device)
+            lora.active = None if (active := state["active"]) is None else active.to(self.ranks.device)
         self._generator.set_state(state["generator"])
         if "weights" in state:
             self.model.load_state_dict(state["weights"])
@@ -2828,12 +2820,17 @@ class ScoreFirstTTT(Evaluation):
 
     def _losses(self, part: ChunkBatch, lora: BatchedLoRA, cache: object | None) -> Tensor:
         x, y, scored = (self.ranks.put(tensor) for tensor in (part.x, part.y, part.scored))
+        tip = {"hints": self.tilt.hints_of(part, self.ranks)} if self.cfg.ngram_tilt else {}
         with self.ranks.autocast():
             if self.model.backends.compiler and torch.is_grad_enabled() and not cache:
                 from systems.compiled import compiled_losses
 
-                return compiled_losses(self.model, x, y, scored, lora, self.looping)
-            return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache)
+                return compiled_losses(self.model, x, y, scored, lora, self.looping, **tip)
+            if "eager" in self.model.backends.kernels and torch.is_grad_enabled() and not cache:
+                from systems.memory import losses_by_rows
+
+                return losses_by_rows(self.model, x, y, scored, lora, self.looping, **tip)
+            return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache, **tip)
 
     def _adapt(self, part: ChunkBatch, optimizer: LoRAOptimizer, losses: Tensor, cache: object) -> None:
         """Optimiser steps on a scored chunk; the first takes the gradient of the scoring pass itself."""
@@ -3214,7 +3211,7 @@ class Run:
 def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
     parts = "plain_windows:stream sliding_window_enabled:stream ttt_sgd:stream fit_bytes:fit_bytes"
-    parts += " gptq_drift_batches:drift ttt_cache_window:cache ttt_chunk_by_length:chunks"
+    parts += " gptq_drift_batches:drift ttt_cache_window:cache ttt_chunk_by_length:chunks ngram_tilt:tilt"
     parts += " muon_maxwell:maxwell caseops_enabled:plain_text quantizer:trellis"
     pairs = (pair.split(":") for pair in parts.split())
     needed = {name: part for name, part in pairs if getattr(cfg, name) != getattr(Config, name)}

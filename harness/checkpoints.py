@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness.guards import Stopped
 from harness.ledger import Ledger
+from harness.stopping import Stopped
 from harness.unfinished import CheckpointFolder, UnfinishedRun, lock_folder, read_checkpoint, unlike
 from train_gpt import (
     ArtifactError,

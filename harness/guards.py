@@ -1,13 +1,10 @@
-"""What watches over a run and may step in: signals, memory, an artifact that is too large, eager graphs."""
+"""What watches over a run and may step in: memory, an artifact that is too large, eager graphs."""
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.util
-import os
 import platform
 import re
-import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +16,7 @@ from harness.backends import fit_memory
 from harness.manifest import check_command
 from harness.preflight import MOST_CODE, Preflight
 from harness.settings import show_settings
+from systems.compiled import one_line
 from train_gpt import (
     CPU,
     LARGEST_HALF,
@@ -32,50 +30,9 @@ from train_gpt import (
     UserError,
     Watch,
     factorise_all,
-    one_line,
     pack_artifact,
     quantize_state,
 )
-
-
-class Stopped(BaseException):
-    """A signal to stop: everything is left whole; exit code 128 + number."""
-
-    stage = "start"
-
-    def __init__(self, number: int):
-        super().__init__(f"told to stop ({signal.Signals(number).name})")
-        self.code = 128 + number
-
-
-@contextlib.contextmanager
-def signals(ranks: Ranks):
-    """What tells a run to stop raises Stopped; a second signal ends all.
-
-    SIGTERM (torchrun's, when another rank has failed), SIGINT, SIGHUP (the terminal is gone) and SIGUSR1 (a
-    batch system, before its time limit). The last two are left ignored where they are, as by `nohup`.
-    Where `ranks.stage_handles_stop`, whoever watches the stage looks at `ranks.stop_signal` and raises it.
-    """
-
-    def handle(number: int, _: object) -> None:
-        if ranks.stop_signal:
-            os._exit(128 + number)
-        ranks.stop_signal = number
-        if not ranks.stage_handles_stop:
-            raise Stopped(number)
-
-    numbers = [signal.SIGTERM, signal.SIGINT, *unless_ignored(signal.SIGHUP, signal.SIGUSR1)]
-    handlers = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def unless_ignored(*numbers: int) -> list[int]:
-    """The signals that this process was not started to ignore."""
-    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def command_output(*command: str) -> str:

@@ -184,6 +184,13 @@ def _other_rules(cfg: Config) -> Iterable[tuple[bool, str, str]]:
     text = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"
     adapts = cfg.ttt_enabled and not cfg.ttt_sgd
     yield cfg.val_doc_fraction == 1 or adapts, "VAL_DOC_FRACTION", text
+    pairs = re.findall(r"(\d{1,4}):(\d{1,2}(?:\.\d+)?)(?:,|$)", cfg.ngram_tilt)
+    again, orders = ",".join(map(":".join, pairs)), {int(order) for order, _ in pairs}
+    fits = again == cfg.ngram_tilt and len(orders) == len(pairs) and 0 not in orders
+    text = "must be ORDER:NATS,... such as 16:2.62,8:1.5: tokens of context, each number once; nats below 100"
+    yield fits, "NGRAM_TILT", text
+    text = "needs TTT_ENABLED=1 and TTT_SGD=0: the adaptation by documents is what is tilted"
+    yield not cfg.ngram_tilt or adapts, "NGRAM_TILT", text
     for names in EXCLUSIVE:
         chosen = [name for name in names if getattr(cfg, name.lower())]
         yield len(chosen) < 2, " ".join(chosen), "exclude each other: set at most one"

@@ -9,11 +9,12 @@ from pathlib import Path
 from harness.backends import check_device
 from harness.checkpoints import Checkpoints
 from harness.console import ConsoleNotice, Progress, console_watch
-from harness.guards import Guard, Stopped, signals
+from harness.guards import Guard
 from harness.hashes import Hashes
 from harness.ledger import Ledger
 from harness.logfiles import LogFiles, StepFile
 from harness.preflight import Preflight
+from harness.stopping import Stopped, StopSignals
 from harness.tracking import Trackers
 from train_gpt import Config, ConfigError, Ranks, Run, RunError, Trainer, Watch, execute, run_name
 
@@ -61,11 +62,12 @@ def watch_run(cfg: Config, environ: Mapping[str, str], sources: Mapping[str, byt
     check_device(cfg, environ)
     ranks = Ranks.from_env(cfg, environ)
     shown = console_watch(ranks, environ)
+    signals = StopSignals(ranks)
     try:
-        with signals(ranks), contextlib.ExitStack() as closing:
-            return _execute(cfg, ranks, sources, shown, Hashes.from_env(environ), closing)
+        with signals, contextlib.ExitStack() as closing:
+            return _execute(cfg, ranks, sources, shown, Hashes.from_env(environ), signals, closing)
     except Stopped as stopped:
-        ranks.say(f"stage {stopped.stage}: {stopped}")
+        ranks.say(f"stage {signals.stage}: {stopped}")
         return stopped.code
     except RunError as error:  # before the first stage, as below; `execute` says the later ones
         ranks.say(f"stage start: {error}")
@@ -80,6 +82,7 @@ def _execute(
     sources: Mapping[str, bytes],
     shown: Progress,
     hashes: Hashes,
+    signals: StopSignals,
     closing: contextlib.ExitStack,
 ) -> int:
     """Make a run with all that watches over it, and execute it. Exit code as `watch_run`."""
@@ -105,9 +108,5 @@ def _execute(
         watches.append(ConsoleNotice())
     watches.insert(0, closing.enter_context(contextlib.closing(LogFiles(ranks, folder))))
     kind = Rehearsal if cfg.preflight_only else Run
-    run = kind(cfg, ranks, backends, sources, Watches(watches))
-    try:
-        return execute(run)
-    except Stopped as stopped:
-        stopped.stage = run.clock.current
-        raise
+    signals.run = kind(cfg, ranks, backends, sources, Watches(watches))
+    return execute(signals.run)

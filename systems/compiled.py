@@ -24,8 +24,13 @@ from train_gpt import (
     chunk_size,
     compiled_graphs,
     copy_tensors,
-    one_line,
 )
+
+
+def one_line(error: Exception) -> str:
+    """What an exception of a foreign library says, short: a compiler tells the cause at the end."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 200 else f"{text[:60]} ... {text[-135:]}"
 
 
 def compile_graphs(run: Run, stage: str, warm_up: Callable[[], int]) -> None:
@@ -52,18 +57,19 @@ def compile_adaptation(run: Run, documents: Iterable[Span]) -> None:
 
 
 def compiled_losses(
-    model: GPT, x: Tensor, y: Tensor, scored: Tensor, lora: BatchedLoRA, looping: bool
+    model: GPT, x: Tensor, y: Tensor, scored: Tensor, lora: BatchedLoRA, looping: bool, **hints: Tensor
 ) -> Tensor:
     """`model.losses` of a chunk; adapters whose documents have ended get rows of zeros until they leave."""
     active, rows, used = lora.active, len(lora.lm_head_lora.factors[0]), len(x)
     x, y, scored = (F.pad(part, (0, 0, rows - used, 0)) for part in (x, y, scored))
+    hints = {name: F.pad(part, (0, 0, 0, 0, rows - used, 0)) for name, part in hints.items()}
     lora.active = active[-rows:]
     factors = [factor for low_rank in lora.maps() for factor in low_rank.factors]
-    for tensor in (x, y, scored, lora.active, *factors) if rows > 1 else ():
+    for tensor in (x, y, scored, lora.active, *factors, *hints.values()) if rows > 1 else ():
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
     for tensor in (x, y):
         torch._dynamo.maybe_mark_dynamic(tensor, 1)
-    losses = model(x, y, looping=looping, lora=lora, scored=scored)
+    losses = model(x, y, looping=looping, lora=lora, scored=scored, **hints)
     lora.active = active
     return losses[rows - used :]
 
@@ -90,6 +96,10 @@ def warm_up_ttt(model: GPT, cfg: Config, sizes: Iterable[int], looping: bool, ra
                     val = ValidationSet(tokens, tokens, documents)
                     ttt = ScoreFirstTTT(model, val, cfg, looping=looping, ranks=ranks)
                     batch = TTTBatch(0, list(enumerate(documents)))
+                    if cfg.ngram_tilt:
+                        from systems.tilt import Tilt
+
+                        ttt.tilt = Tilt(ttt)
                     ttt._score_batch(batch, ttt._new_lora(batch.documents), size)
                 model.requires_grad_(True)
                 if cfg.phased_ttt_prefix_docs:

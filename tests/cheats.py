@@ -117,7 +117,9 @@ ROWS = "rows = [random_row(cfg, self.micro_tokens, cfg.train_seq_len, generator)
 RESTORE = "        self.restore(before)\n"
 SCORED_ROW = "looping=looping).cpu()"
 CAUSAL = "(q, k, v, is_causal=True, enable_gqa=True)"
-LORA_LOSSES = "return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache)"
+LORA_LOSSES = (
+    "return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache, **tip)"
+)
 CALIBRATION = "x, _ = loader.next(rows)\n"
 VALIDATION = '_read_stream(cfg.data_folder, "val")'
 AVERAGE = "        self.model.load_state_dict(self.ema.cast_like(self.model.state_dict()))\n"

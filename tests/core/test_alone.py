@@ -35,12 +35,13 @@ REPLACED = {
     ("TTT_SGD", 1): "stream",
     ("TTT_CACHE_WINDOW", 32): "cache",
     ("TTT_CHUNK_BY_LENGTH", "60:8"): "chunks",
+    ("NGRAM_TILT", "2:1"): "tilt",
     ("TRITON_KERNELS", "loss"): "kernels",
     ("ATTENTION_BACKEND", "fa3"): "fa3",
     ("ATTENTION_BACKEND", "fa4"): "fa4",
     ("ATTENTION_BACKEND", "torch_varlen"): "varlen",
 }
-UNASKED = {"attention_kernels", "compiled", "prefetch", "eager"}  # used where they stand, the last on a CPU
+UNASKED = {"attention_kernels", "compiled", "prefetch", "eager", "memory"}  # used if there; two on a CPU
 TAKEN_ALONG = {"console", "early", "layout"}  # by harness/, by what prepares data, before the libraries
 NO_MATTER = {  # read in harness/ alone, and without effect on what a script alone does
     "RESUME": "nothing is kept from which it could go on",

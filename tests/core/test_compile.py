@@ -168,14 +168,14 @@ def compiled_model(tg, cfg, kernels: str = ""):
     return backends.move_and_compile(model, tg.CPU.device)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_compiled_adaptation_is_the_same_and_never_recompiles(tg, fused):
+@pytest.mark.parametrize("fused, tilt", [(False, ""), (False, "1:1.5"), (True, "")])
+def test_compiled_adaptation_is_the_same_and_never_recompiles(tg, fused, tilt):
     """Three graphs for any number of rows and tokens; warming them up leaves the weights as they were."""
     if fused:
         pytest.importorskip("triton")
         if torch.cuda.is_available():
             pytest.skip("Triton's interpreter runs the kernels on a CPU's tensors, a GPU does not")
-    cfg = tg.Config(**SMALL_TTT)
+    cfg = tg.Config(**SMALL_TTT, ngram_tilt=tilt)
     val = validation(tg, documents_stream())
     expected = run_through(tg.ScoreFirstTTT, random_model(tg, cfg), val, cfg, looping=False)
     model = compiled_model(tg, cfg, ",".join(tg.KERNELS) if fused else "")

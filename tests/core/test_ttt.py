@@ -46,6 +46,7 @@ SETTINGS = {
     "cached": {"ttt_cache_window": 12},
     "by_length": {"ttt_chunk_by_length": "20:2,40:4"},
     "some_adapters": {"ttt_q_lora": False, "ttt_v_lora": False},
+    "tilted": {"ngram_tilt": "1:1.5"},
 }
 
 
@@ -239,7 +240,7 @@ def test_adaptation_changes_later_chunks_only(tg):
     assert adapted[1][0] != frozen[1][0]
 
 
-@pytest.mark.parametrize("name", ["phased", "rows_not_documents"])
+@pytest.mark.parametrize("name", ["phased", "rows_not_documents", "tilted"])
 @pytest.mark.parametrize("document", [4, 7, 0, 3, 1])
 def test_future_token_changes_no_earlier_score(tg, name, document):
     """C1 and C3 end to end, adapters and global SGD included.

@@ -131,7 +131,7 @@ def test_the_consoles_end_and_other_signals_stop_a_run(tg, name):
     ranks = tg.Ranks(tg.torch.device("cpu"))
     before = signal.signal(number, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
-        with pytest.raises(tg.Stopped, match=name) as stopped, tg.signals(ranks):
+        with pytest.raises(tg.Stopped, match=name) as stopped, tg.StopSignals(ranks):
             os.kill(os.getpid(), number)
             signal.sigtimedwait([], 1)  # the handler runs before this returns
     finally:
@@ -142,7 +142,7 @@ def test_the_consoles_end_and_other_signals_stop_a_run(tg, name):
 def test_nohup_keeps_the_consoles_end_from_a_run(tg):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with tg.signals(tg.Ranks(tg.torch.device("cpu"))):
+        with tg.StopSignals(tg.Ranks(tg.torch.device("cpu"))):
             os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:

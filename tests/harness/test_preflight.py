@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE
 from quick_run import QUICK
 
 from bench.settings import TINY, make_data
@@ -514,7 +514,7 @@ def test_preflight_guard_leaves_cleanly_when_told(work, number, code):
     job = start(work, folder)
     wait_for(job, "train step:5")
     job.send_signal(number)
-    _, errors = job.communicate(timeout=60)
+    _, errors = job.communicate(timeout=PATIENCE)
     assert job.returncode == code, errors
     said = f"train_gpt.py: rank 0 of 1, stage train: told to stop ({number.name})"
     assert errors.splitlines() == [said]
@@ -526,10 +526,9 @@ def test_preflight_guard_leaves_cleanly_when_told(work, number, code):
 def test_preflight_guard_leaves_two_ranks_when_torchrun_is_told(work):
     job = start(work, "told_ranks", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     wait_for(job, "train step:5")
-    before = time.monotonic()
     job.send_signal(signal.SIGTERM)
-    _, errors = job.communicate(timeout=60)
-    assert job.returncode != 0 and time.monotonic() - before < 30  # torchrun kills after 30 s what is left
+    _, errors = job.communicate(timeout=PATIENCE)
+    assert job.returncode != 0 and "SIGKILL" not in errors  # by which torchrun ends what is left after 30 s
     assert re.search(r"rank \d of 2, stage train: told to stop \(SIGTERM\)", errors)
     assert {path.name for path in (work / "told_ranks").iterdir()} == {"logs", "metrics.jsonl", "steps.jsonl"}
 
@@ -542,13 +541,55 @@ def test_preflight_guard_signal_is_raised_noted_or_final(tg, handled, twice, cod
         ranks = tg.Ranks(torch.device("cpu"))
         ranks.stage_handles_stop = handled
         try:
-            with tg.signals(ranks):
+            with tg.StopSignals(ranks):
                 for _ in range(1 + twice):
                     os.kill(os.getpid(), signal.SIGTERM)
             os._exit(8 if ranks.stop_signal == signal.SIGTERM else 1)
         except tg.Stopped as stopped:
             os._exit(7 if stopped.code == 143 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+
+
+STUCK = """
+import ctypes, os, sys, threading, time
+sys.path.insert(0, {root!r})
+import torch
+from harness.stopping import StopSignals
+from train_gpt import Ranks
+
+def tell():
+    while mutex.raw[:4] != bytes([2, 0, 0, 0]):  # what glibc writes there when somebody waits
+        time.sleep(0.01)
+    os.kill(os.getpid(), {number})
+
+mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+lock(mutex)
+with StopSignals(Ranks(torch.device("cpu")), patience=0.2):
+    threading.Thread(target=tell, daemon=True).start()
+    lock(mutex)  # as in a collective whose other rank is dead: no instruction of Python follows
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_preflight_guard_leaves_a_call_that_does_not_return(number, code):
+    script = STUCK.format(root=str(QUICK.parents[1]), number=int(number))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE)
+    said = f"rank 0 of 1, stage start: told to stop ({number.name}), amid a call that does not return"
+    assert (done.returncode, done.stderr.splitlines()) == (code, [f"train_gpt.py: {said}"])
+
+
+def test_preflight_guard_has_patience_with_a_run_that_ends(tg, capfd):
+    """A signal that has been handled, and one behind which the run leaves, end nothing by force."""
+    before = signal.set_wakeup_fd(-1)
+    ranks = tg.Ranks(torch.device("cpu"))
+    with pytest.raises(tg.Stopped), tg.StopSignals(ranks, patience=0.5) as signals:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.sigtimedwait([], 1)  # the handler runs before this returns
+        finally:
+            signals._thread.join(1.0)  # it would have ended this process
+    assert signal.set_wakeup_fd(before) == -1
+    assert not signals._thread.is_alive() and not capfd.readouterr().err
 
 
 def test_preflight_guard_gives_the_handlers_back(run):

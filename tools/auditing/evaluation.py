@@ -21,6 +21,8 @@ from auditing.replay import (
 )
 from auditing.run import BOS, RECORDS, REPLAYED, Audit, NotChecked, check, digest, read_values, require
 from auditing.stream import once_each, one_order, others_once_each
+from auditing.tilt import declared_boosts
+from auditing.tilt import one_order as one_order_of_hints
 from auditing.training import is_validation, trained_unscored, ttt_warm_up, warm_up
 from runs import EVAL_LIMIT
 from scripts import sha256_of
@@ -192,6 +194,7 @@ def d4_one_pass(audit: Audit) -> str:
             require(whose == owner, f"document {number}: scored by two sets of weights")
             ends[number] = first + count, owner
     order = f"one order on each of {ranks} ranks, {_explained_phases(audit)} global phases"
+    order += one_order_of_hints(audit, audit.script.load_validation(audit.cfg))
     return f"{len(counts):,} targets of {len(ends):,} documents once each, left to right; {order}{others}"
 
 
@@ -300,6 +303,7 @@ def _neighbours(audit: Audit) -> int:
     """
     tokens = toy_stream(audit)
     options = {"phased_ttt_prefix_docs": 0, "ttt_warm_start_a": False}
+    options |= {"ngram_tilt": ""} if declared_boosts(audit) else {}
     base = Replay(audit, tokens, **options)
     number, first, count = base.entries[0].spans[0]
     others = 0
@@ -347,6 +351,9 @@ def d8_documents_apart(audit: Audit) -> str:
     text = f"{len(apart)} losses of the row's other documents bit-identical"
     if audit.adapted:
         text += f"; adapters of {_neighbours(audit)} other documents too (global state frozen)"
+        text += "; what they say gives hints to later parts, declared by NGRAM_TILT" * bool(
+            declared_boosts(audit)
+        )
     if smeared:
         known = "SMEAR_BOS_MASK=0: a document's last token reaches the next one (earlier text; PR #1667)"
         raise NotChecked(f"{known}; of all its other tokens {text}")

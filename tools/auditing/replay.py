@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from auditing.run import BOS, Audit, NotChecked, digest, require
+from auditing.tilt import declared_boosts, hints_at, tilted_distributions
 from scripts import sha256_of
 
 
@@ -42,7 +43,8 @@ class Replay:
         self.val = audit.script.ValidationSet.from_sidecar(tokens, sidecar)
         self.cfg = dataclasses.replace(_small_settings(audit), **changes)
         options = {"looping": audit.looping, "ranks": audit.ranks, "watch": audit.watch(self._see)}
-        audit.script.ScoreFirstTTT(self.model, self.val, self.cfg, **options).run()
+        self.evaluation = audit.script.ScoreFirstTTT(self.model, self.val, self.cfg, **options)
+        self.evaluation.run()
 
     def _see(self, kind: str, **data: object) -> None:
         if kind in ("lora_constructed", "lora_reset"):
@@ -86,6 +88,8 @@ def _small_settings(audit: Audit):
     if getattr(cfg, "ttt_chunk_by_length", ""):  # some of the documents of `toy_stream` get half chunks
         table = {"ttt_chunk_by_length": f"{2 * window + window // 2 + 2}:{window // 2}"}
         cfg = dataclasses.replace(cfg, **table)
+    if boosts := declared_boosts(audit):  # two tokens: contexts of as many come again in so short a stream
+        cfg = dataclasses.replace(cfg, ngram_tilt=f"2:{max(boosts.values())}")
     return dataclasses.replace(
         cfg,
         ttt_cache_window=min(cfg.ttt_cache_window, 2 * window),
@@ -102,13 +106,18 @@ def _small_settings(audit: Audit):
 
 
 def toy_stream(audit: Audit, documents: int = 4) -> Tensor:
-    """Documents of 2.5 chunks and a little, each after a BOS, of validation text from anywhere in it."""
+    """Documents of 2.5 chunks and a little, each after a BOS, of validation text from anywhere in it.
+
+    Where a tilt is declared each says what the one before says from its second token on.
+    """
     text = audit.tokens[audit.tokens != BOS]
     size = audit.cfg.ttt_chunk_size
     lengths = [2 * size + size // 2 + i for i in range(documents)]
     first = int(sha256_of(audit.artifact)[:16], 16) % len(text)  # follows from the artifact
     text = text[(first + np.arange(sum(lengths))) % len(text)]
     parts = np.split(text, np.cumsum(lengths)[:-1])
+    if declared_boosts(audit):
+        parts = [text[i : i + length] for i, length in enumerate(lengths)]
     return torch.from_numpy(np.concatenate([np.append([BOS], part) for part in parts]))
 
 
@@ -173,6 +182,7 @@ class Distributions:
     def __init__(self, audit: Audit):
         self.audit, self.expected = audit, []
         self.positions, self.worst_sum, self.smallest, self.worst_swap = 0, 0.0, 1.0, 0.0
+        self.tilted = 0  # positions with a hint
         self._generator = torch.Generator().manual_seed(0)
 
     def visit(self, replay: Replay, entry: Entry) -> None:
@@ -181,15 +191,30 @@ class Distributions:
         tokens = replay.val.tokens
         start = int((tokens[: first + 1] == BOS).nonzero()[-1])
         begin = max(start, first + count - replay.cfg.ttt_eval_seq_len)
-        self.expected.append(self.look(replay.model, tokens[begin : first + count + 1], count, replay.lora))
+        hints = hints_at(replay.evaluation.tilt, first, count) if replay.cfg.ngram_tilt else None
+        row = tokens[begin : first + count + 1]
+        self.expected.append(self.look(replay.model, row, count, replay.lora, hints))
 
     @torch.no_grad()
-    def look(self, model: object, row: Tensor, count: int, lora: object = None) -> float:
-        """Take the distributions at the last `count` targets of a row; returns their sum of -log p."""
+    def look(
+        self, model: object, row: Tensor, count: int, lora: object = None, hints: Tensor | None = None
+    ) -> float:
+        """Take the distributions at the last `count` targets of a row; returns their sum of -log p.
+
+        With `hints` [count, 2] they are the tilted ones.
+        """
         device, options = self.audit.ranks.device, {"looping": self.audit.looping, "lora": lora}
         x, y = row[None, :-1].long().to(device), row[None, 1:].long().to(device)
         with self.audit.ranks.autocast():
             p = model.logits(model.hidden(x, **options), lora).double().softmax(-1)[0, -count:]
+            if hints is not None:
+                p, self.tilted = (
+                    tilted_distributions(p, hints.to(device)),
+                    self.tilted + int((hints[:, 1] > 0).sum()),
+                )
+                options["hints"] = torch.nn.functional.pad(hints, (0, 0, len(row) - 1 - count, 0))[None].to(
+                    device
+                )
             swapped = torch.randint(2, p.size(-1), y.shape, generator=self._generator).to(device)
             losses = [model.losses(x, targets, **options) for targets in (y, swapped)]
         self.positions += count
@@ -211,5 +236,6 @@ class Distributions:
         worst = max(abs(scored - expected) / expected for scored, expected in pairs)
         require(worst < bound, f"scored losses differ from -log p by {worst:.1e} of the sum")
         figure = f"|sum - 1| < {max(self.worst_sum, 1e-16):.0e}, p > {self.smallest:.0e}"
+        figure += f", {self.tilted} of them tilted" if declared_boosts(self.audit) else ""
         within = f"swapped tokens and scored {which} within {max(worst, swap):.0e}"
         return f"{self.positions} positions: {figure}; {within}"

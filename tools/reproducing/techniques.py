@@ -107,6 +107,11 @@ TECHNIQUES = (
         lambda s: _lora(s) and bool(s["TTT_CHUNK_BY_LENGTH"]),
     ),
     Technique(
+        "Token n-gram tilt in closed form, {NGRAM_TILT}",
+        (1514, 2018),
+        lambda s: _lora(s) and bool(s["NGRAM_TILT"]),
+    ),
+    Technique(
         "Score-first SGD, {TTT_EPOCHS} epochs a chunk",
         (549, 1413),
         lambda s: s["TTT_ENABLED"] and s["TTT_SGD"],

@@ -38,6 +38,8 @@ STORING = (  # at equal bytes: --bytes
 )
 ADAPTING = (
     _arm("no LoRA on Q and V", "TTT_Q_LORA=0 TTT_V_LORA=0", "PR #1953", "artifact"),
+    _arm("n-gram tilt", "NGRAM_TILT=16:2.62", "PR #1514", "artifact"),
+    _arm("n-gram tilt, short", "NGRAM_TILT=8:5.6,4:4,2:3", "PR #1514", "artifact"),
     _arm("chunks by length", "TTT_CHUNK_BY_LENGTH=256:8,2000:24", "PR #2014", "artifact"),
 )
 EIGHTH = "GPTQ_CALIBRATION_BATCHES=1 TRAIN_BATCH_TOKENS=2048 GRAD_ACCUM_STEPS=1"
@@ -54,7 +56,7 @@ PARTS = (  # the record without its parts, one at a time
 )
 KEPT = {  # what became of the ideas that were measured (logs/study/)
     "fused markers": "an option of the data preparation, off",
-    "four momenta": "in `best`",
+    **dict.fromkeys(("four momenta", "n-gram tilt", "n-gram tilt, short"), "in `best`"),
     "bi-Maxwell": "gave way to four momenta",
     **dict.fromkeys(("EMA-Nesterov", "row floor", "cautious decay", "slow scalars"), "removed"),
     **dict.fromkeys(("prefix targets", "four momenta and prefix targets", "slope 0.3", "gated XSA"), "not built"),

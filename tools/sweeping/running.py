@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness.guards import unless_ignored
+from harness.stopping import unless_ignored
 
 PATIENCE = 40  # seconds that a run has to end in once it is told to; torchrun gives its ranks 30
 GUARD = """read _  # the tool writes nothing: this returns when it is gone, even by kill -9
