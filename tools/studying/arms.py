@@ -59,7 +59,8 @@ KEPT = {  # what became of the ideas that were measured (logs/study/)
     **dict.fromkeys(("four momenta", "n-gram tilt", "n-gram tilt, short"), "in `best`"),
     "bi-Maxwell": "gave way to four momenta",
     **dict.fromkeys(("EMA-Nesterov", "row floor", "cautious decay", "slow scalars"), "removed"),
-    **dict.fromkeys(("prefix targets", "four momenta and prefix targets", "slope 0.3", "gated XSA"), "not built"),
+    **dict.fromkeys(("prefix targets", "four momenta and prefix targets"), "removed"),
+    **dict.fromkeys(("slope 0.3", "gated XSA"), "not built"),
     "MUDD": "not built yet",
 }
 GROUPS = {"noise": NOISE, "training": TRAINING, "storing": STORING, "adapting": ADAPTING, "parts": PARTS}
