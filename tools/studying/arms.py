@@ -60,6 +60,7 @@ KEPT = {  # what became of the ideas that were measured (logs/study/)
     **dict.fromkeys(("EMA-Nesterov", "row floor", "cautious decay", "slow scalars"), "removed"),
     **dict.fromkeys(("bi-Maxwell", "prefix targets", "four momenta and prefix targets"), "removed"),
     **dict.fromkeys(("slope 0.3", "gated XSA", "MUDD"), "removed"),
+    **dict.fromkeys(("one momentum, 0.94", "two momenta, 0.94", "four momenta, 0.94"), "removed"),
 }
 GROUPS = {"noise": NOISE, "training": TRAINING, "storing": STORING, "adapting": ADAPTING, "parts": PARTS}
 ARMS = {arm.name: arm for arms in GROUPS.values() for arm in arms}
