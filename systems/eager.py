@@ -14,7 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from systems.memory import keep_heap, spare_compiler
 from train_gpt import BatchedLoRA, Block, BlockContext, Segments, SlotAdapters, at_positions, attend_from
+
+keep_heap()
+spare_compiler()
 
 
 def product(x: Tensor, weight: Tensor, *, add: Tensor | None = None, slope: float = 1.0) -> Tensor:
@@ -124,25 +128,27 @@ class ScaledNorm(torch.autograd.Function):
 
 
 class NormedHeads(torch.autograd.Function):
-    """Heads to unit mean square, times their gain, then rotated; `tables` are of `rotation`."""
+    """Heads to unit mean square, times their gain, then rotated; `tables` are of `rotation`.
+
+    Kept is the input, which lies in the product with the values and lives as long as they do.
+    """
 
     @staticmethod
     def forward(ctx: object, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
         """x [..., heads, d] (of a wider product), gain [heads] -> [..., heads, d]."""
         factor = inverse_rms(x)
-        normed = x * factor
-        ctx.save_for_backward(normed, factor, gain, cos, sin)
+        ctx.save_for_backward(x, factor, gain, cos, sin)
         ctx.half = half
-        return rotate(normed * gain[:, None], cos, sin, half)
+        return rotate(x * (factor * gain[:, None]), cos, sin, half)
 
     @staticmethod
     def backward(ctx: object, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Turned back, scaled, and without what lies along the normed head."""
-        normed, factor, gain, cos, sin = ctx.saved_tensors
+        x, factor, gain, cos, sin = ctx.saved_tensors
         turned = rotate(dy, cos, sin, ctx.half, back=True)
-        dots = (turned * normed).sum(-1, keepdim=True)
+        dots = (turned * x).sum(-1, keepdim=True).mul_(factor)  # with the normed heads
         dgain = dots.flatten(0, -3).sum(0)[..., 0] if ctx.needs_input_grad[1] else None
-        dx = turned.addcmul_(dots.div_(-normed.size(-1)), normed).mul_(factor * gain[:, None])
+        dx = turned.addcmul_(dots.mul_(factor).div_(-x.size(-1)), x).mul_(factor * gain[:, None])
         return dx, dgain, None, None, None
 
 

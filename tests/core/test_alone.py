@@ -29,7 +29,6 @@ REPLACED = {
     ("FIT_BYTES", 450_000): "fit_bytes",
     ("GPTQ_DRIFT_BATCHES", 2): "drift",
     ("MUON_MAXWELL", 1): "maxwell",
-    ("PREFIX_LOSS", 0.25): "prefix_loss",
     ("CASEOPS_ENABLED", 0): "plain_text",
     ("PLAIN_WINDOWS", 1): "stream",
     ("SLIDING_WINDOW_ENABLED", 1): "stream",
@@ -42,7 +41,7 @@ REPLACED = {
     ("ATTENTION_BACKEND", "fa4"): "fa4",
     ("ATTENTION_BACKEND", "torch_varlen"): "varlen",
 }
-UNASKED = {"attention_kernels", "compiled", "prefetch", "eager"}  # used where they stand, the last on a CPU
+UNASKED = {"attention_kernels", "compiled", "prefetch", "eager", "memory"}  # used if there; two on a CPU
 TAKEN_ALONG = {"console", "early", "layout"}  # by harness/, by what prepares data, before the libraries
 NO_MATTER = {  # read in harness/ alone, and without effect on what a script alone does
     "RESUME": "nothing is kept from which it could go on",

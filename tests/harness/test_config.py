@@ -155,8 +155,7 @@ OURS |= {
 OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "clip_global", "fit_bytes"}
 OURS |= {"preflight_only", "wd_taper_start_frac", "wd_taper_final_mult"}
 OURS |= {"allow_unverified_data", "audit", "wandb_project", "tensorboard_dir", "plain_windows"}
-OURS |= {"checkpoint_seconds", "resume", "quantizer", "gptq_drift_batches", "muon_maxwell", "prefix_loss"}
-OURS |= {"ngram_tilt"}
+OURS |= {"checkpoint_seconds", "resume", "quantizer", "gptq_drift_batches", "muon_maxwell", "ngram_tilt"}
 
 # What else a setting's other value needs, so that the whole makes sense.
 COMPANIONS = {

@@ -159,7 +159,7 @@ def test_arms_are_settings_of_the_script(tg):
     """Each arm differs from the control, and could run; one that goes on from a file names nothing else."""
     base = PRESETS["pr1851-study"] | {"fit_bytes": 900_000}
     control = tg.Config(**base)
-    later = {"artifact": ("TTT", "PHASED")}
+    later = {"artifact": ("TTT", "PHASED", "NGRAM_TILT")}
     later["model"] = ("GPTQ", "LQER", "QUANT", "COMPRESSOR", "TRAIN_BATCH", "GRAD_ACCUM")
     for group, arms in GROUPS.items():
         for arm in arms:
