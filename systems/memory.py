@@ -32,6 +32,14 @@ def keep_heap() -> None:
         libc.free(start)
 
 
+def trim_heap() -> None:
+    """Give what is free back to the system, once: the next part of a run has tensors of other sizes."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+        keep_heap()  # the heap's free end has gone back too
+
+
 def spare_compiler() -> None:
     """Keep torch's optimisers from importing its compiler at their first call: 130 MiB and over a second.
 
