@@ -45,7 +45,7 @@ study: $(DEV) data/study_demo/confirm2/manifest.json  ## one idea against the re
 	SCALE=demo ITERATIONS=24 PREQUANT_ONLY=1 OMP_NUM_THREADS=1 $(BIN)/python tools/study.py --study make-study \
 		--arms bi-Maxwell --seeds 2 --jobs 2 --data data/study_demo
 
-data/study_demo/confirm2/manifest.json: $(wildcard dataprep/*.py) dataprep/demo.jsonl.xz | $(RUN)
+data/study_demo/confirm2/manifest.json: $(wildcard dataprep/*.py dataprep/*.c) dataprep/demo.jsonl.xz | $(RUN)
 	SCALE=demo $(BIN)/python tools/study.py --prepare --docs dataprep/demo.jsonl.xz --data data/study_demo \
 		--split 40 --scored 40 --stream 100 --streams 2
 
@@ -56,10 +56,10 @@ bench: $(RUN)  ## speed of a training step on this machine (small on a CPU)
 
 data: data/demo/manifest.json data/demo_plain/manifest.json  ## the demo data sets alone, CaseOps and plain
 
-data/demo/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dataprep/*.py) dataprep/demo.jsonl.xz | $(RUN)
+data/demo/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dataprep/*.py dataprep/*.c) dataprep/demo.jsonl.xz | $(RUN)
 	$(BIN)/python prepare_caseops_data.py --demo --overwrite
 
-data/demo_plain/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dataprep/*.py) dataprep/demo.jsonl.xz | $(RUN)
+data/demo_plain/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildcard dataprep/*.py dataprep/*.c) dataprep/demo.jsonl.xz | $(RUN)
 	$(BIN)/python prepare_caseops_data.py --demo --plain --overwrite
 
 ##@ Work on the code

@@ -43,6 +43,7 @@ import systems.early  # noqa: F401 - what is missing of the rest is said in one 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
+from dataprep import words
 from dataprep.checking import check_folder, report_table, split_report
 from dataprep.crew import EXAMPLES, Crew, HeldOut, Result, Worker
 from dataprep.demo import DEMO_VAL_DOCS, DEMO_VOCAB, demo_documents
@@ -215,6 +216,10 @@ class Preparation:
             }
         )
         self.resumed = "val" in self._state
+        if words.library() is None:  # asked here first, so that workers find it compiled
+            self._progress.say(
+                "note: no C compiler (cc, gcc, clang): tokens by SentencePiece alone, several times slower"
+            )
         self._folder.publish(self._tokenizer.file_name, self._tokenizer.model)
         try:
             validation, rest = self._split_input()

@@ -8,6 +8,7 @@ been scored.
     torchrun --standalone --nproc_per_node=8 train_gpt.py        # the record run: nothing set = PR #1851
     python train_gpt.py                                          # the same on one GPU
     PRESET=demo python train_gpt.py                              # minutes on a laptop's CPU (see `make demo`)
+    PRESET=pr1667 SCALE=demo python train_gpt.py                 # another published system at that size
     python train_gpt.py --help [TOPIC] | --show [--json]         # the settings | the resolved ones
 
 A reader can stop at any banner (# ----) and have understood what is above it. harness/ watches over a run,
@@ -73,12 +74,6 @@ class DataError(UserError):
 
 class ArtifactError(UserError):
     """A model file that is truncated, corrupted or foreign."""
-
-
-def one_line(error: Exception) -> str:
-    """What an exception of a foreign library says, short: a compiler tells the cause at the end."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 200 else f"{text[:60]} ... {text[-135:]}"
 
 
 # ---- 2. Configuration ----------------------------------------------------------------------------------
@@ -208,7 +203,6 @@ class Config:
     beta1: Beta = 0.9  # AdamW's decay of the mean gradient
     beta2: Beta = 0.95  # AdamW's decay of the mean squared gradient
     adam_eps: Positive = 1e-8  # AdamW's addend in the denominator
-    prefix_loss: Share = 0.0  # first weight of a second target, the next piece's longest prefix (mn- #337)
     grad_clip_norm: Amount = 0.3  # global gradient norm; 0: no clipping
     clip_global: bool = False  # clip the averaged gradient; 0: each micro-batch's (eight published ranks do)
     ema_decay: Beta = 0.9965  # average of all state, what is evaluated and quantised
@@ -325,7 +319,9 @@ class Config:
 
 def base_type(annotation: object) -> type:
     """The plain type of a setting: bool, int, float or str."""
-    return str if get_origin(annotation) is Literal else (get_args(annotation) or [annotation])[0]
+    if get_origin(annotation) is Literal:
+        return str
+    return get_args(annotation)[0] if get_args(annotation) else annotation
 
 
 def parse_setting(name: str, text: str, annotation: object) -> object:
@@ -740,7 +736,8 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
 def read_shard(path: Path) -> np.ndarray:
     """Tokens of a shard, uint16, memory-mapped. Raises DataError unless header and size fit exactly."""
     try:
-        header, size = np.fromfile(path, "<i4", SHARD_HEADER_INTS), path.stat().st_size
+        header = np.fromfile(path, "<i4", SHARD_HEADER_INTS)
+        size = path.stat().st_size
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if len(header) < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -790,7 +787,8 @@ class PackedLoader:
     def __init__(self, paths: Sequence[Path], cfg: Config, ranks: Ranks, micro_tokens: int, group: int = 0):
         self.cfg, self._ranks, self._paths = cfg, ranks, list(paths)
         self._span, self._group = micro_tokens + 1, group or ranks.world_size
-        self._need, shards = self._group * self._span, map(read_shard, self._paths)
+        self._need = self._group * self._span
+        shards = map(read_shard, self._paths)
         largest = max((len(tokens) - self._first_bos(tokens) for tokens in shards), default=0)
         if largest < self._need:
             where = self._paths[0].with_name("fineweb_train_*") if self._paths else "no shards"
@@ -1236,7 +1234,6 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, backends: Backends = Backends()):
         super().__init__()
         self.cfg, self.backends = cfg, backends
-        self.prefixes: Callable | None = None  # adds second targets while it trains (PREFIX_LOSS)
         layers, dim, skips = cfg.num_layers, cfg.model_dim, num_skips(cfg)
         kv_dim = cfg.num_kv_heads * cfg.head_dim
         self.qo_bank = nn.Parameter(torch.cat([_orthogonal(layers, dim, dim), torch.zeros(layers, dim, dim)]))
@@ -1300,15 +1297,17 @@ class GPT(nn.Module):
         `parallel_start_layer` on are parallel. A slot is the index of a virtual layer, so looped layers have
         one set of adapters for each pass.
         """
-        cfg, first = self.cfg, cache.first if cache else 0
+        cfg = self.cfg
+        first = cache.first if cache else 0
         x = x0 = self.embed(input_ids)[:, first > 0 :]
         rope = rope_tables(cfg, x.size(1), x.device, first)
         encoder, decoder = layer_order(cfg, looping)
         weights, skips, lanes = self.weights(), [], None
         for slot, layer in enumerate(encoder + decoder):
             block, step = self.blocks[layer], slot - len(encoder)
-            adapt, past = lora and lora.at(slot), cache and cache.at(slot)
+            adapt = None if lora is None else lora.at(slot)
             used = wanted if step == len(decoder) - 1 else None
+            past = cache and cache.at(slot)
             context = BlockContext(x0, weights[layer], rope, segments, adapt, on_input, used, past)
             parallel = 0 < cfg.parallel_start_layer <= layer
             if step < 0:
@@ -1374,15 +1373,12 @@ class GPT(nn.Module):
         if lora is None and "loss" in self.backends.kernels:
             from systems.kernels import fused_cross_entropy
 
-            nats = fused_cross_entropy(h, self._head_weight, target_ids, self.cfg.logit_softcap)
-        elif "eager" in self.backends.kernels:
+            return fused_cross_entropy(h, self._head_weight, target_ids, self.cfg.logit_softcap)
+        if "eager" in self.backends.kernels:
             from systems.eager import head_loss
 
-            nats = head_loss(h, self._head_weight, target_ids, self.cfg.logit_softcap, lora)
-        else:
-            nats = softcapped_cross_entropy(self._head(h, lora), target_ids, self.cfg.logit_softcap)
-        second = self.prefixes if self.cfg.prefix_loss else None
-        return second(nats, h, self._head_weight, target_ids) if second else nats
+            return head_loss(h, self._head_weight, target_ids, self.cfg.logit_softcap, lora)
+        return softcapped_cross_entropy(self._head(h, lora), target_ids, self.cfg.logit_softcap)
 
     def forward(self, *batch: object, **options: object) -> Tensor:
         """`losses`, compiled where `Backends.move_and_compile` compiles."""
@@ -1554,7 +1550,8 @@ def newton_schulz(
     """Orthogonalise matrices [..., rows, columns] in bfloat16: X <- a X + (b A + c A A) X, A = X X^T."""
     x = matrices.bfloat16()
     tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
+    if tall:
+        x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in coefficients[:steps]:
         gram = x @ x.mT
@@ -1740,7 +1737,8 @@ class Trainer(Worker):
         self.reports: list[StepReport] = []  # of the last two steps
         self.capped = cfg.max_wallclock_seconds > 0
         self.total = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if self.capped else cfg.iterations
-        parameters, groups = dict(model.named_parameters()), {}
+        parameters = dict(model.named_parameters())
+        groups = {}
         for name, row in parameter_table(cfg, model).items():
             group = {"params": []} | row
             groups.setdefault(group.pop("optimizer"), group)["params"].append(parameters[name])
@@ -1750,10 +1748,6 @@ class Trainer(Worker):
             from systems.maxwell import MaxwellMuon
 
             kind = MaxwellMuon
-        if cfg.prefix_loss:
-            from systems.prefix_loss import Prefixes
-
-            model.prefixes = Prefixes(cfg, ranks.device)
         self.muon = kind(**groups.pop("muon"), **options)
         self.adamw = torch.optim.AdamW(list(groups.values()), fused=True)
         self._small = [p for group in groups.values() for p in group["params"]]  # averaged as one buffer
@@ -1782,11 +1776,10 @@ class Trainer(Worker):
             late = max(0.0, frac - cfg.wd_taper_start_frac) / (1 - cfg.wd_taper_start_frac)
             decay = self.muon.defaults["weight_decay"] * (1 - late * (1 - cfg.wd_taper_final_mult))
             self.muon.param_groups[0]["weight_decay"] = decay
-        if cfg.prefix_loss:
-            self.model.prefixes.fall(frac)
         loss, norm = self._accumulate_gradients(batches)
-        told = elapsed if self.ranks.is_main else 0.0, float(self.ranks.stop_signal > 0)
-        measured = torch.stack([loss, norm, *(torch.full_like(loss, value) for value in told)])
+        clock = torch.full_like(loss, elapsed if self.ranks.is_main else 0.0)
+        stop = torch.full_like(loss, float(self.ranks.stop_signal > 0))
+        measured = torch.stack([loss, norm, clock, stop])
         slices, scale = self._exchange_gradients(measured)
         measured = torch.cat([measured, (loss + norm)[None]])
         finite = torch.isfinite(measured).all()
@@ -1810,7 +1803,8 @@ class Trainer(Worker):
             x, y, segments = self.loader.next() if batches is None else batches[micro]
             with self.ranks.autocast():
                 batch = self.ranks.send(x, y, segments, self.model.backends.compiler)
-                loss = self.model(*batch, looping=self.looping).mean()
+                losses = self.model(*batch, looping=self.looping)
+            loss = losses.mean()
             loss.backward()
             loss_sum += loss.detach()
             norm_sum += nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -1936,7 +1930,8 @@ class Trainer(Worker):
         self.model.load_state_dict(snapshot["model"])
         self.muon.load_state_dict(copy_tensors(snapshot["muon"]))
         self.adamw.load_state_dict(copy_tensors(snapshot["adamw"]))
-        self.ema.averages, self.looping = copy_tensors(snapshot["ema"]), snapshot["looping"]
+        self.ema.averages = copy_tensors(snapshot["ema"])
+        self.looping = snapshot["looping"]
         self.loader.load_state(snapshot["loader"])
 
 
@@ -2591,7 +2586,8 @@ def ttt_batches(documents: Sequence[Document], cfg: Config, first: int = 0) -> l
 
 def phase_boundaries(prefix_docs: int, num_phases: int, num_docs: int) -> list[int]:
     """Numbers of scored documents at which the base weights are trained; an empty phase is none."""
-    return [count for i in range(num_phases) if (count := min(prefix_docs, num_docs) * (i + 1) // num_phases)]
+    prefix = min(prefix_docs, num_docs)
+    return [count for i in range(num_phases) if (count := prefix * (i + 1) // num_phases)]
 
 
 def chunk_window(chunk: int, targets: int, size: int, max_window: int, uncached: int = 0) -> ChunkWindow:
@@ -2797,7 +2793,8 @@ class ScoreFirstTTT(Evaluation):
         chunks = [[float(loss_sum), byte_sum, tokens] for loss_sum, byte_sum, tokens in sums]
         for chunk in chunks:
             self.meter.add_sums(*chunk)
-        self.diverged += (diverged := int((~lora.active).sum()))
+        diverged = int((~lora.active).sum())
+        self.diverged += diverged
         totals = dict(zip(("loss_sum", "byte_sum", "token_count"), self.meter.sums, strict=True))
         facts = totals | {"chunks": chunks, "lora": lora, "batch": batch, "diverged": diverged}
         self.watch.see("batch_done", batch_number=batch.index, **facts)
@@ -3215,7 +3212,7 @@ def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
     parts = "plain_windows:stream sliding_window_enabled:stream ttt_sgd:stream fit_bytes:fit_bytes"
     parts += " gptq_drift_batches:drift ttt_cache_window:cache ttt_chunk_by_length:chunks ngram_tilt:tilt"
-    parts += " muon_maxwell:maxwell prefix_loss:prefix_loss caseops_enabled:plain_text quantizer:trellis"
+    parts += " muon_maxwell:maxwell caseops_enabled:plain_text quantizer:trellis"
     pairs = (pair.split(":") for pair in parts.split())
     needed = {name: part for name, part in pairs if getattr(cfg, name) != getattr(Config, name)}
     chosen = {"ans": "ans", "fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"}

@@ -16,6 +16,7 @@ import numpy as np
 
 import lossless_caps
 from dataprep.encoding import Encoder, make_tokenizer, train_tokenizer
+from dataprep.shards import BOS_ID
 
 ROOT = Path(__file__).resolve().parents[1]
 BEFORE = "45873f6"  # the last commit whose encoder looked up one word at a time
@@ -104,12 +105,26 @@ def unequal(encoders: Sequence[Encoder], texts: list[bytes]) -> int:
     """How many texts have other tokens, or other bytes of them, than by SentencePiece alone, in any model."""
     wrong = np.zeros(len(texts), bool)
     for encoder in encoders:
-        found = zip(texts, encoder.documents(texts), encoder.counted(texts), strict=True)
-        for number, (text, tokens, counted) in enumerate(found):
-            alone = encoder.counted_alone(text)
-            pairs = zip((tokens, *counted), (alone[0], *alone), strict=True)
+        found = zip(_alone(encoder, texts), encoder.documents(texts), encoder.counted(texts), strict=True)
+        for number, (alone, tokens, counted) in enumerate(found):
+            pairs = zip((tokens, *counted), (alone[0], *alone), strict=False)
             wrong[number] |= not all(np.array_equal(own, other) for own, other in pairs)
     return int(wrong.sum())
+
+
+def _alone(encoder: Encoder, texts: list[bytes]) -> Iterator[list[np.ndarray]]:
+    """Of each text its tokens and, of CaseOps text, the bytes of each, by SentencePiece and numpy alone.
+
+    Plain text is counted by tables of the pieces: its counts are equal where its tokens are.
+    """
+    plain, processor = encoder.tokenizer.plain, encoder.tokenizer.processor
+    encoded = texts if plain else lossless_caps.encode_many(texts)
+    for text, mapping in zip(encoded, processor.encode(encoded, out_type="offset_mapping"), strict=True):
+        alone = [np.array([BOS_ID, *mapping["ids"]])]
+        if not plain:
+            spans = np.array(mapping["offsets"], np.int64).reshape(-1, 2)
+            alone.append(np.append(0, lossless_caps.span_byte_counts(text, spans)))
+        yield alone
 
 
 def equality(texts: list[bytes], options: argparse.Namespace) -> dict:

@@ -21,6 +21,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
+from systems.compiled import one_line  # noqa: E402
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 72)  # targets of a chunk
 SHORTEST, LONGEST = 300, 2048  # tokens of the real documents that are looked at
@@ -67,7 +68,7 @@ def real(folder: Path) -> tuple[tg.Config, list[Tensor]]:
         told, looping = result["settings"], result["looping"]
         weights = torch.load(folder / Path(told["MODEL_PATH"]).name)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise tg.UserError(f"{folder}: must be a finished run ({tg.one_line(error)})") from None
+        raise tg.UserError(f"{folder}: must be a finished run ({one_line(error)})") from None
     fields = tg.Config.__dataclass_fields__
     cfg = tg.Config(**{name.lower(): value for name, value in told.items() if name.lower() in fields})
     model = tg.GPT(cfg)

@@ -10,23 +10,23 @@ import numpy as np
 import sentencepiece
 
 import lossless_caps
+from dataprep import words
 from dataprep.reading import Document
 from dataprep.shards import BOS_ID, FIRST_OPERATOR_ID, DataError
 from dataprep.splitting import (
-    ASCII_SPACE,
     OPERATORS,
     SPACE_PIECE,
     Units,
     joins_spaces,
     keeps_spaces,
+    merges_here,
     splits_at_spaces,
+    tokens_and_spans,
 )
-from dataprep.words import Columns
 
 MAX_TOKEN_BYTES, MAX_VOCAB = 65_535, 65_536  # uint16 values
 RARE_MARK = "\u2585"  # what SentencePiece writes, in training, for a character that is in no piece
 CHUNK_BYTES = 1 << 20  # longer documents go through SentencePiece in parts: it takes 100 bytes for each
-BATCH_BYTES = 1 << 19  # of texts looked up at once: more is hardly faster and takes memory
 
 _SAFE_SPACE = re.compile(rb" (?<=[!-~] )(?=[!-~]|\xee\x80[\x81-\x84])")
 
@@ -131,18 +131,18 @@ def _sentences(texts: Iterable[str], plain: bool, failures: list[BaseException])
 
 
 class Encoder:
-    """Tokens of texts. The same as SentencePiece's own, but each word goes through SentencePiece once.
+    """Tokens of texts, the same as SentencePiece's own, but made word by word by compiled code (`words.c`).
 
-    Text repeats its words, so that a memory answers for nearly all of them, ten times as fast. Where a model
-    does not allow it (`splits_at_spaces`) documents go through SentencePiece whole.
+    Where a model does not allow that (`splits_at_spaces`, `merges_here`), or there is no C compiler,
+    documents go through SentencePiece whole: a tenth as fast.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._processor = tokenizer.processor
-        self._joins = joins_spaces(tokenizer.processor)
-        spaces_are_clear = self._joins or keeps_spaces(tokenizer.processor)
-        self.by_words = spaces_are_clear and splits_at_spaces(tokenizer.processor)
+        self._processor = processor = tokenizer.processor
+        spaces_are_clear = joins_spaces(processor) or keeps_spaces(processor)
+        splits = spaces_are_clear and splits_at_spaces(processor)
+        self.by_words = splits and merges_here(processor) and words.library() is not None
 
     @property
     def name(self) -> dict:
@@ -152,17 +152,17 @@ class Encoder:
 
     @functools.cached_property
     def _units(self) -> Units:
-        return Units(self._processor, counted=False)
+        return Units(self._processor, not self.tokenizer.plain, counted=False)
 
     @functools.cached_property
     def _counted_units(self) -> Units:
-        return Units(self._processor, counted=True)
+        return Units(self._processor, not self.tokenizer.plain, counted=True)
 
     def documents(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Tokens, (T,) uint16, of each text (original, UTF-8), with BOS."""
         if not (self.by_words and texts):
             return [self.tokens_alone(text) for text in texts]
-        (tokens,), ends = self._columns(texts, self._units)
+        (tokens,), ends = self._units.columns(texts)
         return _split(tokens, ends)
 
     def counted(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -175,7 +175,7 @@ class Encoder:
             return [self.counted_alone(text) for text in texts]
         if self.tokenizer.plain:
             return [(tokens, self._plain_counts(tokens)) for tokens in self.documents(texts)]
-        (tokens, carried), ends = self._columns(texts, self._counted_units)
+        (tokens, carried), ends = self._counted_units.columns(texts)
         return [*zip(_split(tokens, ends), _split(carried, ends), strict=True)]
 
     def tokens_alone(self, text: bytes) -> np.ndarray:
@@ -192,39 +192,15 @@ class Encoder:
             return tokens, self._plain_counts(tokens)
         return tokens, np.append(0, lossless_caps.span_byte_counts(encoded, spans))
 
-    def _columns(self, texts: Sequence[bytes], units: Units) -> tuple[Columns, np.ndarray]:
-        """Columns of all texts with a BOS before each, and the end (n,) of each text in them."""
-        parts, numbers = [], []
-        for number, text in enumerate(texts if self.tokenizer.plain else lossless_caps.encode_many(texts)):
-            text = text.strip(ASCII_SPACE) if self._joins else text
-            own = [text] if len(text) <= CHUNK_BYTES else _split(text, np.array(self._cuts(text)))
-            parts += own
-            numbers += [number] * len(own)
-        found, counts = [], []
-        for batch in _batches(parts):
-            columns, count = units.columns(batch)
-            found.append(columns)
-            counts.append(count)
-        lengths = np.bincount(numbers, np.concatenate(counts), len(texts)).astype(np.int64) + 1
-        ends = np.cumsum(lengths)
-        text = np.ones(ends[-1], bool)
-        text[ends - lengths] = False
-        columns = []
-        for first, column in zip((BOS_ID, 0), map(np.concatenate, zip(*found, strict=True)), strict=False):
-            columns.append(np.full(len(text), first, column.dtype))
-            columns[-1][text] = column
-        return columns, ends
-
     def spans(self, encoded: bytes) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (n,) and the byte offsets (n, 2) of their surfaces in one CaseOps text (UTF-8)."""
         cuts = [0, *self._cuts(encoded)] if self.by_words else [0, len(encoded)]
         tokens, spans = [np.empty(0, np.int64)], [np.empty((0, 2), np.int64)]
         for start, end in zip(cuts, cuts[1:], strict=False):
             skip = start > 0  # a later part begins with its space; an "a" before it keeps that
-            mapping = self._processor.encode(b"a" * skip + encoded[start:end], out_type="offset_mapping")
-            tokens.append(np.array(mapping["ids"][skip:], np.int64))
-            offsets = np.array(mapping["offsets"][skip:], np.int64).reshape(-1, 2)
-            spans.append(offsets + (start - skip))
+            found, offsets = tokens_and_spans(self._processor, b"a" * skip + encoded[start:end])
+            tokens.append(found[skip:])
+            spans.append(offsets[skip:] + (start - skip))
         return np.concatenate(tokens), np.concatenate(spans)
 
     def _plain_counts(self, tokens: np.ndarray) -> np.ndarray:
@@ -266,19 +242,6 @@ def _split(values: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
     return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _batches(parts: list[bytes]) -> Iterator[list[bytes]]:
-    """Consecutive parts that come to BATCH_BYTES, or one that is longer."""
-    batch, size = [], 0
-    for part in parts:
-        batch.append(part)
-        size += len(part)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def tokenise(processor: sentencepiece.SentencePieceProcessor, texts: Sequence[str]) -> np.ndarray:
     """Tokens, (T,) uint16, of documents, BOS before each, by SentencePiece alone: `Encoder` must equal it."""
     encoded = [lossless_caps.encode(text) for text in texts]
@@ -298,7 +261,7 @@ def check_validation(
             f"{document.origin}: one token carries {counts.max()} bytes (a run of white space?), "
             f"more than the {MAX_TOKEN_BYTES} that a shard can say"
         )
-    encoded = document.utf8 if tokenizer.plain else lossless_caps.encode_utf8(document.utf8)
+    encoded = document.utf8 if tokenizer.plain else _with_caps(document.utf8)
     whole = tokenizer.plain or counts.sum() == document.size
     round_trip = tokenizer.processor.decode(tokens[1:].tolist()).encode("utf-8") == encoded
     if tokenizer.lossless and not (round_trip and whole):
@@ -317,6 +280,11 @@ def tokenise_validation(encoder: Encoder, document: Document) -> tuple[np.ndarra
     tokens, counts = encoder.counted_alone(document.utf8)
     round_trip = check_validation(encoder.tokenizer, document, tokens, counts)
     return tokens, counts.astype(np.uint16), round_trip
+
+
+def _with_caps(text: bytes) -> bytes:
+    """`lossless_caps.encode_utf8`, by compiled code where there is some."""
+    return words.caps_of(text) if words.library() else lossless_caps.encode_utf8(text)
 
 
 def _with_first(first: int, values: np.ndarray) -> np.ndarray:

@@ -19,11 +19,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dataprep import words
 from dataprep.shards import BOS_ID, document_parts, read_shard, shard_paths
 
 WINDOW, SAMPLE = 16, 16
 NEAR_SHARE, NEAR_WINDOWS = 0.5, 4
 _SLICE = 1 << 20  # tokens hashed at once
+_SEEN = 1 << 22  # bits of a filter; a uint64 array divides by it as fast as it masks
 _FACTOR = 0x9E3779B97F4A7C15  # of the polynomial in the tokens' random values
 _VALUES = np.random.Generator(np.random.PCG64(1729)).integers(1, 1 << 63, size=65_536, dtype=np.uint64)
 
@@ -42,6 +44,8 @@ def document_hashes(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """
     if not len(starts):
         return np.empty(0, np.uint64)
+    if words.library():
+        return words.document_hashes(tokens, np.append(starts[1:], len(tokens)), _VALUES)
     lengths = np.diff(starts, append=len(tokens))
     places = np.arange(len(tokens)) - np.repeat(starts, lengths)
     powers = np.full(lengths.max(), _FACTOR, np.uint64)
@@ -59,6 +63,8 @@ class Windows(NamedTuple):
 
 def sampled_windows(tokens: np.ndarray) -> Windows:
     """Sampled windows of documents, (T,) uint16 with BOS before each."""
+    if words.library():
+        return Windows(*words.sampled_windows(tokens, _VALUES, BOS_ID))
     text = tokens != BOS_ID
     documents = np.cumsum(tokens == BOS_ID, dtype=np.int32)[text] - 1
     tokens = tokens[text]
@@ -91,6 +97,10 @@ class NearIndex:
         new_pair = new | (np.diff(documents, prepend=-1) != 0)
         self._totals = np.bincount(documents[new_pair], minlength=1)  # distinct windows of each document
         self._hashes, self._owners = hashes[new], documents[new]  # the first document that has it
+        self._seen = np.zeros(
+            _SEEN, bool
+        )  # by the low bits of a hash: most windows are not looked for further
+        self._seen[self._hashes % _SEEN] = True
 
     @classmethod
     def of_folder(cls, folder: Path) -> "NearIndex":
@@ -123,17 +133,21 @@ class NearIndex:
     def _suspects(self, tokens: np.ndarray) -> Iterator[tuple[int, bool, set[int]]]:
         """Documents that share a window: number, is it near, and the validation documents that it holds."""
         windows = sampled_windows(tokens)
-        place = np.searchsorted(self._hashes, windows.hashes)
-        place[place == len(self._hashes)] = 0
-        hit = self._hashes[place] == windows.hashes if len(self._hashes) else np.zeros(len(place), bool)
-        for number in np.unique(windows.documents[hit]).tolist():
-            yield number, *self._compared(place, hit, windows.documents == number)
+        hit = self._seen[windows.hashes % _SEEN]
+        place = np.zeros(len(hit), np.int64)
+        place[hit] = np.searchsorted(self._hashes, windows.hashes[hit], "right") - 1
+        hit[hit] = self._hashes[place[hit]] == windows.hashes[hit]
+        numbers = np.unique(windows.documents[hit])
+        starts, ends = (np.searchsorted(windows.documents, numbers, side) for side in ("left", "right"))
+        for number, start, end in zip(numbers.tolist(), starts.tolist(), ends.tolist(), strict=True):
+            yield number, *self._compared(place[start:end][hit[start:end]], end - start)
 
-    def _compared(self, place: np.ndarray, hit: np.ndarray, own: np.ndarray) -> tuple[bool, set[int]]:
-        found = np.unique(place[own & hit])
+    def _compared(self, hits: np.ndarray, windows: int) -> tuple[bool, set[int]]:
+        """Of a document with so many windows, of which some are held out: is it near, and what it holds."""
+        found = np.unique(hits)
         if len(found) < NEAR_WINDOWS:
             return False, set()
-        share = np.count_nonzero(own & hit) / np.count_nonzero(own)
+        share = len(hits) / windows
         owners = np.bincount(self._owners[found])
         shares = owners / np.maximum(self._totals[: len(owners)], 1)
         held = np.flatnonzero((owners >= NEAR_WINDOWS) & (shares >= NEAR_SHARE))

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import orjson
 import zstandard
 
+from dataprep import words
 from dataprep.shards import DataError
 
 BLOCK_BYTES = 1 << 20  # a block is about this much input, or one longer line
@@ -55,6 +57,8 @@ class Document(NamedTuple):
     @property
     def key(self) -> bytes:
         """16 bytes that are the same for texts that differ in white space only."""
+        if words.library():
+            return hashlib.sha256(words.bare(self.utf8)).digest()[:16]
         bare = self.utf8.translate(None, _SPACE)
         if not bare.isascii():
             bare = "".join(bare.decode("utf-8").split()).encode("utf-8")
@@ -142,18 +146,26 @@ def parse_block(block: Block) -> Parsed:
 def parse_line(line: bytes, origin: str) -> Document:
     """The document of a JSON line. DataError if there is none."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:  # which also is its word on what Python's own takes: NaN, lone surrogates
+        record = _python_record(line, origin)
+    text = record.get("text") if isinstance(record, dict) else record
+    if not isinstance(text, str):
+        found = "no text" if text is None else f"the text is of type {type(text).__name__}"
+        raise DataError(f'{origin}: {found}; a document is {{"text": "..."}} or a bare string')
+    return make_document(text, origin)
+
+
+def _python_record(line: bytes, origin: str) -> Any:
+    """What Python's own library makes of a JSON line, or a DataError that says what is wrong with it."""
+    try:
+        return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{origin}: not UTF-8 (byte 0x{line[error.start]:02x} at {error.start})") from error
     except (ValueError, RecursionError) as error:
         nul = line.find(b"\0")
         reason = f"NUL byte at {nul}" if nul >= 0 else error
         raise DataError(f"{origin}: not JSON: {reason}") from error
-    text = record.get("text") if isinstance(record, dict) else record
-    if not isinstance(text, str):
-        found = "no text" if text is None else f"the text is of type {type(text).__name__}"
-        raise DataError(f'{origin}: {found}; a document is {{"text": "..."}} or a bare string')
-    return make_document(text, origin)
 
 
 class Reader:

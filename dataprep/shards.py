@@ -94,7 +94,7 @@ def shard_bytes(values: np.ndarray) -> bytes:
     """A shard file that holds `values`, (n,) integers below 65,536."""
     header = np.zeros(SHARD_HEADER_INTS, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, len(values)
-    return header.tobytes() + values.astype("<u2").tobytes()
+    return b"".join([header.data, np.ascontiguousarray(values, "<u2").data])
 
 
 def read_shard(path: Path) -> np.ndarray:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from systems.compiled import one_line
 from train_gpt import (
     GPT,
     Backends,
@@ -19,7 +20,6 @@ from train_gpt import (
     check_micro_batches,
     kernel_names,
     micro_batches,
-    one_line,
     plain_backends,
     random_row,
 )

@@ -17,6 +17,7 @@ from harness.backends import fit_memory
 from harness.manifest import check_command
 from harness.preflight import MOST_CODE, Preflight
 from harness.settings import show_settings
+from systems.compiled import one_line
 from train_gpt import (
     CPU,
     LARGEST_HALF,
@@ -30,7 +31,6 @@ from train_gpt import (
     UserError,
     Watch,
     factorise_all,
-    one_line,
     pack_artifact,
     quantize_state,
 )

@@ -21,6 +21,7 @@ from harness.backends import (
 )
 from harness.hashes import NO_HASHES, Hashes
 from harness.manifest import check_data
+from systems.compiled import one_line
 from train_gpt import (
     CONTEST_MICRO_BATCHES,
     KERNELS,
@@ -37,7 +38,6 @@ from train_gpt import (
     kernel_names,
     lora_slots,
     micro_batches,
-    one_line,
     plain_backends,
     scheme_of,
     shard_paths,

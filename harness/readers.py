@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from harness.rules import check_settings
+from systems.compiled import one_line
 from train_gpt import (
     ARTIFACT_MAGIC,
     BANKS,
@@ -34,7 +35,6 @@ from train_gpt import (
     codec_of,
     decompress,
     flatten_banks,
-    one_line,
     read_header,
     stored_arrays,
     unpack_artifact,

@@ -24,8 +24,13 @@ from train_gpt import (
     chunk_size,
     compiled_graphs,
     copy_tensors,
-    one_line,
 )
+
+
+def one_line(error: Exception) -> str:
+    """What an exception of a foreign library says, short: a compiler tells the cause at the end."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 200 else f"{text[:60]} ... {text[-135:]}"
 
 
 def compile_graphs(run: Run, stage: str, warm_up: Callable[[], int]) -> None:

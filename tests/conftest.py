@@ -13,7 +13,11 @@ os.environ["CONSOLE"] = "log"  # what runs print is read here, in the form that 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from golden_tools import outside_folder, read_golden  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
+# An example may take as long as it does: on a busy machine any of them takes longer than hypothesis allows.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,26 +14,26 @@ import sys
 import tempfile
 from pathlib import Path
 
-LIMIT = 600  # seconds of a command, which a signal ends then
+from patience import PATIENCE
 
 
-def run(script: Path, folder: Path, environ: dict[str, str]) -> subprocess.CompletedProcess:
-    """What a command without arguments does in a folder, with these variables and no others."""
-    return run_together(script, folder, [environ])[0]
+def run(script: Path, folder: Path, environ: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+    """What a command does in a folder, with these variables and no others."""
+    return run_together(script, folder, [environ], *arguments)[0]
 
 
 def run_together(
-    script: Path, folder: Path, environs: list[dict[str, str]]
+    script: Path, folder: Path, environs: list[dict[str, str]], *arguments: str
 ) -> list[subprocess.CompletedProcess]:
     """The same of several processes at once, each with its own variables: the ranks of a run."""
     with tempfile.TemporaryDirectory() as place:
         files = [[f"{place}/output{rank}", f"{place}/errors{rank}"] for rank in range(len(environs))]
         server, jobs = _server(), list(zip(environs, files, strict=True))
-        print(json.dumps([str(script), str(folder), jobs]), file=server.stdin, flush=True)
+        print(json.dumps([[str(script), *arguments], str(folder), jobs]), file=server.stdin, flush=True)
         codes = json.loads(server.stdout.readline())
         texts = [[Path(file).read_text(encoding="utf-8") for file in pair] for pair in files]
     ended = zip(codes, texts, strict=True)
-    return [subprocess.CompletedProcess([str(script)], code, *said) for code, said in ended]
+    return [subprocess.CompletedProcess([str(script), *arguments], code, *said) for code, said in ended]
 
 
 @functools.cache
@@ -44,16 +44,16 @@ def _server() -> subprocess.Popen:
     return subprocess.Popen([sys.executable, __file__], env=kept | {"OMP_NUM_THREADS": "1"}, **pipes)
 
 
-def _become(script: str, folder: str, environ: dict[str, str], files: list[str]) -> None:
+def _become(command: list[str], folder: str, environ: dict[str, str], files: list[str]) -> None:
     """Run a script in this process as if it had been started so; its exit code is this process's."""
-    signal.alarm(LIMIT)
+    signal.alarm(PATIENCE)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update({"CONSOLE": "log"} | environ)
     for number, path in enumerate([os.devnull, *files]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
-    sys.argv, sys.path[0] = [script], str(Path(script).parent)
-    runpy.run_path(script, run_name="__main__")
+    sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def _serve() -> None:
@@ -62,12 +62,12 @@ def _serve() -> None:
     import torch._dynamo  # noqa: F401
 
     for line in sys.stdin:
-        script, folder, jobs = json.loads(line)
+        command, folder, jobs = json.loads(line)
         children = []
         for job in jobs:
             children.append(os.fork())
             if not children[-1]:
-                return _become(script, folder, *job)
+                return _become(command, folder, *job)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(json.dumps(codes), flush=True)
 

@@ -108,7 +108,7 @@ def summary_of(audit: Audit, verdicts: Mapping[str, Verdict], seconds: float, ju
     }
 
 
-JUDGES = ("*.py", "tools/**/*.py", "harness/*.py", "systems/*.py", "dataprep/*.py")
+JUDGES = ("*.py", "tools/**/*.py", "harness/*.py", "systems/*.py", "dataprep/*.py", "dataprep/*.c")
 
 
 def told_judge(audit: Audit) -> dict[str, object]:

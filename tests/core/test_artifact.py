@@ -9,6 +9,7 @@ import sys
 import brotli
 import pytest
 import torch
+from patience import PATIENCE
 
 from bench.fuzz_artifact import TINY, small_records
 
@@ -185,6 +186,8 @@ def test_packed_code_runs(tg, tmp_path, codec):
     path = tmp_path / "train_gpt.packed.py"
     wrapper = tg.wrap(source, cfg)
     path.write_bytes(wrapper)
-    result = subprocess.run([sys.executable, str(path), "x"], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, str(path), "x"], capture_output=True, text=True, timeout=PATIENCE
+    )
     assert (result.returncode, result.stdout) == (0, "42 x\n"), result.stderr
     assert tg.packed_script(cfg, tg.Backends(), {"train_gpt.py": wrapper})[0] == wrapper

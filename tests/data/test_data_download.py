@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 import pytest
+from patience import PATIENCE
 
 import prepare_caseops_data as prepare
 from dataprep.checking import check_folder
@@ -144,7 +145,9 @@ def download(hub: Hub, place: Path, *arguments: object) -> subprocess.CompletedP
     }
     environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, str(Path(prepare.__file__)), "--download", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=place, env=environment)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE, cwd=place, env=environment
+    )
 
 
 @pytest.fixture

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE, wait_for
 
 import lossless_caps
 import prepare_caseops_data as prepare
 from bench import data_prep
 from bench import encoder as bench_encoder
 from dataprep import crew as crews
-from dataprep import encoding, leaks, reading, words
+from dataprep import encoding, leaks, reading, splitting, words
 from dataprep import progress as progress_bar
 from dataprep.checking import check_folder, joined, report_table, scan_shards
 from dataprep.crew import Crew, Worker
@@ -37,7 +38,7 @@ VAL_DOCS = 20
 
 def run(*arguments, **settings) -> subprocess.CompletedProcess:
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **settings)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, **settings)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -93,7 +94,7 @@ UTF8 = st.text(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(UTF8, max_size=6))
 def test_caps_of_many_texts_are_those_of_each(texts):
     many = lossless_caps.encode_many([text.encode() for text in texts])
@@ -108,7 +109,7 @@ def test_caps_of_slices(monkeypatch, text):
     assert lossless_caps.encode(text) == expected == data_prep.encode_by_character(text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(UTF8, st.lists(st.integers(0, 400), max_size=6))
 def test_caps_byte_counts_of_spans(text, cuts):
     encoded = lossless_caps.encode(text)
@@ -178,6 +179,7 @@ def encoders(published, lossless, plain) -> list[Encoder]:
     full = Encoder(published)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(words, "KEPT", 8)
+        patch.setattr(splitting, "KEPT", 8)
         full.documents([b"made now"])
     return [Encoder(published), Encoder(lossless), Encoder(plain), full]
 
@@ -196,14 +198,13 @@ def equals_sentencepiece(encoder: Encoder, text: str) -> None:
         assert lossless_caps.piece_byte_counts(surfaces) == counts[1:].tolist()
     with pytest.MonkeyPatch.context() as patch:  # as if the text were long
         patch.setattr(encoding, "CHUNK_BYTES", 8)
-        patch.setattr(encoding, "BATCH_BYTES", 16)
         cut = encoder.counted_alone(data)
         assert [values.tolist() for values in cut] == [expected, counts.tolist()]
         cut = encoder.counted([data, b"", data])[2]
         assert [values.tolist() for values in cut] == [expected, counts.tolist()]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(MIXED)
 @example(" ")
 @example("")
@@ -224,23 +225,32 @@ def test_data_encoder_on_generated_texts(encoders):
 
 
 def test_data_encoder_when_hashes_are_the_same(published, monkeypatch):
-    """Texts are told apart by what they are; a hash only says where to begin to look."""
-    monkeypatch.setattr(words, "_hashes", lambda keys: np.zeros(len(keys[0]), np.uint64))
+    """Words are told apart by what they are; a hash only says where they are remembered."""
+    monkeypatch.setattr(words, "KEPT", 2)
     texts = [text.encode() for text in sentences(6, seed=9)]
     assert bench_encoder.unequal([Encoder(published)], texts * 2) == 0
 
 
-def test_data_memory_starts_anew_when_it_is_full_of_other_texts(published, monkeypatch):
-    monkeypatch.setattr(words, "KEPT", 40)
-    encoder = Encoder(published)
-    made = []
-    parts = encoder._units._words
-    make = parts._make
-    monkeypatch.setattr(parts, "_make", lambda *texts: made.append(len(texts[1])) or make(*texts))
-    first, other = b" ".join(b"a%d" % n for n in range(30)), b" ".join(b"b%d" % n for n in range(30))
-    for text in (first, first, other, other, other):
-        assert bench_encoder.unequal([encoder], [text]) == 0
-    assert made == [30, 30, 30]  # the third time, room was made before
+def test_data_memory_of_words_of_sentencepiece_is_bounded(published, monkeypatch):
+    """Words that compiled code does not take are made once each, until there are too many of them."""
+    monkeypatch.setattr(splitting, "KEPT", 40)
+    encoder, made = Encoder(published), []
+    units = encoder._units
+    make = units._made
+    monkeypatch.setattr(units, "_made", lambda new: made.append(len(new)) or make(new))
+    first, other = (" ".join(f"{c}\u00e9{n}" for n in range(30)).encode() for c in "ab")
+    for text in (first, first, other, other, first, first):
+        assert encoder.documents([text])[0].tolist() == encoder.tokens_alone(text).tolist()
+    assert made == [30, 30, 30]  # the second time others were full, and room was made
+    encoder.documents(["\u00e9".encode() * 200])
+    assert max(map(len, units._known)) <= splitting.LONGEST
+
+
+@pytest.mark.parametrize("length", [22, 23, 24, 255, 256, 257, 5000])
+def test_data_encoder_on_words_of_any_length(encoders, length):
+    """Some are too long to be remembered, or to be merged by compiled code."""
+    for text in ("x" * length, "ab" + "-=" * (length // 2), "Of" * (length // 2), "a " + "1" * (length - 1)):
+        assert bench_encoder.unequal(encoders, [text.encode(), f"{text} {text}, a".encode()]) == 0
 
 
 def test_data_encoder_on_the_corpus(published, golden_dir):
@@ -278,14 +288,14 @@ def plain_model(**settings) -> encoding.Tokenizer:
         {"split_by_whitespace": False, "add_dummy_prefix": False},
         {"treat_whitespace_as_suffix": True, "add_dummy_prefix": False},
         {"split_by_unicode_script": False, "add_dummy_prefix": False},
+        {"user_defined_symbols": [*encoding.OPERATORS, "he", "ver,"], "add_dummy_prefix": False},
     ],
     ids=lambda value: next(iter(value)),
 )
 def test_data_encoder_with_models_that_do_not_split(settings):
     tokenizer = plain_model(**settings)
     texts = sentences(60, seed=5)
-    if "split_by_unicode_script" not in settings:
-        assert not encoding.splits_at_spaces(tokenizer.processor)
+    assert Encoder(tokenizer).by_words == ("split_by_unicode_script" in settings)
     parts = Encoder(tokenizer).documents([text.encode() for text in texts])
     assert b"".join(parts) == tokenise(tokenizer.processor, texts).tobytes()
 
@@ -310,6 +320,82 @@ def test_an_encoder_that_is_not_sentencepieces_equal_ends_the_run(docs, publishe
     ):
         prepare.prepare(source, published, tmp_path / "wrong", VAL_DOCS)
     assert not (tmp_path / "wrong").exists()
+
+
+# ---- Compiled code, and what is done without ---------------------------------------------------------------
+
+
+def test_compiled_functions_give_what_python_gives(monkeypatch):
+    """Keys of documents with every character, CaseOps, windows and hashes of tokens."""
+    rng, generator = np.random.default_rng(0), random.Random(5)
+    every = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
+    texts = [data_prep.random_text(generator) for _ in range(2000)] + [every, ""]
+    documents = [reading.make_document(text, "") for text in texts]
+    tokens = rng.integers(1, 40, 5000).astype(np.uint16)
+    tokens[0] = 1
+    starts = np.flatnonzero(tokens == 1)
+    assert words.library()
+    assert [words.caps_of(d.utf8) for d in documents] == lossless_caps.encode_many(
+        [d.utf8 for d in documents]
+    )
+
+    def found() -> list:
+        windows = leaks.sampled_windows(tokens)
+        hashes = leaks.document_hashes(tokens, starts)
+        return [[d.key for d in documents], *(values.tolist() for values in (*windows, hashes))]
+
+    compiled = found()
+    monkeypatch.setattr(words, "library", lambda: None)
+    assert compiled == found() and len(compiled[1]) > 20
+
+
+def test_prepare_without_a_compiler_gives_the_same(docs, published, tmp_path, monkeypatch, capsys):
+    source = reading.Reader([str(docs)])
+    with_it = prepare.prepare(source, published, tmp_path / "with", VAL_DOCS)
+    assert with_it["encoder"]["name"] == "dataprep/words.py" and capsys.readouterr().out == ""
+    monkeypatch.setattr(words, "library", lambda: None)
+    without = prepare.prepare(source, published, tmp_path / "without", VAL_DOCS)
+    assert without["encoder"]["name"] == "sentencepiece"
+    assert "note: no C compiler" in capsys.readouterr().out
+    assert {**without, "encoder": 0} == {**with_it, "encoder": 0}
+
+
+@pytest.fixture
+def source_elsewhere(tmp_path, monkeypatch):
+    """The C file in a folder of its own, with nothing compiled yet."""
+    monkeypatch.setattr(words, "SOURCE", tmp_path / "words.c")
+    words.SOURCE.write_bytes(Path(words.__file__).with_suffix(".c").read_bytes())
+    words.library.cache_clear()
+    yield tmp_path / "__pycache__"
+    words.library.cache_clear()
+
+
+def test_data_compiles_once(source_elsewhere, monkeypatch):
+    """What was compiled is loaded without a compiler; what is damaged, or of another source, is made anew."""
+    assert words.library()
+    (made,) = source_elsewhere.iterdir()
+    path = os.environ["PATH"]
+    made.write_bytes(b"damaged")  # the one that is loaded lay elsewhere
+    monkeypatch.setenv("PATH", "")
+    words.library.cache_clear()
+    assert words.library() is None
+    monkeypatch.setenv("PATH", path)
+    words.library.cache_clear()
+    assert words.library() and made.read_bytes() != b"damaged"
+    monkeypatch.setenv("PATH", "")
+    words.library.cache_clear()
+    assert words.library()
+    monkeypatch.setenv("PATH", path)
+    words.SOURCE.write_text(words.SOURCE.read_text() + "\n")
+    words.library.cache_clear()
+    assert words.library() and len([*source_elsewhere.iterdir()]) == 2
+
+
+def test_data_compiler_that_fails(source_elsewhere, tmp_path, monkeypatch):
+    (tmp_path / "cc").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert words.library() is None and not source_elsewhere.exists()
 
 
 def test_a_tokenizer_learns_from_documents_of_any_length():
@@ -342,7 +428,7 @@ def test_prepare_gives_the_same_for_any_number_of_workers(docs, published, small
 
 
 KILLED = """
-import sys, time
+import os, sys, time
 sys.path.insert(0, {root!r})
 from dataprep import reading, shards
 import prepare_caseops_data as prepare
@@ -351,6 +437,7 @@ remember, publish = shards.DataFolder.remember, shards.DataFolder.publish
 def slowly(step):
     def wrapped(self, *arguments):
         print("step", flush=True)
+        os.read(0, 1)  # goes on when told: who kills is never late
         time.sleep(0.004)
         step(self, *arguments)
         time.sleep(0.004)
@@ -397,30 +484,32 @@ def test_prepare_goes_on_after_kill_9(docs, model, small_blocks, tmp_path, worke
     program = [sys.executable, "-c", KILLED.format(root=str(SCRIPT.parent))]
     whole, out = tmp_path / "whole", tmp_path / "out"
     made = [*program, *map(str, command), "--out", str(whole)]
-    assert subprocess.run(made, capture_output=True, timeout=120).returncode == 0
+    unasked = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": PATIENCE}
+    assert subprocess.run(made, **unasked).returncode == 0
     rng, kills, resumed = random.Random(workers), 0, 0
     for _ in range(40):
-        process = subprocess.Popen(
-            [*program, *map(str, command), "--out", str(out)], stdout=subprocess.PIPE, text=True
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        process = subprocess.Popen([*program, *map(str, command), "--out", str(out)], **pipes)
         for _ in range(rng.randrange(4, 24)):
-            resumed += "goes on after" in process.stdout.readline()
+            line = process.stdout.readline()
+            resumed += "goes on after" in line
+            if line == "step\n":
+                os.write(process.stdin.fileno(), b".")
         time.sleep(rng.random() * 0.008)
         process.send_signal(signal.SIGKILL)
-        kills += process.wait(60) == -signal.SIGKILL
-        process.stdout.close()
+        kills += process.wait(PATIENCE) == -signal.SIGKILL
+        process.stdin.close(), process.stdout.close()
         for path in out.glob("*.bin"):
             assert path.read_bytes() == (whole / path.name).read_bytes(), path
         if (out / "manifest.json").exists():
             break
-    result = subprocess.run(
-        [*program, *map(str, command), "--out", str(out)], capture_output=True, timeout=120
-    )
+    result = subprocess.run([*program, *map(str, command), "--out", str(out)], **unasked)
     assert result.returncode == 0, result.stderr
     assert contents(out) == contents(whole)
     assert kills >= 3 and resumed >= 2
-    time.sleep(1.2)
-    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if bytes(out) in commands_of(path)]
+    wait_for(
+        lambda: not any(bytes(out) in commands_of(path) for path in Path("/proc").glob("[0-9]*/cmdline"))
+    )
 
 
 def test_data_progress_says_a_line_a_minute(docs, monkeypatch, capsys):
@@ -447,7 +536,7 @@ def test_prepare_full_disk(docs, model, tmp_path):
     out = tmp_path / "out"
     command = ["--docs", big, "--sp", model, "--out", out, "--val-docs", VAL_DOCS, "--shard-tokens", 300_000]
     program = [sys.executable, "-c", limit, str(SCRIPT.parent), *map(str, command)]
-    result = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(program, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "fineweb_train_000000.bin: File too large" in result.stderr
     assert not out.exists()

@@ -53,7 +53,7 @@ def folders(tokenizer, tmp_path) -> tuple:
     return tmp_path / "plain", tmp_path / "fused"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 6])))
 def test_fusion_loses_nothing(kinds):
     """Any stream of spaces, operators and other pieces comes back, with its bytes."""

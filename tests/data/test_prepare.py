@@ -15,6 +15,7 @@ import sentencepiece
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE
 
 import lossless_caps
 import prepare_caseops_data as prepare
@@ -49,7 +50,7 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 
 def run(*arguments, **settings) -> subprocess.CompletedProcess:
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, timeout=120, **settings)
+    return subprocess.run(command, capture_output=True, timeout=PATIENCE, **settings)
 
 
 def make(docs: Path, model: Path, out: Path, *more, val_docs: int = VAL_DOCS) -> dict:
@@ -358,7 +359,7 @@ def test_layout_of_a_trained_tokenizer(tokenizer):
     assert all(len(piece) == 1 for piece in digits)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(st.sampled_from("aAB \n\t\r\0\ue001\ue004\u2585\u3000<s>") | st.characters(codec="utf-8")))
 def test_trained_tokenizer_gives_every_text_back(tokenizer, text):
     document = prepare.make_document(text.replace("\u2581", ""), "text")

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE
 from quick_run import QUICK
 
 from bench.settings import TINY, make_data
@@ -513,7 +514,7 @@ def test_preflight_guard_leaves_cleanly_when_told(work, number, code):
     job = start(work, folder)
     wait_for(job, "train step:5")
     job.send_signal(number)
-    _, errors = job.communicate(timeout=60)
+    _, errors = job.communicate(timeout=PATIENCE)
     assert job.returncode == code, errors
     said = f"train_gpt.py: rank 0 of 1, stage train: told to stop ({number.name})"
     assert errors.splitlines() == [said]
@@ -526,7 +527,7 @@ def test_preflight_guard_leaves_two_ranks_when_torchrun_is_told(work):
     job = start(work, "told_ranks", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     wait_for(job, "train step:5")
     job.send_signal(signal.SIGTERM)
-    _, errors = job.communicate(timeout=60)
+    _, errors = job.communicate(timeout=PATIENCE)
     assert job.returncode != 0 and "SIGKILL" not in errors  # by which torchrun ends what is left after 30 s
     assert re.search(r"rank \d of 2, stage train: told to stop \(SIGTERM\)", errors)
     assert {path.name for path in (work / "told_ranks").iterdir()} == {"logs", "metrics.jsonl", "steps.jsonl"}
@@ -572,7 +573,7 @@ with StopSignals(Ranks(torch.device("cpu")), patience=0.2):
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_preflight_guard_leaves_a_call_that_does_not_return(number, code):
     script = STUCK.format(root=str(QUICK.parents[1]), number=int(number))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE)
     said = f"rank 0 of 1, stage start: told to stop ({number.name}), amid a call that does not return"
     assert (done.returncode, done.stderr.splitlines()) == (code, [f"train_gpt.py: {said}"])
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from patience import PATIENCE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
@@ -222,13 +223,13 @@ class Box(NamedTuple):
     namespaces: bool
     folder: Path
 
-    def run(self, code: str, *arguments: object, timeout: float = 60, **options) -> box.Ran:
+    def run(self, code: str, *arguments: object, timeout: float = PATIENCE, **options) -> box.Ran:
         """A Python program in it."""
         command = [sys.executable, "-I", "-S", "-c", textwrap.dedent(code), *map(str, arguments)]
         return self.command(command, timeout=timeout, **options)
 
     def command(
-        self, command: list[str], timeout: float = 60, memory: int | None = None, **options
+        self, command: list[str], timeout: float = PATIENCE, memory: int | None = None, **options
     ) -> box.Ran:
         readable, environment = options.get("readable", ()), options.get("environment", {})
         enough = {"enough": options["enough"]} if "enough" in options else {}
@@ -387,13 +388,15 @@ def test_output_without_end_is_cut_to_its_last_bytes(boxed, monkeypatch):
 
 
 def test_a_program_that_does_not_end_is_ended(boxed):
-    ran = boxed.run("import time; print('begun', flush=True); time.sleep(600)", timeout=1)
+    code = "import time; print('begun', flush=True); time.sleep(3600)"
+    tries = (boxed.run(code, timeout=seconds) for seconds in (1, 30, PATIENCE))  # where it begins slowly
+    ran = next(ran for ran in tries if ran.output or ran.code != -signal.SIGKILL)
     assert ran.timed_out and ran.code == -signal.SIGKILL and ran.output == "begun\n"
 
 
 def test_a_program_whose_output_is_enough_is_ended(boxed):
-    code = "import time; print('one', flush=True); print('two', flush=True); time.sleep(600)"
-    ran = boxed.run(code, timeout=300, enough=lambda output: b"two" in output)
+    code = "import time; print('one', flush=True); print('two', flush=True); time.sleep(3600)"
+    ran = boxed.run(code, timeout=PATIENCE, enough=lambda output: b"two" in output)
     assert not ran.timed_out and ran.code == -signal.SIGKILL and ran.output == "one\ntwo\n"
 
 
@@ -444,7 +447,7 @@ def test_nobody_outlives_an_audit_that_is_killed(boxed):
 def quiet(path: Path) -> None:
     """Wait until nobody writes a file any more."""
     before = None
-    for _ in range(100):
+    for _ in range(int(PATIENCE / 0.3)):
         if (now := path.read_text()) == before:
             return
         before = now
@@ -461,7 +464,7 @@ def test_processes_without_end_meet_a_limit(boxed, monkeypatch):
         try:
             while count < 200:
                 if not os.fork():
-                    time.sleep(600)
+                    time.sleep(3600)
                 count += 1
         except BlockingIOError:
             print(count)

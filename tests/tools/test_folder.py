@@ -1,6 +1,7 @@
 """The record folder: what it holds, that it agrees with itself, and that every changed digit is found."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -74,6 +75,7 @@ def test_what_a_folder_holds(made, capsys):
     evidence = {f"train_seed{seed}{end}" for seed in SEEDS for end in (".log", ".json", "_audit.json")}
     parts = {f"dataprep/{path.name}" for path in (ROOT / "dataprep").glob("*.py")}
     parts |= {
+        "dataprep/words.c",
         "systems/__init__.py",
         "systems/console.py",
         "systems/early.py",
@@ -243,7 +245,9 @@ def test_data_are_prepared_from_a_copy_of_the_folder(two_runs, tmp_path):
         (away / name).write_bytes(model if name.startswith("tokenizers/") else data)
     arguments = ["--docs", docs, "--sp", "tokenizers/fineweb.model", "--val-docs", "5", "--out", "data"]
     command = [sys.executable, "prepare_caseops_data.py", *arguments, "--workers", "1"]
-    process = subprocess.run(command, cwd=away, env={"PATH": ""}, capture_output=True, text=True)
+    process = subprocess.run(
+        command, cwd=away, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True
+    )
     assert process.returncode == 0, process.stderr
     named = [prepare.make_document(text, f"document {i}") for i, text in enumerate(texts)]
     tokenizer = prepare.make_tokenizer("fineweb.model", model)

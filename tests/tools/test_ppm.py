@@ -2,6 +2,7 @@
 
 import copy
 import json
+import lzma
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 import torch
+import warm
 from golden_tools import run_through
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -110,7 +112,7 @@ def test_ppm_is_the_plain_one_on_text():
     assert -np.log2(expected[6000:]).mean() < 3.5, "it has learnt nothing"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=300) | st.text("abcab ", max_size=300).map(str.encode))
 def test_ppm_sums_to_one_and_scores_before_it_learns(data):
     model = PPMD()
@@ -153,17 +155,19 @@ def test_ppm_spells_without_learning():
 
 
 def test_ppm_speed():
-    """At least 1 MB/s on one core (measured: twice that beside six other jobs)."""
+    """At least half as quick as LZMA, which takes half a second a megabyte (measured: 4 times as quick)."""
     data = array((TEXT * (1_000_000 // len(TEXT) + 1))[:1_000_000])
-    seconds = []
+    ratios = []
     for shift in range(3):
         noisy = data ^ (
             np.random.default_rng(shift).random(len(data)) < 0.02
         )  # not the same text over and over
         model, start = PPMD(), time.process_time()
         model.advance(noisy)
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 1.0, seconds
+        middle = time.process_time()
+        lzma.compress(noisy.astype(np.uint8).tobytes())
+        ratios.append((middle - start) / (time.process_time() - middle))
+    assert min(ratios) < 2, ratios
 
 
 def test_ppm_bench_measures_it():
@@ -421,8 +425,7 @@ def test_ppm_mixture_figures_do_not_depend_on_the_cuts(monkeypatch):
 
 
 def experiment(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    words = [sys.executable, str(ROOT / "experiments" / "ppm_mixture.py"), *arguments]
-    return subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120)
+    return warm.run(ROOT / "experiments" / "ppm_mixture.py", folder, environment(), *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from test_ppm import tiny_model
 from test_presets import plain_data  # noqa: F401 - a fixture
 from test_smoke import environment
@@ -27,10 +28,8 @@ SCRIPT = ROOT / "experiments" / "prequant_ttt.py"
 
 
 def experiment(folder: Path, *arguments: str, **settings: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *arguments]
     settings = {"ARTIFACT_DIR": "run", "DATA_PATH": "data", **settings}
-    env = environment(**settings)
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    return warm.run(SCRIPT, folder, environment(**settings), *arguments)
 
 
 # -- the stage

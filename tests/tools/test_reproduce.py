@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import test_smoke as smoke
+from patience import PATIENCE
 from scipy import integrate
 from test_logbook import april
 from test_tracking import scalars
@@ -420,7 +421,7 @@ def test_a_two_seed_claim_of_the_real_script(tmp_path):
     environ = smoke.environment(DATA_PATH="data", ITERATIONS=3, VAL_LOSS_EVERY=0, TENSORBOARD_DIR="board")
     command = [sys.executable, TOOL, "--seeds", "1,2", "--json", "--", sys.executable, "train_gpt.py"]
     first, again = (
-        subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=500)
+        subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=PATIENCE)
         for _ in range(2)
     )
     assert (first.returncode, again.returncode) == (0, 0), first.stderr

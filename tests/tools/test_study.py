@@ -6,10 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE, wait_for
 from scipy import stats
 from test_smoke import documents, environment
 
@@ -32,7 +32,7 @@ if os.environ.get("BREAKS"):
 os.makedirs(folder)
 with open(os.environ["TOLD"], "a") as file:
     print(os.environ["RUN_ID"], os.environ["DATA_PATH"], os.environ.get("MODEL_PATH", ""), file=file)
-time.sleep(float(os.environ.get("TAKES", 0)))
+time.sleep(3600 if os.environ["RUN_ID"] == os.environ.get("HANGS") else float(os.environ.get("TAKES", 0)))
 steps = int(os.environ.get("ITERATIONS", 8))
 bpb = 2 + seed / 10 + float(os.environ.get("MATRIX_LR", 0))
 pace = 1 + float(os.environ.get("MUON_WD", 0))
@@ -159,7 +159,7 @@ def test_arms_are_settings_of_the_script(tg):
     """Each arm differs from the control, and could run; one that goes on from a file names nothing else."""
     base = PRESETS["pr1851-study"] | {"fit_bytes": 900_000}
     control = tg.Config(**base)
-    later = {"artifact": ("TTT", "PHASED")}
+    later = {"artifact": ("TTT", "PHASED", "NGRAM_TILT")}
     later["model"] = ("GPTQ", "LQER", "QUANT", "COMPRESSOR", "TRAIN_BATCH", "GRAD_ACCUM")
     for group, arms in GROUPS.items():
         for arm in arms:
@@ -212,7 +212,7 @@ def test_study_pairs_arms_and_goes_on(work):
     """The same seed and data in all arms but the two that are about data; nothing is run twice."""
     arguments = ("--arms", "noise,fused markers", "--arm", "high:MATRIX_LR=0.5", "--seeds", "2")
     first = tool(*arguments)
-    output, errors = first.communicate(timeout=60)
+    output, errors = first.communicate(timeout=PATIENCE)
     assert first.returncode == 0, errors
     found = result()
     assert found["high"]["1"]["val_bpb"] == pytest.approx(found["control"]["1"]["val_bpb"] + 0.5)
@@ -226,12 +226,12 @@ def test_study_pairs_arms_and_goes_on(work):
     assert read["other-batches-1"] == "study/screen2" and read["fused-markers-2"] == "study_fused/screen2"
     assert found["control"]["1"]["seconds"] == pytest.approx(8)
     again = tool(*arguments)
-    assert again.communicate(timeout=60)[0] and again.returncode == 0 and len(told()) == 10
+    assert again.communicate(timeout=PATIENCE)[0] and again.returncode == 0 and len(told()) == 10
 
 
 def test_confirmation_has_seeds_and_documents_of_its_own(work):
     run = tool("--arms", "null", "--seeds", "2-3", "--confirm")
-    output, errors = run.communicate(timeout=60)
+    output, errors = run.communicate(timeout=PATIENCE)
     assert run.returncode == 0, errors
     assert {Path(place).name for _, place, _ in told()} == {"confirm2", "confirm3"}
     assert result("study-confirm")["control"]["3"]["val_bpb"] == pytest.approx(2 + 103 / 10)
@@ -243,7 +243,7 @@ def test_two_processes_share_a_study(work):
     arguments = ("--arms", "noise", "--seeds", "4", "--jobs", "2")
     both = [tool(*arguments, "--json", f"{name}.json", TAKES=0.4) for name in "ab"]
     for process in both:
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors
     names = [name for name, *_ in told()]
     assert len(names) == len(set(names)) == 12
@@ -264,18 +264,15 @@ def alive() -> bool:
 def test_a_killed_study_goes_on(work, number):
     """The run under way ends with it and is made anew; what was finished is kept."""
     arguments = ("--arms", "null", "--seeds", "2")
-    first = tool(*arguments, TAKES=1.5)
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and not (Path("told").is_file() and len(told()) == 2):
-        time.sleep(0.05)
+    first = tool(*arguments, HANGS="null-1")
+    wait_for(lambda: Path("told").is_file() and len(told()) == 2)
     first.send_signal(number)
-    first.communicate(timeout=60)
+    first.communicate(timeout=PATIENCE)
     assert first.returncode == (-9 if number == signal.SIGKILL else 128 + 15)
-    while time.monotonic() < deadline and alive():
-        time.sleep(0.1)
-    assert not alive() and len(told()) == 2
+    wait_for(lambda: not alive())
+    assert len(told()) == 2
     second = tool(*arguments)
-    errors = second.communicate(timeout=60)[1]
+    errors = second.communicate(timeout=PATIENCE)[1]
     assert second.returncode == 0, errors
     names = [name for name, *_ in told()]
     assert len(names) == 5 and names.count("control-1") == 1 and names.count("null-1") == 2
@@ -284,7 +281,7 @@ def test_a_killed_study_goes_on(work, number):
 
 def test_equal_seconds_gives_a_slower_arm_fewer_steps(work):
     run = tool("--arms", "null", "--arm", "slow:MUON_WD=1", "--seeds", "2", "--equal-seconds")
-    output, errors = run.communicate(timeout=60)
+    output, errors = run.communicate(timeout=PATIENCE)
     assert run.returncode == 0, errors
     found = result()
     assert found["slow"]["1"]["seconds"] == pytest.approx(16)
@@ -295,7 +292,7 @@ def test_equal_seconds_gives_a_slower_arm_fewer_steps(work):
 
 def test_arms_that_go_on_from_the_control_wait_for_it(work):
     run = tool("--arms", "no LQER", "--seeds", "2", "--jobs", "4", TAKES=0.2)
-    errors = run.communicate(timeout=60)[1]
+    errors = run.communicate(timeout=PATIENCE)[1]
     assert run.returncode == 0, errors
     models = {name: model for name, _, model in told()}
     assert models["no-LQER-2"].endswith("control/seed2/run/final_model.pt") and models["control-1"] == ""
@@ -304,11 +301,11 @@ def test_arms_that_go_on_from_the_control_wait_for_it(work):
 
 def test_failures_and_time_are_said(work):
     broken = tool("--arm", "bad:BREAKS=1", "--arms", "null", "--seeds", "1")
-    output, errors = broken.communicate(timeout=60)
+    output, errors = broken.communicate(timeout=PATIENCE)
     assert broken.returncode == 1 and "bad, seed 1: exit code 1: stand-in: no luck" in errors
     assert "| null |" in output
     late = tool("--arms", "null", "--seeds", "3", "--seconds", "0.0", "--study", "late")
-    output, errors = late.communicate(timeout=60)
+    output, errors = late.communicate(timeout=PATIENCE)
     assert late.returncode == 0 and "6 of 6 runs are missing; the same command goes on" in output
 
 

@@ -108,7 +108,7 @@ def parts_of(records: Sequence[RunRecord]) -> dict[str, bytes]:
     parts = {"train_gpt.py": counted_script(records), "requirements.txt": requirements(first).encode()}
     if first.settings["CASEOPS_ENABLED"]:
         sources = [ROOT / "prepare_caseops_data.py", ROOT / "lossless_caps.py"]
-        sources += sorted((ROOT / "dataprep").glob("*.py"))
+        sources += sorted(path for path in (ROOT / "dataprep").iterdir() if path.suffix in (".py", ".c"))
         sources += [
             ROOT / "systems" / name for name in ("__init__.py", "console.py", "early.py", "layout.py")
         ]

@@ -27,7 +27,6 @@ NOISE = (Arm("null", {}, "the control once more"), Arm(OTHER_BATCHES, {}, "the c
 TRAINING = (  # what past systems of the lineage and of its neighbours do otherwise
     _arm("fused markers", "", "PR #2109", data="fused"),
     _arm("four momenta", "MUON_MAXWELL=1", "modded-nanogpt #357"),
-    _arm("prefix targets", "PREFIX_LOSS=0.25", "modded-nanogpt #337"),
     _arm("hyperparameters of pr1855", "WARMDOWN_FRAC=0.85 BETA2=0.99", "PR #1855"),
     _arm("rate 0.028", "MATRIX_LR=0.028", "PR #1925"),
     _arm("query gain 5.25", "QK_GAIN_INIT=5.25", "PR #1953"),
@@ -40,6 +39,7 @@ STORING = (  # at equal bytes: --bytes
 ADAPTING = (
     _arm("no LoRA on Q and V", "TTT_Q_LORA=0 TTT_V_LORA=0", "PR #1953", "artifact"),
     _arm("n-gram tilt", "NGRAM_TILT=16:2.62", "PR #1514", "artifact"),
+    _arm("n-gram tilt, short", "NGRAM_TILT=8:5.6,4:4,2:3", "PR #1514", "artifact"),
     _arm("chunks by length", "TTT_CHUNK_BY_LENGTH=256:8,2000:24", "PR #2014", "artifact"),
 )
 EIGHTH = "GPTQ_CALIBRATION_BATCHES=1 TRAIN_BATCH_TOKENS=2048 GRAD_ACCUM_STEPS=1"
@@ -56,8 +56,11 @@ PARTS = (  # the record without its parts, one at a time
 )
 KEPT = {  # what became of the ideas that were measured (logs/study/)
     "fused markers": "an option of the data preparation, off",
-    "bi-Maxwell": "in `best`",
+    **dict.fromkeys(("four momenta", "n-gram tilt", "n-gram tilt, short"), "in `best`"),
+    "bi-Maxwell": "gave way to four momenta",
     **dict.fromkeys(("EMA-Nesterov", "row floor", "cautious decay", "slow scalars"), "removed"),
+    **dict.fromkeys(("prefix targets", "prefix targets too", "slope 0.3", "gated XSA"), "not built"),
+    "MUDD": "not built yet",
 }
 GROUPS = {"noise": NOISE, "training": TRAINING, "storing": STORING, "adapting": ADAPTING, "parts": PARTS}
 ARMS = {arm.name: arm for arms in GROUPS.values() for arm in arms}

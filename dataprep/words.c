@@ -1,0 +1,289 @@
+/* What data preparation does to every byte of its texts; `words.py` compiles, loads and explains it.
+
+Texts lie in one buffer, 0xFF before each and behind the last: no UTF-8 holds that byte, so that it ends every
+loop. All functions write into buffers of the caller, who knows how much they can need. */
+
+#include <stdint.h>
+#include <string.h>
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint64_t u64;
+
+static const u64 FACTOR = 0x9E3779B97F4A7C15;
+
+enum { LONGEST = 256 };  /* characters of a word that is merged here: the time grows with their square */
+enum { LONGEST_KNOWN = 23, AHEAD = 32 };  /* bytes of a word that is remembered; words looked up at once */
+enum { TITLE = 0x81, ALLCAPS, CAPNEXT, ESC };  /* operators are 0xEE 0x80 and one of these */
+
+static int is_upper(u8 byte) { return (u8)(byte - 'A') < 26; }
+static int is_letter(u8 byte) { return (u8)((byte | 32) - 'a') < 26; }
+static int is_printable(u8 byte) { return byte > ' ' && byte < 0x7F; }
+static int is_operator(const u8 *at) { return at[0] == 0xEE && at[1] == 0x80 && at[2] >= TITLE && at[2] <= ESC; }
+
+static u8 *put_operator(u8 *out, u8 operator) {
+    *out++ = 0xEE, *out++ = 0x80, *out++ = operator;
+    return out;
+}
+
+/* CaseOps of texts, as `lossless_caps.encode_utf8`: at most four times their bytes. Returns how many. */
+int64_t caps(const u8 *in, int64_t size, u8 *out) {
+    const u8 *end = in + size;
+    u8 *first = out;
+    while (in < end) {
+        int64_t run = 0;  /* of capitals */
+        if (*in == 0xEE) {
+            if (is_operator(in)) out = put_operator(out, ESC);
+        } else if (is_upper(*in)) {
+            if (is_letter(in[-1])) {  /* there is one: texts begin behind 0xFF */
+                out = put_operator(out, CAPNEXT);
+            } else {
+                while (is_upper(in[run])) run++;
+                int whole = run > 1 && !is_letter(in[run]);
+                out = put_operator(out, whole ? ALLCAPS : TITLE);
+                while (whole && run-- > 1) *out++ = *in++ | 32;
+            }
+            *out++ = *in++ | 32;
+            continue;
+        }
+        *out++ = *in++;
+    }
+    return out - first;
+}
+
+/* UTF-8 without white space, as `str.split` sees it. Returns how many bytes. */
+int64_t bare(const u8 *in, int64_t size, u8 *out) {
+    static const u8 ascii_space[256] = {[9] = 1, 1, 1, 1, 1, [28] = 1, 1, 1, 1, 1};
+    const u8 *end = in + size;
+    u8 *first = out;
+    while (in < end) {
+        int spaces = 0;
+        if (*in < 0xC2 || *in > 0xE3) {  /* nearly all; a branch at each space would be guessed wrong */
+            *out = *in;
+            out += !ascii_space[*in++];
+            continue;
+        } else if (*in == 0xC2) {  /* U+0085, U+00A0 */
+            spaces = 2 * (in[1] == 0x85 || in[1] == 0xA0);
+        } else if (*in == 0xE1) {  /* U+1680 */
+            spaces = 3 * (in[1] == 0x9A && in[2] == 0x80);
+        } else if (*in == 0xE2 && in[1] == 0x80) {  /* U+2000 to U+200A, U+2028, U+2029, U+202F */
+            spaces = 3 * (in[2] <= 0x8A || in[2] == 0xA8 || in[2] == 0xA9 || in[2] == 0xAF);
+        } else if (*in == 0xE2 || *in == 0xE3) {  /* U+205F, U+3000 */
+            spaces = 3 * (in[1] == (*in == 0xE2 ? 0x81 : 0x80) && in[2] == (*in == 0xE2 ? 0x9F : 0x80));
+        }
+        if (!spaces) *out++ = *in;
+        in += spaces ? spaces : 1;
+    }
+    return out - first;
+}
+
+/* Hash of each document, as `leaks.document_hashes`: ends are where the documents do. */
+void hashes(const u16 *tokens, const int64_t *ends, int64_t count, const u64 *values, u64 *out) {
+    for (int64_t at = 0; count--; out++, ends++) {
+        *out = 0;
+        for (u64 power = 1; at < *ends; power *= FACTOR) *out += values[tokens[at++]] * power;
+    }
+}
+
+/* Windows of tokens, as `leaks.sampled_windows`: BOS is before each document. Returns how many. */
+int64_t windows(const u16 *tokens, int64_t size, const u64 *values, int64_t bos, u64 *found, int32_t *documents) {
+    u64 hash = 0, last = FACTOR;
+    for (int i = 1; i < 16; i *= 2) last *= last;
+    int64_t count = 0, length = 0;
+    int32_t document = -1;
+    for (int64_t i = 0; i < size; i++) {
+        if (tokens[i] == bos) {
+            document++, hash = length = 0;
+            continue;
+        }
+        hash = hash * FACTOR + values[tokens[i]];
+        if (++length > 16) hash -= values[tokens[i - 16]] * last;
+        if (length >= 16 && (hash >> 32) % 16 == 0) found[count] = hash, documents[count++] = document;
+    }
+    return count;
+}
+
+/* A BPE model: symbols are its pieces, and behind them the bytes for characters that are in no piece. */
+enum { SYMBOL_BITS = 17, NEVER = 0x7FFFFFFF };
+static const u64 FREE = ~(u64)0, SYMBOL = ((u64)1 << SYMBOL_BITS) - 1;
+typedef u64 Merge;  /* left, right, and what they become, of SYMBOL_BITS each; FREE: none */
+typedef struct { u64 key[3]; u16 count, tokens[19]; } Word;  /* key: the bytes, in the last one their number */
+typedef struct {
+    const int32_t *ascii, *quotes, *operators;  /* (256,) symbols by (last) byte; -1: left to SentencePiece */
+    Merge *merges;  /* by hash of the pair */
+    const int32_t *ranks;  /* of each piece: the lower, the earlier it is made */
+    const u16 *tokens, *sizes;  /* by symbol its token, by token the bytes of text that it carries */
+    Word *words;  /* by hash, the last one that came */
+    int64_t merge_mask, word_mask, joins, bos;
+} Model;
+
+/* A word that is left to SentencePiece, and where in the tokens those of it are missing. */
+typedef struct { int64_t start, length, place, more; } Missing;
+
+static u64 mixed(u64 value) {
+    value *= FACTOR;
+    return value ^ value >> 32;
+}
+
+static u64 slot_of(const Merge *merges, u64 mask, u64 pair) {
+    u64 slot = mixed(pair) & mask;
+    while (merges[slot] != FREE && merges[slot] >> SYMBOL_BITS != pair) slot = (slot + 1) & mask;
+    return slot;
+}
+
+/* Put merges into a table of more slots than there are, a power of two: mask is one less. */
+void fill(Merge *merges, int64_t mask, const Merge *known, int64_t count) {
+    memset(merges, 0xFF, (mask + 1) * sizeof *merges);
+    for (int64_t i = 0; i < count; i++) merges[slot_of(merges, mask, known[i] >> SYMBOL_BITS)] = known[i];
+}
+
+/* Merge the symbols of a word: always the pair of the lowest rank, of equal ones the first. Returns how many. */
+static int merge_all(const Model *model, int32_t *symbols, int count) {
+    int32_t merged[LONGEST], ranks[LONGEST];
+    int from = 0, to = count - 1;  /* pairs to be looked up */
+    for (;;) {
+        for (int i = from; i < to; i++) {
+            u64 pair = (u64)symbols[i] << SYMBOL_BITS | (u64)symbols[i + 1];
+            Merge found = model->merges[slot_of(model->merges, model->merge_mask, pair)];
+            merged[i] = found & SYMBOL;
+            ranks[i] = found == FREE ? NEVER : model->ranks[merged[i]];
+        }
+        int best = 0;
+        for (int i = 1; i + 1 < count; i++)
+            if (ranks[i] < ranks[best]) best = i;
+        if (count < 2 || ranks[best] == NEVER) return count;
+        symbols[best] = merged[best];
+        count--;
+        memmove(symbols + best + 1, symbols + best + 2, (count - best - 1) * sizeof *symbols);
+        memmove(merged + best, merged + best + 1, (count - best - 1) * sizeof *merged);
+        memmove(ranks + best, ranks + best + 1, (count - best - 1) * sizeof *ranks);
+        from = best ? best - 1 : 0;
+        to = best + 1 < count ? best + 1 : best;
+    }
+}
+
+/* The symbol of the character at a place, and the bytes that it has. */
+static int32_t symbol(const Model *model, const u8 *at, int *size) {
+    *size = 1;
+    if (*at < 0x80) return model->ascii[*at];
+    *size = 3;
+    if (at[0] == 0xE2 && at[1] == 0x80) return model->quotes[at[2]];
+    return at[0] == 0xEE && at[1] == 0x80 ? model->operators[at[2]] : -1;
+}
+
+/* Tokens of one word; -1 if that is left to SentencePiece. */
+static int word_tokens(const Model *model, const u8 *word, int64_t length, u16 *tokens) {
+    int32_t symbols[LONGEST];
+    int count = 0, size;
+    for (int64_t at = 0; at < length; at += size) {
+        int32_t found = symbol(model, word + at, &size);
+        if (found < 0 || count == LONGEST || (model->joins && at && word[at] == ' ')) return -1;
+        symbols[count++] = found;
+    }
+    count = merge_all(model, symbols, count);
+    for (int i = 0; i < count; i++) tokens[i] = model->tokens[symbols[i]];
+    return count;
+}
+
+/* A word in its text: `more` is the white space before its own. `known`: where its tokens are remembered. */
+typedef struct { const u8 *start; int64_t length, more; u64 key[3]; Word *known; } Cut;
+
+/* A word of which the memory is on its way. Bytes behind the word are read, up to 24 from its start. */
+static Cut cut(const Model *model, const u8 *start, int64_t length, int64_t more) {
+    Cut own = {.start = start, .length = length, .more = more};
+    if (length > LONGEST_KNOWN) return own;
+    memcpy(own.key, start, sizeof own.key);
+    for (int i = 0; i < 3; i++) {
+        int64_t rest = length - 8 * i;
+        if (rest < 8) own.key[i] = rest <= 0 ? 0 : own.key[i] & (((u64)1 << 8 * rest) - 1);
+    }
+    own.key[2] |= (u64)length << 56;
+    own.known = model->words + (mixed(own.key[0] ^ mixed(own.key[1] ^ mixed(own.key[2]))) & model->word_mask & ~1);
+    __builtin_prefetch(own.known);
+    return own;
+}
+
+static int is_known(const Word *known, const Cut *word) {
+    const u64 *a = known->key, *b = word->key;
+    return a[0] == b[0] && a[1] == b[1] && a[2] == b[2];
+}
+
+/* Tokens of a word, remembered or made now; -1 if it is left to SentencePiece. 19 are written to in any case. */
+static int known_tokens(const Model *model, const Cut *word, u16 *tokens) {
+    Word *known = word->known;
+    int second = known && !is_known(known, word);
+    if (known && (!second || is_known(known + 1, word))) {
+        memcpy(tokens, known[second].tokens, sizeof known->tokens);
+        return known[second].count;
+    }
+    int count = word_tokens(model, word->start, word->length, tokens);
+    if (known && count >= 0 && count <= 19) {  /* in place of the older one of two */
+        known[1] = known[0];
+        memcpy(known->key, word->key, sizeof word->key);
+        memcpy(known->tokens, tokens, sizeof *tokens * count);
+        known->count = count;
+    }
+    return count;
+}
+
+static int is_quote(const u8 *at) {  /* or a dash: U+2013, U+2014, U+2018, U+2019, U+201C, U+201D */
+    static const u8 last[] = {0x93, 0x94, 0x98, 0x99, 0x9C, 0x9D};
+    return at[0] == 0xE2 && at[1] == 0x80 && memchr(last, at[2], sizeof last);
+}
+
+static int is_space(const Model *model, u8 byte) {
+    return byte == ' ' || (model->joins && (byte == '\t' || byte == '\n' || byte == '\f' || byte == '\r'));
+}
+
+/* Tokens of texts, BOS before each, without those of words that are left to SentencePiece.
+
+raw: is written to, and has 32 bytes behind the last 0xFF. tokens: has room for one a byte, and 32.
+carried: the bytes of CaseOps text that each token carries, or none. ends: of each text's tokens.
+Returns how many words are missing. */
+int64_t encode(const Model *model, u8 *raw, int64_t size, u16 *tokens, int64_t *carried, int64_t *ends,
+               Missing *missing) {
+    int64_t place = 0, absent = 0;
+    int ahead = 0;
+    Cut cuts[AHEAD];
+    const u8 *last = raw + size - 1;
+    for (u8 *at = raw; at < last;) {
+        u8 *start = ++at, *end = memchr(at, 0xFF, last + 1 - at), *next = end;
+        if (carried) carried[place] = 0;
+        tokens[place++] = model->bos;
+        while (model->joins && start < end && is_space(model, *start)) start++;
+        while (model->joins && start < end && is_space(model, end[-1])) end--;
+        int64_t more = 0;  /* white space before the word, but for the one byte that belongs to it */
+        for (at = start; start < end;) {
+            u8 *stop = end, *after = end;
+            for (; at < end; at++) {
+                if (!is_space(model, *at)) continue;
+                for (after = at + 1; model->joins && is_space(model, *after);) after++;
+                int begins = is_printable(*after) || is_quote(after) || is_operator(after);
+                if (begins && at > start && (is_printable(at[-1]) || (at - start >= 3 && is_quote(at - 3)))) {
+                    stop = at;
+                    break;
+                }
+                at = after - 1;
+            }
+            cuts[ahead++] = cut(model, start, stop - start, more);
+            for (Cut *word = cuts; (ahead == AHEAD || stop == end) && word < cuts + ahead; word++) {
+                int count = known_tokens(model, word, tokens + place);
+                if (count < 0) {
+                    missing[absent++] = (Missing){word->start - raw, word->length, place, word->more};
+                    continue;
+                }
+                for (int i = 0; carried && i < count; i++) carried[place + i] = model->sizes[tokens[place + i]];
+                if (carried) carried[place] += word->more;
+                place += count;
+            }
+            if (ahead == AHEAD || stop == end) ahead = 0;
+            if (stop == end) break;
+            more = after - stop - 1;
+            start = after - 1, at = after;
+            *start = ' ';
+        }
+        *ends++ = place;
+        at = next;
+    }
+    return absent;
+}
