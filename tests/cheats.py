@@ -120,6 +120,7 @@ CAUSAL = "(q, k, v, is_causal=True, enable_gqa=True)"
 LORA_LOSSES = (
     "return self.model.losses(x, y, looping=self.looping, lora=lora, scored=scored, cache=cache, **tip)"
 )
+LEARNING = 'if "eager" in self.model.backends.kernels and torch.is_grad_enabled() and not cache:'
 CALIBRATION = "x, _ = loader.next(rows)\n"
 VALIDATION = '_read_stream(cfg.data_folder, "val")'
 AVERAGE = "        self.model.load_state_dict(self.ema.cast_like(self.model.state_dict()))\n"
@@ -170,7 +171,7 @@ EARLY = """
 
 @cheat("adaptation before scoring", SCRIPT, "E2", "ttt: document")
 def adaptation_first(shop: Workshop, copy: Forgery) -> None:
-    shop.altered(copy, (LORA_LOSSES, EARLY.strip() + "\n            " + LORA_LOSSES), adapts=True)
+    shop.altered(copy, (LEARNING, EARLY.strip() + "\n            " + LEARNING), adapts=True)
 
 
 @cheat("the better of two scores", SCRIPT, "E2", "ttt: document")
