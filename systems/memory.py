@@ -9,7 +9,7 @@ from torch import Tensor
 from train_gpt import GPT, BatchedLoRA
 
 TRIM_THRESHOLD, MMAP_MAX, HUGE_PAGES = -1, -4, 14  # of mallopt, and advice of madvise
-TOKENS = 2048  # whose activations test-time training holds at a time
+TOKENS = 1024  # whose activations test-time training holds at a time
 HEAP, PAGE = 4 << 30, 2 << 20  # bytes: more than such a run needs, of addresses alone; a huge page
 
 
@@ -30,6 +30,14 @@ def keep_heap() -> None:
     if start := libc.malloc(HEAP):
         libc.madvise(-(-start // PAGE) * PAGE, HEAP - PAGE, HUGE_PAGES)
         libc.free(start)
+
+
+def trim_heap() -> None:
+    """Give what is free back to the system, once: the next part of a run has tensors of other sizes."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+        keep_heap()  # the heap's free end has gone back too
 
 
 def spare_compiler() -> None:

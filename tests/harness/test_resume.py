@@ -202,8 +202,13 @@ def test_resume_after_sigkill(work, processes, ranks, kills):
     outcome = bench.run(f"{name}-undisturbed")
     assert outcome.code == 0, outcome.errors
     found = contents(work / f"{name}-undisturbed")
-    counts = kill_chain(bench, name, kills, found, durations(outcome), random.Random(ranks))
-    assert counts["identical"] == counts["kills"] >= 1 and not counts["wrong"]
+    for number in range(5):  # where the machine is less busy than it was, a run may end before its kill
+        rng = random.Random(ranks + 10 * number)
+        counts = kill_chain(bench, f"{name}-{number}", kills, found, durations(outcome), rng)
+        assert counts["identical"] == counts["kills"] and not counts["wrong"]
+        if counts["kills"]:
+            return
+    pytest.fail("no run was killed")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
