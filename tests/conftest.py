@@ -55,6 +55,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     return ByRuns(config, log)
 
 
+@pytest.fixture(autouse=True)
+def forget_graphs() -> None:
+    """Each test compiles for itself: torch allows a function only so many graphs in a process."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """Folder of the golden vectors (GOLDEN_DIR, default ../shared/golden)."""
