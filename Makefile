@@ -43,7 +43,7 @@ systems: $(DEV) data/demo/manifest.json data/demo_plain/manifest.json  ## every 
 
 study: $(DEV) data/study_demo/confirm2/manifest.json  ## one idea against the record, in pairs (under 5 minutes)
 	SCALE=demo ITERATIONS=24 PREQUANT_ONLY=1 OMP_NUM_THREADS=1 $(BIN)/python tools/study.py --study make-study \
-		--arms bi-Maxwell --seeds 2 --jobs 2 --data data/study_demo
+		--arms "four momenta" --seeds 2 --jobs 2 --data data/study_demo
 
 data/study_demo/confirm2/manifest.json: $(wildcard dataprep/*.py dataprep/*.c) dataprep/demo.jsonl.xz | $(RUN)
 	SCALE=demo $(BIN)/python tools/study.py --prepare --docs dataprep/demo.jsonl.xz --data data/study_demo \

@@ -97,9 +97,7 @@ class NearIndex:
         new_pair = new | (np.diff(documents, prepend=-1) != 0)
         self._totals = np.bincount(documents[new_pair], minlength=1)  # distinct windows of each document
         self._hashes, self._owners = hashes[new], documents[new]  # the first document that has it
-        self._seen = np.zeros(
-            _SEEN, bool
-        )  # by the low bits of a hash: most windows are not looked for further
+        self._seen = np.zeros(_SEEN, bool)  # by a hash's low bits: most windows are not looked for further
         self._seen[self._hashes % _SEEN] = True
 
     @classmethod

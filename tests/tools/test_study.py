@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -171,6 +172,15 @@ def test_arms_are_settings_of_the_script(tg):
             changed = [name for name in own if getattr(cfg, name) != getattr(control, name)]
             assert changed == list(own), arm.name
             assert all(name.startswith(later.get(arm.start, "")) for name in arm.settings), arm.name
+
+
+def test_arms_that_commands_ask_for_are_there():
+    """An arm that has gone must go from the Makefile and the page too."""
+    said = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "docs/study.md"))
+    asked = re.findall(r'--arms (?:"([^"]+)"|(\S+))', said)
+    assert len(asked) > 3
+    for pair in asked:
+        chosen_arms("".join(pair), [])
 
 
 def test_chosen_arms():
