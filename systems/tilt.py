@@ -26,6 +26,7 @@ from train_gpt import (
     Ranks,
     ScoreFirstTTT,
     Span,
+    softcap,
     softcapped_cross_entropy,
     split_at_boundaries,
 )
@@ -160,12 +161,22 @@ def tilted_losses(model: GPT, h: Tensor, targets: Tensor, lora: BatchedLoRA, hin
         from systems.eager import head_loss
 
         losses = head_loss(h, model._head_weight, targets, cap, lora)
-        with torch.no_grad():
-            z = model._head(h, lora)
+        with torch.no_grad():  # two logits of a position say how far the hint's loss is from the target's
+            z = softcap(logits_of(model, h, torch.stack([targets, tokens], -1), lora), cap)
+            hint_losses = losses + z[..., 0] - z[..., 1]
     else:
         z = model._head(h, lora)
         losses = softcapped_cross_entropy(z, targets, cap)
+        with torch.no_grad():
+            hint_losses = softcapped_cross_entropy(z, tokens, cap)
     with torch.no_grad():
-        hint_losses = softcapped_cross_entropy(z, tokens, cap)
         more = tilted(torch.zeros_like(hint_losses), hint_losses, targets == tokens, boosts)
     return losses + more
+
+
+def logits_of(model: GPT, h: Tensor, tokens: Tensor, lora: BatchedLoRA) -> Tensor:
+    """Logits [B, n, k] before the softcap of some tokens [B, n, k] alone, of hidden states [B, n, D]."""
+    z = (h[..., None, :] * model._head_weight[tokens]).sum(-1)
+    A, B = lora.at(0).get("head", len(h))
+    rows = B[torch.arange(len(h))[:, None, None], tokens]
+    return z + ((h @ A.mT)[..., None, :] * rows).sum(-1)

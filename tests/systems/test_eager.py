@@ -59,6 +59,12 @@ FUNCTIONS = {  # what is differentiated, and the shapes of its inputs
         (2, 3, 2, 5),
         (2, 3, 4),
     ),
+    "CausalAttention": (
+        lambda tg, *inputs: tg.CausalAttention.apply(*inputs),
+        (2, 5, 4, 3),
+        (2, 5, 2, 3),
+        (2, 5, 2, 3),
+    ),
     "Adapted": (lambda tg, *inputs: tg.Adapted.apply(*inputs), (2, 3, 5), (2, 3, 4), (2, 2, 4), (2, 5, 2)),
     "SoftcappedHead": (
         lambda tg, h, w: tg.SoftcappedHead.apply(h, w, torch.tensor([[0, 6, 3]] * 2), 3.0, None, None),
@@ -98,6 +104,28 @@ def test_head_by_blocks_is_the_plain_loss(tg, rows):
         *(torch.autograd.grad((x * factors).sum(), (h, weight)) for x in (ours, plain)), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [40, 64, 150, 256])
+def test_attention_by_blocks_is_the_plain_one(tg, length):
+    """Result and gradients, of heads that lie in a wider tensor; gradients come back in any layout."""
+    x, v = leaves((3, length, 9, 8), (3, length, 3, 8))
+    dy = numbers(3, 6, length, 8, seed=5).transpose(1, 2)
+    own = tg.CausalAttention.apply(*x.split([6, 3], 2), v)
+    q, k = x.split([6, 3], 2)
+    plain = tg.attend(q, k, v, None, tg.Backends())
+    for a, b in zip(*([y, *torch.autograd.grad(y, (x, v), dy)] for y in (own, plain)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("length", "learns"), [(127, True), (128, True), (512, True), (513, True), (256, False)]
+)
+def test_which_rows_keep_their_probabilities(tg, length, learns):
+    """Short ones with gradients do, not very short ones: where it is worth its memory."""
+    q, v = torch.randn(1, length, 2, 4, requires_grad=learns), torch.randn(1, length, 1, 4)
+    y = tg.attend_segments(q, v, v, None)
+    assert ("CausalAttention" in str(y.grad_fn)) == (learns and 128 <= length <= 512)
 
 
 def test_products_of_any_layout_are_right(tg):
