@@ -153,7 +153,7 @@ class NormedHeads(torch.autograd.Function):
         return dx, dgain, None, None, None
 
 
-@functools.lru_cache(maxsize=4)  # all layers of a pass have one rope; tensors are told apart by identity
+@functools.lru_cache(maxsize=1)  # all layers of a pass have one rope; tensors are told apart by identity
 def rotation(cos: Tensor, sin: Tensor, heads: int, size: int) -> tuple[Tensor, Tensor, int]:
     """Factors [..., heads, d] of a head and of its partner, and half the rotation; cos and sin [..., 1, r/2].
 
@@ -179,17 +179,17 @@ class ExcludeAndGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
         """y [..., H, d], v [..., G, d], gate [..., H] -> [..., H, d]."""
-        ctx.groups = v.size(-2)
-        v = v.repeat_interleave(y.size(-2) // v.size(-2), -2)  # so that each pass is over equal shapes
+        own, v = v, repeated(v, y)
         inverse = torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min_(1e-12).square_().reciprocal_()
         share = (y * v).sum(-1, keepdim=True).mul_(inverse)
-        ctx.save_for_backward(y, v, gate, inverse, share)
+        ctx.save_for_backward(y, own, gate, inverse, share)
         return torch.addcmul(y, share, v, value=-1).mul_(gate[..., None])
 
     @staticmethod
     def backward(ctx: object, dz: Tensor) -> tuple[Tensor | None, ...]:
         """The projection is symmetric: dy is to dz as z to y."""
         y, v, gate, inverse, share = ctx.saved_tensors
+        groups, v = v.size(-2), repeated(v, y)
         along, own = (dz * v).sum(-1, keepdim=True), (dz * y).sum(-1, keepdim=True)
         dgate = own.addcmul_(share, along, value=-1)[..., 0] if ctx.needs_input_grad[2] else None
         gate = gate[..., None]
@@ -197,7 +197,12 @@ class ExcludeAndGate(torch.autograd.Function):
         dy = torch.addcmul(dz, along, v, value=-1).mul_(gate)
         dv = torch.addcmul(along * y, share, dz)
         dv.addcmul_(share * along, v, value=-2).mul_(gate)
-        return dy, dv.unflatten(-2, (ctx.groups, -1)).sum(-2).neg_(), dgate
+        return dy, dv.unflatten(-2, (groups, -1)).sum(-2).neg_(), dgate
+
+
+def repeated(v: Tensor, y: Tensor) -> Tensor:
+    """v [..., G, d] -> [..., H, d] for the heads of y [..., H, d]: passes over equal shapes are faster."""
+    return v.repeat_interleave(y.size(-2) // v.size(-2), -2)
 
 
 class Adapted(torch.autograd.Function):
@@ -252,11 +257,11 @@ class SoftcappedHead(torch.autograd.Function):
         narrow, losses = None if A is None else h @ A.mT, torch.empty_like(h[..., 0])
         rows = 256 if A is None else targets.size(1)  # logits of so many tokens stay in the cache
         parts = (h, targets[..., None], losses[..., None], *([] if wide is None else [wide]))
-        half = weight * (2 / cap)  # tanh(u) is 2 sigmoid(2 u) - 1, and the softmax does not see the 1
+        scaled = weight * (2 / cap)  # tanh(u) is 2 sigmoid(2 u) - 1, and the softmax does not see the 1
         for i, (x, own, loss, *gradient) in enumerate(
             zip(*(part.flatten(0, 1).split(rows) for part in parts), strict=True)
         ):
-            z = product(x, half)
+            z = product(x, scaled)
             s = (z if A is None else z.addmm_(narrow[i], B[i].mT, alpha=2 / cap)).sigmoid_()
             logits = s * (2 * cap)
             p = torch.softmax(logits, -1, out=gradient[0] if gradient else None)
