@@ -60,6 +60,9 @@ KEPT = {  # what became of the ideas that were measured (logs/study/)
     **dict.fromkeys(("EMA-Nesterov", "row floor", "cautious decay", "slow scalars"), "removed"),
     **dict.fromkeys(("bi-Maxwell", "prefix targets", "four momenta and prefix targets"), "removed"),
     **dict.fromkeys(("slope 0.3", "gated XSA", "MUDD"), "removed"),
+    **dict.fromkeys(("tail blend", "tail blend with the embedding"), "removed"),
+    **dict.fromkeys(("finer loops", "AWQ-lite"), "removed"),
+    **dict.fromkeys(("no LoRA on Q and V", "chunks by length"), "a setting, off"),
     **dict.fromkeys(("one momentum, 0.94", "two momenta, 0.94", "four momenta, 0.94"), "removed"),
 }
 GROUPS = {"noise": NOISE, "training": TRAINING, "storing": STORING, "adapting": ADAPTING, "parts": PARTS}
