@@ -1986,7 +1986,10 @@ def restore_banks(flat: Mapping[str, Tensor], num_layers: int) -> dict[str, Tens
 
 
 class HessianCollector:
-    """Sums x^T x of every projection's inputs over tokens, batches and visits of looped layers (float32)."""
+    """Sums x^T x of every projection's inputs over tokens, batches and visits of looped layers.
+
+    Products are float32, sums float64: these do not depend on how many ranks share the batches.
+    """
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
@@ -1995,12 +1998,12 @@ class HessianCollector:
         """Add the inputs x [..., n] of a projection."""
         rows = x.detach().flatten(0, -2).float()
         if name not in self._sums:
-            self._sums[name] = torch.zeros(rows.size(1), rows.size(1), device=x.device)
-        self._sums[name].addmm_(rows.mT, rows)
+            self._sums[name] = rows.new_zeros(rows.size(1), rows.size(1), dtype=torch.float64)
+        self._sums[name] += rows.mT @ rows
 
     def hessians(self, num_batches: int, ranks: Ranks = CPU) -> dict[str, Tensor]:
         """The sums over all ranks, divided by the number of batches. K and V share the Hessian of Q."""
-        hessians = {name: ranks.sum_(total) / num_batches for name, total in self._sums.items()}
+        hessians = {name: (ranks.sum_(x) / num_batches).float() for name, x in self._sums.items()}
         return {name.replace("c_q", c): h for name, h in hessians.items() for c in ("c_q", "c_k", "c_v")}
 
 
