@@ -1997,9 +1997,7 @@ class HessianCollector:
     def on_input(self, name: str, x: Tensor) -> None:
         """Add the inputs x [..., n] of a projection."""
         rows = x.detach().flatten(0, -2).float()
-        if name not in self._sums:
-            self._sums[name] = rows.new_zeros(rows.size(1), rows.size(1), dtype=torch.float64)
-        self._sums[name] += rows.mT @ rows
+        self._sums[name] = self._sums.get(name, 0) + (rows.mT @ rows).double()
 
     def hessians(self, num_batches: int, ranks: Ranks = CPU) -> dict[str, Tensor]:
         """The sums over all ranks, divided by the number of batches. K and V share the Hessian of Q."""

@@ -60,8 +60,9 @@ class LayersInOrder:
         """Draws GPTQ_DRIFT_BATCHES batches, and keeps those of this rank."""
         cfg, self.model, self.looping, self.ranks = model.cfg, model, looping, ranks
         on_rank, tokens = micro_batches(cfg, model.backends, ranks.world_size)
-        count, rows = cfg.gptq_drift_batches * on_rank * ranks.world_size, tokens // cfg.train_seq_len
-        self._texts = [ids for _, ids in texts_of_rank(loader, count, rows, ranks)]
+        self._count = cfg.gptq_drift_batches * on_rank * ranks.world_size  # texts of all ranks together
+        rows = tokens // cfg.train_seq_len
+        self._texts = [ids for _, ids in texts_of_rank(loader, self._count, rows, ranks)]
 
     def store(
         self,
@@ -113,7 +114,7 @@ class LayersInOrder:
                 cross, hessian = cross + (x.mT @ y).double(), hessian + (y.mT @ y).double()
         torch.set_float32_matmul_precision("highest")
         self.ranks.wait_for_all("calibrate")
-        totals = (self.ranks.sum_(total) / len(self._texts) for total in (cross, hessian))
+        totals = (self.ranks.sum_(total) / self._count for total in (cross, hessian))
         cross, hessian = (total.float() for total in totals)
         factor = factorise(hessian)
         damping = factor.damping * hessian.diagonal().where(~factor.dead, 1).mean()

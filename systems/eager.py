@@ -257,18 +257,19 @@ class SoftcappedHead(torch.autograd.Function):
         narrow, losses = None if A is None else h @ A.mT, torch.empty_like(h[..., 0])
         rows = 256 if A is None else targets.size(1)  # logits of so many tokens stay in the cache
         parts = (h, targets[..., None], losses[..., None], *([] if wide is None else [wide]))
+        scaled = weight * (2 / cap)  # tanh(u) is 2 sigmoid(2 u) - 1, and the softmax does not see the 1
         for i, (x, own, loss, *gradient) in enumerate(
             zip(*(part.flatten(0, 1).split(rows) for part in parts), strict=True)
         ):
-            z = product(x, weight)
-            z = z if A is None else z.addmm_(narrow[i], B[i].mT)
-            s = z.mul_(2 / cap).sigmoid_()  # tanh(u) is 2 sigmoid(2 u) - 1
-            logits = (s * (2 * cap)).sub_(cap)
-            norm = logits.logsumexp(-1, keepdim=True)
+            z = product(x, scaled)
+            s = (z if A is None else z.addmm_(narrow[i], B[i].mT, alpha=2 / cap)).sigmoid_()
+            logits = s * (2 * cap)
+            p = torch.softmax(logits, -1, out=gradient[0] if gradient else None)
+            # The norm by the most probable token: the target's probability may be too small for a number.
+            norm = logits.amax(-1, keepdim=True).sub_(p.amax(-1, keepdim=True).log_())
             torch.sub(norm, logits.gather(1, own), out=loss)
-            for wrong in gradient:
-                torch.exp(logits.sub_(norm), out=wrong).scatter_add_(1, own, torch.full_like(loss, -1.0))
-                wrong.mul_(torch.addcmul(s, s, s, value=-1)).mul_(4)
+            if gradient:  # of the logits, without the 4 of a derivative 4 s (1 - s)
+                p.scatter_add_(1, own, torch.full_like(loss, -1.0)).mul_(s.addcmul_(s, s, value=-1))
         ctx.save_for_backward(h, weight, A, B, narrow, wide)
         return losses
 
@@ -276,7 +277,7 @@ class SoftcappedHead(torch.autograd.Function):
     def backward(ctx: object, dlosses: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of hidden states, weight and adapters."""
         h, weight, A, B, narrow, wide = ctx.saved_tensors
-        factor, dA, dB = dlosses[..., None], None, None
+        factor, dA, dB = 4 * dlosses[..., None], None, None
         dh = product(wide, weight.mT).mul_(factor)
         dweight = weight_gradient(wide, h * factor) if ctx.needs_input_grad[1] else None
         if A is not None:

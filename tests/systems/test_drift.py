@@ -152,6 +152,24 @@ def test_drift_batches_are_all_drawn_by_every_rank(tg, model):
     assert [sum(loader.rows) for loader in loaders] == [4 * 16] * 3
 
 
+def test_drift_of_texts_that_two_ranks_share_is_that_of_all(tg, model):
+    """The sums are of both ranks' texts, and so is their number: the same bits as one rank has."""
+    other, name = shifted(model), "blocks.1.attn.c_q.weight"
+
+    def drift(ranks, sum_):
+        layers = tg.LayersInOrder(model, Windows(model.cfg), looping=True, ranks=ranks)
+        ranks.sum_, ranks.wait_for_all = sum_, lambda stage: None
+        transform, hessian, factor = layers._drift(other, name, 1)
+        return transform, hessian, factor.upper
+
+    first, second = (tg.Ranks(torch.device("cpu"), rank, 2) for rank in (0, 1))
+    sums: list[torch.Tensor] = []
+    drift(first, lambda total: sums.append(total) or total)
+    together = drift(second, lambda total: total + sums.pop(0))
+    alone = drift(tg.Ranks(torch.device("cpu")), lambda total: total)
+    assert all(map(torch.equal, together, alone))
+
+
 def test_drift_correction_needs_fit_bytes(tg, monkeypatch):
     with pytest.raises(tg.ConfigError, match="GPTQ_DRIFT_BATCHES=4: needs FIT_BYTES"):
         tg.check_settings(tg.Config(gptq_drift_batches=4))
