@@ -61,7 +61,7 @@ from dataprep.encoding import (
 from dataprep.fusion import marker_pairs
 from dataprep.leaks import NearIndex
 from dataprep.progress import Progress
-from dataprep.reading import Block, Document, Reader, document_blocks, make_document, parse_block
+from dataprep.reading import Block, Document, Identity, Reader, document_blocks, make_document, parse_block
 from dataprep.scanning import validation_hashes
 from dataprep.shards import (
     BYTES_SHARD,
@@ -196,8 +196,7 @@ class Preparation:
         names = (VAL_SHARD, BYTES_SHARD, TRAIN_SHARD)
         val, val_bytes, train = (ShardWriter(folder, name, job.shard_tokens) for name in names)
         self._val, self._train = Split("val", val, val_bytes), Split("train", train)
-        self._digests: list[bytes] = []  # of validation documents, in order
-        self._keys: set[bytes] = set()
+        self._held_out: list[Identity] = []  # validation documents, in order
         self._refused: set[str] = set()  # digests of validation documents that are not taken, in hex
         self._bad: list[str] = []
         self._noted = self._seen = 0
@@ -287,14 +286,14 @@ class Preparation:
             for (_, size, _), block in self._tagged(blocks):
                 documents = [document for document in parse_block(block).documents if document.utf8]
                 documents = [d for d in documents if d.digest.hex() not in self._refused]
-                self._hold_out([d.digest for d in documents], [d.key for d in documents])
+                self._held_out += [document.identity for document in documents]
                 self._progress.update(0, size)
             self._val.resume(self._state["val"])
             return
         with self._crew(None) as crew:
             for (_, size, _), result in crew.map(self._tagged(blocks), attrgetter("size")):
                 self._take(self._val, result, size)
-                self._hold_out(result.digests, result.keys)
+                self._held_out += result.held_out
                 self._refused.update(digest.hex() for digest in result.refused)
         if fault := self._val.lacks():
             raise DataError(f"--val-docs {self._job.val_docs}: {fault}")
@@ -302,10 +301,6 @@ class Preparation:
 
     def _crew(self, held_out: HeldOut | None) -> Crew:
         return Crew(partial(Worker, self._tokenizer, held_out), self._job.workers)
-
-    def _hold_out(self, digests: list[bytes], keys: list[bytes]) -> None:
-        self._digests += digests
-        self._keys.update(keys)
 
     def _training(self, blocks: Iterator[Block]) -> None:
         """Tokenise and write the training split without what is held out."""
@@ -321,7 +316,8 @@ class Preparation:
             self._save(0, self._input.hexdigest())
         near = NearIndex.of_folder(self._folder.path)
         same = validation_hashes(self._folder.path)
-        held_out = HeldOut(set(self._digests), self._keys, same, near, self._job.drop_near)
+        known = (set(values) for values in zip(*self._held_out, strict=True))
+        held_out = HeldOut(*known, same, near, self._job.drop_near)
         with self._crew(held_out) as crew:
             for (number, size, digest), result in crew.map(tagged, attrgetter("size")):
                 if self._take(self._train, result, size):
@@ -384,7 +380,7 @@ class Preparation:
                 for shards in written
                 for name, tokens in shards.items()
             },
-            "val_document_sha256": [digest.hex()[:16] for digest in self._digests],
+            "val_document_sha256": [document.digest.hex()[:16] for document in self._held_out],
         }
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from dataprep.encoding import Encoder, Tokenizer, check_validation
 from dataprep.fusion import fused, marker_pairs
 from dataprep.leaks import NearIndex, document_hashes
-from dataprep.reading import Block, Document, parse_block
+from dataprep.reading import Block, Document, Identity, parse_block
 from dataprep.shards import FIRST_OPERATOR_ID, OPERATOR_COUNT, DataError
 
 BYTES_IN_FLIGHT = 64 << 20  # of input that waits or is worked on, but for one block that is larger
@@ -32,6 +32,8 @@ class HeldOut(NamedTuple):
 
     digests: set[bytes]
     keys: set[bytes]
+    starts: set[bytes]
+    """Of the texts with these keys: where a start is another, the key need not be made."""
     tokens: np.ndarray
     """Hashes of the validation documents' tokens, ascending, (n,) uint64."""
     near: NearIndex
@@ -51,8 +53,8 @@ class Result(NamedTuple):
     notes: list[str]
     near: list[str]
     """Where near duplicates are."""
-    digests: list[bytes]
-    keys: list[bytes]
+    held_out: list[Identity]
+    """Of the validation documents."""
     refused: list[bytes]
     """Digests of validation documents that shards cannot hold, or the tokenizer not give back."""
 
@@ -108,13 +110,13 @@ class Worker:
             counts.update(
                 bytes=charged, uncharged_bytes=document.size - charged, round_trip_documents=round_trip
             )
-        own = [document.digest for document in kept], [document.key for document in kept], refused
+        own = [document.identity for document in kept], refused
         return Result(_joined(tokens), _joined(token_bytes), _lengths(tokens), counts, bad, [], [], *own)
 
     def _training(self, documents: list[Document]) -> Result:
         own, counts, kept, tokens, bad = [], Counter(), [], [], []
         for document in documents:
-            if document.key not in self._held_out.keys:
+            if document.start not in self._held_out.starts or document.key not in self._held_out.keys:
                 own.append(document)
             elif document.digest in self._held_out.digests:
                 counts["dropped_duplicates"] += 1
@@ -139,7 +141,7 @@ class Worker:
             counts["dropped_near_duplicates"] = len(near)
         counts["bytes"] = sum(document.size for document in kept)
         nothing = np.empty(0, np.uint16)
-        return Result(_joined(tokens), nothing, _lengths(tokens), counts, bad, [], origins, [], [], [])
+        return Result(_joined(tokens), nothing, _lengths(tokens), counts, bad, [], origins, [], [])
 
     def _stored(self, document: Document, tokens: np.ndarray, carried: np.ndarray | None = None) -> tuple:
         """What shards hold of a document: its tokens and their bytes, fused where that is asked for."""
