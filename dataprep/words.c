@@ -3,6 +3,7 @@
 Texts lie in one buffer, 0xFF before each and behind the last: no UTF-8 holds that byte, so that it ends every
 loop. All functions write into buffers of the caller, who knows how much they can need. */
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -197,21 +198,19 @@ static int word_tokens(const Model *model, const u8 *word, int64_t length, u16 *
 /* A word in its text: `more` is the white space before its own. `known`: where its tokens are remembered. */
 typedef struct { const u8 *start; int64_t length, more; u64 key[3]; Word *known; } Cut;
 
-static const u64 kept_words[6] = {~(u64)0, ~(u64)0, ~(u64)0};
-#define kept ((const u8 *)kept_words)
-
 /* A word of which the memory is on its way. Bytes behind the word are read, up to 24 from its start. */
-static Cut cut(const Model *model, const u8 *start, int64_t length, int64_t more) {
-    Cut own = {.start = start, .length = length, .more = more};
-    if (length > LONGEST_KNOWN) return own;
-    u64 own_bytes[3];
-    memcpy(own.key, start, sizeof own.key);
-    memcpy(own_bytes, kept + 24 - length, sizeof own_bytes);
-    for (int i = 0; i < 3; i++) own.key[i] &= own_bytes[i];
-    own.key[2] |= (u64)length << 56;
-    own.known = model->words + (mixed(own.key[0] ^ mixed(own.key[1] ^ mixed(own.key[2]))) & model->word_mask & ~1);
-    __builtin_prefetch(own.known);
-    return own;
+static void cut(const Model *model, Cut *own, const u8 *start, int64_t length, int64_t more) {
+    static const u64 ones[6] = {~(u64)0, ~(u64)0, ~(u64)0};
+    own->start = start, own->length = length, own->more = more, own->known = NULL;
+    if (length > LONGEST_KNOWN) return;
+    u64 key[3], kept[3];
+    memcpy(key, start, sizeof key);
+    memcpy(kept, (const u8 *)ones + 24 - length, sizeof kept);
+    for (int i = 0; i < 3; i++) key[i] &= kept[i];
+    key[2] |= (u64)length << 56;
+    own->known = model->words + (mixed(key[0] ^ mixed(key[1] ^ mixed(key[2]))) & model->word_mask & ~1);
+    for (int i = 0; i < 3; i++) own->key[i] = key[i];
+    __builtin_prefetch(own->known);
 }
 
 static int is_other(const Word *known, const Cut *word) {
@@ -290,7 +289,7 @@ int64_t encode(const Model *model, u8 *raw, int64_t size, u16 *tokens, int64_t *
                 }
                 at = after - 1;
             }
-            cuts[ahead++] = cut(model, start, stop - start, more);
+            cut(model, cuts + ahead++, start, stop - start, more);
             for (Cut *word = cuts; (ahead == AHEAD || stop == end) && word < cuts + ahead; word++) {
                 int count = known_tokens(model, word, tokens + place);
                 if (count < 0) {
