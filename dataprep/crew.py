@@ -103,7 +103,8 @@ class Worker:
                 refused.append(document.digest)
                 continue
             kept.append(document)
-            counts["sampled_documents"] += self._sampled(document, own, carried)
+            if document.origin in self._sample:
+                counts["sampled_documents"] += self._sampled(document, own, carried)
             tokens.append(stored)
             token_bytes.append(charges.astype(np.uint16))
             charged = int(charges.sum(dtype=np.int64))
@@ -114,7 +115,7 @@ class Worker:
         return Result(_joined(tokens), _joined(token_bytes), _lengths(tokens), counts, bad, [], [], *own)
 
     def _training(self, documents: list[Document]) -> Result:
-        own, counts, kept, tokens, bad = [], Counter(), [], [], []
+        own, counts, bad = [], Counter(), []
         for document in documents:
             if document.start not in self._held_out.starts or document.key not in self._held_out.keys:
                 own.append(document)
@@ -123,25 +124,38 @@ class Worker:
             else:
                 counts["dropped_space_duplicates"] += 1
         found = self._encoder.documents([document.utf8 for document in own])
-        counts["sampled_documents"] = sum(map(self._sampled, own, found))
-        for document, encoded in zip(own, found, strict=True):
+        pairs = zip(own, found, strict=True)
+        counts["sampled_documents"] = sum(self._sampled(d, t) for d, t in pairs if d.origin in self._sample)
+        kept, tokens = own, found
+        if self._pairs:
+            kept, tokens = self._fused(own, found, bad)
+        stream, lengths = _joined(tokens), _lengths(tokens)
+        same = self._same_tokens(stream, lengths)
+        counts["dropped_token_duplicates"] = len(same)
+        if same:
+            _remove(same, kept, tokens)
+            stream, lengths = _joined(tokens), _lengths(tokens)
+        near = self._held_out.near.near(stream)
+        origins = [kept[number].origin for number in near]
+        counts["near_duplicates"] = len(near)
+        if self._held_out.drop_near and near:
+            _remove(near, kept, tokens)
+            stream, lengths = _joined(tokens), _lengths(tokens)
+            counts["dropped_near_duplicates"] = len(near)
+        counts["bytes"] = sum(document.size for document in kept)
+        nothing = np.empty(0, np.uint16)
+        return Result(stream, nothing, lengths, counts, bad, [], origins, [], [])
+
+    def _fused(self, documents: list[Document], found: list[np.ndarray], bad: list[str]) -> tuple[list, list]:
+        """Documents and their tokens, fused; without those that cannot be, whose messages go to `bad`."""
+        kept, tokens = [], []
+        for document, encoded in zip(documents, found, strict=True):
             try:
                 tokens.append(self._stored(document, encoded)[0])
                 kept.append(document)
             except DataError as error:
                 bad.append(str(error))
-        same = self._same_tokens(tokens)
-        _remove(same, kept, tokens)
-        counts["dropped_token_duplicates"] = len(same)
-        near = self._held_out.near.near(_joined(tokens))
-        origins = [kept[number].origin for number in near]
-        counts["near_duplicates"] = len(near)
-        if self._held_out.drop_near:
-            _remove(near, kept, tokens)
-            counts["dropped_near_duplicates"] = len(near)
-        counts["bytes"] = sum(document.size for document in kept)
-        nothing = np.empty(0, np.uint16)
-        return Result(_joined(tokens), nothing, _lengths(tokens), counts, bad, [], origins, [], [])
+        return kept, tokens
 
     def _stored(self, document: Document, tokens: np.ndarray, carried: np.ndarray | None = None) -> tuple:
         """What shards hold of a document: its tokens and their bytes, fused where that is asked for."""
@@ -152,21 +166,20 @@ class Worker:
         except DataError as error:
             raise DataError(f"{document.origin}: {error}") from None
 
-    def _same_tokens(self, tokens: list[np.ndarray]) -> list[int]:
-        """Numbers of the documents whose tokens are those of a validation document."""
-        lengths = _lengths(tokens)
-        found = document_hashes(_joined(tokens), np.cumsum(lengths) - lengths)
+    def _same_tokens(self, stream: np.ndarray, lengths: np.ndarray) -> list[int]:
+        """Numbers of the documents in a stream whose tokens are those of a validation document."""
+        found = document_hashes(stream, np.cumsum(lengths) - lengths)
         known = self._held_out.tokens
         place = np.minimum(np.searchsorted(known, found), len(known) - 1)
         return np.flatnonzero(known[place] == found).tolist()
 
     def _sampled(self, document: Document, tokens: np.ndarray, carried: np.ndarray | None = None) -> bool:
-        """Whether a document is of the sample. DataError if SentencePiece gives other tokens or bytes.
+        """Have SentencePiece make a document's tokens too. DataError if these, or their bytes, are others.
 
         Of a long document that is asked of its beginning: SentencePiece takes 100 bytes for each of a text.
         """
         encoder = self._encoder
-        if not encoder.by_words or document.origin not in self._sample:
+        if not encoder.by_words:
             return False
         text = encoder.beginning(document.utf8)
         if carried is None:
