@@ -51,8 +51,8 @@ from dataprep.download import download
 from dataprep.encoding import (
     MAX_VOCAB,
     SPACE_PIECE,
-    Encoder,
     Tokenizer,
+    encoder_of,
     has_space,
     make_tokenizer,
     tokenizer_texts,
@@ -83,6 +83,7 @@ from systems.layout import DEMO_OUT, DEMO_PLAIN_OUT, SOURCES
 CANONICAL_VAL_DOCS = 50_000  # the contest's validation split; fewer would train on validation documents
 SHARD_TOKENS = 10_000_000
 TOKENIZER_TRAINING_BYTES = 200_000_000  # enough for stable merges; SentencePiece holds its texts in memory
+VALIDATION_PART = 64  # documents: most of the sample is among them
 NOTES = 5  # of a kind of remark that are printed
 
 __all__ = ["DataError", "make_document", "make_tokenizer", "prepare", "train_tokenizer"]
@@ -244,8 +245,9 @@ class Preparation:
             for block in self._source:
                 first, others = block.split(wanted)
                 wanted -= first.documents
-                if first.documents:
-                    yield first
+                while first.documents:  # in parts, so that no process has long to do when others have done
+                    part, first = first.split(VALIDATION_PART)
+                    yield part
                 if others.documents:
                     rest.append(others)
                     return
@@ -368,7 +370,7 @@ class Preparation:
                 "lossless": val["round_trip_documents"] == val["documents"],
             },
             **({"fused_markers": marker_pairs(self._tokenizer.processor)} if self._tokenizer.fused else {}),
-            "encoder": Encoder(self._tokenizer).name
+            "encoder": encoder_of(self._tokenizer).name
             | {"equal_documents": sum(s.counts["sampled_documents"] for s in (self._train, self._val))},
             "val_docs": self._job.val_docs,
             "splits": {"train": train, "val": val},

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from dataprep.encoding import Encoder, Tokenizer, check_validation
+from dataprep.encoding import Tokenizer, check_validation, encoder_of
 from dataprep.fusion import fused, marker_pairs
 from dataprep.leaks import NearIndex, document_hashes
 from dataprep.reading import Block, Document, Identity, parse_block
@@ -63,7 +63,7 @@ class Worker:
     """Pure functions of a block; what they need is made once for each process."""
 
     def __init__(self, tokenizer: Tokenizer, held_out: HeldOut | None) -> None:
-        self._encoder, self._held_out = Encoder(tokenizer), held_out
+        self._encoder, self._held_out = encoder_of(tokenizer), held_out
         self._pairs = marker_pairs(tokenizer.processor) if tokenizer.fused else {}
 
     def __call__(self, block: Block) -> Result:
@@ -213,9 +213,12 @@ class Crew:
     """`workers` processes that each apply a worker of their own to items; one is this process itself."""
 
     def __init__(self, make: Callable[[], Callable[[Any], Any]], workers: int) -> None:
-        """`make` gives the worker, a pure function of an item; it and the items must be picklable."""
+        """`make` gives the worker, a pure function of an item; it and the items must be picklable.
+
+        The worker is made here. Processes that are forked have it from there, others make it again.
+        """
         self._workers = workers
-        self._work = make() if workers == 1 else None
+        _Process.work = self._work = make()
         enter = {"initializer": _enter, "initargs": (make, os.getpid())}
         self._pool = ProcessPoolExecutor(workers, **enter) if workers > 1 else None
 
@@ -225,6 +228,7 @@ class Crew:
     def __exit__(self, *exception: object) -> None:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
+        _Process.work = None
 
     def map(
         self, items: Iterable[tuple[Tag, Any]], size: Callable[[Any], int] = lambda item: 0
@@ -237,7 +241,7 @@ class Crew:
         Raises:
             DataError: as the worker, or a process was killed.
         """
-        if self._work:
+        if not self._pool:
             yield from ((tag, self._work(item)) for tag, item in items)
             return
         waiting: deque[tuple[Tag, int, Future]] = deque()
@@ -269,7 +273,7 @@ def _enter(make: Callable[[], Callable[[Any], Any]], parent: int) -> None:
     """First thing in a process: Ctrl-C is the parent's to handle, without a parent there is nothing to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _Process.work = make()
+    _Process.work = _Process.work or make()
 
 
 def _end_with(parent: int) -> None:

@@ -17,6 +17,7 @@ from dataprep.splitting import (
     OPERATORS,
     SPACE_PIECE,
     Units,
+    compiled_model,
     joins_spaces,
     keeps_spaces,
     merges_here,
@@ -143,6 +144,7 @@ class Encoder:
         spaces_are_clear = joins_spaces(processor) or keeps_spaces(processor)
         splits = spaces_are_clear and splits_at_spaces(processor)
         self.by_words = splits and merges_here(processor) and words.library() is not None
+        self._model = compiled_model(processor) if self.by_words else None
 
     @property
     def name(self) -> dict:
@@ -152,11 +154,11 @@ class Encoder:
 
     @functools.cached_property
     def _units(self) -> Units:
-        return Units(self._processor, not self.tokenizer.plain, counted=False)
+        return Units(self._processor, self._model, not self.tokenizer.plain, counted=False)
 
     @functools.cached_property
     def _counted_units(self) -> Units:
-        return Units(self._processor, not self.tokenizer.plain, counted=True)
+        return Units(self._processor, self._model, not self.tokenizer.plain, counted=True)
 
     def documents(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Tokens, (T,) uint16, of each text (original, UTF-8), with BOS."""
@@ -236,6 +238,12 @@ class Encoder:
         return [*cuts, len(encoded)]
 
 
+@functools.lru_cache(1)
+def encoder_of(tokenizer: Tokenizer) -> Encoder:
+    """The encoder of a tokenizer: that of validation serves training too, and so do the words it knows."""
+    return Encoder(tokenizer)
+
+
 def _split(values: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
     """Parts of values, up to each end."""
     ends = ends.tolist()
@@ -273,11 +281,12 @@ def check_validation(
     return round_trip
 
 
-def _may_decode(
-    processor: sentencepiece.SentencePieceProcessor, tokens: np.ndarray, encoded: bytes
-) -> bool:
-    """Whether tokens may decode to a text at all: not if it has more bytes of which no piece has any, as line
-    ends of models that make spaces of them, than the tokens of single bytes can give (three, for U+FFFD)."""
+def _may_decode(processor: sentencepiece.SentencePieceProcessor, tokens: np.ndarray, encoded: bytes) -> bool:
+    """Whether tokens may decode to a text at all: that is cheaper to tell than to decode them.
+
+    They do not if it has more bytes that are in no piece, as line ends where those become spaces, than the
+    tokens of single bytes can give: three each, for U+FFFD.
+    """
     held, is_byte = _held_bytes(processor)
     return len(encoded.translate(None, held)) <= 3 * int(np.count_nonzero(is_byte[tokens]))
 

@@ -31,7 +31,7 @@ _SIGNATURES = {  # what a file begins with, whatever its name ends in
 }
 _LONG_WINDOW = "made with zstd --long: unpack it first, zstd -d --long=31 FILE"
 _SPACE = bytes([9, 10, 11, 12, 13, 28, 29, 30, 31, 32])  # what str.split() takes for white space in ASCII
-_IN_SPACE = bytes({*"".join(filter(str.isspace, map(chr, range(0x3001)))).encode()})  # bytes of any white space
+_IN_SPACE = bytes({*"".join(filter(str.isspace, map(chr, range(0x3001)))).encode()})  # bytes of all of it
 _START = 32  # bytes
 
 

@@ -104,12 +104,13 @@ def merges_here(processor: sentencepiece.SentencePieceProcessor) -> bool:
     return not others and len({*scores}) == len(scores)
 
 
-def _model(processor: sentencepiece.SentencePieceProcessor, joins: bool) -> words.Model:
+def compiled_model(processor: sentencepiece.SentencePieceProcessor) -> words.Model:
     """A model as `words.c` takes it.
 
     Two neighbours may merge if their texts, joined, are a piece; the higher its score, the earlier, and the
-    lower its symbol. A piece has a merge for each way to cut it into pieces, or characters that are in none: ASCII ones, which
-    are tokens of one byte. Words with any other character that is in none are left to SentencePiece.
+    lower its symbol. A piece has a merge for each way to cut it into pieces, or characters that are in none:
+    ASCII ones, which are tokens of one byte. Words with any other character that is in none are left to
+    SentencePiece.
     """
     pieces = pieces_of_model(processor.serialized_model_proto())
     order = sorted(range(len(pieces)), key=lambda token: -pieces[token][1])  # of its symbols
@@ -142,7 +143,7 @@ def _model(processor: sentencepiece.SentencePieceProcessor, joins: bool) -> word
         sizes[order[symbol]] = len(text.replace(SPACE_PIECE, " ").translate(_NO_OPERATORS).encode())
     sizes[[order[symbol] for symbol in bytes_.values()]] = 1
     tables |= {"tokens": tokens, "sizes": sizes}
-    return words.Model(tables, np.array(merges, np.uint64), joins, BOS_ID)
+    return words.Model(tables, np.array(merges, np.uint64), joins_spaces(processor), BOS_ID)
 
 
 def tokens_and_spans(
@@ -208,10 +209,15 @@ class Units:
     first of a text. One of neutral characters alone is merged in `words.c`, others go through SentencePiece.
     """
 
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor, caps: bool, counted: bool) -> None:
+    def __init__(
+        self,
+        processor: sentencepiece.SentencePieceProcessor,
+        model: words.Model,
+        caps: bool,
+        counted: bool,
+    ) -> None:
         """`caps`: of CaseOps text; `counted`: the bytes of it that each token carries are a second column."""
-        self._processor, self._caps, self._counted = processor, caps, counted
-        self._model = _model(processor, joins_spaces(processor))
+        self._processor, self._model, self._caps, self._counted = processor, model, caps, counted
         self._known: dict[bytes, Columns] = {}
 
     def columns(self, texts: Sequence[bytes]) -> tuple[Columns, np.ndarray]:
