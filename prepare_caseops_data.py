@@ -51,8 +51,8 @@ from dataprep.download import download
 from dataprep.encoding import (
     MAX_VOCAB,
     SPACE_PIECE,
+    Encoder,
     Tokenizer,
-    encoder_of,
     has_space,
     make_tokenizer,
     tokenizer_texts,
@@ -220,6 +220,7 @@ class Preparation:
             self._progress.say(
                 "note: no C compiler (cc, gcc, clang): tokens by SentencePiece alone, several times slower"
             )
+        self._encoder = Encoder(self._tokenizer)
         self._folder.publish(self._tokenizer.file_name, self._tokenizer.model)
         try:
             validation, rest = self._split_input()
@@ -302,7 +303,7 @@ class Preparation:
         self._val.flush()
 
     def _crew(self, held_out: HeldOut | None) -> Crew:
-        return Crew(partial(Worker, self._tokenizer, held_out), self._job.workers)
+        return Crew(partial(Worker, self._encoder, held_out), self._job.workers)
 
     def _training(self, blocks: Iterator[Block]) -> None:
         """Tokenise and write the training split without what is held out."""
@@ -370,7 +371,7 @@ class Preparation:
                 "lossless": val["round_trip_documents"] == val["documents"],
             },
             **({"fused_markers": marker_pairs(self._tokenizer.processor)} if self._tokenizer.fused else {}),
-            "encoder": encoder_of(self._tokenizer).name
+            "encoder": self._encoder.name
             | {"equal_documents": sum(s.counts["sampled_documents"] for s in (self._train, self._val))},
             "val_docs": self._job.val_docs,
             "splits": {"train": train, "val": val},

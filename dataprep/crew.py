@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from dataprep.encoding import Tokenizer, check_validation, encoder_of
+from dataprep.encoding import Encoder, check_validation
 from dataprep.fusion import fused, marker_pairs
 from dataprep.leaks import NearIndex, document_hashes
 from dataprep.reading import Block, Document, Identity, parse_block
@@ -62,8 +62,9 @@ class Result(NamedTuple):
 class Worker:
     """Pure functions of a block; what they need is made once for each process."""
 
-    def __init__(self, tokenizer: Tokenizer, held_out: HeldOut | None) -> None:
-        self._encoder, self._held_out = encoder_of(tokenizer), held_out
+    def __init__(self, encoder: Encoder, held_out: HeldOut | None) -> None:
+        self._encoder, self._held_out = encoder, held_out
+        tokenizer = encoder.tokenizer
         self._pairs = marker_pairs(tokenizer.processor) if tokenizer.fused else {}
 
     def __call__(self, block: Block) -> Result:

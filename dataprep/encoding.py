@@ -146,6 +146,10 @@ class Encoder:
         self.by_words = splits and merges_here(processor) and words.library() is not None
         self._model = compiled_model(processor) if self.by_words else None
 
+    def __reduce__(self) -> tuple:
+        """Another process makes its own."""
+        return Encoder, (self.tokenizer,)
+
     @property
     def name(self) -> dict:
         """What makes the tokens, for the manifest."""
@@ -236,12 +240,6 @@ class Encoder:
             cuts.append(space.start())
             position = space.start() + CHUNK_BYTES
         return [*cuts, len(encoded)]
-
-
-@functools.lru_cache(1)
-def encoder_of(tokenizer: Tokenizer) -> Encoder:
-    """The encoder of a tokenizer: that of validation serves training too, and so do the words it knows."""
-    return Encoder(tokenizer)
 
 
 def _split(values: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:

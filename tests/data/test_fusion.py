@@ -108,7 +108,7 @@ def test_a_text_with_the_bytes_of_fused_tokens_is_refused(tokenizer):
     near = SimpleNamespace(near=lambda tokens: [])
     held_out = HeldOut(set(), set(), set(), np.zeros(1, np.uint64), near, False)
     for held in (None, held_out):
-        worker = Worker(tokenizer._replace(fused=True), held)
+        worker = Worker(encoding.Encoder(tokenizer._replace(fused=True)), held)
         documents = [prepare.make_document(text, text[:4]) for text in ("good text", "bad\x01text")]
         result = worker(prepare.Block("", 0, documents))
         assert result.counts["documents"] == 1 and result.counts["bad_documents"] == 1
