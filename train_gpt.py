@@ -1794,7 +1794,8 @@ class Trainer(Worker):
     def _accumulate_gradients(self, batches: Sequence[Batch] | None) -> tuple[Tensor, Tensor]:
         """Leave the mean gradient of the rank's micro-batches in `.grad`; return mean loss and gradient norm.
 
-        Each micro-batch is clipped by itself, as on eight published ranks (none is with CLIP_GLOBAL=1).
+        Each micro-batch is clipped by itself, as on each of eight published ranks, so that the number of
+        ranks does not matter; with CLIP_GLOBAL=1 none is.
         """
         limit = math.inf if self.cfg.clip_global else self.cfg.grad_clip_norm or math.inf
         loss_sum, norm_sum = torch.zeros(2, device=self.ranks.device)

@@ -208,13 +208,11 @@ class Distributions:
         with self.audit.ranks.autocast():
             p = model.logits(model.hidden(x, **options), lora).double().softmax(-1)[0, -count:]
             if hints is not None:
-                p, self.tilted = (
-                    tilted_distributions(p, hints.to(device)),
-                    self.tilted + int((hints[:, 1] > 0).sum()),
-                )
-                options["hints"] = torch.nn.functional.pad(hints, (0, 0, len(row) - 1 - count, 0))[None].to(
-                    device
-                )
+                hints = hints.to(device)
+                p = tilted_distributions(p, hints)
+                self.tilted += int((hints[:, 1] > 0).sum())
+                unscored = x.size(1) - count  # targets before the scored ones get no hint
+                options["hints"] = torch.nn.functional.pad(hints, (0, 0, unscored, 0))[None]
             swapped = torch.randint(2, p.size(-1), y.shape, generator=self._generator).to(device)
             losses = [model.losses(x, targets, **options) for targets in (y, swapped)]
         self.positions += count
