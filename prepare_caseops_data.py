@@ -61,7 +61,7 @@ from dataprep.encoding import (
 from dataprep.fusion import marker_pairs
 from dataprep.leaks import NearIndex
 from dataprep.progress import Progress
-from dataprep.reading import Block, Document, Reader, document_blocks, make_document, parse_block
+from dataprep.reading import Block, Document, Identity, Reader, document_blocks, make_document, parse_block
 from dataprep.scanning import validation_hashes
 from dataprep.shards import (
     BYTES_SHARD,
@@ -83,6 +83,7 @@ from systems.layout import DEMO_OUT, DEMO_PLAIN_OUT, SOURCES
 CANONICAL_VAL_DOCS = 50_000  # the contest's validation split; fewer would train on validation documents
 SHARD_TOKENS = 10_000_000
 TOKENIZER_TRAINING_BYTES = 200_000_000  # enough for stable merges; SentencePiece holds its texts in memory
+VALIDATION_PART = 64  # documents: most of the sample is among them
 NOTES = 5  # of a kind of remark that are printed
 
 __all__ = ["DataError", "make_document", "make_tokenizer", "prepare", "train_tokenizer"]
@@ -196,8 +197,7 @@ class Preparation:
         names = (VAL_SHARD, BYTES_SHARD, TRAIN_SHARD)
         val, val_bytes, train = (ShardWriter(folder, name, job.shard_tokens) for name in names)
         self._val, self._train = Split("val", val, val_bytes), Split("train", train)
-        self._digests: list[bytes] = []  # of validation documents, in order
-        self._keys: set[bytes] = set()
+        self._held_out: list[Identity] = []  # validation documents, in order
         self._refused: set[str] = set()  # digests of validation documents that are not taken, in hex
         self._bad: list[str] = []
         self._noted = self._seen = 0
@@ -220,6 +220,7 @@ class Preparation:
             self._progress.say(
                 "note: no C compiler (cc, gcc, clang): tokens by SentencePiece alone, several times slower"
             )
+        self._encoder = Encoder(self._tokenizer)
         self._folder.publish(self._tokenizer.file_name, self._tokenizer.model)
         try:
             validation, rest = self._split_input()
@@ -245,8 +246,9 @@ class Preparation:
             for block in self._source:
                 first, others = block.split(wanted)
                 wanted -= first.documents
-                if first.documents:
-                    yield first
+                while first.documents:  # in parts, so that no process has long to do when others have done
+                    part, first = first.split(VALIDATION_PART)
+                    yield part
                 if others.documents:
                     rest.append(others)
                     return
@@ -287,25 +289,21 @@ class Preparation:
             for (_, size, _), block in self._tagged(blocks):
                 documents = [document for document in parse_block(block).documents if document.utf8]
                 documents = [d for d in documents if d.digest.hex() not in self._refused]
-                self._hold_out([d.digest for d in documents], [d.key for d in documents])
+                self._held_out += [document.identity for document in documents]
                 self._progress.update(0, size)
             self._val.resume(self._state["val"])
             return
         with self._crew(None) as crew:
             for (_, size, _), result in crew.map(self._tagged(blocks), attrgetter("size")):
                 self._take(self._val, result, size)
-                self._hold_out(result.digests, result.keys)
+                self._held_out += result.held_out
                 self._refused.update(digest.hex() for digest in result.refused)
         if fault := self._val.lacks():
             raise DataError(f"--val-docs {self._job.val_docs}: {fault}")
         self._val.flush()
 
     def _crew(self, held_out: HeldOut | None) -> Crew:
-        return Crew(partial(Worker, self._tokenizer, held_out), self._job.workers)
-
-    def _hold_out(self, digests: list[bytes], keys: list[bytes]) -> None:
-        self._digests += digests
-        self._keys.update(keys)
+        return Crew(partial(Worker, self._encoder, held_out), self._job.workers)
 
     def _training(self, blocks: Iterator[Block]) -> None:
         """Tokenise and write the training split without what is held out."""
@@ -321,7 +319,8 @@ class Preparation:
             self._save(0, self._input.hexdigest())
         near = NearIndex.of_folder(self._folder.path)
         same = validation_hashes(self._folder.path)
-        held_out = HeldOut(set(self._digests), self._keys, same, near, self._job.drop_near)
+        known = (set(values) for values in zip(*self._held_out, strict=True))
+        held_out = HeldOut(*known, same, near, self._job.drop_near)
         with self._crew(held_out) as crew:
             for (number, size, digest), result in crew.map(tagged, attrgetter("size")):
                 if self._take(self._train, result, size):
@@ -372,7 +371,7 @@ class Preparation:
                 "lossless": val["round_trip_documents"] == val["documents"],
             },
             **({"fused_markers": marker_pairs(self._tokenizer.processor)} if self._tokenizer.fused else {}),
-            "encoder": Encoder(self._tokenizer).name
+            "encoder": self._encoder.name
             | {"equal_documents": sum(s.counts["sampled_documents"] for s in (self._train, self._val))},
             "val_docs": self._job.val_docs,
             "splits": {"train": train, "val": val},
@@ -384,7 +383,7 @@ class Preparation:
                 for shards in written
                 for name, tokens in shards.items()
             },
-            "val_document_sha256": [digest.hex()[:16] for digest in self._digests],
+            "val_document_sha256": [document.digest.hex()[:16] for document in self._held_out],
         }
 
 

@@ -1986,10 +1986,7 @@ def restore_banks(flat: Mapping[str, Tensor], num_layers: int) -> dict[str, Tens
 
 
 class HessianCollector:
-    """Sums x^T x of every projection's inputs over tokens, batches and visits of looped layers.
-
-    Products are float32, sums float64: these do not depend on how many ranks share the batches.
-    """
+    """Sums x^T x of projections' inputs over tokens, batches and visits; float64: the same on any ranks."""
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
@@ -2570,6 +2567,8 @@ ChunkWindow = namedtuple("ChunkWindow", "start length offset targets")
 
 def select_documents(documents: Sequence[Span], fraction: float, seed: int) -> list[Span]:
     """A random sample of the documents, in their order; all of them for fraction 1."""
+    if fraction >= 1:
+        return list(documents)
     count = max(1, round(len(documents) * fraction))
     return [documents[i] for i in sorted(random.Random(seed).sample(range(len(documents)), count))]
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from dataprep.encoding import Encoder, Tokenizer, check_validation
+from dataprep.encoding import Encoder, check_validation
 from dataprep.fusion import fused, marker_pairs
 from dataprep.leaks import NearIndex, document_hashes
-from dataprep.reading import Block, Document, parse_block
+from dataprep.reading import Block, Document, Identity, parse_block
 from dataprep.shards import FIRST_OPERATOR_ID, OPERATOR_COUNT, DataError
 
 BYTES_IN_FLIGHT = 64 << 20  # of input that waits or is worked on, but for one block that is larger
@@ -32,6 +32,8 @@ class HeldOut(NamedTuple):
 
     digests: set[bytes]
     keys: set[bytes]
+    starts: set[bytes]
+    """Of the texts with these keys: where a start is another, the key need not be made."""
     tokens: np.ndarray
     """Hashes of the validation documents' tokens, ascending, (n,) uint64."""
     near: NearIndex
@@ -51,8 +53,8 @@ class Result(NamedTuple):
     notes: list[str]
     near: list[str]
     """Where near duplicates are."""
-    digests: list[bytes]
-    keys: list[bytes]
+    held_out: list[Identity]
+    """Of the validation documents."""
     refused: list[bytes]
     """Digests of validation documents that shards cannot hold, or the tokenizer not give back."""
 
@@ -60,8 +62,9 @@ class Result(NamedTuple):
 class Worker:
     """Pure functions of a block; what they need is made once for each process."""
 
-    def __init__(self, tokenizer: Tokenizer, held_out: HeldOut | None) -> None:
-        self._encoder, self._held_out = Encoder(tokenizer), held_out
+    def __init__(self, encoder: Encoder, held_out: HeldOut | None) -> None:
+        self._encoder, self._held_out = encoder, held_out
+        tokenizer = encoder.tokenizer
         self._pairs = marker_pairs(tokenizer.processor) if tokenizer.fused else {}
 
     def __call__(self, block: Block) -> Result:
@@ -101,45 +104,59 @@ class Worker:
                 refused.append(document.digest)
                 continue
             kept.append(document)
-            counts["sampled_documents"] += self._sampled(document, own, carried)
+            if document.origin in self._sample:
+                counts["sampled_documents"] += self._sampled(document, own, carried)
             tokens.append(stored)
             token_bytes.append(charges.astype(np.uint16))
             charged = int(charges.sum(dtype=np.int64))
             counts.update(
                 bytes=charged, uncharged_bytes=document.size - charged, round_trip_documents=round_trip
             )
-        own = [document.digest for document in kept], [document.key for document in kept], refused
+        own = [document.identity for document in kept], refused
         return Result(_joined(tokens), _joined(token_bytes), _lengths(tokens), counts, bad, [], [], *own)
 
     def _training(self, documents: list[Document]) -> Result:
-        own, counts, kept, tokens, bad = [], Counter(), [], [], []
+        own, counts, bad = [], Counter(), []
         for document in documents:
-            if document.key not in self._held_out.keys:
+            if document.start not in self._held_out.starts or document.key not in self._held_out.keys:
                 own.append(document)
             elif document.digest in self._held_out.digests:
                 counts["dropped_duplicates"] += 1
             else:
                 counts["dropped_space_duplicates"] += 1
         found = self._encoder.documents([document.utf8 for document in own])
-        counts["sampled_documents"] = sum(map(self._sampled, own, found))
-        for document, encoded in zip(own, found, strict=True):
+        pairs = zip(own, found, strict=True)
+        counts["sampled_documents"] = sum(self._sampled(d, t) for d, t in pairs if d.origin in self._sample)
+        kept, tokens = own, found
+        if self._pairs:
+            kept, tokens = self._fused(own, found, bad)
+        stream, lengths = _joined(tokens), _lengths(tokens)
+        same = self._same_tokens(stream, lengths)
+        counts["dropped_token_duplicates"] = len(same)
+        if same:
+            _remove(same, kept, tokens)
+            stream, lengths = _joined(tokens), _lengths(tokens)
+        near = self._held_out.near.near(stream)
+        origins = [kept[number].origin for number in near]
+        counts["near_duplicates"] = len(near)
+        if self._held_out.drop_near and near:
+            _remove(near, kept, tokens)
+            stream, lengths = _joined(tokens), _lengths(tokens)
+            counts["dropped_near_duplicates"] = len(near)
+        counts["bytes"] = sum(document.size for document in kept)
+        nothing = np.empty(0, np.uint16)
+        return Result(stream, nothing, lengths, counts, bad, [], origins, [], [])
+
+    def _fused(self, documents: list[Document], found: list[np.ndarray], bad: list[str]) -> tuple[list, list]:
+        """Documents and their tokens, fused; without those that cannot be, whose messages go to `bad`."""
+        kept, tokens = [], []
+        for document, encoded in zip(documents, found, strict=True):
             try:
                 tokens.append(self._stored(document, encoded)[0])
                 kept.append(document)
             except DataError as error:
                 bad.append(str(error))
-        same = self._same_tokens(tokens)
-        _remove(same, kept, tokens)
-        counts["dropped_token_duplicates"] = len(same)
-        near = self._held_out.near.near(_joined(tokens))
-        origins = [kept[number].origin for number in near]
-        counts["near_duplicates"] = len(near)
-        if self._held_out.drop_near:
-            _remove(near, kept, tokens)
-            counts["dropped_near_duplicates"] = len(near)
-        counts["bytes"] = sum(document.size for document in kept)
-        nothing = np.empty(0, np.uint16)
-        return Result(_joined(tokens), nothing, _lengths(tokens), counts, bad, [], origins, [], [], [])
+        return kept, tokens
 
     def _stored(self, document: Document, tokens: np.ndarray, carried: np.ndarray | None = None) -> tuple:
         """What shards hold of a document: its tokens and their bytes, fused where that is asked for."""
@@ -150,21 +167,20 @@ class Worker:
         except DataError as error:
             raise DataError(f"{document.origin}: {error}") from None
 
-    def _same_tokens(self, tokens: list[np.ndarray]) -> list[int]:
-        """Numbers of the documents whose tokens are those of a validation document."""
-        lengths = _lengths(tokens)
-        found = document_hashes(_joined(tokens), np.cumsum(lengths) - lengths)
+    def _same_tokens(self, stream: np.ndarray, lengths: np.ndarray) -> list[int]:
+        """Numbers of the documents in a stream whose tokens are those of a validation document."""
+        found = document_hashes(stream, np.cumsum(lengths) - lengths)
         known = self._held_out.tokens
         place = np.minimum(np.searchsorted(known, found), len(known) - 1)
         return np.flatnonzero(known[place] == found).tolist()
 
     def _sampled(self, document: Document, tokens: np.ndarray, carried: np.ndarray | None = None) -> bool:
-        """Whether a document is of the sample. DataError if SentencePiece gives other tokens or bytes.
+        """Have SentencePiece make a document's tokens too. DataError if these, or their bytes, are others.
 
         Of a long document that is asked of its beginning: SentencePiece takes 100 bytes for each of a text.
         """
         encoder = self._encoder
-        if not encoder.by_words or document.origin not in self._sample:
+        if not encoder.by_words:
             return False
         text = encoder.beginning(document.utf8)
         if carried is None:
@@ -198,9 +214,12 @@ class Crew:
     """`workers` processes that each apply a worker of their own to items; one is this process itself."""
 
     def __init__(self, make: Callable[[], Callable[[Any], Any]], workers: int) -> None:
-        """`make` gives the worker, a pure function of an item; it and the items must be picklable."""
+        """`make` gives the worker, a pure function of an item; it and the items must be picklable.
+
+        The worker is made here. Processes that are forked have it from there, others make it again.
+        """
         self._workers = workers
-        self._work = make() if workers == 1 else None
+        _Process.work = self._work = make()
         enter = {"initializer": _enter, "initargs": (make, os.getpid())}
         self._pool = ProcessPoolExecutor(workers, **enter) if workers > 1 else None
 
@@ -210,6 +229,7 @@ class Crew:
     def __exit__(self, *exception: object) -> None:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
+        _Process.work = None
 
     def map(
         self, items: Iterable[tuple[Tag, Any]], size: Callable[[Any], int] = lambda item: 0
@@ -222,7 +242,7 @@ class Crew:
         Raises:
             DataError: as the worker, or a process was killed.
         """
-        if self._work:
+        if not self._pool:
             yield from ((tag, self._work(item)) for tag, item in items)
             return
         waiting: deque[tuple[Tag, int, Future]] = deque()
@@ -254,7 +274,7 @@ def _enter(make: Callable[[], Callable[[Any], Any]], parent: int) -> None:
     """First thing in a process: Ctrl-C is the parent's to handle, without a parent there is nothing to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _Process.work = make()
+    _Process.work = _Process.work or make()
 
 
 def _end_with(parent: int) -> None:

@@ -17,6 +17,7 @@ from dataprep.splitting import (
     OPERATORS,
     SPACE_PIECE,
     Units,
+    compiled_model,
     joins_spaces,
     keeps_spaces,
     merges_here,
@@ -143,6 +144,11 @@ class Encoder:
         spaces_are_clear = joins_spaces(processor) or keeps_spaces(processor)
         splits = spaces_are_clear and splits_at_spaces(processor)
         self.by_words = splits and merges_here(processor) and words.library() is not None
+        self._model = compiled_model(processor) if self.by_words else None
+
+    def __reduce__(self) -> tuple:
+        """Another process makes its own."""
+        return Encoder, (self.tokenizer,)
 
     @property
     def name(self) -> dict:
@@ -152,11 +158,11 @@ class Encoder:
 
     @functools.cached_property
     def _units(self) -> Units:
-        return Units(self._processor, not self.tokenizer.plain, counted=False)
+        return Units(self._processor, self._model, not self.tokenizer.plain, counted=False)
 
     @functools.cached_property
     def _counted_units(self) -> Units:
-        return Units(self._processor, not self.tokenizer.plain, counted=True)
+        return Units(self._processor, self._model, not self.tokenizer.plain, counted=True)
 
     def documents(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Tokens, (T,) uint16, of each text (original, UTF-8), with BOS."""
@@ -263,12 +269,33 @@ def check_validation(
         )
     encoded = document.utf8 if tokenizer.plain else _with_caps(document.utf8)
     whole = tokenizer.plain or counts.sum() == document.size
-    round_trip = tokenizer.processor.decode(tokens[1:].tolist()).encode("utf-8") == encoded
+    round_trip = _may_decode(tokenizer.processor, tokens, encoded) and (
+        tokenizer.processor.decode(tokens[1:].tolist()).encode("utf-8") == encoded
+    )
     if tokenizer.lossless and not (round_trip and whole):
         held = SPACE_PIECE.encode() in encoded
         why = ": it holds U+2581, which SentencePiece takes for a space" if held else ""
         raise DataError(f"{document.origin}: the trained tokenizer does not give this text back{why}")
     return round_trip
+
+
+def _may_decode(processor: sentencepiece.SentencePieceProcessor, tokens: np.ndarray, encoded: bytes) -> bool:
+    """Whether tokens may decode to a text at all: that is cheaper to tell than to decode them.
+
+    They do not if it has more bytes that are in no piece, as line ends where those become spaces, than the
+    tokens of single bytes can give: three each, for U+FFFD.
+    """
+    held, is_byte = _held_bytes(processor)
+    return len(encoded.translate(None, held)) <= 3 * int(np.count_nonzero(is_byte[tokens]))
+
+
+@functools.lru_cache(4)
+def _held_bytes(processor: sentencepiece.SentencePieceProcessor) -> tuple[bytes, np.ndarray]:
+    """The bytes that pieces of text decode to; which pieces are of a single byte, (vocab,) bool."""
+    every = range(processor.get_piece_size())
+    is_byte = np.array([processor.is_byte(token) for token in every])
+    texts = [processor.decode([token]) for token in np.flatnonzero(~is_byte).tolist()]
+    return bytes({*"".join([" ", *texts]).encode("utf-8")}), is_byte
 
 
 def tokenise_validation(encoder: Encoder, document: Document) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -31,6 +31,16 @@ _SIGNATURES = {  # what a file begins with, whatever its name ends in
 }
 _LONG_WINDOW = "made with zstd --long: unpack it first, zstd -d --long=31 FILE"
 _SPACE = bytes([9, 10, 11, 12, 13, 28, 29, 30, 31, 32])  # what str.split() takes for white space in ASCII
+_IN_SPACE = bytes({*"".join(filter(str.isspace, map(chr, range(0x3001)))).encode()})  # bytes of all of it
+_START = 32  # bytes
+
+
+class Identity(NamedTuple):
+    """What a document is known by: see `Document`."""
+
+    digest: bytes
+    key: bytes
+    start: bytes
 
 
 class Document(NamedTuple):
@@ -55,6 +65,15 @@ class Document(NamedTuple):
         return hashlib.sha256(self.utf8).digest()
 
     @property
+    def start(self) -> bytes:
+        """A few bytes that are the same for texts with the same `key`, and soon told.
+
+        They are the first of those that are part of no white space, however much of that is between them.
+        """
+        start = self.utf8[: 8 * _START].translate(None, _IN_SPACE)
+        return (start if len(start) >= _START else self.utf8.translate(None, _IN_SPACE))[:_START]
+
+    @property
     def key(self) -> bytes:
         """16 bytes that are the same for texts that differ in white space only."""
         if words.library():
@@ -63,6 +82,11 @@ class Document(NamedTuple):
         if not bare.isascii():
             bare = "".join(bare.decode("utf-8").split()).encode("utf-8")
         return hashlib.sha256(bare).digest()[:16]
+
+    @property
+    def identity(self) -> Identity:
+        """All of them."""
+        return Identity(self.digest, self.key, self.start)
 
 
 def make_document(text: str, origin: str) -> Document:

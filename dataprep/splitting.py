@@ -17,6 +17,7 @@ SPACE_PIECE = "\u2581"  # how SentencePiece writes a space
 ASCII_SPACE = b" \t\n\r\x0c"  # not 0x0B, which normalisers delete
 KEPT = 1 << 15  # words that SentencePiece has made tokens of, remembered in some 300 bytes each
 LONGEST = 256  # bytes of a word that is remembered
+_SPACED = bytes(32 if byte in ASCII_SPACE else byte for byte in range(256))  # to bytes.translate()
 _PRINTABLE = bytes(range(0x21, 0x7F))
 _QUOTES = "\u2018\u2019\u201c\u201d\u2013\u2014"  # as in words.c
 _NEUTRAL = _PRINTABLE.decode() + "".join(OPERATORS) + _QUOTES
@@ -93,60 +94,111 @@ def pieces_of_model(model: bytes) -> list[tuple[str, float, int]]:
 
 
 def merges_here(processor: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether `words.c` merges as SentencePiece does: user-defined pieces are characters, none is unused."""
-    kinds = [(kind, len(text)) for text, _, kind in pieces_of_model(processor.serialized_model_proto())]
-    return not any(kind == _UNUSED or (kind == _USER_DEFINED and length > 1) for kind, length in kinds)
+    """Whether `words.c` merges as SentencePiece does.
 
-
-def _model(processor: sentencepiece.SentencePieceProcessor, joins: bool) -> words.Model:
-    """A model as `words.c` takes it.
-
-    Two neighbours may merge if their texts, joined, are a piece; the higher its score, the earlier. So a
-    piece has a merge for each way to cut it into pieces, or characters that are in none: ASCII ones, which
-    are tokens of one byte. Words with any other character that is in none are left to SentencePiece.
+    User-defined pieces must be characters, none be unused, and no two that are merged have the same score.
     """
     pieces = pieces_of_model(processor.serialized_model_proto())
+    scores = [score for text, score, kind in pieces if kind == _NORMAL and len(text) > 1]
+    others = any(kind == _UNUSED or (kind == _USER_DEFINED and len(text) > 1) for text, _, kind in pieces)
+    return not others and len({*scores}) == len(scores)
+
+
+def compiled_model(processor: sentencepiece.SentencePieceProcessor) -> words.Model:
+    """A model as `words.c` takes it.
+
+    Two neighbours may merge if their texts, joined, are a piece; the higher its score, the earlier, and the
+    lower its symbol. A piece has a merge for each way to cut it into pieces, or characters that are in none:
+    ASCII ones, which are tokens of one byte. Words with any other character that is in none are left to
+    SentencePiece.
+    """
+    pieces = pieces_of_model(processor.serialized_model_proto())
+    order = sorted(range(len(pieces)), key=lambda token: -pieces[token][1])  # of its symbols
     known, normal, bytes_ = (
-        {text: token for token, (text, _, kind) in enumerate(pieces) if kind in kinds}
+        {pieces[token][0]: symbol for symbol, token in enumerate(order) if pieces[token][2] in kinds}
         for kinds in ((_NORMAL, _USER_DEFINED), (_NORMAL,), (_BYTE,))
     )
     kept = [c for c in "\t\n\r" if processor.normalize(f"a{c}a{c}{c}a") == f"a{c}a{c}{c}a"]
     tables = {name: np.full(256, -1, np.int32) for name in ("ascii", "quotes", "operators")}
-    tokens = np.arange(len(pieces) + 256).astype(np.uint16)
+    tokens = np.append(order, np.zeros(256)).astype(np.uint16)
     for character in [*_PRINTABLE.decode(), *kept]:
         code = ord(character)
         tables["ascii"][code] = known.get(character, -1)
         if character not in known and bytes_:
             tables["ascii"][code] = normal[character] = len(pieces) + code
-            tokens[len(pieces) + code] = bytes_[f"<0x{code:02X}>"]
+            tokens[len(pieces) + code] = tokens[bytes_[f"<0x{code:02X}>"]]
     tables["ascii"][ord(" ")] = known.get(SPACE_PIECE, -1)
     for name, characters in (("quotes", _QUOTES), ("operators", OPERATORS)):
         for character in characters:
             tables[name][character.encode()[2]] = known.get(character, -1)
     tables["operators"][lossless_caps.ESC.encode()[2]] = -1  # what it stands before carries bytes
-    _, ranks = np.unique([-score for _, score, _ in pieces], return_inverse=True)
     merges = [
-        (normal[text[:cut]] << words.SYMBOL_BITS | normal[text[cut:]]) << words.SYMBOL_BITS | token
-        for token, (text, _, kind) in enumerate(pieces)
+        (normal[text[:cut]] << words.SYMBOL_BITS | normal[text[cut:]]) << words.SYMBOL_BITS | made
+        for made, (text, _, kind) in enumerate(pieces[token] for token in order)
         for cut in range(1, len(text) * (kind == _NORMAL))
         if text[:cut] in normal and text[cut:] in normal
     ]
-    sizes = np.zeros(len(tokens), np.uint16)
-    for text, token in known.items():
-        sizes[token] = len(text.replace(SPACE_PIECE, " ").translate(_NO_OPERATORS).encode())
-    sizes[[*bytes_.values()]] = 1
-    tables |= {"tokens": tokens, "sizes": sizes, "ranks": ranks.astype(np.int32)}
-    return words.Model(tables, np.array(merges, np.uint64), joins, BOS_ID)
+    sizes = np.zeros(len(pieces), np.uint16)
+    for text, symbol in known.items():
+        sizes[order[symbol]] = len(text.replace(SPACE_PIECE, " ").translate(_NO_OPERATORS).encode())
+    sizes[[order[symbol] for symbol in bytes_.values()]] = 1
+    tables |= {"tokens": tokens, "sizes": sizes}
+    return words.Model(tables, np.array(merges, np.uint64), joins_spaces(processor), BOS_ID)
 
 
 def tokens_and_spans(
     processor: sentencepiece.SentencePieceProcessor, text: bytes
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (n,) and the byte offsets (n, 2) of their surfaces, both int64, by SentencePiece."""
+    """Tokens (n,) and the byte offsets (n, 2) of their surfaces, both int64, by SentencePiece.
+
+    Its own offsets take nearly as long as its tokens. Where its normaliser leaves all characters but white
+    space as they are, they follow from the tokens and are not asked for.
+    """
+    normal = processor.normalize(text).replace(SPACE_PIECE.encode(), b" ")
+    if (places := _places(text, normal)) is not None:
+        tokens = processor.encode(text, out_type="numpy").astype(np.int64)
+        sizes, is_byte = _piece_sizes(processor)
+        ends = np.cumsum(sizes[tokens])
+        if len(ends) and ends[-1] == len(normal):  # not where a character is unknown: that piece has no text
+            if is_byte[tokens].any():  # of the byte pieces of one character the last carries all
+                raw = np.frombuffer(normal + b"\0", np.uint8)
+                for _ in range(3):
+                    ends -= raw[ends] & 0xC0 == 0x80
+            spans = np.empty((len(ends), 2), np.int64)
+            spans[0, 0], spans[:, 1] = places[0], places[ends]
+            spans[1:, 0] = spans[:-1, 1]
+            return tokens, spans
     mapping = processor.encode(text, out_type="offset_mapping")
     flat = itertools.chain.from_iterable(mapping["offsets"])
     tokens = np.array(mapping["ids"], np.int64)
     return tokens, np.fromiter(flat, np.int64, 2 * len(tokens)).reshape(-1, 2)
+
+
+def _places(text: bytes, normal: bytes) -> np.ndarray | None:
+    """Where in a text the bytes of its normalised form come from, and its end, (n + 1,) int64.
+
+    A space there comes from the first byte of the white space that it stands for. None where the normaliser
+    changes more than white space.
+    """
+    if normal == text:
+        return np.arange(len(text) + 1)
+    start, end = len(text) - len(text.lstrip(ASCII_SPACE)), len(text.rstrip(ASCII_SPACE))
+    spaced = np.frombuffer(text.translate(_SPACED), np.uint8)[start:end]
+    kept = spaced != ord(" ")
+    kept[1:] |= kept[:-1]
+    places = np.flatnonzero(kept)
+    return np.append(places + start, end) if spaced[places].tobytes() == normal else None
+
+
+@functools.lru_cache(4)
+def _piece_sizes(processor: sentencepiece.SentencePieceProcessor) -> tuple[np.ndarray, np.ndarray]:
+    """Of each piece: bytes of normalised text that it takes, 0 if it is no text (int64); is it one byte?"""
+    texts, _, kinds = zip(*pieces_of_model(processor.serialized_model_proto()), strict=True)
+    kinds = np.array(kinds)
+    sizes = np.array([len(text.replace(SPACE_PIECE, " ").encode()) for text in texts])
+    sizes[~np.isin(kinds, (_NORMAL, _USER_DEFINED))] = 0
+    sizes[kinds == _BYTE] = 1
+    return sizes, kinds == _BYTE
 
 
 class Units:
@@ -157,10 +209,15 @@ class Units:
     first of a text. One of neutral characters alone is merged in `words.c`, others go through SentencePiece.
     """
 
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor, caps: bool, counted: bool) -> None:
+    def __init__(
+        self,
+        processor: sentencepiece.SentencePieceProcessor,
+        model: words.Model,
+        caps: bool,
+        counted: bool,
+    ) -> None:
         """`caps`: of CaseOps text; `counted`: the bytes of it that each token carries are a second column."""
-        self._processor, self._caps, self._counted = processor, caps, counted
-        self._model = _model(processor, joins_spaces(processor))
+        self._processor, self._model, self._caps, self._counted = processor, model, caps, counted
         self._known: dict[bytes, Columns] = {}
 
     def columns(self, texts: Sequence[bytes]) -> tuple[Columns, np.ndarray]:

@@ -3,6 +3,7 @@
 Texts lie in one buffer, 0xFF before each and behind the last: no UTF-8 holds that byte, so that it ends every
 loop. All functions write into buffers of the caller, who knows how much they can need. */
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -103,15 +104,15 @@ int64_t windows(const u16 *tokens, int64_t size, const u64 *values, int64_t bos,
     return count;
 }
 
-/* A BPE model: symbols are its pieces, and behind them the bytes for characters that are in no piece. */
-enum { SYMBOL_BITS = 17, NEVER = 0x7FFFFFFF };
-static const u64 FREE = ~(u64)0, SYMBOL = ((u64)1 << SYMBOL_BITS) - 1;
+/* A BPE model: symbols are its pieces, the sooner they are made the lower, and behind them the bytes for
+characters that are in no piece. */
+enum { SYMBOL_BITS = 17 };
+static const u64 FREE = ~(u64)0, SYMBOL = ((u64)1 << SYMBOL_BITS) - 1, NEVER = SYMBOL;
 typedef u64 Merge;  /* left, right, and what they become, of SYMBOL_BITS each; FREE: none */
 typedef struct { u64 key[3]; u16 count, tokens[19]; } Word;  /* key: the bytes, in the last one their number */
 typedef struct {
     const int32_t *ascii, *quotes, *operators;  /* (256,) symbols by (last) byte; -1: left to SentencePiece */
     Merge *merges;  /* by hash of the pair */
-    const int32_t *ranks;  /* of each piece: the lower, the earlier it is made */
     const u16 *tokens, *sizes;  /* by symbol its token, by token the bytes of text that it carries */
     Word *words;  /* by hash, the last one that came */
     int64_t merge_mask, word_mask, joins, bos;
@@ -137,29 +138,38 @@ void fill(Merge *merges, int64_t mask, const Merge *known, int64_t count) {
     for (int64_t i = 0; i < count; i++) merges[slot_of(merges, mask, known[i] >> SYMBOL_BITS)] = known[i];
 }
 
-/* Merge the symbols of a word: always the pair of the lowest rank, of equal ones the first. Returns how many. */
+/* What two symbols become, NEVER if they do not merge. */
+static u64 merged(const Model *model, u64 left, u64 right) {
+    u64 pair = left << SYMBOL_BITS | right;
+    Merge found = model->merges[slot_of(model->merges, model->merge_mask, pair)];
+    return found & SYMBOL;  /* of FREE that is NEVER */
+}
+
+/* Merge the symbols of a word: always the pair that becomes the lowest, of equal ones the first. Returns how many. */
 static int merge_all(const Model *model, int32_t *symbols, int count) {
-    int32_t merged[LONGEST], ranks[LONGEST];
-    int from = 0, to = count - 1;  /* pairs to be looked up */
+    u64 parts[LONGEST];  /* a symbol, and above it what it becomes with the next one */
+    for (int i = 0; i < count; i++)
+        parts[i] = symbols[i] | (i + 1 < count ? merged(model, symbols[i], symbols[i + 1]) : NEVER) << 32;
     for (;;) {
-        for (int i = from; i < to; i++) {
-            u64 pair = (u64)symbols[i] << SYMBOL_BITS | (u64)symbols[i + 1];
-            Merge found = model->merges[slot_of(model->merges, model->merge_mask, pair)];
-            merged[i] = found & SYMBOL;
-            ranks[i] = found == FREE ? NEVER : model->ranks[merged[i]];
-        }
         int best = 0;
-        for (int i = 1; i + 1 < count; i++)
-            if (ranks[i] < ranks[best]) best = i;
-        if (count < 2 || ranks[best] == NEVER) return count;
-        symbols[best] = merged[best];
+        u64 low = NEVER;
+        for (int i = 0; i + 1 < count; i++) {
+            u64 made = parts[i] >> 32;
+            best = made < low ? i : best;
+            low = made < low ? made : low;
+        }
+        if (low == NEVER) break;
         count--;
-        memmove(symbols + best + 1, symbols + best + 2, (count - best - 1) * sizeof *symbols);
-        memmove(merged + best, merged + best + 1, (count - best - 1) * sizeof *merged);
-        memmove(ranks + best, ranks + best + 1, (count - best - 1) * sizeof *ranks);
-        from = best ? best - 1 : 0;
-        to = best + 1 < count ? best + 1 : best;
+        memmove(parts + best + 1, parts + best + 2, (count - best - 1) * sizeof *parts);
+        u64 next = best + 1 < count ? merged(model, low, parts[best + 1] & SYMBOL) : NEVER;
+        parts[best] = low | next << 32;
+        if (best) {
+            u64 before = parts[best - 1] & SYMBOL;
+            parts[best - 1] = before | merged(model, before, low) << 32;
+        }
     }
+    for (int i = 0; i < count; i++) symbols[i] = parts[i] & SYMBOL;
+    return count;
 }
 
 /* The symbol of the character at a place, and the bytes that it has. */
@@ -189,32 +199,34 @@ static int word_tokens(const Model *model, const u8 *word, int64_t length, u16 *
 typedef struct { const u8 *start; int64_t length, more; u64 key[3]; Word *known; } Cut;
 
 /* A word of which the memory is on its way. Bytes behind the word are read, up to 24 from its start. */
-static Cut cut(const Model *model, const u8 *start, int64_t length, int64_t more) {
-    Cut own = {.start = start, .length = length, .more = more};
-    if (length > LONGEST_KNOWN) return own;
-    memcpy(own.key, start, sizeof own.key);
-    for (int i = 0; i < 3; i++) {
-        int64_t rest = length - 8 * i;
-        if (rest < 8) own.key[i] = rest <= 0 ? 0 : own.key[i] & (((u64)1 << 8 * rest) - 1);
-    }
-    own.key[2] |= (u64)length << 56;
-    own.known = model->words + (mixed(own.key[0] ^ mixed(own.key[1] ^ mixed(own.key[2]))) & model->word_mask & ~1);
-    __builtin_prefetch(own.known);
-    return own;
+static void cut(const Model *model, Cut *own, const u8 *start, int64_t length, int64_t more) {
+    static const u64 ones[6] = {~(u64)0, ~(u64)0, ~(u64)0};
+    own->start = start, own->length = length, own->more = more, own->known = NULL;
+    if (length > LONGEST_KNOWN) return;
+    u64 key[3], kept[3];
+    memcpy(key, start, sizeof key);
+    memcpy(kept, (const u8 *)ones + 24 - length, sizeof kept);
+    for (int i = 0; i < 3; i++) key[i] &= kept[i];
+    key[2] |= (u64)length << 56;
+    own->known = model->words + (mixed(key[0] ^ mixed(key[1] ^ mixed(key[2]))) & model->word_mask & ~1);
+    for (int i = 0; i < 3; i++) own->key[i] = key[i];
+    __builtin_prefetch(own->known);
 }
 
-static int is_known(const Word *known, const Cut *word) {
+static int is_other(const Word *known, const Cut *word) {
     const u64 *a = known->key, *b = word->key;
-    return a[0] == b[0] && a[1] == b[1] && a[2] == b[2];
+    return ((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2])) != 0;
 }
 
 /* Tokens of a word, remembered or made now; -1 if it is left to SentencePiece. 19 are written to in any case. */
 static int known_tokens(const Model *model, const Cut *word, u16 *tokens) {
     Word *known = word->known;
-    int second = known && !is_known(known, word);
-    if (known && (!second || is_known(known + 1, word))) {
-        memcpy(tokens, known[second].tokens, sizeof known->tokens);
-        return known[second].count;
+    if (known) {
+        const Word *found = known + is_other(known, word);
+        if (!is_other(found, word)) {
+            memcpy(tokens, found->tokens, sizeof found->tokens);
+            return found->count;
+        }
     }
     int count = word_tokens(model, word->start, word->length, tokens);
     if (known && count >= 0 && count <= 19) {  /* in place of the older one of two */
@@ -233,6 +245,18 @@ static int is_quote(const u8 *at) {  /* or a dash: U+2013, U+2014, U+2018, U+201
 
 static int is_space(const Model *model, u8 byte) {
     return byte == ' ' || (model->joins && (byte == '\t' || byte == '\n' || byte == '\f' || byte == '\r'));
+}
+
+/* The first byte of at most a space, or the end; up to seven bytes behind that are read. */
+static u8 *blank(u8 *at, u8 *end) {
+    static const u64 each = 0x0101010101010101;
+    for (; at < end; at += 8) {
+        u64 bytes;
+        memcpy(&bytes, at, 8);
+        u64 found = (bytes - each * (' ' + 1)) & ~bytes & each << 7;
+        if (found) return at + __builtin_ctzll(found) / 8 < end ? at + __builtin_ctzll(found) / 8 : end;
+    }
+    return end;
 }
 
 /* Tokens of texts, BOS before each, without those of words that are left to SentencePiece.
@@ -255,7 +279,7 @@ int64_t encode(const Model *model, u8 *raw, int64_t size, u16 *tokens, int64_t *
         int64_t more = 0;  /* white space before the word, but for the one byte that belongs to it */
         for (at = start; start < end;) {
             u8 *stop = end, *after = end;
-            for (; at < end; at++) {
+            for (; (at = blank(at, end)) < end; at++) {
                 if (!is_space(model, *at)) continue;
                 for (after = at + 1; model->joins && is_space(model, *after);) after++;
                 int begins = is_printable(*after) || is_quote(after) || is_operator(after);
@@ -265,7 +289,7 @@ int64_t encode(const Model *model, u8 *raw, int64_t size, u16 *tokens, int64_t *
                 }
                 at = after - 1;
             }
-            cuts[ahead++] = cut(model, start, stop - start, more);
+            cut(model, cuts + ahead++, start, stop - start, more);
             for (Cut *word = cuts; (ahead == AHEAD || stop == end) && word < cuts + ahead; word++) {
                 int count = known_tokens(model, word, tokens + place);
                 if (count < 0) {

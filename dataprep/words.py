@@ -107,7 +107,7 @@ def sampled_windows(tokens: np.ndarray, values: np.ndarray, bos: int) -> tuple[n
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("ascii", "quotes", "operators", "merges", "ranks")),
+        *((name, ctypes.c_void_p) for name in ("ascii", "quotes", "operators", "merges")),
         *((name, ctypes.c_void_p) for name in ("tokens", "sizes", "words")),
         *((name, ctypes.c_int64) for name in ("merge_mask", "word_mask", "joins", "bos")),
     ]
@@ -117,7 +117,7 @@ class Model:
     """A BPE model as `words.c` takes it, with a memory of words of its own."""
 
     def __init__(self, tables: dict[str, np.ndarray], merges: np.ndarray, joins: bool, bos: int) -> None:
-        """`tables`: `ascii`, `quotes`, `operators`, `ranks` (int32), `tokens`, `sizes` (uint16).
+        """`tables`: `ascii`, `quotes`, `operators` (int32), `tokens`, `sizes` (uint16).
 
         `merges`: left, right and new symbol in one integer each, of SYMBOL_BITS, (n,) uint64.
         """

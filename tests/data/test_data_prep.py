@@ -176,10 +176,10 @@ def plain(tokenizer_dir) -> encoding.Tokenizer:
 @pytest.fixture(scope="module")
 def encoders(published, lossless, plain) -> list[Encoder]:
     """Of each model; and one that remembers next to nothing."""
-    full = Encoder(published)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(words, "KEPT", 8)
         patch.setattr(splitting, "KEPT", 8)
+        full = Encoder(published)
         full.documents([b"made now"])
     return [Encoder(published), Encoder(lossless), Encoder(plain), full]
 
@@ -450,7 +450,7 @@ sys.exit(prepare.main(sys.argv[1:]))
 def test_data_worker_that_is_killed(published, docs, small_blocks):
     """One line instead of a traceback or a wait without end."""
     with (
-        Crew(functools.partial(Worker, published, None), 2) as crew,
+        Crew(functools.partial(Worker, Encoder(published), None), 2) as crew,
         pytest.raises(DataError, match="a worker process was killed"),
     ):
         for number, _ in crew.map(enumerate(reading.Reader([str(docs)]))):

@@ -106,9 +106,9 @@ def test_check_takes_pairs_apart(tokenizer_dir, tmp_path):
 
 def test_a_text_with_the_bytes_of_fused_tokens_is_refused(tokenizer):
     near = SimpleNamespace(near=lambda tokens: [])
-    held_out = HeldOut(set(), set(), np.zeros(1, np.uint64), near, False)
+    held_out = HeldOut(set(), set(), set(), np.zeros(1, np.uint64), near, False)
     for held in (None, held_out):
-        worker = Worker(tokenizer._replace(fused=True), held)
+        worker = Worker(encoding.Encoder(tokenizer._replace(fused=True)), held)
         documents = [prepare.make_document(text, text[:4]) for text in ("good text", "bad\x01text")]
         result = worker(prepare.Block("", 0, documents))
         assert result.counts["documents"] == 1 and result.counts["bad_documents"] == 1
