@@ -12,7 +12,7 @@ weights and its own stream of training documents, the same in all arms. Screenin
 the training split, confirmation the validation split, with other seeds and streams.
 
     --arms NAMES      noise (null arm, other batches), training, storing, adapting, parts (the record without
-                      each), or single arms
+                      each), whole (PRESET=best, SCALE=study), or single arms
     --seeds N | A-B   of this kind (default 2)         --confirm       validation documents, their own seeds
     --jobs N          runs at once (default 1)         --seconds S     begin no run after S seconds
     --bytes N         FIT_BYTES=N in all arms, so that quantised scores are compared at equal bytes

@@ -54,7 +54,9 @@ PARTS = (  # the record without its parts, one at a time
     _arm("no global SGD phases", "PHASED_TTT_PREFIX_DOCS=0", "PR #1610", "artifact"),
     _arm("no TTT", "TTT_ENABLED=0", "PR #1530", "artifact"),
 )
+WHOLE = (_arm("best", "PRESET=best FIT_BYTES=955000", "all that is kept"),)  # about the record's bytes there
 KEPT = {  # what became of the ideas that were measured (logs/study/)
+    "best": "the preset",
     "fused markers": "an option of the data preparation, off",
     **dict.fromkeys(("four momenta", "n-gram tilt", "n-gram tilt, short"), "in `best`"),
     **dict.fromkeys(("EMA-Nesterov", "row floor", "cautious decay", "slow scalars"), "removed"),
@@ -66,6 +68,7 @@ KEPT = {  # what became of the ideas that were measured (logs/study/)
     **dict.fromkeys(("one momentum, 0.94", "two momenta, 0.94", "four momenta, 0.94"), "removed"),
 }
 GROUPS = {"noise": NOISE, "training": TRAINING, "storing": STORING, "adapting": ADAPTING, "parts": PARTS}
+GROUPS |= {"whole": WHOLE}
 ARMS = {arm.name: arm for arms in GROUPS.values() for arm in arms}
 
 
