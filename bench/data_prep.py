@@ -1,6 +1,7 @@
 """Speed of data preparation, in MB of original text (UTF-8) per second, all in one run on the same documents.
 
     python bench/data_prep.py --docs FILE [--megabytes 60] [--strings 1000] [--json]
+    python bench/data_prep.py --docs FILE --pipeline    # instead: the whole command alone, beside what it was
     python bench/data_prep.py --docs FILE --round-trips 1000000   # instead: decode(encode(s)) == s
     python bench/data_prep.py --check-shards 24    # instead: what --check does, in one process and all
 
@@ -191,6 +192,7 @@ def main() -> int:
     parser.add_argument("--megabytes", type=float, default=float("inf"), help="of the file (default: all)")
     parser.add_argument("--strings", type=int, default=1_000_000, metavar="N", help="generated texts")
     parser.add_argument("--repeats", type=int, default=3, help="of which the best counts (default: 3)")
+    parser.add_argument("--pipeline", action="store_true", help="only the whole command, of now and before")
     parser.add_argument("--round-trips", type=int, metavar="N", help="check N random texts and all documents")
     parser.add_argument(
         "--check-shards", type=int, metavar="N", help="check N invented shards, of 10 M tokens"
@@ -206,6 +208,8 @@ def main() -> int:
         documents, lost = document_round_trips(options.docs)
         table = {"round_trips": options.round_trips, "wrong": wrong}
         table |= {"documents": documents, "documents_wrong": lost}
+    elif options.pipeline:
+        table = compare(read(options.docs, options.megabytes)[0], options)
     else:
         table = measure(options)
     if options.json:
