@@ -165,7 +165,7 @@ PRESETS: dict[str, dict[str, object]] = {
     **{f"{name}-study": row | _STUDY for name, row in _SYSTEMS.items() if row.get("caseops_enabled", True)},
     "best-study": _SYSTEMS["best"]
     | _STUDY  # bytes: about as many as the record has there; a small model gains most by short contexts
-    | {"fit_bytes": 965_000, "ngram_tilt": "8:5.6,4:4,2:3"},
+    | {"fit_bytes": 955_000, "ngram_tilt": "8:5.6,4:4,2:3"},
     **{f"{name}-demo": row | _DEMO | _DEMO_SIZES.get(name, {}) for name, row in _SYSTEMS.items()},
     "demo": _DEMO,
 }

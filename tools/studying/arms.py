@@ -54,7 +54,7 @@ PARTS = (  # the record without its parts, one at a time
     _arm("no global SGD phases", "PHASED_TTT_PREFIX_DOCS=0", "PR #1610", "artifact"),
     _arm("no TTT", "TTT_ENABLED=0", "PR #1530", "artifact"),
 )
-WHOLE = (_arm("best", "PRESET=best FIT_BYTES=955000", "all that is kept"),)  # about the record's bytes there
+WHOLE = (_arm("best", "PRESET=best", "all that is kept"),)
 KEPT = {  # what became of the ideas that were measured (logs/study/)
     "best": "the preset",
     "fused markers": "an option of the data preparation, off",
