@@ -35,9 +35,9 @@ def leaves(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 
 def heads(tg, x, gain, back=False):
-    """Norm, gain and rotation of three heads of six dimensions, four of them turned."""
+    """Norm, gain and rotation of three of four heads of six dimensions, four of them turned."""
     angles = numbers(5, 1, 2, seed=9)
-    return tg.NormedHeads.apply(x, gain, *tg.rotation(angles.cos(), angles.sin(), 3, 6))
+    return tg.NormedHeads.apply(x, gain, *tg.rotation(angles.cos(), angles.sin(), 3), (2, 1))
 
 
 FUNCTIONS = {  # what is differentiated, and the shapes of its inputs
@@ -52,7 +52,7 @@ FUNCTIONS = {  # what is differentiated, and the shapes of its inputs
     ),
     "WeightedSum": (lambda tg, *inputs: tg.WeightedSum.apply(*inputs), (4,), (2, 3, 4), (), (2, 3, 4)),
     "ScaledNorm": (lambda tg, x: tg.ScaledNorm.apply(x, 0.7), (2, 3, 4)),
-    "NormedHeads": (heads, (2, 5, 3, 6), (3,)),
+    "NormedHeads": (heads, (2, 5, 4, 6), (3,)),
     "ExcludeAndGate": (
         lambda tg, *inputs: tg.ExcludeAndGate.apply(*inputs),
         (2, 3, 4, 5),
@@ -65,7 +65,23 @@ FUNCTIONS = {  # what is differentiated, and the shapes of its inputs
         (2, 5, 2, 3),
         (2, 5, 2, 3),
     ),
-    "Adapted": (lambda tg, *inputs: tg.Adapted.apply(*inputs), (2, 3, 5), (2, 3, 4), (2, 2, 4), (2, 5, 2)),
+    "Adapted": (
+        lambda tg, y, x, *pair: tg.Adapted.apply(y, x, None, (0,), *pair),
+        (2, 3, 5),
+        (2, 3, 4),
+        (2, 2, 4),
+        (2, 5, 2),
+    ),
+    "Adapted, two roles": (
+        lambda tg, y, x, scale, *pairs: tg.Adapted.apply(y, x, scale, (1, 4), *pairs),
+        (2, 3, 6),
+        (2, 3, 4),
+        (6,),
+        (2, 2, 4),
+        (2, 3, 2),
+        (2, 2, 4),
+        (2, 2, 2),
+    ),
     "SoftcappedHead": (
         lambda tg, h, w: tg.SoftcappedHead.apply(h, w, torch.tensor([[0, 6, 3]] * 2), 3.0, None, None),
         (2, 3, 4),
