@@ -8,7 +8,7 @@ gradients that are asked for: test-time training freezes the weights.
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor
 from systems.causal import KEPT_LENGTHS, CausalAttention
 from systems.heads import ExcludeAndGate, NormedHeads, inverse_rms, rotation
 from systems.memory import keep_heap, spare_compiler
-from train_gpt import BatchedLoRA, Block, BlockContext, Segments, SlotAdapters, at_positions, attend_from
+from train_gpt import GPT, BatchedLoRA, Block, BlockContext, Segments, SlotAdapters, at_positions, attend_from
 
 MLP_BLOCK = 512  # tokens: three of its tensors fit into a core's cache
 
@@ -74,6 +74,12 @@ class Linear(torch.autograd.Function):
         return dx, weight_gradient(dy, x) if for_weight else None, dy if for_add else None
 
 
+def token_blocks(x: Tensor, y: Tensor | None) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    """Streams [..., D] in blocks [MLP_BLOCK or fewer, D]; as many times None for a y that is None."""
+    blocks = x.flatten(0, -2).split(MLP_BLOCK)
+    return blocks, [None] * len(blocks) if y is None else y.flatten(0, -2).split(MLP_BLOCK)
+
+
 class ReluSquaredMLP(torch.autograd.Function):
     """leaky_relu(x U^T, 0.5)^2 D^T, plus `add`, MLP_BLOCK tokens at a time: what is wide stays in the cache.
 
@@ -83,9 +89,8 @@ class ReluSquaredMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, x: Tensor, up: Tensor, down: Tensor, add: Tensor | None) -> Tensor:
         """x [..., D], up [F, D], down [D, F], add [..., D] -> [..., D]."""
-        flat, kept, parts = x.flatten(0, -2), [], []
-        adds = itertools.repeat(None) if add is None else add.flatten(0, -2).split(MLP_BLOCK)
-        for rows, part in zip(flat.split(MLP_BLOCK), adds):
+        kept, parts = [], []
+        for rows, part in zip(*token_blocks(x, add), strict=True):
             kept.append(product(rows, up, slope=0.5))
             parts.append(product(kept[-1].square(), down, add=part))
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, up, down, *kept)
@@ -96,8 +101,7 @@ class ReluSquaredMLP(torch.autograd.Function):
         """The derivative of the square, 2 leaky, has its 2 in the small matrix."""
         (x, up, down, *kept), needs = ctx.saved_tensors, ctx.needs_input_grad
         double, dx, dup, ddown = (2 * down).mT, [], None, None
-        xs = itertools.repeat(None) if x is None else x.flatten(0, -2).split(MLP_BLOCK)
-        for part, rows, leaky in zip(dy.flatten(0, -2).split(MLP_BLOCK), xs, kept):
+        for part, rows, leaky in zip(*token_blocks(dy, x), kept, strict=True):
             dh = product(part, double).mul_(leaky)
             dh = torch.ops.aten.leaky_relu_backward(dh, leaky, 0.5, False)
             dx.append(product(dh, up.mT) if needs[0] else None)
@@ -124,9 +128,24 @@ class WeightedSum(torch.autograd.Function):
         grads, needs = [], ctx.needs_input_grad
         for i in range(0, len(needs), 2):
             c, x = ctx.saved_tensors[i : i + 2]
-            dc = (torch.dot(dy.flatten(), x.flatten()) if c.ndim == 0 else (dy * x).sum_to_size(c.shape)) if needs[i] else None
-            grads += [dc, c * dy if needs[i + 1] else None]
+            grads += [factor_gradient(c, dy, x) if needs[i] else None, c * dy if needs[i + 1] else None]
         return tuple(grads)
+
+
+def factor_gradient(c: Tensor, dy: Tensor, x: Tensor) -> Tensor:
+    """The sum of dy x [..., D] over all places where a factor c [D] or [] is the same."""
+    return (dy * x).sum_to_size(c.shape) if c.ndim else torch.dot(dy.flatten(), x.flatten())
+
+
+def add_skip(model: GPT, x: Tensor, skips: list[Tensor], step: int) -> Tensor:
+    """`GPT._add_skip`, in which gate and weight are one factor of the skipped stream [..., D]."""
+    if not skips or step >= len(model.skip_weights):
+        return x
+    weight, skip = model.skip_weights[step], skips.pop()
+    if not model.cfg.skip_gates_enabled:
+        return x + weight * skip
+    gate = torch.sigmoid(model.skip_gates[step])
+    return WeightedSum.apply(gate, x, (1 - gate) * weight, skip)
 
 
 class ScaledNorm(torch.autograd.Function):
@@ -160,11 +179,11 @@ class Adapted(torch.autograd.Function):
 
         Each B is for the n outputs from its start on. `scale` [o] goes into B.
         """
-        As, Bs, rank = pairs[::2], pairs[1::2], pairs[0].size(1)
+        As, Bs, rank, ctx.places = pairs[::2], pairs[1::2], pairs[0].size(1), []
         A, B = torch.cat(As, 1) if len(As) > 1 else As[0], y.new_zeros(len(y), y.size(-1), rank * len(As))
-        ctx.places = [(slice(s, s + b.size(1)), slice(i * rank, (i + 1) * rank)) for i, (s, b) in enumerate(zip(starts, Bs))]
-        for (rows, columns), b in zip(ctx.places, Bs):
-            B[:, rows, columns] = b
+        for i, (start, factor) in enumerate(zip(starts, Bs, strict=True)):
+            ctx.places.append((slice(start, start + factor.size(1)), slice(i * rank, (i + 1) * rank)))
+            B[:, *ctx.places[-1]] = factor
         raw, B = B, B if scale is None else B * scale[:, None]
         narrow = x @ A.mT
         ctx.save_for_backward(x, A, B, narrow, scale, raw if ctx.needs_input_grad[2] else None)
@@ -308,7 +327,8 @@ class EagerBlock(Block):
         if used is n:
             x = self._products(n, context, "qkv")
             tables = rotation(*rope, heads + groups)
-            parts = NormedHeads.apply(x.unflatten(-1, each), torch.cat([gain, ones]), *tables, (heads, groups))
+            gains, sizes = torch.cat([gain, ones]), (heads, groups)
+            parts = NormedHeads.apply(x.unflatten(-1, each), gains, *tables, sizes)
             return x[..., : heads * cfg.head_dim], *parts
         x = self._products(n, context, "kv").unflatten(-1, each)
         k, v = NormedHeads.apply(x, ones, *rotation(*rope, groups), (groups,))

@@ -69,7 +69,8 @@ class ExcludeAndGate(torch.autograd.Function):
     def forward(ctx: object, y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
         """y [..., H, d], v [..., G, d], gate [..., H] -> [..., H, d]."""
         grouped, gates, own = by_group(y, gate, v)
-        inverse = torch.linalg.vector_norm(own, dim=-1, keepdim=True).clamp_min_(1e-12).square_().reciprocal_()
+        length = torch.linalg.vector_norm(own, dim=-1, keepdim=True)
+        inverse = length.clamp_min_(1e-12).square_().reciprocal_()
         share = (grouped * own).sum(-1, keepdim=True).mul_(inverse)
         ctx.save_for_backward(y, v, gate, inverse, share)
         return torch.addcmul(grouped, share, own, value=-1).mul_(gates).view(y.shape)
