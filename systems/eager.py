@@ -28,7 +28,8 @@ spare_compiler()
 @functools.cache
 def by_onednn() -> bool:
     """Whether oneDNN's products are the faster ones: on some AMD processors twice, on Intel's MKL's are."""
-    return torch.backends.mkldnn.is_available() and "Intel" not in torch.cpu.get_capabilities()["cpu_name"]
+    name = torch.cpu.get_capabilities().get("cpu_name", "")
+    return torch.backends.mkldnn.is_available() and "Intel" not in name
 
 
 def product(x: Tensor, weight: Tensor, *, add: Tensor | None = None, slope: float = 1.0) -> Tensor:

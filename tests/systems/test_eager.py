@@ -144,8 +144,12 @@ def test_which_rows_keep_their_probabilities(tg, length, learns):
     assert ("CausalAttention" in str(y.grad_fn)) == (learns and 128 <= length <= 512)
 
 
-def test_products_of_any_layout_are_right(tg):
-    """Parts of wider matrices and transposed ones, in single precision, as oneDNN takes them."""
+@pytest.mark.parametrize("onednn", [False, True])
+def test_products_of_any_layout_are_right(tg, monkeypatch, onednn):
+    """Parts of wider matrices and transposed ones, in single precision, as oneDNN and MKL take them."""
+    from systems import eager
+
+    monkeypatch.setattr(eager, "by_onednn", lambda: onednn)
     wide, weight, add = (numbers(*shape).float() for shape in ((6, 40), (9, 16), (6, 9)))
     for x in (wide[:, :16], wide[:, 3:19], wide[:, ::2][:, :16], wide[:, :16].mT.contiguous().mT):
         for w in (weight, weight.mT.contiguous().mT, numbers(9, 40).float()[:, 5:21]):
@@ -155,6 +159,8 @@ def test_products_of_any_layout_are_right(tg):
             torch.testing.assert_close(tg.product(x, w, slope=0.5), expected)
     for dy, x in ((wide, add), (add, wide)):
         torch.testing.assert_close(tg.weight_gradient(dy, x), dy.mT @ x)
+        total = torch.ones(dy.size(1), x.size(1))
+        torch.testing.assert_close(tg.weight_gradient(dy, x, total.clone()), total + dy.mT @ x)
 
 
 def pair(tg, **settings):
