@@ -1248,8 +1248,9 @@ class GPT(nn.Module):
             self.parallel_resid_lambdas = nn.Parameter(torch.full((layers, 2), 1.1))
         self.tok_emb = nn.Embedding(cfg.vocab_size, dim)
         if "eager" in backends.kernels:
-            from systems.eager import EagerBlock
+            from systems.eager import EagerBlock, add_skip
 
+            self._add_skip = functools.partial(add_skip, self)
         kind = EagerBlock if "eager" in backends.kernels else Block
         self.blocks = nn.ModuleList(kind(cfg, layer, backends) for layer in range(layers))
         if cfg.tie_embeddings:

@@ -3,7 +3,7 @@
 Torch's own attention computes scores and exponentials again on the way back.
 """
 
-from collections.abc import Iterator
+import functools
 
 import torch
 from torch import Tensor
@@ -21,49 +21,58 @@ class CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, T, H, d], k and v [B, T, G, d] -> [B, T, H, d]."""
-        ctx.scale, ctx.groups, kept = q.size(-1) ** -0.5, k.size(2), []
-        q, k, v = (stacked(x, ctx.groups) for x in (q, k, v))
-        q *= ctx.scale
-        n, share, y = ATTENTION_BLOCK, q.size(1) // k.size(1), torch.empty_like(q)
-        ahead = q.new_full((n, n), -torch.inf).triu_(1).repeat_interleave(share, 0)
-        for rows, first, end in attention_blocks(k.size(1), share):
-            p = q[:, rows] @ k[:, :end].mT
-            p[..., first:] += ahead[: p.size(1), : end - first]
+        groups = k.size(2)
+        y = q.new_empty(*q.shape[:2], groups, q.size(2) // groups, q.size(3))
+        k, v = stacked(k, groups).mul_(q.size(-1) ** -0.5), stacked(v, groups)
+        ahead, kept = future(y.size(3), q.dtype), []
+        for first in range(0, k.size(1), ATTENTION_BLOCK):
+            rows = slice(first, first + ATTENTION_BLOCK)
+            block, seen = stacked(q[:, rows], groups), slice(rows.stop)
+            p = torch.bmm(block, k[:, seen].mT)
+            p[..., first:] += ahead[: p.size(1), : p.size(2) - first]
             torch.softmax(p, -1, out=p)
-            y[:, rows] = p @ v[:, :end]
-            kept.append(p)
-        ctx.save_for_backward(q, k, v, *kept)
-        return unstacked(y, ctx.groups, share)
+            y[:, rows] = unstacked(torch.bmm(p, v[:, seen]), y)
+            kept += [block, p]
+        ctx.save_for_backward(k, v, *kept)
+        return y.flatten(2, 3)
 
     @staticmethod
     def backward(ctx: object, dy: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of queries, keys and values."""
-        q, k, v, *kept = ctx.saved_tensors
-        share, dy = q.size(1) // k.size(1), stacked(dy, ctx.groups)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for p, (rows, _, end) in zip(kept, attention_blocks(k.size(1), share), strict=True):
-            ds = dy[:, rows] @ v[:, :end].mT
+        """Gradients of queries, keys and values; blocks from the last, which sees all keys."""
+        (k, v, *kept), groups = ctx.saved_tensors, len(ctx.saved_tensors[0]) // len(dy)
+        dq, dk, dv = dy.new_empty(*dy.shape[:2], groups, dy.size(2) // groups, dy.size(3)), None, None
+        for first in reversed(range(0, k.size(1), ATTENTION_BLOCK)):
+            p, block, rows = kept.pop(), kept.pop(), slice(first, first + ATTENTION_BLOCK)
+            part, seen = stacked(dy[:, rows], groups), slice(rows.stop)
+            ds = torch.bmm(part, v[:, seen].mT)
             torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
-            dq[:, rows] = ds @ k[:, :end]
-            dk[:, :end] += ds.mT @ q[:, rows]
-            dv[:, :end] += p.mT @ dy[:, rows]
-        dq *= ctx.scale
-        return unstacked(dq, ctx.groups, share), unstacked(dk, ctx.groups, 1), unstacked(dv, ctx.groups, 1)
+            dq[:, rows] = unstacked(torch.bmm(ds, k[:, seen]), dq)
+            for_k, for_v = torch.bmm(ds.mT, block), torch.bmm(p.mT, part)
+            if dk is None:
+                dk, dv = for_k, for_v
+            else:
+                dk[:, seen] += for_k
+                dv[:, seen] += for_v
+        dk *= dy.size(-1) ** -0.5
+        dk, dv = (unstacked(x, dq[:, :, :, :1]).flatten(2, 3) for x in (dk, dv))
+        return dq.flatten(2, 3), dk, dv
+
+
+@functools.cache
+def future(share: int, dtype: torch.dtype) -> Tensor:
+    """What makes keys behind a query impossible in a block [64 share, 64] that begins with the first key."""
+    n = ATTENTION_BLOCK
+    return torch.full((n, n), -torch.inf, dtype=dtype).triu_(1).repeat_interleave(share, 0)
 
 
 def stacked(x: Tensor, groups: int) -> Tensor:
     """x [B, T, heads, d] -> a copy [B G, T heads/G, d]: a matrix for each of G key/value heads."""
-    x = x.unflatten(2, (groups, -1)).transpose(1, 2)
-    return x.clone(memory_format=torch.contiguous_format).flatten(0, 1).flatten(1, 2)
+    batch, length, heads, size = x.shape
+    x = x.reshape(batch, length, groups, -1, size).transpose(1, 2)
+    return x.clone(memory_format=torch.contiguous_format).view(batch * groups, -1, size)
 
 
-def unstacked(x: Tensor, groups: int, share: int) -> Tensor:
-    """x [B G, T share, d] of G groups -> [B, T, G share, d]."""
-    return x.unflatten(1, (-1, share)).unflatten(0, (-1, groups)).transpose(1, 2).flatten(2, 3)
-
-
-def attention_blocks(length: int, share: int) -> Iterator[tuple[slice, int, int]]:
-    """Blocks of positions: their rows, `share` to a position, the first position and that behind the last."""
-    for first in range(0, length, ATTENTION_BLOCK):
-        end = min(length, first + ATTENTION_BLOCK)
-        yield slice(first * share, end * share), first, end
+def unstacked(x: Tensor, like: Tensor) -> Tensor:
+    """x [B G, n H/G, d] -> a view [B, n, G, H/G, d], the dimensions but n as of `like`."""
+    batch, _, groups, *shape = like.shape
+    return x.view(batch, groups, -1, *shape).transpose(1, 2)

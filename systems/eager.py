@@ -8,37 +8,54 @@ gradients that are asked for: test-time training freezes the weights.
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from systems.causal import KEPT_LENGTHS, CausalAttention
+from systems.heads import ExcludeAndGate, NormedHeads, inverse_rms, rotation
 from systems.memory import keep_heap, spare_compiler
-from train_gpt import BatchedLoRA, Block, BlockContext, Segments, SlotAdapters, at_positions, attend_from
+from train_gpt import GPT, BatchedLoRA, Block, BlockContext, Segments, SlotAdapters, at_positions, attend_from
+
+MLP_BLOCK = 512  # tokens: three of its tensors fit into a core's cache
 
 keep_heap()
 spare_compiler()
 
 
+@functools.cache
+def by_onednn() -> bool:
+    """Whether oneDNN's products are the faster ones: on some AMD processors twice, on Intel's MKL's are."""
+    name = torch.cpu.get_capabilities().get("cpu_name", "")
+    return torch.backends.mkldnn.is_available() and "Intel" not in name
+
+
 def product(x: Tensor, weight: Tensor, *, add: Tensor | None = None, slope: float = 1.0) -> Tensor:
     """x [..., i] times weight [o, i] transposed, plus `add` [..., o] or through a leaky ReLU; no gradient."""
-    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if x.dtype == torch.float32 and by_onednn():
         # Of matrices that are neither whole nor wholly transposed oneDNN makes a hundred times the work.
         x, weight = (m if m.is_contiguous() or m.mT.is_contiguous() else m.contiguous() for m in (x, weight))
         linear = torch.ops.mkldnn._linear_pointwise
         if add is not None:
             return linear.binary(x, add, weight, None, "add")
         return linear(x, weight, None, "none" if slope == 1 else "leaky_relu", [slope], "")
+    if add is not None:
+        return torch.addmm(add.flatten(0, -2), x.flatten(0, -2), weight.mT).view(add.shape)
     y = F.linear(x, weight)
-    return F.leaky_relu(y, slope) if add is None else y + add
+    return y if slope == 1 else F.leaky_relu_(y, slope)
 
 
-def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """The sum of outer products dy [..., o] x [..., i] over all positions -> [o, i]."""
-    dy, x = dy.flatten(0, -2).mT, x.flatten(0, -2).mT
-    return product(x, dy).mT if len(dy) > len(x) else product(dy, x)  # the wider one is laid out anew
+def weight_gradient(dy: Tensor, x: Tensor, total: Tensor | None = None) -> Tensor:
+    """The sum of outer products dy [..., o] x [..., i] over all positions -> [o, i], added to `total`."""
+    dy, x = dy.flatten(0, -2), x.flatten(0, -2)
+    if x.dtype != torch.float32 or not by_onednn():
+        return dy.mT @ x if total is None else total.addmm_(dy.mT, x)
+    if dy.size(1) > x.size(1):  # the wider one is laid out anew
+        return weight_gradient(x, dy, None if total is None else total.mT).mT
+    dw = product(dy.mT, x.mT)
+    return dw if total is None else total.add_(dw)
 
 
 class Linear(torch.autograd.Function):
@@ -58,26 +75,40 @@ class Linear(torch.autograd.Function):
         return dx, weight_gradient(dy, x) if for_weight else None, dy if for_add else None
 
 
+def token_blocks(x: Tensor, y: Tensor | None) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    """Streams [..., D] in blocks [MLP_BLOCK or fewer, D]; as many times None for a y that is None."""
+    blocks = x.flatten(0, -2).split(MLP_BLOCK)
+    return blocks, [None] * len(blocks) if y is None else y.flatten(0, -2).split(MLP_BLOCK)
+
+
 class ReluSquaredMLP(torch.autograd.Function):
-    """leaky_relu(x U^T, 0.5)^2 D^T, plus `add`. Kept is the leaky ReLU: it has the sign of its input."""
+    """leaky_relu(x U^T, 0.5)^2 D^T, plus `add`, MLP_BLOCK tokens at a time: what is wide stays in the cache.
+
+    Kept is the leaky ReLU: it has the sign of its input.
+    """
 
     @staticmethod
     def forward(ctx: object, x: Tensor, up: Tensor, down: Tensor, add: Tensor | None) -> Tensor:
         """x [..., D], up [F, D], down [D, F], add [..., D] -> [..., D]."""
-        leaky = product(x, up, slope=0.5)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, up, down, leaky)
-        return product(leaky.square(), down, add=add)
+        kept, parts = [], []
+        for rows, part in zip(*token_blocks(x, add), strict=True):
+            kept.append(product(rows, up, slope=0.5))
+            parts.append(product(kept[-1].square(), down, add=part))
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, up, down, *kept)
+        return torch.cat(parts).view(x.shape)
 
     @staticmethod
     def backward(ctx: object, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The derivative of the square, 2 leaky, has its 2 in the small matrix."""
-        (x, up, down, leaky), needs = ctx.saved_tensors, ctx.needs_input_grad
-        dh = product(dy, (2 * down).mT).mul_(leaky)
-        dh = torch.ops.aten.leaky_relu_backward(dh, leaky, 0.5, False)
-        dx = product(dh, up.mT) if needs[0] else None
-        dup = weight_gradient(dh, x) if needs[1] else None
-        ddown = weight_gradient(dy, leaky.square()) if needs[2] else None
-        return dx, dup, ddown, dy if needs[3] else None
+        (x, up, down, *kept), needs = ctx.saved_tensors, ctx.needs_input_grad
+        double, dx, dup, ddown = (2 * down).mT, [], None, None
+        for part, rows, leaky in zip(*token_blocks(dy, x), kept, strict=True):
+            dh = product(part, double).mul_(leaky)
+            dh = torch.ops.aten.leaky_relu_backward(dh, leaky, 0.5, False)
+            dx.append(product(dh, up.mT) if needs[0] else None)
+            dup = weight_gradient(dh, rows, dup) if needs[1] else None
+            ddown = weight_gradient(part, leaky.square(), ddown) if needs[2] else None
+        return torch.cat(dx).view(dy.shape) if needs[0] else None, dup, ddown, dy if needs[3] else None
 
 
 class WeightedSum(torch.autograd.Function):
@@ -98,14 +129,24 @@ class WeightedSum(torch.autograd.Function):
         grads, needs = [], ctx.needs_input_grad
         for i in range(0, len(needs), 2):
             c, x = ctx.saved_tensors[i : i + 2]
-            grads += [(dy * x).sum_to_size(c.shape) if needs[i] else None, c * dy if needs[i + 1] else None]
+            grads += [factor_gradient(c, dy, x) if needs[i] else None, c * dy if needs[i + 1] else None]
         return tuple(grads)
 
 
-def inverse_rms(x: Tensor) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps) of each vector, x [..., D] -> [..., 1], with the eps of F.rms_norm."""
-    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-    return square.div_(x.size(-1)).add_(torch.finfo(x.dtype).eps).rsqrt_()
+def factor_gradient(c: Tensor, dy: Tensor, x: Tensor) -> Tensor:
+    """The sum of dy x [..., D] over all places where a factor c [D] or [] is the same."""
+    return (dy * x).sum_to_size(c.shape) if c.ndim else torch.dot(dy.flatten(), x.flatten())
+
+
+def add_skip(model: GPT, x: Tensor, skips: list[Tensor], step: int) -> Tensor:
+    """`GPT._add_skip`, in which gate and weight are one factor of the skipped stream [..., D]."""
+    if not skips or step >= len(model.skip_weights):
+        return x
+    weight, skip = model.skip_weights[step], skips.pop()
+    if not model.cfg.skip_gates_enabled:
+        return x + weight * skip
+    gate = torch.sigmoid(model.skip_gates[step])
+    return WeightedSum.apply(gate, x, (1 - gate) * weight, skip)
 
 
 class ScaledNorm(torch.autograd.Function):
@@ -128,99 +169,37 @@ class ScaledNorm(torch.autograd.Function):
         return torch.addcmul(dy, along, y).mul_(factor), None
 
 
-class NormedHeads(torch.autograd.Function):
-    """Heads to unit mean square, times their gain, then rotated; `tables` are of `rotation`.
-
-    Kept is the input, which lies in the product with the values and lives as long as they do.
-    """
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
-        """x [..., heads, d] (of a wider product), gain [heads] -> [..., heads, d]."""
-        factor = inverse_rms(x)
-        ctx.save_for_backward(x, factor, gain, cos, sin)
-        ctx.half = half
-        return rotate(x * (factor * gain[:, None]), cos, sin, half)
-
-    @staticmethod
-    def backward(ctx: object, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Turned back, scaled, and without what lies along the normed head."""
-        x, factor, gain, cos, sin = ctx.saved_tensors
-        turned = rotate(dy, cos, sin, ctx.half, back=True)
-        dots = (turned * x).sum(-1, keepdim=True).mul_(factor)  # with the normed heads
-        dgain = dots.flatten(0, -3).sum(0)[..., 0] if ctx.needs_input_grad[1] else None
-        dx = turned.addcmul_(dots.mul_(factor).div_(-x.size(-1)), x).mul_(factor * gain[:, None])
-        return dx, dgain, None, None, None
-
-
-@functools.lru_cache(maxsize=1)  # all layers of a pass have one rope; tensors are told apart by identity
-def rotation(cos: Tensor, sin: Tensor, heads: int, size: int) -> tuple[Tensor, Tensor, int]:
-    """Factors [..., heads, d] of a head and of its partner, and half the rotation; cos and sin [..., 1, r/2].
-
-    As large as the heads, so that multiplying by them is one pass over memory that lies in one piece.
-    """
-    half = cos.size(-1)
-    rest = cos.new_zeros(1).expand(*cos.shape[:-1], size - 2 * half)
-    cos, sin = torch.cat([cos, cos, rest + 1], -1), torch.cat([sin, -sin, rest], -1)
-    shape = (*cos.shape[:-2], heads, size)
-    return cos.expand(shape).contiguous(), sin.expand(shape).contiguous(), half
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, half: int, back: bool = False) -> Tensor:
-    """x [..., heads, d] turned by the tables of `rotation`, or turned back."""
-    a, b, rest = x.split([half, half, x.size(-1) - 2 * half], -1)
-    partner = torch.cat([b, a, rest], -1)
-    return (x * cos).addcmul_(partner, sin, value=-1 if back else 1)
-
-
-class ExcludeAndGate(torch.autograd.Function):
-    """XSA and the gate: (y - (y v) v / |v|^2) g for each head, v the token's own value."""
-
-    @staticmethod
-    def forward(ctx: object, y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-        """y [..., H, d], v [..., G, d], gate [..., H] -> [..., H, d]."""
-        own, v = v, repeated(v, y)
-        inverse = torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min_(1e-12).square_().reciprocal_()
-        share = (y * v).sum(-1, keepdim=True).mul_(inverse)
-        ctx.save_for_backward(y, own, gate, inverse, share)
-        return torch.addcmul(y, share, v, value=-1).mul_(gate[..., None])
-
-    @staticmethod
-    def backward(ctx: object, dz: Tensor) -> tuple[Tensor | None, ...]:
-        """The projection is symmetric: dy is to dz as z to y."""
-        y, v, gate, inverse, share = ctx.saved_tensors
-        groups, v = v.size(-2), repeated(v, y)
-        along, own = (dz * v).sum(-1, keepdim=True), (dz * y).sum(-1, keepdim=True)
-        dgate = own.addcmul_(share, along, value=-1)[..., 0] if ctx.needs_input_grad[2] else None
-        gate = gate[..., None]
-        along.mul_(inverse)
-        dy = torch.addcmul(dz, along, v, value=-1).mul_(gate)
-        dv = torch.addcmul(along * y, share, dz)
-        dv.addcmul_(share * along, v, value=-2).mul_(gate)
-        return dy, dv.unflatten(-2, (groups, -1)).sum(-2).neg_(), dgate
-
-
-def repeated(v: Tensor, y: Tensor) -> Tensor:
-    """v [..., G, d] -> [..., H, d] for the heads of y [..., H, d]: passes over equal shapes are faster."""
-    return v.repeat_interleave(y.size(-2) // v.size(-2), -2)
-
-
 class Adapted(torch.autograd.Function):
-    """What adapters make of x, added to y."""
+    """What adapters of several roles make of x, added to y: one product each way for all of them."""
 
     @staticmethod
-    def forward(ctx: object, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """y [b, T, o], x [b, T, i], A [b, r, i], B [b, o, r] -> y + x A^T B^T."""
+    def forward(
+        ctx: object, y: Tensor, x: Tensor, scale: Tensor | None, starts: tuple[int, ...], *pairs: Tensor
+    ) -> Tensor:
+        """y [b, T, o], x [b, T, i] -> y + x A^T B^T; A [b, r, i] and B [b, n, r] by turns.
+
+        Each B is for the n outputs from its start on. `scale` [o] goes into B.
+        """
+        As, Bs, rank, ctx.places = pairs[::2], pairs[1::2], pairs[0].size(1), []
+        A, B = torch.cat(As, 1) if len(As) > 1 else As[0], y.new_zeros(len(y), y.size(-1), rank * len(As))
+        for i, (start, factor) in enumerate(zip(starts, Bs, strict=True)):
+            ctx.places.append((slice(start, start + factor.size(1)), slice(i * rank, (i + 1) * rank)))
+            B[:, *ctx.places[-1]] = factor
+        raw, B = B, B if scale is None else B * scale[:, None]
         narrow = x @ A.mT
-        ctx.save_for_backward(x, A, B, narrow)
+        ctx.save_for_backward(x, A, B, narrow, scale, raw if ctx.needs_input_grad[2] else None)
         return torch.baddbmm(y, narrow, B.mT)
 
     @staticmethod
-    def backward(ctx: object, dy: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of all four."""
-        x, A, B, narrow = ctx.saved_tensors
-        dnarrow = dy @ B
-        return dy, dnarrow @ A, dnarrow.mT @ x, dy.mT @ narrow
+    def backward(ctx: object, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of y, x, scale and the factors."""
+        x, A, B, narrow, scale, raw = ctx.saved_tensors
+        dnarrow, dB, dscale = torch.bmm(dy, B), torch.bmm(dy.mT, narrow), None
+        if raw is not None:
+            dscale = (dB * raw).sum((0, 2))
+        dA, dB = torch.bmm(dnarrow.mT, x), dB if scale is None else dB.mul_(scale[:, None])
+        pairs = ((dA[:, columns], dB[:, rows, columns]) for rows, columns in ctx.places)
+        return dy, torch.bmm(dnarrow, A), dscale, None, *itertools.chain.from_iterable(pairs)
 
 
 def adapted(
@@ -228,18 +207,15 @@ def adapted(
 ) -> Tensor:
     """y [b, T, o] plus what the adapters of roles, side by side in y by their widths, make of x.
 
-    Those of all roles are one product each way. `scale` [o] goes into the small factor B.
+    `scale` [o] is a factor of what they make.
     """
-    As, Bs, start = [], [], 0
+    pairs, starts, start = [], [], 0
     for role, width in widths.items():
         if adapt is not None and (pair := adapt.get(role, len(x))) is not None:
-            As.append(pair[0])
-            Bs.append(F.pad(pair[1], (0, 0, start, y.size(-1) - start - width)))
+            pairs += pair
+            starts.append(start)
         start += width
-    if not As:
-        return y
-    A, B = (parts[0] if len(parts) == 1 else torch.cat(parts, dim) for parts, dim in ((As, 1), (Bs, 2)))
-    return Adapted.apply(y, x, A, B if scale is None else B * scale[:, None])
+    return Adapted.apply(y, x, scale, tuple(starts), *pairs) if pairs else y
 
 
 class SoftcappedHead(torch.autograd.Function):
@@ -346,19 +322,20 @@ class EagerBlock(Block):
 
     def _heads(self, n: Tensor, used: Tensor, context: BlockContext) -> tuple[Tensor, ...]:
         """Raw queries [B, n, H d] of the inputs used; queries; of all inputs keys, values [B, T, G, d]."""
-        cfg, gain, groups, rope = self.attn.cfg, self.attn.q_gain, self.attn.cfg.num_kv_heads, context.rope
-        gain = torch.cat([gain, gain.new_ones(groups)])
+        cfg, gain, rope = self.attn.cfg, self.attn.q_gain, context.rope
+        heads, groups, each = cfg.num_heads, cfg.num_kv_heads, (-1, cfg.head_dim)
+        ones = gain.new_ones(groups)
         if used is n:
-            x = self._products(n, context, "qkv").unflatten(-1, (-1, cfg.head_dim))
-            heads, v = x.split([len(gain), groups], -2)
-            normed = NormedHeads.apply(heads, gain, *rotation(*rope, len(gain), cfg.head_dim))
-            q, k = normed.split([cfg.num_heads, groups], -2)
-            return x[..., : cfg.num_heads, :].flatten(-2), q, k, v
-        k, v = self._products(n, context, "kv").unflatten(-1, (-1, cfg.head_dim)).split(groups, -2)
-        k = NormedHeads.apply(k, gain[-groups:], *rotation(*rope, groups, cfg.head_dim))
+            x = self._products(n, context, "qkv")
+            tables = rotation(*rope, heads + groups)
+            gains, sizes = torch.cat([gain, ones]), (heads, groups)
+            parts = NormedHeads.apply(x.unflatten(-1, each), gains, *tables, sizes)
+            return x[..., : heads * cfg.head_dim], *parts
+        x = self._products(n, context, "kv").unflatten(-1, each)
+        k, v = NormedHeads.apply(x, ones, *rotation(*rope, groups), (groups,))
         q_flat = self._products(used, context, "q")
-        tables = rotation(*(table[context.wanted] for table in rope), cfg.num_heads, cfg.head_dim)
-        q = NormedHeads.apply(q_flat.unflatten(-1, (-1, cfg.head_dim)), gain[:-groups], *tables)
+        tables = rotation(*(table[context.wanted] for table in rope), heads)
+        q, _ = NormedHeads.apply(q_flat.unflatten(-1, each), gain, *tables, (heads,))
         return q_flat, q, k, v
 
     def _products(self, n: Tensor, context: BlockContext, roles: str) -> Tensor:

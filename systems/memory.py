@@ -9,7 +9,7 @@ from torch import Tensor
 from train_gpt import GPT, BatchedLoRA
 
 TRIM_THRESHOLD, MMAP_MAX, HUGE_PAGES = -1, -4, 14  # of mallopt, and advice of madvise
-TOKENS = 1024  # whose activations test-time training holds at a time
+TOKENS = 2048  # whose activations test-time training holds at a time
 HEAP, PAGE = 4 << 30, 2 << 20  # bytes: more than such a run needs, of addresses alone; a huge page
 
 

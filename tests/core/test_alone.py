@@ -42,7 +42,7 @@ REPLACED = {
     ("ATTENTION_BACKEND", "torch_varlen"): "varlen",
 }
 UNASKED = {"attention_kernels", "compiled", "prefetch", "eager", "memory"}  # used if there; two on a CPU
-TAKEN_ALONG = {"console", "early", "layout", "causal"}  # by harness/, data preparation, systems/eager.py
+TAKEN_ALONG = {"console", "early", "layout", "causal", "heads"}  # by harness/, data preparation, eager.py
 NO_MATTER = {  # read in harness/ alone, and without effect on what a script alone does
     "RESUME": "nothing is kept from which it could go on",
     "ALLOW_UNVERIFIED_DATA": "no manifest is read",

@@ -35,9 +35,9 @@ def leaves(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 
 def heads(tg, x, gain, back=False):
-    """Norm, gain and rotation of three heads of six dimensions, four of them turned."""
+    """Norm, gain and rotation of three of four heads of six dimensions, four of them turned."""
     angles = numbers(5, 1, 2, seed=9)
-    return tg.NormedHeads.apply(x, gain, *tg.rotation(angles.cos(), angles.sin(), 3, 6))
+    return tg.NormedHeads.apply(x, gain, *tg.rotation(angles.cos(), angles.sin(), 3), (2, 1))
 
 
 FUNCTIONS = {  # what is differentiated, and the shapes of its inputs
@@ -52,7 +52,7 @@ FUNCTIONS = {  # what is differentiated, and the shapes of its inputs
     ),
     "WeightedSum": (lambda tg, *inputs: tg.WeightedSum.apply(*inputs), (4,), (2, 3, 4), (), (2, 3, 4)),
     "ScaledNorm": (lambda tg, x: tg.ScaledNorm.apply(x, 0.7), (2, 3, 4)),
-    "NormedHeads": (heads, (2, 5, 3, 6), (3,)),
+    "NormedHeads": (heads, (2, 5, 4, 6), (3,)),
     "ExcludeAndGate": (
         lambda tg, *inputs: tg.ExcludeAndGate.apply(*inputs),
         (2, 3, 4, 5),
@@ -65,7 +65,23 @@ FUNCTIONS = {  # what is differentiated, and the shapes of its inputs
         (2, 5, 2, 3),
         (2, 5, 2, 3),
     ),
-    "Adapted": (lambda tg, *inputs: tg.Adapted.apply(*inputs), (2, 3, 5), (2, 3, 4), (2, 2, 4), (2, 5, 2)),
+    "Adapted": (
+        lambda tg, y, x, *pair: tg.Adapted.apply(y, x, None, (0,), *pair),
+        (2, 3, 5),
+        (2, 3, 4),
+        (2, 2, 4),
+        (2, 5, 2),
+    ),
+    "Adapted, two roles": (
+        lambda tg, y, x, scale, *pairs: tg.Adapted.apply(y, x, scale, (1, 4), *pairs),
+        (2, 3, 6),
+        (2, 3, 4),
+        (6,),
+        (2, 2, 4),
+        (2, 3, 2),
+        (2, 2, 4),
+        (2, 2, 2),
+    ),
     "SoftcappedHead": (
         lambda tg, h, w: tg.SoftcappedHead.apply(h, w, torch.tensor([[0, 6, 3]] * 2), 3.0, None, None),
         (2, 3, 4),
@@ -128,8 +144,12 @@ def test_which_rows_keep_their_probabilities(tg, length, learns):
     assert ("CausalAttention" in str(y.grad_fn)) == (learns and 128 <= length <= 512)
 
 
-def test_products_of_any_layout_are_right(tg):
-    """Parts of wider matrices and transposed ones, in single precision, as oneDNN takes them."""
+@pytest.mark.parametrize("onednn", [False, True])
+def test_products_of_any_layout_are_right(tg, monkeypatch, onednn):
+    """Parts of wider matrices and transposed ones, in single precision, as oneDNN and MKL take them."""
+    from systems import eager
+
+    monkeypatch.setattr(eager, "by_onednn", lambda: onednn)
     wide, weight, add = (numbers(*shape).float() for shape in ((6, 40), (9, 16), (6, 9)))
     for x in (wide[:, :16], wide[:, 3:19], wide[:, ::2][:, :16], wide[:, :16].mT.contiguous().mT):
         for w in (weight, weight.mT.contiguous().mT, numbers(9, 40).float()[:, 5:21]):
@@ -139,6 +159,8 @@ def test_products_of_any_layout_are_right(tg):
             torch.testing.assert_close(tg.product(x, w, slope=0.5), expected)
     for dy, x in ((wide, add), (add, wide)):
         torch.testing.assert_close(tg.weight_gradient(dy, x), dy.mT @ x)
+        total = torch.ones(dy.size(1), x.size(1))
+        torch.testing.assert_close(tg.weight_gradient(dy, x, total.clone()), total + dy.mT @ x)
 
 
 def pair(tg, **settings):
