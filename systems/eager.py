@@ -28,7 +28,8 @@ spare_compiler()
 @functools.cache
 def by_onednn() -> bool:
     """Whether oneDNN's products are the faster ones: on some AMD processors twice, on Intel's MKL's are."""
-    name = torch.cpu.get_capabilities().get("cpu_name", "")
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions do not tell
+    name = capabilities.get("cpu_name", "")
     return torch.backends.mkldnn.is_available() and "Intel" not in name
 
 
