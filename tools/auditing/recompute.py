@@ -433,7 +433,7 @@ def _inputs(audit: Audit) -> str:
 
 def child(text: str) -> None:
     """Another process's part: repeat the adaptation, print the losses as JSON."""
-    atexit.register(gc.freeze)  # else Python looks for garbage in all of torch when it ends: 0.9 s
+    atexit.register(gc.freeze)  # else Python looks for garbage in all of torch when it ends: 0.5 s
     told = json.loads(text)
     audit = Audit(Path(told["folder"]), data=Path(told["data"]), **told["options"])
     with contextlib.closing(audit):
