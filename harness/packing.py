@@ -6,9 +6,10 @@ All other settings are constants of it, so a variable that names one of them cha
 """
 
 import ast
+import contextlib
 import gc
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from unittest import mock
 
@@ -45,6 +46,19 @@ def packed_script(
     return wrap(text.encode(), cfg), minified
 
 
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Trees are all cycles and no garbage: to look for some would be a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@uncollected()
 def folded_source(
     cfg: Config, backends: Backends, house: Mapping[str, bytes], on_gpu: bool = False
 ) -> tuple[str, bool]:
@@ -52,15 +66,12 @@ def folded_source(
     return minify(folded_tree(cfg, backends, house, on_gpu))
 
 
+@uncollected()
 def folded_tree(cfg: Config, backends: Backends, house: Mapping[str, bytes], on_gpu: bool) -> ast.Module:
     """The folded script with short names."""
     parts = {name.removesuffix(".py").replace("/", "."): data for name, data in house.items()}
     facts, config = facts_of(cfg, backends, on_gpu), run_time_config(run_time_settings(cfg, on_gpu))
-    gc.disable()  # a tree is all cycles and no garbage: a third of the time
-    try:
-        return rename(fold(parts.pop("train_gpt"), parts, facts, config))
-    finally:
-        gc.enable()
+    return rename(fold(parts.pop("train_gpt"), parts, facts, config))
 
 
 def wrap(source: bytes, cfg: Config) -> bytes:

@@ -1,5 +1,7 @@
 """Shared fixtures: the script loaded by path, golden vectors, published tokenizers, tiny configurations."""
 
+import atexit
+import gc
 import importlib.util
 import os
 import sys
@@ -11,15 +13,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CONSOLE"] = "log"  # what runs print is read here, in the form that is kept for programs
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
-from golden_tools import outside_folder, read_golden  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 # An example may take as long as it does: on a busy machine any of them takes longer than hypothesis allows.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 ROOT = Path(__file__).resolve().parents[1]
 SHARES_RUNS = {
     "test_alone", "test_audit", "test_cheats", "test_errors", "test_golden_train30", "test_hopper",
@@ -27,14 +25,27 @@ SHARES_RUNS = {
     "test_resume", "test_smoke", "test_tampering", "test_tilt_audit", "test_two_ranks",
 }  # fmt: skip
 sys.path.insert(0, str(ROOT))
-if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    from bench import interpreter
 
-    interpreter.mend()
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Load torch where tests run: not in the process that hands them out, for which all others wait."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
+
+    atexit.register(gc.freeze)  # else Python looks for garbage in all of torch when it ends: 0.5 s
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from bench import interpreter
+
+        interpreter.mend()
 
 
 def _outside_folder(variable: str, default: str) -> Path:
     """Folder named by an environment variable; tests that need it skip without it, but never in CI."""
+    from golden_tools import outside_folder
+
     folder = outside_folder(variable, default)
     if not folder.is_dir():
         message = f"{variable}={folder} is not a folder"
@@ -59,7 +70,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 def forget_graphs() -> None:
     """Each test compiles for itself: torch allows a function only so many graphs in a process."""
     if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+        sys.modules["torch"].compiler.reset()
 
 
 @pytest.fixture(scope="session")
@@ -77,12 +88,15 @@ def tokenizer_dir() -> Path:
 @pytest.fixture(scope="session")
 def golden_file(golden_dir):
     """Function: path below the golden folder -> parsed JSON, or {name: torch tensor}."""
+    from golden_tools import read_golden
+
     return lambda path: read_golden(golden_dir, path)
 
 
 @pytest.fixture(scope="session")
 def tg():
     """The house: everything of `train_gpt.py`, harness/ and systems/ by name."""
+    import torch
     from house import House
 
     torch.set_num_threads(1)  # the vectors were made on one thread; tests run beside each other
@@ -102,6 +116,8 @@ def quick_packing(tg):
 @pytest.fixture
 def float64(monkeypatch):
     """AdamW's first steps have the size of the rate whatever the gradient's: rounding decides some signs."""
+    import torch
+
     torch.set_default_dtype(torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     yield

@@ -287,7 +287,9 @@ def test_size(tg, house, preset, on_gpu, limit):
 
 
 REPEATED = """
+import atexit, gc
 import train_gpt
+atexit.register(gc.freeze)
 from harness import packing, settings
 cfg, backends = settings.read_settings({"PRESET": "demo"}), train_gpt.Backends("plain", "eager", "", 2)
 print(packing.packed_script(cfg, backends, train_gpt.read_sources())[0].hex())
@@ -411,6 +413,7 @@ def test_the_counted_script_gives_the_digits_alone(tg, data_folders, tmp_path, c
     """
     preset = variant if variant in PRESETS else "demo"
     settings = {"PRESET": preset, "AUDIT": 0, "TTT_CHUNK_TOKENS": 128, "EVAL_STRIDE": 16, "TTT_LORA_ALPHA": 2}
+    settings |= {"TTT_CHUNK_SIZE": 32, "GLOBAL_TTT_CHUNK_TOKENS": 256}  # still several of them in a document
     data = data_folders[tg.read_settings({"PRESET": preset}).caseops_enabled]
     whole, folder = tmp_path / "whole", tmp_path / "alone"
     settings |= {"DATA_PATH": data, "ARTIFACT_DIR": whole, "RUN_ID": "r"} | VARIANTS.get(variant, {})
