@@ -328,7 +328,7 @@ def _enter(make: Callable[[], Callable[[Any], Any]], parent: int, places: int) -
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _Process.work = _Process.work or make()
-    _Process.memory = _Process.memory or [memoryview(b"")] * places
+    _Process.memory = _Process.memory or [memoryview(bytearray())] * places
 
 
 def _end_with(parent: int) -> None:
@@ -345,7 +345,7 @@ def _work(place: int, *packed: Any) -> Any:
 def _shared_memory() -> memoryview:
     """Bytes that processes which are forked share; none where they are not."""
     forked = multiprocessing.get_start_method() == "fork"
-    return memoryview(mmap.mmap(-1, PLACE_BYTES) if forked else b"")
+    return memoryview(mmap.mmap(-1, PLACE_BYTES) if forked else bytearray())
 
 
 def _packed(value: Any, memory: memoryview) -> tuple[bytes, list[int]]:

@@ -2,11 +2,14 @@
 
 import functools
 import io
+import multiprocessing
+import operator
 import os
 import pickle
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +53,18 @@ def test_data_crew_is_this_process_and_others(monkeypatch, place):
         assert all(
             np.array_equal(values, 2 * item) for (_, (_, values)), item in zip(found, items, strict=True)
         )
-        processes = {process for _, (process, _) in found}
+        processes = {own for _, (own, _) in found}
         assert os.getpid() in processes and min(workers, 2) <= len(processes) <= workers
+
+
+def test_data_crew_where_processes_are_not_forked(monkeypatch):
+    """They share no memory then, and make their own worker."""
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
+    spawning = functools.partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))
+    monkeypatch.setattr(crews, "ProcessPoolExecutor", spawning)
+    items = [(np.arange(n), n) for n in range(20)]
+    found = told(items, functools.partial(operator.itemgetter, 0), 2)
+    assert [(number, values.tolist()) for number, values in found] == [(n, [*range(n)]) for n in range(20)]
 
 
 def waiting(folder: Path) -> Callable[[int], int]:
