@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from dataprep import crew as crews
-from dataprep import words
 from dataprep import progress as progress_bar
+from dataprep import words
 from dataprep.crew import AHEAD, Crew
 from dataprep.leaks import document_hashes
 from dataprep.reading import Block, Document
