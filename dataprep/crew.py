@@ -1,11 +1,15 @@
 """Work in one process or several: the same results in the same order. What is done to blocks of documents."""
 
+import itertools
+import mmap
+import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +28,8 @@ SAMPLED_FIRST, SAMPLED_EVERY = (
     1000,
 )  # documents that SentencePiece tokenises too
 EXAMPLES = 20  # near duplicates and bad documents named in the manifest
+AHEAD = 6  # items for each other process, enough while this one writes a shard; it does what is more
+PLACE_BYTES = 4 << 20  # of each of these, an item of more goes through a pipe
 Tag = TypeVar("Tag")
 
 
@@ -210,18 +216,29 @@ def _lengths(parts: list[np.ndarray]) -> np.ndarray:
     return np.array([len(part) for part in parts], np.int64)
 
 
+class _Given(NamedTuple):
+    """An item that is worked on, or done: in which memory (-1: in this process), and what becomes of it."""
+
+    tag: Any
+    item: Any
+    place: int
+    future: Future
+
+
 class Crew:
-    """`workers` processes that each apply a worker of their own to items; one is this process itself."""
+    """`workers` processes that each apply a worker of their own to items; this process is one of them."""
 
     def __init__(self, make: Callable[[], Callable[[Any], Any]], workers: int) -> None:
         """`make` gives the worker, a pure function of an item; it and the items must be picklable.
 
         The worker is made here. Processes that are forked have it from there, others make it again.
         """
-        self._workers = workers
+        places = range(AHEAD * (workers - 1))
+        self._free = [*places]
         _Process.work = self._work = make()
-        enter = {"initializer": _enter, "initargs": (make, os.getpid())}
-        self._pool = ProcessPoolExecutor(workers, **enter) if workers > 1 else None
+        _Process.memory = self._memory = [_shared_memory() for _ in places]
+        enter = {"initializer": _enter, "initargs": (make, os.getpid(), len(places))}
+        self._pool = ProcessPoolExecutor(workers - 1, **enter) if places else None
 
     def __enter__(self) -> "Crew":
         return self
@@ -229,12 +246,15 @@ class Crew:
     def __exit__(self, *exception: object) -> None:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
-        _Process.work = None
+        _Process.work, _Process.memory = None, []
 
     def map(
         self, items: Iterable[tuple[Tag, Any]], size: Callable[[Any], int] = lambda item: 0
     ) -> Iterator[tuple[Tag, Any]]:
         """Result of each item with its tag, in order; reads ahead no further than the processes need.
+
+        An item is done in this process while the others have enough that waits for them, and in the end what
+        they have not begun.
 
         Args:
             size: bytes of an item, of which BYTES_IN_FLIGHT may wait.
@@ -245,36 +265,70 @@ class Crew:
         if not self._pool:
             yield from ((tag, self._work(item)) for tag, item in items)
             return
-        waiting: deque[tuple[Tag, int, Future]] = deque()
+        waiting: deque[_Given] = deque()
         in_flight = 0
         try:
             for tag, item in items:
                 own = size(item)
-                while waiting and (len(waiting) > 2 * self._workers or in_flight + own > BYTES_IN_FLIGHT):
-                    done, its, future = waiting.popleft()
-                    in_flight -= its
-                    yield done, future.result()
-                waiting.append((tag, own, self._pool.submit(_work, item)))
+                while waiting and (waiting[0].future.done() or in_flight + own > BYTES_IN_FLIGHT):
+                    in_flight -= size(waiting[0].item)
+                    yield self._taken(waiting.popleft())
+                waiting.append(self._given(tag, item))
                 in_flight += own
                 del item
             while waiting:
-                done, _, future = waiting.popleft()
-                yield done, future.result()
+                if waiting[0].future.done() or not self._take_back(waiting):
+                    yield self._taken(waiting.popleft())
         except BrokenProcessPool:
             raise DataError("a worker process was killed (out of memory? try fewer --workers)") from None
 
+    def _given(self, tag: Any, item: Any) -> _Given:
+        """Give an item to another process, or do it here."""
+        if not self._free:
+            return self._done(tag, item)
+        place = self._free.pop()
+        return _Given(tag, item, place, self._pool.submit(_work, place, *_packed(item, self._memory[place])))
+
+    def _done(self, tag: Any, item: Any) -> _Given:
+        """Do an item here; what that raises is told in its turn, as that of another process."""
+        future: Future = Future()
+        try:
+            future.set_result(self._work(item))
+        except Exception as error:
+            future.set_exception(error)
+        return _Given(tag, item, -1, future)
+
+    def _take_back(self, waiting: deque[_Given]) -> bool:
+        """Do here the last item that no process has begun, if there is one."""
+        for number in reversed(range(len(waiting))):
+            if waiting[number].future.cancel():
+                self._free.append(waiting[number].place)
+                waiting[number] = self._done(*waiting[number][:2])
+                return True
+        return False
+
+    def _taken(self, given: _Given) -> tuple[Any, Any]:
+        """Tag and result, once it is there."""
+        result = given.future.result()
+        if given.place >= 0:
+            self._free.append(given.place)
+            result = _unpacked(*result, self._memory[given.place])
+        return given.tag, result
+
 
 class _Process:
-    """The worker of this process, where it is one of a crew."""
+    """The worker of this process, where it is one of a crew, and the memory that its items are in."""
 
     work: Callable[[Any], Any] | None = None
+    memory: Sequence[memoryview] = []
 
 
-def _enter(make: Callable[[], Callable[[Any], Any]], parent: int) -> None:
+def _enter(make: Callable[[], Callable[[Any], Any]], parent: int, places: int) -> None:
     """First thing in a process: Ctrl-C is the parent's to handle, without a parent there is nothing to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _Process.work = _Process.work or make()
+    _Process.memory = _Process.memory or [memoryview(bytearray())] * places
 
 
 def _end_with(parent: int) -> None:
@@ -283,5 +337,30 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _work(item: Any) -> Any:
-    return _Process.work(item)
+def _work(place: int, *packed: Any) -> Any:
+    memory = _Process.memory[place]
+    return _packed(_Process.work(_unpacked(*packed, memory)), memory)
+
+
+def _shared_memory() -> memoryview:
+    """Bytes that processes which are forked share; none where they are not."""
+    forked = multiprocessing.get_start_method() == "fork"
+    return memoryview(mmap.mmap(-1, PLACE_BYTES) if forked else bytearray())
+
+
+def _packed(value: Any, memory: memoryview) -> tuple[bytes, list[int]]:
+    """A value pickled, and the ends of its buffers, which lie in the memory if they fit: a pipe is slow."""
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(value, 5, buffer_callback=buffers.append)
+    raw = [buffer.raw() for buffer in buffers]
+    ends = [*itertools.accumulate(map(len, raw))]
+    if not ends or ends[-1] > len(memory):
+        return pickle.dumps(value, 5), []
+    for part, end in zip(raw, ends, strict=True):
+        memory[end - len(part) : end] = part
+    return head, ends
+
+
+def _unpacked(head: bytes, ends: list[int], memory: memoryview) -> Any:
+    """What was packed; the memory is free then."""
+    return pickle.loads(head, buffers=[bytes(memory[a:b]) for a, b in itertools.pairwise([0, *ends])])

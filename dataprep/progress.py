@@ -3,8 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
-
-from tqdm import tqdm
+from typing import Any
 
 
 class Progress:
@@ -13,7 +12,11 @@ class Progress:
     def __init__(self, total: int = 0, position: Callable[[], int] | None = None) -> None:
         """`total` bytes of input, 0 where it is not known, and how many are read, by default all done."""
         self._total, self._position = total, position or (lambda: self._bytes)
-        self._bar = tqdm(total=total or None, unit="B", unit_scale=True, disable=None)
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm  # imported where it is used: that takes a tenth of a start
+
+            self._bar = tqdm(total=total or None, unit="B", unit_scale=True)
         self._start = self._said = time.monotonic()
         self._bytes = 0
 
@@ -23,7 +26,7 @@ class Progress:
         now = time.monotonic()
         rate = self._bytes / 1e6 / max(now - self._start, 1e-9)
         position = self._position()
-        if not self._bar.disable:
+        if self._bar is not None:
             self._bar.set_postfix_str(f"documents={documents} MB/s={rate:.1f}", refresh=False)
             self._bar.update(position - self._bar.n)
         elif now - self._said >= 60:
@@ -36,8 +39,12 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A remark that does not disturb the bar."""
-        tqdm.write(text, file=sys.stdout)
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            print(text)
 
     def close(self) -> None:
         """Leave the bar as it is."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()

@@ -1,9 +1,11 @@
 """Documents from files, JSONL (plain, .xz, .gz, .zst, standard input) and Parquet, in blocks."""
 
 import hashlib
+import itertools
 import json
 import lzma
 import os
+import pickle
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -129,6 +131,14 @@ class Block(NamedTuple):
         for line in self.lines:
             digest.update(line if isinstance(line, bytes) else line.utf8 + b"\n")
 
+    def __reduce__(self) -> tuple:
+        """Another process gets lines in one buffer: so many objects take longer to pickle."""
+        if not all(isinstance(line, bytes) for line in self.lines):
+            return Block, tuple(self)
+        sizes = [*map(len, self.lines)]
+        joined = pickle.PickleBuffer(b"".join(self.lines))
+        return _with_lines, (self.name, self.first_line, sizes, joined, self.before)
+
     def split(self, documents: int) -> tuple["Block", "Block"]:
         """The first `documents` documents, and the rest."""
         number = 0
@@ -139,6 +149,11 @@ class Block(NamedTuple):
             number += 1
         rest = self._replace(first_line=self.first_line + number, lines=self.lines[number:])
         return self._replace(lines=self.lines[:number]), rest
+
+
+def _with_lines(name: str, first_line: int, sizes: list[int], joined: bytes, before: int) -> Block:
+    ends = itertools.accumulate(sizes, initial=0)
+    return Block(name, first_line, [joined[a:b] for a, b in itertools.pairwise(ends)], before)
 
 
 class Parsed(NamedTuple):

@@ -121,4 +121,5 @@ def joined(scans: Iterable[Scan]) -> Scan:
 
 def validation_hashes(folder: Path) -> np.ndarray:
     """Hashes of the validation documents in a folder, each once, ascending, (n,) uint64."""
-    return np.unique(joined(scan_shard(path).scan for path in shard_paths(folder, "val")).hashes)
+    tokens = np.concatenate([read_shard(path) for path in shard_paths(folder, "val")])
+    return np.unique(document_hashes(tokens, np.flatnonzero(tokens == BOS_ID)))

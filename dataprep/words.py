@@ -4,10 +4,12 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +21,8 @@ KEPT = 1 << 18  # words whose tokens are remembered, in 64 bytes each; a power o
 SYMBOL_BITS = 17  # as in words.c
 _BETWEEN = b"\xff"  # a byte that no UTF-8 text holds
 _PADDING = 32  # bytes, and tokens, behind the last that functions may read or write
+_LARGE_PAGE = 2 << 20  # bytes
+_WIPE_ON_FORK = 18  # MADV_WIPEONFORK of Linux, which Python does not name
 _COMPILERS = "cc", "gcc", "clang"
 
 
@@ -156,6 +160,14 @@ class Model:
 
 
 def _lines(count: int) -> np.ndarray:
-    """So many lines of 64 zero bytes, as the processor's cache holds them: none lies across two."""
-    memory = np.zeros(64 * (count + 1), np.uint8)
-    return memory[-memory.ctypes.data % 64 :][: 64 * count]
+    """So many lines of 64 zero bytes, as the processor's cache holds them: none lies across two.
+
+    They are in large pages where there are such, since each word is looked for in another page. A process
+    that is forked begins with zeros of its own: copies would be of small pages, in both processes.
+    """
+    memory = mmap.mmap(-1, 64 * count + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for advice in (mmap.MADV_HUGEPAGE, _WIPE_ON_FORK) if sys.platform == "linux" else ():
+        with contextlib.suppress(OSError):  # the kernel may know none
+            memory.madvise(advice)
+    lines = np.frombuffer(memory, np.uint8)
+    return lines[-lines.ctypes.data % _LARGE_PAGE :][: 64 * count]
