@@ -64,7 +64,10 @@ KEPT = {  # what became of the ideas that were measured (logs/study/)
     **dict.fromkeys(("slope 0.3", "gated XSA", "MUDD"), "removed"),
     **dict.fromkeys(("tail blend", "tail blend with the embedding"), "removed"),
     **dict.fromkeys(("finer loops", "AWQ-lite"), "removed"),
-    **dict.fromkeys(("no LoRA on Q and V", "chunks by length"), "a setting, off"),
+    **dict.fromkeys(("no LoRA on Q and V", "chunks by length", "beta2 0.997", "softcap 20"), "a setting, off"),
+    **dict.fromkeys(("scalars' beta2 0.997", "embedding's beta2 0.997"), "removed"),
+    **dict.fromkeys(("AsymLogit that trains", "AsymLogit that trains, rate 0.25"), "removed"),
+    **dict.fromkeys(("progressive context", "progressive context, no re-warm-up"), "removed"),
     **dict.fromkeys(("one momentum, 0.94", "two momenta, 0.94", "four momenta, 0.94"), "removed"),
 }
 GROUPS = {"noise": NOISE, "training": TRAINING, "storing": STORING, "adapting": ADAPTING, "parts": PARTS}
