@@ -28,6 +28,8 @@ TRAINING = (  # what past systems of the lineage and of its neighbours do otherw
     _arm("fused markers", "", "PR #2109", data="fused"),
     _arm("four momenta", "MUON_MAXWELL=1", "modded-nanogpt #357"),
     _arm("hyperparameters of pr1855", "WARMDOWN_FRAC=0.85 BETA2=0.99", "PR #1855"),
+    _arm("beta2 0.997", "BETA2=0.997", "BETA2=0.997"),
+    _arm("softcap 20", "LOGIT_SOFTCAP=20", "LOGIT_SOFTCAP=20"),
     _arm("rate 0.028", "MATRIX_LR=0.028", "PR #1925"),
     _arm("query gain 5.25", "QK_GAIN_INIT=5.25", "PR #1953"),
     _arm("decay that tapers", "WD_TAPER_FINAL_MULT=0.5", "PR #1729"),
