@@ -98,11 +98,18 @@ def scan_shard(path: Path, near: NearIndex | None = None) -> ShardScan:
     With an index of validation documents, what a training shard has of them: there a document that runs on
     into the next shard is looked at as two.
     """
-    scan, shard = Scan(), read_shard(path)
-    for start in range(0, 0 if is_sidecar(path) else len(shard), CHUNK_TOKENS):
-        scan.add(np.array(shard[start : start + CHUNK_TOKENS]))
+    shard = read_shard(path)
+    scan = Scan() if is_sidecar(path) else scan_tokens(shard)
     overlap = near.overlap(shard) if near and path.name.startswith("fineweb_train_") else Overlap(0, set())
     return ShardScan(file_sha256(path), scan, overlap)
+
+
+def scan_tokens(shard: np.ndarray) -> Scan:
+    """The scan of a shard's tokens, (T,) uint16, a part at a time: hashing takes several bytes for each."""
+    scan = Scan()
+    for start in range(0, len(shard), CHUNK_TOKENS):
+        scan.add(np.array(shard[start : start + CHUNK_TOKENS]))
+    return scan
 
 
 def is_sidecar(path: Path) -> bool:
@@ -121,5 +128,5 @@ def joined(scans: Iterable[Scan]) -> Scan:
 
 def validation_hashes(folder: Path) -> np.ndarray:
     """Hashes of the validation documents in a folder, each once, ascending, (n,) uint64."""
-    tokens = np.concatenate([read_shard(path) for path in shard_paths(folder, "val")])
-    return np.unique(document_hashes(tokens, np.flatnonzero(tokens == BOS_ID)))
+    scans = (scan_tokens(read_shard(path)) for path in shard_paths(folder, "val"))
+    return np.unique(joined(scans).hashes)
