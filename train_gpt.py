@@ -168,6 +168,7 @@ class Config:
     sparse_attn_gate_scale: Real = 1.0  # factor inside that gate's sigmoid
     attn_out_gate_enabled: bool = False  # the older gate, 2 sigmoid (PR #1667)
     attn_out_gate_src: Literal["proj", "q"] = "proj"  # what it reads: block input or raw queries
+    mudd_width: Whole = 0  # hidden width by which the last layers and the head read earlier streams; 0: off
     gated_attn_enabled: bool = False  # dense gate that reads all of MODEL_DIM
 
     # Initial values
@@ -1260,6 +1261,10 @@ class GPT(nn.Module):
         if cfg.smear_gate_enabled:
             self.smear_lambda = nn.Parameter(torch.zeros(1))
             self.smear_gate = _zero_linear(cfg.gate_window, 1)
+        if cfg.mudd_width:
+            from systems.mudd import Mudd
+
+            self.mudd = Mudd(cfg)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Ids [B, T] -> normed embedding [B, T, D]; SmearGate adds a gated share of the previous token's."""
@@ -1303,28 +1308,31 @@ class GPT(nn.Module):
         x = x0 = self.embed(input_ids)[:, first > 0 :]
         rope = rope_tables(cfg, x.size(1), x.device, first)
         encoder, decoder = layer_order(cfg, looping)
-        weights, skips, lanes = self.weights(), [], None
+        weights, skips, lanes, given = self.weights(), [], None, {}
         for slot, layer in enumerate(encoder + decoder):
             block, step = self.blocks[layer], slot - len(encoder)
             adapt = None if lora is None else lora.at(slot)
             used = wanted if step == len(decoder) - 1 else None
             past = cache and cache.at(slot)
             context = BlockContext(x0, weights[layer], rope, segments, adapt, on_input, used, past)
-            parallel = 0 < cfg.parallel_start_layer <= layer
+            parallel = 0 < cfg.parallel_start_layer <= layer and step >= 0
+            splits = parallel and cfg.parallel_style == "lanes"
+            if cfg.mudd_width:
+                x, lanes = self.mudd(layer, splits, given, x, lanes)
             if step < 0:
                 x = block.serial(x, context)
                 skips.append(x)
-            elif parallel and cfg.parallel_style == "lanes":
+            elif splits:
                 a, m = lanes or (x, x)
                 lambdas = self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer]
                 lanes = block.lanes(self._add_skip(a, skips, step), m, context, *lambdas)
-            elif parallel and cfg.parallel_style == "single":
-                x = block.single(self._add_skip(x, skips, step), context)
             else:
-                x = block.serial(self._add_skip(x, skips, step), context)
+                x = (block.single if parallel else block.serial)(self._add_skip(x, skips, step), context)
         if lanes is not None:
             mean = cfg.parallel_final_lane == "mean"
             x = (lanes[0] + lanes[1]) / 2 if mean else lanes[cfg.parallel_final_lane == "mlp"]
+        if cfg.mudd_width:
+            x, _ = self.mudd(cfg.num_layers, False, given, x, None, wanted)
         h = rms_norm(x)
         if on_input is not None:
             on_input("tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight", h)
@@ -2568,8 +2576,6 @@ ChunkWindow = namedtuple("ChunkWindow", "start length offset targets")
 
 def select_documents(documents: Sequence[Span], fraction: float, seed: int) -> list[Span]:
     """A random sample of the documents, in their order; all of them for fraction 1."""
-    if fraction >= 1:
-        return list(documents)
     count = max(1, round(len(documents) * fraction))
     return [documents[i] for i in sorted(random.Random(seed).sample(range(len(documents)), count))]
 
@@ -2588,8 +2594,7 @@ def ttt_batches(documents: Sequence[Document], cfg: Config, first: int = 0) -> l
 
 def phase_boundaries(prefix_docs: int, num_phases: int, num_docs: int) -> list[int]:
     """Numbers of scored documents at which the base weights are trained; an empty phase is none."""
-    prefix = min(prefix_docs, num_docs)
-    return [count for i in range(num_phases) if (count := prefix * (i + 1) // num_phases)]
+    return [n for i in range(num_phases) if (n := min(prefix_docs, num_docs) * (i + 1) // num_phases)]
 
 
 def chunk_window(chunk: int, targets: int, size: int, max_window: int, uncached: int = 0) -> ChunkWindow:
@@ -3203,10 +3208,8 @@ class Run:
             from systems.stream import score_stream
         if cfg.sliding_window_enabled:
             self.once("sliding", lambda: score_stream(self, "sliding"))
-        if cfg.ttt_enabled and cfg.ttt_sgd:
-            self.once("ttt", lambda: score_stream(self, "ttt"))
-        if cfg.ttt_enabled and not cfg.ttt_sgd:
-            self.once("ttt", self.adapt_documents)
+        if cfg.ttt_enabled:
+            self.once("ttt", lambda: score_stream(self, "ttt") if cfg.ttt_sgd else self.adapt_documents())
         return self.finish()
 
 
@@ -3214,7 +3217,7 @@ def check_systems(cfg: Config) -> None:
     """Raise ConfigError where a setting asks for a part of systems/ that does not stand beside the script."""
     parts = "plain_windows:stream sliding_window_enabled:stream ttt_sgd:stream fit_bytes:fit_bytes"
     parts += " gptq_drift_batches:drift ttt_cache_window:cache ttt_chunk_by_length:chunks ngram_tilt:tilt"
-    parts += " muon_maxwell:maxwell caseops_enabled:plain_text quantizer:trellis"
+    parts += " muon_maxwell:maxwell mudd_width:mudd caseops_enabled:plain_text quantizer:trellis"
     pairs = (pair.split(":") for pair in parts.split())
     needed = {name: part for name, part in pairs if getattr(cfg, name) != getattr(Config, name)}
     chosen = {"ans": "ans", "fa3": "fa3", "fa4": "fa4", "torch_varlen": "varlen"}
@@ -3245,9 +3248,7 @@ def execute(run: Run) -> int:
         if ranks.world_size > 1:
             dist.destroy_process_group()
         return code
-    except UserError:
-        raise
-    except (RunError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         if not isinstance(error, (RunError, OSError)):
             traceback.print_exc()
         ranks.say(f"stage {run.clock.current}: {error}")

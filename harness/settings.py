@@ -85,6 +85,7 @@ _SYSTEMS = {
         "fit_bytes": 16_000_000,
         "gptq_drift_batches": 4,
         "muon_maxwell": True,
+        "mudd_width": 32,
         "ngram_tilt": "16:2.62",
     },
     "one_gpu": {"max_wallclock_seconds": 4800.0, "checkpoint_seconds": 300.0},  # eight times as long

@@ -29,6 +29,7 @@ REPLACED = {
     ("FIT_BYTES", 450_000): "fit_bytes",
     ("GPTQ_DRIFT_BATCHES", 2): "drift",
     ("MUON_MAXWELL", 1): "maxwell",
+    ("MUDD_WIDTH", 8): "mudd",
     ("CASEOPS_ENABLED", 0): "plain_text",
     ("PLAIN_WINDOWS", 1): "stream",
     ("SLIDING_WINDOW_ENABLED", 1): "stream",

@@ -46,6 +46,7 @@ OPTIONS = {
     "untied": {"tie_embeddings": False},
     "full_rope": {"rope_dims": 0},
     "yarn": {"rope_yarn": True, "train_seq_len": 16},
+    "mudd": {"mudd_width": 3},
 }
 GATES = ("sparse_attn_gate_enabled", "attn_out_gate_enabled", "gated_attn_enabled")
 

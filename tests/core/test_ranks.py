@@ -145,7 +145,7 @@ def everything(tg, ranks, folder: Path) -> dict:
     result = {"train": exact_training(tg, ranks, folder)}
     if ranks.world_size <= 2:
         result["clip_global"] = exact_training(tg, ranks, folder, CLIP_GLOBAL=1)
-        result["maxwell"] = exact_training(tg, ranks, folder, MUON_MAXWELL=1)
+        result["maxwell"] = exact_training(tg, ranks, folder, MUON_MAXWELL=1, MUDD_WIDTH=3)
     if ranks.world_size == 1:
         result["three"] = exact_training(tg, ranks, folder, **THREE)
     if ranks.world_size != 2:

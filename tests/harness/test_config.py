@@ -156,6 +156,7 @@ OURS |= {"prequant_only", "quantize_only", "ttt_eval_only", "val_loss_every", "c
 OURS |= {"preflight_only", "wd_taper_start_frac", "wd_taper_final_mult"}
 OURS |= {"allow_unverified_data", "audit", "wandb_project", "tensorboard_dir", "plain_windows"}
 OURS |= {"checkpoint_seconds", "resume", "quantizer", "gptq_drift_batches", "muon_maxwell", "ngram_tilt"}
+OURS |= {"mudd_width"}
 
 # What else a setting's other value needs, so that the whole makes sense.
 COMPANIONS = {
@@ -169,6 +170,7 @@ COMPANIONS = {
 OTHER_VALUES = {  # where twice the default is out of range or makes no sense
     "TTT_CHUNK_BY_LENGTH": "256:8,2000:24",
     "NGRAM_TILT": "16:2.62",
+    "MUDD_WIDTH": "32",
     "FIT_BYTES": "16000000",
     "TRITON_KERNELS": "loss,mlp",
     "PRESET": "pr1855",

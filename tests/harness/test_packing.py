@@ -375,7 +375,7 @@ VARIANTS = {
         "TIE_EMBEDDINGS": 0, "CLIP_GLOBAL": 1, "LQER_ASYM_ENABLED": 0, "COMPRESSOR": "lzma",
         "TTT_GRAD_STEPS": 2, "TTT_CACHE_WINDOW": 32, "TTT_CHUNK_BY_LENGTH": "20:8", "TTT_WARM_START_A": 1,
     },
-    "four momenta, tilted": {"MUON_MAXWELL": 1, "NGRAM_TILT": "2:1.5,1:0.5"},
+    "four momenta, MUDD, tilted": {"MUON_MAXWELL": 1, "MUDD_WIDTH": 8, "NGRAM_TILT": "2:1.5,1:0.5"},
     "trellis, fitted": {
         "QUANTIZER": "trellis", "COMPRESSOR": "ans", "FIT_BYTES": 60_000, "GPTQ_DRIFT_BATCHES": 1
     },

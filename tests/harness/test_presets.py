@@ -409,7 +409,7 @@ def test_best_is_the_record_and_what_was_shown_to_be_better(tg):
     best, record = tg.Config(**PRESETS["best"]), tg.Config()
     names = {f.name for f in dataclasses.fields(best) if getattr(best, f.name) != getattr(record, f.name)}
     stored = {"gptq_reserve_seconds", "quantizer", "compressor", "fit_bytes", "gptq_drift_batches"}
-    assert names == stored | {"muon_maxwell", "ngram_tilt"}
+    assert names == stored | {"muon_maxwell", "mudd_width", "ngram_tilt"}
     assert best.fit_bytes == tg.SIZE_LIMIT
     tg.check_settings(best)
 

@@ -27,6 +27,7 @@ NOISE = (Arm("null", {}, "the control once more"), Arm(OTHER_BATCHES, {}, "the c
 TRAINING = (  # what past systems of the lineage and of its neighbours do otherwise
     _arm("fused markers", "", "PR #2109", data="fused"),
     _arm("four momenta", "MUON_MAXWELL=1", "modded-nanogpt #357"),
+    _arm("MUDD", "MUDD_WIDTH=32", "modded-nanogpt #259"),
     _arm("hyperparameters of pr1855", "WARMDOWN_FRAC=0.85 BETA2=0.99", "PR #1855"),
     _arm("beta2 0.997", "BETA2=0.997", "BETA2=0.997"),
     _arm("softcap 20", "LOGIT_SOFTCAP=20", "LOGIT_SOFTCAP=20"),
@@ -60,7 +61,7 @@ WHOLE = (_arm("best", "PRESET=best", "all that is kept"),)
 KEPT = {  # what became of the ideas that were measured (logs/study/)
     "best": "the preset",
     "fused markers": "an option of the data preparation, off",
-    **dict.fromkeys(("four momenta", "n-gram tilt", "n-gram tilt, short"), "in `best`"),
+    **dict.fromkeys(("four momenta", "MUDD", "n-gram tilt", "n-gram tilt, short"), "in `best`"),
     **dict.fromkeys(("EMA-Nesterov", "row floor", "cautious decay", "slow scalars"), "removed"),
     **dict.fromkeys(("bi-Maxwell", "prefix targets", "four momenta and prefix targets"), "removed"),
     **dict.fromkeys(("slope 0.3", "gated XSA"), "removed"),
@@ -69,7 +70,7 @@ KEPT = {  # what became of the ideas that were measured (logs/study/)
     **dict.fromkeys(("no LoRA on Q and V", "chunks by length"), "a setting, off"),
     **dict.fromkeys(("beta2 0.997", "softcap 20"), "a setting, off"),
     **dict.fromkeys(("scalars' beta2 0.997", "embedding's beta2 0.997"), "removed"),
-    **dict.fromkeys(("MUDD", "AsymLogit that trains", "AsymLogit that trains, rate 0.25"), "not built in"),
+    **dict.fromkeys(("AsymLogit that trains", "AsymLogit that trains, rate 0.25"), "removed"),
     **dict.fromkeys(("progressive context", "progressive context, no re-warm-up"), "removed"),
     **dict.fromkeys(("one momentum, 0.94", "two momenta, 0.94", "four momenta, 0.94"), "removed"),
 }
