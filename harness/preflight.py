@@ -118,6 +118,10 @@ def check_fit(run: Run) -> None:
     if not matrices:
         names = f"FIT_BYTES={cfg.fit_bytes} FLOAT16_MAX_ELEMENTS={cfg.float16_max_elements}"
         raise ConfigError(f"{names}: no matrix has more elements, all stay float16: there is nothing to fit")
+    least = sum(tensor.numel() for tensor in flat.values()) - sum(matrix.numel() for matrix in matrices)
+    if cfg.fit_bytes < least:  # a float16 of a trained model is no less than a byte, however it is packed
+        names = f"FIT_BYTES={cfg.fit_bytes} FLOAT16_MAX_ELEMENTS={cfg.float16_max_elements}"
+        raise ConfigError(f"{names}: must be above {least}, the numbers that stay float16")
     most = MOST_CODE + sum(2 * tensor.numel() for tensor in flat.values())
     most += sum(2 * sum(matrix.shape) - matrix.numel() for matrix in matrices)
     if cfg.fit_bytes > most:

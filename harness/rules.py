@@ -133,7 +133,9 @@ def _shape_rules(cfg: Config) -> Iterable[tuple[bool, str, str]]:
     yield fits, "ROPE_DIMS", f"must be even and at most {heads}"
     rotated = (cfg.rope_dims or cfg.head_dim) > 2
     yield rotated or not cfg.rope_yarn, "ROPE_DIMS", "ROPE_YARN=1 needs more than 2 rotated dimensions"
-    yield cfg.gate_window <= cfg.model_dim, "GATE_WINDOW", f"must be at most {pair(cfg, 'MODEL_DIM')}"
+    for name in ("GATE_WINDOW", "MUDD_WIDTH"):
+        fits = getattr(cfg, name.lower()) <= cfg.model_dim
+        yield fits, name, f"must be at most {pair(cfg, 'MODEL_DIM')}"
     yield cfg.mlp_dim >= 2, "MLP_MULT", "must leave the MLP at least 2 hidden units (rows need a deviation)"
     limit = cfg.ttt_eval_seq_len
     yield cfg.ttt_chunk_size <= limit, "TTT_CHUNK_SIZE", f"must be at most {pair(cfg, 'TTT_EVAL_SEQ_LEN')}"

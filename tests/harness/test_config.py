@@ -638,6 +638,7 @@ def test_exclusive_settings(tg, names):
         ({"ROPE_DIMS": "66"}, ["ROPE_DIMS=66", "at most 64"]),
         ({"ROPE_DIMS": "2", "ROPE_YARN": "1"}, ["ROPE_DIMS=2", "ROPE_YARN=1"]),
         ({"GATE_WINDOW": "513"}, ["GATE_WINDOW=513", "MODEL_DIM=512"]),
+        ({"MUDD_WIDTH": "513"}, ["MUDD_WIDTH=513", "MODEL_DIM=512"]),
         ({"MLP_MULT": "0.001"}, ["MLP_MULT=0.001"]),
         ({"MLP_MULT": "0.002"}, ["MLP_MULT=0.002", "at least 2 hidden units"]),
         ({"TTT_CHUNK_SIZE": "4096"}, ["TTT_CHUNK_SIZE=4096", "TTT_EVAL_SEQ_LEN=2048"]),

@@ -29,6 +29,7 @@ CHOICES = {
     "PARALLEL_FINAL_LANE": ("mean", "attn", "mlp"),
     "XSA_LAST_N": (0, 1, 2, 5, 11),
     "GATE_WINDOW": (1, 3, 4, 8),
+    "MUDD_WIDTH": (0, 0, 1, 3),
     "SPARSE_ATTN_GATE_SCALE": (-2, 0, 0.5, 1),
     "ATTN_OUT_GATE_SRC": ("proj", "q"),
     "QK_GAIN_INIT": (-1, 0, 1, 5),
