@@ -113,8 +113,12 @@ def test_shapes_are_kept(tg, rng):
     hessians = {name: torch.eye(tensor.size(-1)) for name, tensor in flat.items() if tensor.ndim == 2}
     records = tg.quantize_state(flat, hessians, cfg)
     settings, read = tg.read_artifact(tg.pack_artifact(records, cfg), tg.Config())
-    assert settings == cfg.model_settings() | {"compressor": cfg.compressor}
+    assert settings == cfg.model_settings() | {"compressor": cfg.compressor, "quantizer": "scalar"}
     model = tg.GPT(tg.Config(**settings))
     model.load_state_dict(tg.dequantize_state(read, cfg.num_layers))
+    for name, record in records.items():
+        assert all(torch.equal(read[name].arrays[key], array) for key, array in record.arrays.items()), name
     for name, tensor in tg.dequantize_state(records, cfg.num_layers).items():
-        assert torch.equal(model.state_dict()[name], tensor) and tensor.isfinite().all(), name
+        assert tensor.isfinite().all(), name
+        # Equal arrays: MKL rounds a product of other strides otherwise.
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
