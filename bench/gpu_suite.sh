@@ -18,15 +18,16 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu_suite}
 TOTAL=${TOTAL:-3600}
 DEVICE=${DEVICE:-auto}
-STEPS=${STEPS:-machine run step tests kernels ttt peer variants each_kernel memory peer_again}
+STEPS=${STEPS:-machine run step tests kernels ttt best peer variants each_kernel memory peer_again}
 DRY=${1:-}
 WORK=${WORK:-/tmp/gpu_suite}
 DATA=${DATA_PATH:-$WORK/data}
-SMALL=""
+SMALL="" FIT=""
 if [ "$DEVICE" = cpu ]; then
     SMALL="VOCAB_SIZE=512 TRAIN_SEQ_LEN=256 TRAIN_BATCH_TOKENS=4096 NUM_LAYERS=4 MODEL_DIM=64 NUM_HEADS=4 NUM_KV_HEADS=2
         NUM_LOOPS=1 LOOP_START=1 LOOP_END=2 PARALLEL_START_LAYER=3 EVAL_SEQ_LEN=256 VAL_BATCH_TOKENS=8192
         TTT_EVAL_SEQ_LEN=256 TTT_LORA_RANK=4 GPTQ_CALIBRATION_BATCHES=1 FLOAT16_MAX_ELEMENTS=1024 CPU_THREADS=1"
+    FIT=FIT_BYTES=180000
     SMALL=${SMALL//$'\n'/ }
 fi
 
@@ -82,6 +83,7 @@ step step 300 "$PYTHON bench/train_step.py --device $DEVICE --json --kernels 30"
 step tests 300 "$PYTHON -m pytest -q -n 4 --show-capture=no --durations 10 tests/systems/test_kernels.py tests/core/test_attention.py tests/core/test_compile.py"
 step kernels 300 "$PYTHON bench/kernels.py --device $DEVICE --json"
 step ttt 400 "$PYTHON bench/ttt.py --parts compiled --json"
+step best 500 "env $SETTINGS $SHORT $FIT PRESET=best ITERATIONS=20 VAL_DOC_FRACTION=0.03 PHASED_TTT_PREFIX_DOCS=16 ARTIFACT_DIR=$WORK/best $PYTHON train_gpt.py"
 peer() {  # NAME: both scripts once; the second round comes last
     if [ -n "${PEER_SCRIPT:-}" ] || [ "$DRY" = --dry-run ]; then
         step "$1" 600 "env $SETTINGS $PYTHON bench/peer.py --script ${PEER_SCRIPT:-\$PEER_SCRIPT} --steps ${PEER_STEPS:-30}" \

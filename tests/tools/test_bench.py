@@ -182,7 +182,7 @@ def test_suite_prints_its_plan(tmp_path):
     none = tmp_path / "none"
     plan = run("bash", "bench/gpu_suite.sh", "--dry-run", OUT=str(none), WORK=str(none))
     steps = re.findall(r"^(\w+) \(at most \d+ s\): ", plan, re.M)
-    wanted = "machine run step tests kernels ttt peer variants each_kernel memory peer_again"
+    wanted = "machine run step tests kernels ttt best peer variants each_kernel memory peer_again"
     assert steps == wanted.split() and not none.exists()
 
 
