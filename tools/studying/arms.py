@@ -57,9 +57,13 @@ PARTS = (  # the record without its parts, one at a time
     _arm("no global SGD phases", "PHASED_TTT_PREFIX_DOCS=0", "PR #1610", "artifact"),
     _arm("no TTT", "TTT_ENABLED=0", "PR #1530", "artifact"),
 )
-WHOLE = (_arm("best", "PRESET=best", "all that is kept"),)
+WHOLE = (
+    _arm("best", "PRESET=best", "all that is kept"),
+    _arm("best without MUDD", "PRESET=best MUDD_WIDTH=0", "all that is kept but MUDD"),
+)
 KEPT = {  # what became of the ideas that were measured (logs/study/)
     "best": "the preset",
+    "best without MUDD": "and MUDD: the preset",
     "fused markers": "an option of the data preparation, off",
     **dict.fromkeys(("four momenta", "MUDD", "n-gram tilt", "n-gram tilt, short"), "in `best`"),
     **dict.fromkeys(("EMA-Nesterov", "row floor", "cautious decay", "slow scalars"), "removed"),
