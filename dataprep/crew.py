@@ -28,7 +28,7 @@ SAMPLED_FIRST, SAMPLED_EVERY = (
     1000,
 )  # documents that SentencePiece tokenises too
 EXAMPLES = 20  # near duplicates and bad documents named in the manifest
-AHEAD = 6  # items for each other process, enough while this one writes a shard; it does what is more
+AHEAD = 12  # items for each other process, enough while this one writes a shard; it does what is more
 PLACE_BYTES = 4 << 20  # of each of these, an item of more goes through a pipe
 Tag = TypeVar("Tag")
 
