@@ -1236,9 +1236,8 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.backends = cfg, backends
         layers, dim, skips = cfg.num_layers, cfg.model_dim, num_skips(cfg)
-        kv_dim = cfg.num_kv_heads * cfg.head_dim
         self.qo_bank = nn.Parameter(torch.cat([_orthogonal(layers, dim, dim), torch.zeros(layers, dim, dim)]))
-        self.kv_bank = nn.Parameter(_orthogonal(2 * layers, kv_dim, dim))
+        self.kv_bank = nn.Parameter(_orthogonal(2 * layers, cfg.num_kv_heads * cfg.head_dim, dim))
         self.mlp_up_bank = nn.Parameter(_orthogonal(layers, cfg.mlp_dim, dim))
         self.mlp_down_bank = nn.Parameter(torch.zeros(layers, dim, cfg.mlp_dim))
         self.skip_weights = nn.Parameter(torch.ones(skips, dim))
@@ -1315,19 +1314,20 @@ class GPT(nn.Module):
             used = wanted if step == len(decoder) - 1 else None
             past = cache and cache.at(slot)
             context = BlockContext(x0, weights[layer], rope, segments, adapt, on_input, used, past)
-            parallel = 0 < cfg.parallel_start_layer <= layer and step >= 0
-            splits = parallel and cfg.parallel_style == "lanes"
+            parallel = 0 < cfg.parallel_start_layer <= layer
             if cfg.mudd_width:
-                x, lanes = self.mudd(layer, splits, given, x, lanes)
+                x, lanes = self.mudd(layer, parallel and step >= 0, given, x, lanes)
             if step < 0:
                 x = block.serial(x, context)
                 skips.append(x)
-            elif splits:
+            elif parallel and cfg.parallel_style == "lanes":
                 a, m = lanes or (x, x)
                 lambdas = self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer]
                 lanes = block.lanes(self._add_skip(a, skips, step), m, context, *lambdas)
+            elif parallel and cfg.parallel_style == "single":
+                x = block.single(self._add_skip(x, skips, step), context)
             else:
-                x = (block.single if parallel else block.serial)(self._add_skip(x, skips, step), context)
+                x = block.serial(self._add_skip(x, skips, step), context)
         if lanes is not None:
             mean = cfg.parallel_final_lane == "mean"
             x = (lanes[0] + lanes[1]) / 2 if mean else lanes[cfg.parallel_final_lane == "mlp"]
