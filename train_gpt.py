@@ -1332,7 +1332,7 @@ class GPT(nn.Module):
             mean = cfg.parallel_final_lane == "mean"
             x = (lanes[0] + lanes[1]) / 2 if mean else lanes[cfg.parallel_final_lane == "mlp"]
         if cfg.mudd_width:
-            x, _ = self.mudd(cfg.num_layers, False, given, x, None, wanted)
+            x = self.mudd.head(given, x, wanted)
         h = rms_norm(x)
         if on_input is not None:
             on_input("tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight", h)
@@ -2576,8 +2576,8 @@ ChunkWindow = namedtuple("ChunkWindow", "start length offset targets")
 
 def select_documents(documents: Sequence[Span], fraction: float, seed: int) -> list[Span]:
     """A random sample of the documents, in their order; all of them for fraction 1."""
-    count = max(1, round(len(documents) * fraction))
-    return [documents[i] for i in sorted(random.Random(seed).sample(range(len(documents)), count))]
+    ids, count = range(len(documents)), max(1, round(len(documents) * fraction))
+    return [documents[i] for i in (ids if fraction >= 1 else sorted(random.Random(seed).sample(ids, count)))]
 
 
 def ttt_batches(documents: Sequence[Document], cfg: Config, first: int = 0) -> list[TTTBatch]:

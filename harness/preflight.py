@@ -115,13 +115,12 @@ def check_fit(run: Run) -> None:
     cfg, ranks = run.cfg, run.ranks
     flat = flatten_banks(run.model.state_dict(), cfg.num_layers)
     matrices = [tensor for name, tensor in flat.items() if scheme_of(name, tensor, cfg).kind == "gptq"]
+    names = f"FIT_BYTES={cfg.fit_bytes} FLOAT16_MAX_ELEMENTS={cfg.float16_max_elements}"
     if not matrices:
-        names = f"FIT_BYTES={cfg.fit_bytes} FLOAT16_MAX_ELEMENTS={cfg.float16_max_elements}"
         raise ConfigError(f"{names}: no matrix has more elements, all stay float16: there is nothing to fit")
     least = sum(tensor.numel() for tensor in flat.values()) - sum(matrix.numel() for matrix in matrices)
     if cfg.fit_bytes < least:  # a float16 of a trained model is no less than a byte, however it is packed
-        names = f"FIT_BYTES={cfg.fit_bytes} FLOAT16_MAX_ELEMENTS={cfg.float16_max_elements}"
-        raise ConfigError(f"{names}: must be above {least}, the numbers that stay float16")
+        raise ConfigError(f"{names}: must be at least {least}, the numbers that stay float16")
     most = MOST_CODE + sum(2 * tensor.numel() for tensor in flat.values())
     most += sum(2 * sum(matrix.shape) - matrix.numel() for matrix in matrices)
     if cfg.fit_bytes > most:

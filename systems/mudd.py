@@ -21,8 +21,7 @@ class Mudd(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         width, readers, sources = cfg.mudd_width, 2 * READING + 1, cfg.num_layers
-        self._head, split = cfg.num_layers, cfg.parallel_style == "lanes"
-        self._first = self._head - READING if split else self._head
+        self._first = cfg.num_layers - READING * (cfg.parallel_style == "lanes")
         self.inner = nn.Parameter(nn.init.orthogonal_(torch.empty(width, cfg.model_dim)))
         self.outer = nn.Parameter(torch.zeros(readers, sources, width))
         self.bias = nn.Parameter(torch.zeros(readers, sources))
@@ -34,22 +33,23 @@ class Mudd(nn.Module):
         given: dict[int, Tensor],
         x: Tensor,
         lanes: tuple[Tensor, Tensor] | None,
-        wanted: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """The stream x, or its lanes, with what they read; each [B, T, D], or [B, n, D] at `wanted` [B, n].
+        """The stream x, or its lanes, with what they read before a layer; each [B, T, D].
 
         Args:
-            layer: that they enter, whose place in `given` is set; the number of layers for the head.
+            layer: that they enter, whose place in `given` is set.
             parallel: its attention and MLP are side by side; by PARALLEL_STYLE they have a lane each.
             given: what entered the layers below [B, T, D], where they recur the last time.
         """
-        if layer == self._head:
-            return self._read(-1, x, [at_positions(source, wanted) for source in given.values()]), lanes
         given[layer] = x if lanes is None else (lanes[0] + lanes[1]) / 2
         if not parallel or layer < self._first:
             return x, lanes
         readers = enumerate(lanes or (x, x), 2 * (layer - self._first))
         return x, tuple(self._read(number, lane, [*given.values()]) for number, lane in readers)
+
+    def head(self, given: dict[int, Tensor], x: Tensor, wanted: Tensor | None) -> Tensor:
+        """What goes to the head, x [B, T, D], or [B, n, D] at `wanted` [B, n], with what it reads."""
+        return self._read(-1, x, [at_positions(source, wanted) for source in given.values()])
 
     def _read(self, number: int, x: Tensor, sources: list[Tensor]) -> Tensor:
         """A stream with its shares of the sources added."""

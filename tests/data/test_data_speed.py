@@ -111,6 +111,8 @@ def test_equal_scores_are_left_to_sentencepiece(processors):
     assert not Encoder(encoding.make_tokenizer("tied.model", tied)).by_words
 
 
-def test_all_documents_are_selected_in_their_order(tg):
-    documents = [(start, 5) for start in range(0, 5000, 5)]
-    assert tg.select_documents(documents, 1.0, 0) == tg.select_documents(documents, 1, 7) == documents
+def test_all_documents_are_selected_without_a_sample(tg, monkeypatch):
+    """Of none too."""
+    assert tg.select_documents([], 1, 0) == []
+    monkeypatch.setattr(random, "Random", None)
+    assert tg.select_documents([(0, 5), (5, 7)], 1.0, 0) == [(0, 5), (5, 7)]

@@ -135,7 +135,7 @@ def test_preflight_refuses_more_float16_than_fits(run):
     wide = {"MODEL_DIM": 256, "MUDD_WIDTH": 256, "FLOAT16_MAX_ELEMENTS": 64, "FIT_BYTES": 40_000}
     code, said, error = run(**wide, ARTIFACT_DIR="unfitted")
     assert (code, said, len(error.splitlines())) == (2, "", 1)
-    assert "FIT_BYTES=40000 FLOAT16_MAX_ELEMENTS=64: must be above 7" in error
+    assert "FIT_BYTES=40000 FLOAT16_MAX_ELEMENTS=64: must be at least 7" in error
 
 
 def test_preflight_fits_nothing_where_nothing_is_quantised(run):

@@ -48,7 +48,7 @@ def test_streams_and_head_read_what_entered_the_layers(tg):
         torch.testing.assert_close(lane[place], expected)
     wanted = torch.tensor([[2, 0], [1, 1]])
     last = torch.randn(2, 2, 6, generator=drawn, dtype=torch.float64)  # of the last layer, at some positions
-    head, _ = mudd(4, False, given, last, None, wanted)
+    head = mudd.head(given, last, wanted)
     shares = shares_of(mudd, 4, last[0, 1])
     expected = last[0, 1] + sum(share * x[0, 0] for share, x in zip(shares, sources, strict=True))
     torch.testing.assert_close(head[0, 1], expected)
