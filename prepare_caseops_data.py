@@ -45,7 +45,7 @@ from sentencepiece import SentencePieceProcessor
 
 from dataprep import words
 from dataprep.checking import check_folder, report_table, split_report
-from dataprep.crew import EXAMPLES, Crew, HeldOut, Result, Worker
+from dataprep.crew import Crew
 from dataprep.demo import DEMO_VAL_DOCS, DEMO_VOCAB, demo_documents
 from dataprep.download import download
 from dataprep.encoding import (
@@ -77,6 +77,7 @@ from dataprep.shards import (
     ShardWriter,
     locked,
 )
+from dataprep.worker import EXAMPLES, HeldOut, Result, Worker
 from systems.console import keep_consoles
 from systems.layout import DEMO_OUT, DEMO_PLAIN_OUT, SOURCES
 

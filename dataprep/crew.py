@@ -1,4 +1,4 @@
-"""Work in one process or several: the same results in the same order. What is done to blocks of documents."""
+"""Work in one process or several: the same results in the same order."""
 
 import itertools
 import mmap
@@ -6,255 +6,85 @@ import multiprocessing
 import os
 import pickle
 import signal
-import threading
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from traceback import format_exception
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-
-from dataprep.encoding import Encoder, check_validation
-from dataprep.fusion import fused, marker_pairs
-from dataprep.leaks import NearIndex, document_hashes
-from dataprep.reading import Block, Document, Identity, parse_block
-from dataprep.shards import FIRST_OPERATOR_ID, OPERATOR_COUNT, DataError
+from dataprep.shards import DataError
 
 BYTES_IN_FLIGHT = 64 << 20  # of input that waits or is worked on, but for one block that is larger
-SAMPLED_FIRST, SAMPLED_EVERY = (
-    1000,
-    1000,
-)  # documents that SentencePiece tokenises too
-EXAMPLES = 20  # near duplicates and bad documents named in the manifest
 AHEAD = 12  # items for each other process, enough while this one writes a shard; it does what is more
-PLACE_BYTES = 4 << 20  # of each of these, an item of more goes through a pipe
+PLACE_BYTES = 4 << 20  # of each of these; an item of more is done in this process
 Tag = TypeVar("Tag")
 
-
-class HeldOut(NamedTuple):
-    """What training documents are compared with: texts, texts without spaces, tokens, sampled windows."""
-
-    digests: set[bytes]
-    keys: set[bytes]
-    starts: set[bytes]
-    """Of the texts with these keys: where a start is another, the key need not be made."""
-    tokens: np.ndarray
-    """Hashes of the validation documents' tokens, ascending, (n,) uint64."""
-    near: NearIndex
-    drop_near: bool
+_NUMBER = struct.Struct("=H")  # of a place: so few bytes are written to a pipe, and read from it, whole
+_SIZE = struct.Struct("=Q")
 
 
-class Result(NamedTuple):
-    """What becomes of a block: tokens (uint16, BOS before each document) and what there is to count."""
+class _Given:
+    """An item that another process has to do, with what became of it: the result, or what was raised."""
 
-    tokens: np.ndarray
-    token_bytes: np.ndarray
-    """Original bytes of each token, of validation documents only."""
-    lengths: np.ndarray
-    """Tokens of each document."""
-    counts: Counter
-    bad: list[str]
-    notes: list[str]
-    near: list[str]
-    """Where near duplicates are."""
-    held_out: list[Identity]
-    """Of the validation documents."""
-    refused: list[bytes]
-    """Digests of validation documents that shards cannot hold, or the tokenizer not give back."""
+    def __init__(self, tag: Any, item: Any) -> None:
+        self.tag, self.item = tag, item
+        self.answer: _Answer | None = None
 
 
-class Worker:
-    """Pure functions of a block; what they need is made once for each process."""
-
-    def __init__(self, encoder: Encoder, held_out: HeldOut | None) -> None:
-        self._encoder, self._held_out = encoder, held_out
-        tokenizer = encoder.tokenizer
-        self._pairs = marker_pairs(tokenizer.processor) if tokenizer.fused else {}
-
-    def __call__(self, block: Block) -> Result:
-        """Result of a block: of training where there is something held out, else of validation.
-
-        Raises:
-            DataError: the encoder's word on a sampled document is not SentencePiece's.
-        """
-        documents, bad, notes = parse_block(block)
-        numbered = enumerate(documents, block.before)
-        self._sample = {d.origin for n, d in numbered if n < SAMPLED_FIRST or n % SAMPLED_EVERY == 0}
-        filled = [document for document in documents if document.utf8]
-        notes += [f"{d.origin}: empty document left out" for d in documents if not d.utf8]
-        result = self._validation(filled) if self._held_out is None else self._training(filled)
-        operator = result.tokens - np.uint16(FIRST_OPERATOR_ID) < OPERATOR_COUNT
-        operator &= not self._encoder.tokenizer.plain  # there the same numbers are of other pieces
-        bad += result.bad
-        counts = Counter(
-            result.counts,
-            empty_documents=len(documents) - len(filled),
-            bad_documents=len(bad),
-            documents=len(result.lengths),
-            tokens=len(result.tokens),
-            operator_tokens=int(np.count_nonzero(operator)),
-        )
-        return result._replace(counts=counts, bad=bad, notes=notes)
-
-    def _validation(self, documents: list[Document]) -> Result:
-        tokens, token_bytes, counts, bad, kept, refused = [], [], Counter(), [], [], []
-        found = self._encoder.counted([document.utf8 for document in documents])
-        for document, (own, carried) in zip(documents, found, strict=True):
-            try:
-                round_trip = check_validation(self._encoder.tokenizer, document, own, carried)
-                stored, charges = self._stored(document, own, carried)
-            except DataError as error:
-                bad.append(str(error))
-                refused.append(document.digest)
-                continue
-            kept.append(document)
-            if document.origin in self._sample:
-                counts["sampled_documents"] += self._sampled(document, own, carried)
-            tokens.append(stored)
-            token_bytes.append(charges.astype(np.uint16))
-            charged = int(charges.sum(dtype=np.int64))
-            counts.update(
-                bytes=charged, uncharged_bytes=document.size - charged, round_trip_documents=round_trip
-            )
-        own = [document.identity for document in kept], refused
-        return Result(_joined(tokens), _joined(token_bytes), _lengths(tokens), counts, bad, [], [], *own)
-
-    def _training(self, documents: list[Document]) -> Result:
-        own, counts, bad = [], Counter(), []
-        for document in documents:
-            if document.start not in self._held_out.starts or document.key not in self._held_out.keys:
-                own.append(document)
-            elif document.digest in self._held_out.digests:
-                counts["dropped_duplicates"] += 1
-            else:
-                counts["dropped_space_duplicates"] += 1
-        found = self._encoder.documents([document.utf8 for document in own])
-        pairs = zip(own, found, strict=True)
-        counts["sampled_documents"] = sum(self._sampled(d, t) for d, t in pairs if d.origin in self._sample)
-        kept, tokens = own, found
-        if self._pairs:
-            kept, tokens = self._fused(own, found, bad)
-        stream, lengths = _joined(tokens), _lengths(tokens)
-        same = self._same_tokens(stream, lengths)
-        counts["dropped_token_duplicates"] = len(same)
-        if same:
-            _remove(same, kept, tokens)
-            stream, lengths = _joined(tokens), _lengths(tokens)
-        near = self._held_out.near.near(stream)
-        origins = [kept[number].origin for number in near]
-        counts["near_duplicates"] = len(near)
-        if self._held_out.drop_near and near:
-            _remove(near, kept, tokens)
-            stream, lengths = _joined(tokens), _lengths(tokens)
-            counts["dropped_near_duplicates"] = len(near)
-        counts["bytes"] = sum(document.size for document in kept)
-        nothing = np.empty(0, np.uint16)
-        return Result(stream, nothing, lengths, counts, bad, [], origins, [], [])
-
-    def _fused(self, documents: list[Document], found: list[np.ndarray], bad: list[str]) -> tuple[list, list]:
-        """Documents and their tokens, fused; without those that cannot be, whose messages go to `bad`."""
-        kept, tokens = [], []
-        for document, encoded in zip(documents, found, strict=True):
-            try:
-                tokens.append(self._stored(document, encoded)[0])
-                kept.append(document)
-            except DataError as error:
-                bad.append(str(error))
-        return kept, tokens
-
-    def _stored(self, document: Document, tokens: np.ndarray, carried: np.ndarray | None = None) -> tuple:
-        """What shards hold of a document: its tokens and their bytes, fused where that is asked for."""
-        if not self._pairs:
-            return tokens, carried
-        try:
-            return fused(tokens, self._pairs, carried)
-        except DataError as error:
-            raise DataError(f"{document.origin}: {error}") from None
-
-    def _same_tokens(self, stream: np.ndarray, lengths: np.ndarray) -> list[int]:
-        """Numbers of the documents in a stream whose tokens are those of a validation document."""
-        found = document_hashes(stream, np.cumsum(lengths) - lengths)
-        known = self._held_out.tokens
-        place = np.minimum(np.searchsorted(known, found), len(known) - 1)
-        return np.flatnonzero(known[place] == found).tolist()
-
-    def _sampled(self, document: Document, tokens: np.ndarray, carried: np.ndarray | None = None) -> bool:
-        """Have SentencePiece make a document's tokens too. DataError if these, or their bytes, are others.
-
-        Of a long document that is asked of its beginning: SentencePiece takes 100 bytes for each of a text.
-        """
-        encoder = self._encoder
-        if not encoder.by_words:
-            return False
-        text = encoder.beginning(document.utf8)
-        if carried is None:
-            pairs = [(tokens, encoder.tokens_alone(text))]
-        else:
-            pairs = zip((tokens, carried), encoder.counted_alone(text), strict=True)
-        cut = len(text) < document.size
-        same = all(np.array_equal(own[: len(alone)] if cut else own, alone) for own, alone in pairs)
-        if not same:
-            what = "the encoder and SentencePiece give other tokens"
-            raise DataError(f"{document.origin}: {what}; this is a fault of the program")
-        return True
-
-
-def _remove(numbers: list[int], *lists: list) -> None:
-    """Take the items of ascending numbers out of lists."""
-    for number in reversed(numbers):
-        for items in lists:
-            del items[number]
-
-
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.empty(0, np.uint16), *parts])
-
-
-def _lengths(parts: list[np.ndarray]) -> np.ndarray:
-    return np.array([len(part) for part in parts], np.int64)
-
-
-class _Given(NamedTuple):
-    """An item that is worked on, or done: in which memory (-1: in this process), and what becomes of it."""
-
-    tag: Any
-    item: Any
-    place: int
-    future: Future
+class _Answer(NamedTuple):
+    result: Any = None
+    error: Exception | None = None
 
 
 class Crew:
-    """`workers` processes that each apply a worker of their own to items; this process is one of them."""
+    """`workers` processes that each apply a worker of their own to items; this process is one of them.
+
+    Items and results lie in places of shared memory. A place's number goes through one pipe to whichever
+    process reads it first, this one too, and comes back through another when the result is there. (An
+    executor's threads would wait for this process's Python, and the other process for them.)
+    """
 
     def __init__(self, make: Callable[[], Callable[[Any], Any]], workers: int) -> None:
         """`make` gives the worker, a pure function of an item; it and the items must be picklable.
 
         The worker is made here. Processes that are forked have it from there, others make it again.
         """
-        places = range(AHEAD * (workers - 1))
-        self._free = [*places]
-        _Process.work = self._work = make()
-        _Process.memory = self._memory = [_shared_memory() for _ in places]
-        enter = {"initializer": _enter, "initargs": (make, os.getpid(), len(places))}
-        self._pool = ProcessPoolExecutor(workers - 1, **enter) if places else None
+        self._work, self._processes = make(), []
+        if workers < 2:
+            return
+        context = multiprocessing.get_context()
+        forked = context.get_start_method() == "fork"
+        size = AHEAD * (workers - 1) * PLACE_BYTES
+        shared = mmap.mmap(-1, size) if forked else context.RawArray("B", size)
+        self._memory = _places(shared)
+        self._free, self._given = [*range(len(self._memory))], {}
+        self._todo, self._give = context.Pipe(duplex=False)
+        self._answers, answers = context.Pipe(duplex=False)
+        os.set_blocking(self._todo.fileno(), False)
+        arguments = make, self._work if forked else None, shared, self._todo, self._give, answers
+        for _ in range(workers - 1):
+            self._processes.append(context.Process(target=_serve, args=arguments, daemon=True))
+            self._processes[-1].start()
 
     def __enter__(self) -> "Crew":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
-        _Process.work, _Process.memory = None, []
+        """End the other processes, whatever they do: it is of no use to anybody."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
 
     def map(
         self, items: Iterable[tuple[Tag, Any]], size: Callable[[Any], int] = lambda item: 0
     ) -> Iterator[tuple[Tag, Any]]:
         """Result of each item with its tag, in order; reads ahead no further than the processes need.
 
-        An item is done in this process while the others have enough that waits for them, and in the end what
-        they have not begun.
+        An item is done in this process while the others have enough that waits for them, and while nothing
+        else is to be done, what they have not begun.
 
         Args:
             size: bytes of an item, of which BYTES_IN_FLIGHT may wait.
@@ -262,105 +92,133 @@ class Crew:
         Raises:
             DataError: as the worker, or a process was killed.
         """
-        if not self._pool:
+        if not self._processes:
             yield from ((tag, self._work(item)) for tag, item in items)
             return
         waiting: deque[_Given] = deque()
         in_flight = 0
-        try:
-            for tag, item in items:
-                own = size(item)
-                while waiting and (waiting[0].future.done() or in_flight + own > BYTES_IN_FLIGHT):
-                    in_flight -= size(waiting[0].item)
-                    yield self._taken(waiting.popleft())
-                waiting.append(self._given(tag, item))
-                in_flight += own
-                del item
-            while waiting:
-                if waiting[0].future.done() or not self._take_back(waiting):
-                    yield self._taken(waiting.popleft())
-        except BrokenProcessPool:
-            raise DataError("a worker process was killed (out of memory? try fewer --workers)") from None
+        for tag, item in items:
+            own = size(item)
+            self._collect()
+            while waiting and (waiting[0].answer or in_flight + own > BYTES_IN_FLIGHT):
+                in_flight -= size(waiting[0].item)
+                yield self._finished(waiting.popleft())
+            waiting.append(_Given(tag, item))
+            in_flight += own
+            del item
+            self._give_away(waiting[-1])
+        while waiting:
+            yield self._finished(waiting.popleft())
 
-    def _given(self, tag: Any, item: Any) -> _Given:
-        """Give an item to another process, or do it here."""
-        if not self._free:
-            return self._done(tag, item)
-        place = self._free.pop()
-        return _Given(tag, item, place, self._pool.submit(_work, place, *_packed(item, self._memory[place])))
+    def _give_away(self, given: _Given) -> None:
+        """Give an item to the other processes, or do it here: they have enough, or it is too large."""
+        if self._free and _put(self._memory[self._free[-1]], given.item):
+            place = self._free.pop()
+            self._given[place] = given
+            os.write(self._give.fileno(), _NUMBER.pack(place))
+        else:
+            given.answer = _answer(self._work, given.item)
 
-    def _done(self, tag: Any, item: Any) -> _Given:
-        """Do an item here; what that raises is told in its turn, as that of another process."""
-        future: Future = Future()
-        try:
-            future.set_result(self._work(item))
-        except Exception as error:
-            future.set_exception(error)
-        return _Given(tag, item, -1, future)
+    def _collect(self, wait: float | None = 0) -> None:
+        """Take the answers that have come; with None, wait for some. DataError if a process has ended."""
+        ends = [process.sentinel for process in self._processes]
+        ready = connection.wait([self._answers, *ends], wait)
+        if not {*ends}.isdisjoint(ready):
+            raise DataError("a worker process was killed (out of memory? try fewer --workers)")
+        if not ready:
+            return
+        for (place,) in _NUMBER.iter_unpack(os.read(self._answers.fileno(), 1024 * _NUMBER.size)):
+            given, answer = self._given.pop(place), _got(self._memory[place])
+            given.answer = answer or _answer(self._work, given.item)  # None: there was no room for it
+            self._free.append(place)
 
-    def _take_back(self, waiting: deque[_Given]) -> bool:
-        """Do here the last item that no process has begun, if there is one."""
-        for number in reversed(range(len(waiting))):
-            if waiting[number].future.cancel():
-                self._free.append(waiting[number].place)
-                waiting[number] = self._done(*waiting[number][:2])
-                return True
-        return False
-
-    def _taken(self, given: _Given) -> tuple[Any, Any]:
-        """Tag and result, once it is there."""
-        result = given.future.result()
-        if given.place >= 0:
-            self._free.append(given.place)
-            result = _unpacked(*result, self._memory[given.place])
-        return given.tag, result
-
-
-class _Process:
-    """The worker of this process, where it is one of a crew, and the memory that its items are in."""
-
-    work: Callable[[Any], Any] | None = None
-    memory: Sequence[memoryview] = []
+    def _finished(self, given: _Given) -> tuple[Any, Any]:
+        """Tag and result of an item; until it is there, this process does what nobody has begun."""
+        while given.answer is None:
+            place = _next(self._todo)
+            if place is None:
+                self._collect(wait=None)
+                continue
+            own = self._given.pop(place)
+            self._free.append(place)
+            own.answer = _answer(self._work, own.item)
+        if given.answer.error:
+            raise given.answer.error
+        return given.tag, given.answer.result
 
 
-def _enter(make: Callable[[], Callable[[Any], Any]], parent: int, places: int) -> None:
-    """First thing in a process: Ctrl-C is the parent's to handle, without a parent there is nothing to do."""
+def _answer(work: Callable[[Any], Any], item: Any) -> _Answer:
+    """What becomes of an item; what that raises is told in its turn."""
+    try:
+        return _Answer(work(item))
+    except Exception as error:
+        return _Answer(error=error)
+
+
+def _serve(
+    make: Callable,
+    work: Callable | None,
+    shared: Any,
+    todo: Connection,
+    give: Connection,
+    answers: Connection,
+) -> None:
+    """What another process does. Ctrl-C is its parent's to handle; without a parent `todo` has an end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _Process.work = _Process.work or make()
-    _Process.memory = _Process.memory or [memoryview(bytearray())] * places
+    give.close()
+    work, memory = work or make(), _places(shared)
+    while True:
+        connection.wait([todo])
+        try:
+            place = _next(todo)
+        except EOFError:
+            return
+        if place is not None:
+            answer = _answer(work, _got(memory[place]))
+            if answer.error:
+                answer.error.add_note(f"In another process:\n{''.join(format_exception(answer.error))}")
+            if not _put(memory[place], answer):
+                _put(memory[place], None)
+            os.write(answers.fileno(), _NUMBER.pack(place))
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+def _next(todo: Connection) -> int | None:
+    """The place of the next item that nobody has begun. EOFError: there will be none."""
+    try:
+        number = os.read(todo.fileno(), _NUMBER.size)
+    except BlockingIOError:  # none, or another process was faster
+        return None
+    if not number:
+        raise EOFError
+    return _NUMBER.unpack(number)[0]
 
 
-def _work(place: int, *packed: Any) -> Any:
-    memory = _Process.memory[place]
-    return _packed(_Process.work(_unpacked(*packed, memory)), memory)
+def _places(shared: Any) -> list[memoryview]:
+    """The places that a memory has, which all processes share."""
+    whole = memoryview(shared).cast("B")
+    return [whole[at : at + PLACE_BYTES] for at in range(0, len(whole), PLACE_BYTES)]
 
 
-def _shared_memory() -> memoryview:
-    """Bytes that processes which are forked share; none where they are not."""
-    forked = multiprocessing.get_start_method() == "fork"
-    return memoryview(mmap.mmap(-1, PLACE_BYTES) if forked else bytearray())
-
-
-def _packed(value: Any, memory: memoryview) -> tuple[bytes, list[int]]:
-    """A value pickled, and the ends of its buffers, which lie in the memory if they fit: a pipe is slow."""
+def _put(place: memoryview, value: Any) -> bool:
+    """Write a value, pickled, and its buffers; False if there is no room."""
     buffers: list[pickle.PickleBuffer] = []
     head = pickle.dumps(value, 5, buffer_callback=buffers.append)
-    raw = [buffer.raw() for buffer in buffers]
-    ends = [*itertools.accumulate(map(len, raw))]
-    if not ends or ends[-1] > len(memory):
-        return pickle.dumps(value, 5), []
-    for part, end in zip(raw, ends, strict=True):
-        memory[end - len(part) : end] = part
-    return head, ends
+    parts = [head, *(buffer.raw() for buffer in buffers)]
+    at = (1 + len(parts)) * _SIZE.size
+    ends = [*itertools.accumulate(map(len, parts), initial=at)]
+    if ends[-1] > len(place):
+        return False
+    for number, value in enumerate([len(parts), *ends[1:]]):
+        _SIZE.pack_into(place, number * _SIZE.size, value)
+    for part, (start, end) in zip(parts, itertools.pairwise(ends), strict=True):
+        place[start:end] = part
+    return True
 
 
-def _unpacked(head: bytes, ends: list[int], memory: memoryview) -> Any:
-    """What was packed; the memory is free then."""
-    return pickle.loads(head, buffers=[bytes(memory[a:b]) for a, b in itertools.pairwise([0, *ends])])
+def _got(place: memoryview) -> Any:
+    """The value that was put; the place may be written to again."""
+    (count,) = _SIZE.unpack_from(place)
+    sizes = place[_SIZE.size : (1 + count) * _SIZE.size]
+    ends = [(1 + count) * _SIZE.size, *(end for (end,) in _SIZE.iter_unpack(sizes))]
+    head, *buffers = (bytes(place[start:end]) for start, end in itertools.pairwise(ends))
+    return pickle.loads(head, buffers=buffers)

@@ -22,13 +22,13 @@ import lossless_caps
 import prepare_caseops_data as prepare
 from bench import data_prep
 from bench import encoder as bench_encoder
-from dataprep import crew as crews
-from dataprep import encoding, leaks, reading, splitting, words
+from dataprep import encoding, leaks, reading, splitting, words, worker
 from dataprep import progress as progress_bar
 from dataprep.checking import check_folder, joined, report_table, scan_shards
-from dataprep.crew import Crew, Worker
+from dataprep.crew import Crew
 from dataprep.encoding import Encoder, make_tokenizer, tokenise, tokenise_validation
 from dataprep.shards import DataError, read_shard, shard_bytes, shard_paths, write_whole
+from dataprep.worker import Worker
 from systems.layout import file_sha256
 
 SCRIPT = Path(prepare.__file__)
@@ -302,8 +302,8 @@ def test_data_encoder_with_models_that_do_not_split(settings):
 
 def test_an_encoder_that_is_not_sentencepieces_equal_ends_the_run(docs, published, monkeypatch, tmp_path):
     """Each document of the sample goes through SentencePiece as well; the first other is named."""
-    monkeypatch.setattr(crews, "SAMPLED_FIRST", VAL_DOCS + 3)
-    monkeypatch.setattr(crews, "SAMPLED_EVERY", 100)
+    monkeypatch.setattr(worker, "SAMPLED_FIRST", VAL_DOCS + 3)
+    monkeypatch.setattr(worker, "SAMPLED_EVERY", 100)
     source = reading.Reader([str(docs)])
     manifest = prepare.prepare(source, published, tmp_path / "right", VAL_DOCS)
     assert manifest["encoder"] == {**Encoder(published).name, "equal_documents": VAL_DOCS + 3 + 3}
@@ -455,7 +455,7 @@ def test_data_worker_that_is_killed(published, docs, small_blocks):
     ):
         for number, _ in crew.map(enumerate(reading.Reader([str(docs)]))):
             if number == 2:
-                for process in list(crew._pool._processes.values()):
+                for process in crew._processes:
                     process.kill()
 
 

@@ -15,10 +15,10 @@ from test_data_prep import PUBLISHED, VAL_DOCS, change, edit, run, sentences, wr
 import prepare_caseops_data as prepare
 from dataprep import encoding
 from dataprep.checking import check_folder
-from dataprep.crew import HeldOut, Worker
 from dataprep.encoding import make_tokenizer
 from dataprep.fusion import fused, marker_pairs, pairs_of, unfused
 from dataprep.shards import DataError, read_shard
+from dataprep.worker import HeldOut, Worker
 
 sys.path.insert(0, str(Path(prepare.__file__).parent / "tools"))
 
