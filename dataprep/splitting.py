@@ -23,6 +23,7 @@ _QUOTES = "\u2018\u2019\u201c\u201d\u2013\u2014"  # as in words.c
 _NEUTRAL = _PRINTABLE.decode() + "".join(OPERATORS) + _QUOTES
 _NO_OPERATORS = dict.fromkeys(map(ord, OPERATORS))  # to str.translate()
 _NORMAL, _USER_DEFINED, _UNUSED, _BYTE = 1, 4, 5, 6  # SentencePiece's types of pieces
+_FIXED = {1: 8, 5: 4}  # bytes of a protocol buffer's values of fixed size, by their kind
 
 Columns = list[np.ndarray]
 """Arrays of equal length: tokens, and where they are counted, the bytes that each carries."""
@@ -58,28 +59,29 @@ def keeps_spaces(processor: sentencepiece.SentencePieceProcessor) -> bool:
     return processor.normalize("  a  a ") == "  a  a ".replace(" ", SPACE_PIECE)
 
 
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """An integer of a protocol buffer message, and where it ends."""
+    value = shift = 0
+    while message[at] > 127:
+        value |= (message[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+    return value | message[at] << shift, at + 1
+
+
 def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
     """Numbers and values of the fields of a protocol buffer message; fixed ones as their bytes."""
     at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            value |= (byte & 127) << shift
-            at, shift = at + 1, shift + 7
-            if byte < 128:
-                return value
-
     while at < len(message):
-        number, kind = divmod(varint(), 8)
-        if kind == 0:
-            yield number, varint()
-            continue
-        size = {1: 8, 5: 4}.get(kind) or varint()
-        yield number, message[at : at + size]
-        at += size
+        key, at = _varint(message, at)
+        if key & 7 in _FIXED:
+            size = _FIXED[key & 7]
+        else:
+            size, at = _varint(message, at)
+        if key & 7:
+            yield key >> 3, message[at : at + size]
+            at += size
+        else:
+            yield key >> 3, size
 
 
 @functools.lru_cache(4)
