@@ -656,7 +656,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     keep_consoles()
-    atexit.register(
-        gc.freeze
-    )  # else Python looks for garbage in all that was read: 40 ms
+    atexit.register(gc.freeze)  # else Python looks for garbage in all that was read: 40 ms
     sys.exit(main())

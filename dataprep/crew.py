@@ -111,13 +111,25 @@ class Crew:
             yield self._finished(waiting.popleft())
 
     def _give_away(self, given: _Given) -> None:
-        """Give an item to the other processes, or do it here: they have enough, or it is too large."""
-        if self._free and _put(self._memory[self._free[-1]], given.item):
+        """Give an item to the other processes; where they have enough, do the one that has waited longest.
+
+        So results come nearly in order, and in the end, when there is nothing to give, few are to be taken.
+        """
+        if (self._free or self._help()) and _put(self._memory[self._free[-1]], given.item):
             place = self._free.pop()
             self._given[place] = given
             os.write(self._give.fileno(), _NUMBER.pack(place))
-        else:
+        else:  # others have begun all that they were given, or it is too large
             given.answer = _answer(self._work, given.item)
+
+    def _help(self) -> bool:
+        """Do here the first item that no other process has begun, if there is one."""
+        place = _next(self._todo)
+        if place is not None:
+            given = self._given.pop(place)
+            self._free.append(place)
+            given.answer = _answer(self._work, given.item)
+        return place is not None
 
     def _collect(self, wait: float | None = 0) -> None:
         """Take the answers that have come; with None, wait for some. DataError if a process has ended."""
@@ -135,13 +147,10 @@ class Crew:
     def _finished(self, given: _Given) -> tuple[Any, Any]:
         """Tag and result of an item; until it is there, this process does what nobody has begun."""
         while given.answer is None:
-            place = _next(self._todo)
-            if place is None:
+            if not self._help():
                 self._collect(wait=None)
-                continue
-            own = self._given.pop(place)
-            self._free.append(place)
-            own.answer = _answer(self._work, own.item)
+            elif given.answer is None:
+                self._collect()
         if given.answer.error:
             raise given.answer.error
         return given.tag, given.answer.result
@@ -178,7 +187,7 @@ def _serve(
             if answer.error:
                 answer.error.add_note(f"In another process:\n{''.join(format_exception(answer.error))}")
             if not _put(memory[place], answer):
-                _put(memory[place], None)
+                _put(memory[place], None)  # it needs 20 bytes, and the item had room
             os.write(answers.fileno(), _NUMBER.pack(place))
 
 
