@@ -26,11 +26,10 @@ _SIZE = struct.Struct("=Q")
 
 
 class _Given:
-    """An item that another process has to do, with what became of it: the result, or what was raised."""
+    """An item with what became of it: the result, or what was raised; not yet, where it is to be done."""
 
-    def __init__(self, tag: Any, item: Any) -> None:
-        self.tag, self.item = tag, item
-        self.answer: _Answer | None = None
+    def __init__(self, tag: Any, item: Any, size: int, answer: "_Answer | None" = None) -> None:
+        self.tag, self.item, self.size, self.answer = tag, item, size, answer
 
 
 class _Answer(NamedTuple):
@@ -64,9 +63,13 @@ class Crew:
         self._answers, answers = context.Pipe(duplex=False)
         os.set_blocking(self._todo.fileno(), False)
         arguments = make, self._work if forked else None, shared, self._todo, self._give, answers
-        for _ in range(workers - 1):
-            self._processes.append(context.Process(target=_serve, args=arguments, daemon=True))
-            self._processes[-1].start()
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until a process ignores it
+        try:
+            for _ in range(workers - 1):
+                self._processes.append(context.Process(target=_serve, args=arguments, daemon=True))
+                self._processes[-1].start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
     def __enter__(self) -> "Crew":
         return self
@@ -90,23 +93,22 @@ class Crew:
             size: bytes of an item, of which BYTES_IN_FLIGHT may wait.
 
         Raises:
-            DataError: as the worker, or a process was killed.
+            DataError: a process was killed. What the worker raises, and in its turn what `items` raises.
         """
         if not self._processes:
             yield from ((tag, self._work(item)) for tag, item in items)
             return
         waiting: deque[_Given] = deque()
         in_flight = 0
-        for tag, item in items:
-            own = size(item)
+        for given in _in_turn(items, size):
             self._collect()
-            while waiting and (waiting[0].answer or in_flight + own > BYTES_IN_FLIGHT):
-                in_flight -= size(waiting[0].item)
+            while waiting and (waiting[0].answer or in_flight + given.size > BYTES_IN_FLIGHT):
+                in_flight -= waiting[0].size
                 yield self._finished(waiting.popleft())
-            waiting.append(_Given(tag, item))
-            in_flight += own
-            del item
-            self._give_away(waiting[-1])
+            waiting.append(given)
+            in_flight += given.size
+            if not given.answer:
+                self._give_away(given)
         while waiting:
             yield self._finished(waiting.popleft())
 
@@ -133,10 +135,13 @@ class Crew:
 
     def _collect(self, wait: float | None = 0) -> None:
         """Take the answers that have come; with None, wait for some. DataError if a process has ended."""
-        ends = [process.sentinel for process in self._processes]
-        ready = connection.wait([self._answers, *ends], wait)
-        if not {*ends}.isdisjoint(ready):
-            raise DataError("a worker process was killed (out of memory? try fewer --workers)")
+        ready = connection.wait([self._answers, *(process.sentinel for process in self._processes)], wait)
+        for process in self._processes:
+            if process.sentinel in ready:
+                process.join()
+                if process.exitcode < 0:
+                    raise DataError("a worker process was killed (out of memory? try fewer --workers)")
+                raise RuntimeError(f"a worker process ended by itself, with exit code {process.exitcode}")
         if not ready:
             return
         for (place,) in _NUMBER.iter_unpack(os.read(self._answers.fileno(), 1024 * _NUMBER.size)):
@@ -156,6 +161,15 @@ class Crew:
         return given.tag, given.answer.result
 
 
+def _in_turn(items: Iterable[tuple[Any, Any]], size: Callable[[Any], int]) -> Iterator[_Given]:
+    """Items with their tags; what reading them raises is told behind the results of those before."""
+    try:
+        for tag, item in items:
+            yield _Given(tag, item, size(item))
+    except Exception as error:
+        yield _Given(None, None, 0, _Answer(error=error))
+
+
 def _answer(work: Callable[[Any], Any], item: Any) -> _Answer:
     """What becomes of an item; what that raises is told in its turn."""
     try:
@@ -172,9 +186,11 @@ def _serve(
     give: Connection,
     answers: Connection,
 ) -> None:
-    """What another process does. Ctrl-C is its parent's to handle; without a parent `todo` has an end."""
+    """What another process does, as long as its parent lives. Ctrl-C is for that to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     give.close()
+    parent = os.getppid()
     work, memory = work or make(), _places(shared)
     while True:
         connection.wait([todo])
@@ -182,13 +198,25 @@ def _serve(
             place = _next(todo)
         except EOFError:
             return
+        if os.getppid() != parent:
+            return
         if place is not None:
-            answer = _answer(work, _got(memory[place]))
-            if answer.error:
-                answer.error.add_note(f"In another process:\n{''.join(format_exception(answer.error))}")
-            if not _put(memory[place], answer):
-                _put(memory[place], None)  # it needs 20 bytes, and the item had room
+            _reply(memory[place], _answer(work, _got(memory[place])))
             os.write(answers.fileno(), _NUMBER.pack(place))
+
+
+def _reply(place: memoryview, answer: _Answer) -> None:
+    """Write an answer; an error, or a result, that cannot be pickled is told in words."""
+    try:
+        if answer.error:
+            answer.error.add_note(f"In another process:\n{''.join(format_exception(answer.error))}")
+            pickle.loads(pickle.dumps(answer.error))
+        fits = _put(place, answer)
+    except Exception as error:
+        told = "".join(format_exception(answer.error or error))
+        fits = _put(place, _Answer(error=RuntimeError(f"In another process:\n{told}")))
+    if not fits:
+        _put(place, None)  # this takes 20 bytes, and the item had room
 
 
 def _next(todo: Connection) -> int | None:

@@ -30,6 +30,7 @@ OUTPUTS = (*GROWING, "result.json", "train_gpt.packed.py")  # all its files, but
 TAKEN = {*OUTPUTS, "ledger.jsonl", "documents.json", "audit.json", "submission.json", "checkpoints", "logs"}
 TAKEN |= {"report", "console.txt", "", ".", ".."}
 MOST_BYTES = 200  # of a name: 255 less what is put before and behind it
+MOST_NATS = 80  # of a tilt: float32 holds no more than exp(88)
 
 
 def check_settings(cfg: Config) -> None:
@@ -186,11 +187,12 @@ def _other_rules(cfg: Config) -> Iterable[tuple[bool, str, str]]:
     text = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"
     adapts = cfg.ttt_enabled and not cfg.ttt_sgd
     yield cfg.val_doc_fraction == 1 or adapts, "VAL_DOC_FRACTION", text
-    pairs = re.findall(r"(\d{1,4}):(\d{1,2}(?:\.\d+)?)(?:,|$)", cfg.ngram_tilt)
+    pairs = re.findall(r"([0-9]{1,4}):([0-9]{1,2}(?:\.[0-9]+)?)(?:,|$)", cfg.ngram_tilt)
     again, orders = ",".join(map(":".join, pairs)), {int(order) for order, _ in pairs}
     fits = again == cfg.ngram_tilt and len(orders) == len(pairs) and 0 not in orders
-    text = "must be ORDER:NATS,... such as 16:2.62,8:1.5: tokens of context, each number once; nats below 100"
-    yield fits, "NGRAM_TILT", text
+    fits = fits and all(0 < float(nats) <= MOST_NATS for _, nats in pairs)
+    text = "must be ORDER:NATS,... such as 16:2.62,8:1.5: tokens of context, each number once"
+    yield fits, "NGRAM_TILT", f"{text}; nats above 0 and at most {MOST_NATS}; empty: off"
     text = "needs TTT_ENABLED=1 and TTT_SGD=0: the adaptation by documents is what is tilted"
     yield not cfg.ngram_tilt or adapts, "NGRAM_TILT", text
     for names in EXCLUSIVE:

@@ -310,7 +310,9 @@ def _alone_among_tasks(environ: Mapping[str, str]) -> Iterator[str]:
 
 
 # Variables with these beginnings are ours, so an unknown one is a mistake.
-FAMILIES = re.compile("(TTT|GLOBAL_TTT|PHASED_TTT|GPTQ|LQER|MUON|SMEAR|SPARSE_ATTN|GATED_ATTN|ATTN_OUT|XSA)_")
+FAMILIES = re.compile(
+    "((GLOBAL_|PHASED_)?TTT|GPTQ|LQER|MUON|SMEAR|SPARSE_ATTN|GATED_ATTN|ATTN_OUT|XSA|NGRAM|MUDD)_"
+)
 
 
 ELSEWHERE = {"NUM_THREADS"}  # a variable of other tools that is no slip of ours (NUM_HEADS)

@@ -16,12 +16,14 @@ PACE = 0.1  # of other scalars' steps: where shares take such steps, the first o
 
 
 class Mudd(nn.Module):
-    """Shares of what entered each layer, for the lanes of the last layers and for the head."""
+    """Shares of what entered each layer, for the head and for the lanes of the last layers that have some."""
 
     def __init__(self, cfg: Config):
         super().__init__()
-        width, readers, sources = cfg.mudd_width, 2 * READING + 1, cfg.num_layers
-        self._first = cfg.num_layers - READING * (cfg.parallel_style == "lanes")
+        width, sources = cfg.mudd_width, cfg.num_layers
+        lanes = cfg.parallel_style == "lanes" and cfg.parallel_start_layer > 0
+        self._first = max(sources - READING, cfg.parallel_start_layer) if lanes else sources
+        readers = 2 * max(0, sources - self._first) + 1
         self.inner = nn.Parameter(nn.init.orthogonal_(torch.empty(width, cfg.model_dim)))
         self.outer = nn.Parameter(torch.zeros(readers, sources, width))
         self.bias = nn.Parameter(torch.zeros(readers, sources))

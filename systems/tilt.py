@@ -1,8 +1,8 @@
 """What followed the same tokens before: n-gram tilt of scored distributions (NGRAM_TILT; PR #1514, #2018).
 
-A text says again what it or another one has said: notices, quotations, refrains. Where the last NGRAM_ORDER
-tokens stood somewhere before, the token h that followed them there most often is a hint, if it did so in at
-least NGRAM_SHARE of the cases. The model's distribution p is then tilted towards it by b = NGRAM_TILT nats:
+A text says again what it or another one has said: notices, quotations, refrains. NGRAM_TILT=ORDER:NATS,...
+Where the last ORDER tokens stood somewhere before, the token h that followed them there most often is a hint,
+if it did so in at least SHARE of the cases. The model's distribution p is then tilted towards it by b = NATS:
 
     p'(a) = p(a) exp(b [a = h]) / Z,   Z = 1 + p(h) (exp(b) - 1)
 

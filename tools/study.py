@@ -50,16 +50,15 @@ from dataprep.shards import DataError, write_whole
 from harness.settings import read_settings
 from marked import MarkError, write_part
 from reproducing.seeds import SeedError
-from studying.arms import KEPT, NOISE, chosen_arms
-from studying.cells import Cell, Place, cells_of, processor_clock, run_all, same_seconds
+from studying.arms import KEPT, OURS, chosen_arms
+from studying.cells import NOISE_NAMES, Cell, Place, cells_of, processor_clock, run_all, same_seconds
 from studying.page import EQUAL_SECONDS, forest, rows, summary, table
 from sweeping.running import Stop
 
 SHOWN, PAGE = ROOT / "logs" / "study", ROOT / "docs" / "study.md"
-OURS = ("SEED", "RUN_ID", "ARTIFACT_DIR", "DATA_PATH")  # each run has its own
+MOST_SEEDS = 1000
 # A run gives its memory back to the kernel at each step and asks for it again, a third of its processor time.
 MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(1 << 32))
-NOISE_NAMES = {arm.name for arm in NOISE}
 IDEAS = "<!-- ideas: written by tools/study.py --keep -->\n", "<!-- end of ideas -->"
 SCORED_ON = {
     "screen": "held-out documents of the training split (screening: no validation document was read)",
@@ -71,9 +70,10 @@ def parse_arguments(arguments: Sequence[str], environ: Mapping[str, str]) -> arg
     """Command line, checked. Raises Mistake."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--show", nargs="*", type=Path, metavar="FILE")
-    add("--keep", nargs="+", type=Path, default=[], metavar="FILE")
-    add("--prepare", action="store_true")
+    other = parser.add_mutually_exclusive_group().add_argument
+    other("--show", nargs="*", type=Path, metavar="FILE")
+    other("--keep", nargs="+", type=Path, default=[], metavar="FILE")
+    other("--prepare", action="store_true")
     add("--arms", default="")
     add("--arm", action="append", default=[], metavar="NAME:SETTING=VALUE")
     add("--seeds", default="2")
@@ -110,8 +110,9 @@ def _numbers(text: str) -> list[int]:
     """`4` as 1, 2, 3, 4; `5-8` as 5, 6, 7, 8. Raises Mistake."""
     parts = re.fullmatch(r"(?:(\d+)-)?(\d+)", text)
     first, last = (int(parts[1] or 1), int(parts[2])) if parts else (0, 0)
-    if not 1 <= first <= last:
-        raise Mistake(f"--seeds {text}: must be a number of seeds, or the first and the last, as 5-8")
+    if not 1 <= first <= last <= MOST_SEEDS:
+        what = "a number of seeds, or the first and the last, as 5-8"
+        raise Mistake(f"--seeds {text}: must be {what}, at most {MOST_SEEDS}")
     return list(range(first, last + 1))
 
 
@@ -167,6 +168,8 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     folder = options.out / options.study / options.kind
     place = Place(folder, options.data, options.kind, options.numbers, common)
     cells, until = cells_of(place, arms), time.monotonic() + options.seconds
+    target = options.json or options.out / f"{options.study}-{options.kind}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written to is said before the runs
     with Stop().listening():
         run_all(cells, options.jobs, until)
         result = study_of(options, place, cells)
@@ -177,7 +180,6 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             cells += cells_of(place, [arms[0], *same_seconds(cells, ratios)])
             run_all(cells, options.jobs, until)
             result = study_of(options, place, cells)
-    target = options.json or options.out / f"{result['study']}.json"
     write_whole(target, (json.dumps(result, indent=1) + "\n").encode())
     if any(arm["runs"] for arm in result["arms"][1:]):
         show(result, target)
@@ -208,7 +210,7 @@ def read_study(path: Path) -> dict:
         table(study)
     except OSError as error:
         raise Mistake(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, StopIteration):
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, StopIteration):
         raise Mistake(f"{path}: not the JSON of a study") from None
     return study
 
@@ -229,13 +231,10 @@ def marks(name: str) -> tuple[str, str]:
 
 
 def keep(paths: Sequence[Path]) -> int:
-    """Copy studies to logs/study and write their tables into the page. Raises Mistake."""
+    """Copy studies to logs/study and write their tables into the page. Raises Mistake and MarkError."""
     for path in paths:
         study = read_study(path)
-        try:
-            write_part(PAGE, *marks(study["study"]), f"\n{table(study)}\n")
-        except MarkError as error:
-            raise Mistake(str(error)) from None
+        write_part(PAGE, *marks(study["study"]), f"\n{table(study)}\n")
         SHOWN.mkdir(exist_ok=True)
         write_whole(SHOWN / f"{study['study']}.json", (json.dumps(study, indent=1) + "\n").encode())
     write_part(ROOT / "README.md", *IDEAS, ideas())
@@ -256,7 +255,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         if options.keep:
             return keep(options.keep)
         return prepare(options, environ) if options.prepare else run(options, environ)
-    except (Mistake, DataError, SeedError, runs.ReadError, tg.UserError) as error:
+    except (Mistake, MarkError, DataError, SeedError, runs.ReadError, tg.UserError, OSError) as error:
         return complain("study.py", error)
 
 

@@ -108,24 +108,65 @@ def test_data_crew_tells_the_first_error_first():
         told([*range(AHEAD + 3)], refusing, 2)
 
 
-def failing(folder: Path) -> Callable[[int], int]:
+class Odd(Exception):
+    """Pickled, but not made again: that gives one argument."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+def failing(folder: Path, kind: str) -> Callable[[int], object]:
     """A worker that fails in another process, for which this one waits."""
     parent = os.getpid()
 
-    def work(item: int) -> int:
+    def work(item: int) -> object:
         if os.getpid() == parent:
             wait_for((folder / "begun").exists)
             return item
         (folder / "begun").touch()
-        raise ValueError(f"item {item}")
+        if kind == "result":
+            return lambda: item
+        raise (
+            Odd("an", "item") if kind == "odd" else ValueError("an item", *[lambda: item] * (kind == "held"))
+        )
 
     return work
 
 
-def test_data_crew_tells_where_an_error_was_raised(tmp_path):
-    """A fault of the program has its traceback, from whichever process."""
-    with pytest.raises(ValueError, match=r"(?s)^item \d+\nIn another process:.*in work"):
-        told([*range(AHEAD + 3)], functools.partial(failing, tmp_path), 2)
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    {"plain": "in work", "odd": "Odd: an item", "held": "in work", "result": "pickle"}.items(),
+)
+def test_data_crew_tells_where_an_error_was_raised(tmp_path, kind, words):
+    """A fault of the program has its traceback, from whichever process, also one that cannot be pickled."""
+    error = ValueError if kind == "plain" else RuntimeError
+    with pytest.raises(error, match=f"(?s)In another process:.*{words}"):
+        told([*range(AHEAD + 3)], functools.partial(failing, tmp_path, kind), 2)
+
+
+def leaving() -> Callable[[int], int]:
+    parent = os.getpid()
+    return lambda item: item if os.getpid() == parent else sys.exit(7)
+
+
+def test_data_crew_does_not_take_a_fault_for_a_kill():
+    with pytest.raises(RuntimeError, match="by itself, with exit code 7"):
+        told([*range(500)], leaving, 2)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_data_crew_tells_results_before_an_error_of_the_input(workers):
+    """What is kept and what is said does not depend on the number of processes."""
+
+    def items():
+        yield from enumerate(range(3 * AHEAD))
+        raise DataError("cannot be read")
+
+    found = []
+    with Crew(doubling, workers) as crew, pytest.raises(DataError, match="^cannot be read$"):
+        for result in crew.map((number, np.full(1, item)) for number, item in items()):
+            found.append(result)
+    assert [number for number, _ in found] == [*range(3 * AHEAD)]
 
 
 LINES = {

@@ -173,11 +173,21 @@ def test_hints_are_those_of_any_number_of_ranks(tg, world_size):
         ",",
         "16:1,",
         "16:-1",
+        "16:0",
+        "16:80.1",
+        "\u0661\u0666:2",
     ],
 )
 def test_settings_are_checked(tg, text):
     with pytest.raises(tg.ConfigError, match=r"NGRAM_TILT='.*': must be ORDER:NATS,..."):
         tg.check_settings(tg.Config(ngram_tilt=text))
+
+
+def test_the_largest_tilt_is_finite(tg):
+    """In float32, where a token that is certain is hinted and another follows, and the other way round."""
+    losses, hinted, hits = (torch.tensor(pair) for pair in ([60.0, 60.0], [1e-6, 60.0], [0.0, 1.0]))
+    found = tg.tilted(losses, hinted, hits, torch.full((2,), float(tg.MOST_NATS)))
+    torch.testing.assert_close(found, torch.tensor([60.0 + tg.MOST_NATS, 0.0]), atol=1e-4, rtol=1e-6)
 
 
 @pytest.mark.parametrize("other", [{"ttt_enabled": False}, {"ttt_sgd": True}])

@@ -28,7 +28,7 @@ from studying.arms import ARMS, GROUPS, KEPT, Arm, chosen_arms  # noqa: E402
 STAND_IN = """
 import json, os, sys, time
 folder, seed = os.environ["ARTIFACT_DIR"], int(os.environ["SEED"])
-if os.environ.get("BREAKS"):
+if os.environ.get("TRAIN_SEQ_LEN"):
     sys.exit("stand-in: no luck")
 os.makedirs(folder)
 with open(os.environ["TOLD"], "a") as file:
@@ -56,7 +56,7 @@ from runs import read_run
 from studying import cells
 cells.SCRIPT = Path("stand_in.py").resolve()
 steps = lambda environ: int(environ.get("ITERATIONS", 8))
-cells.Place.settings = lambda self, environ: dict(ITERATIONS=steps(environ), TRAIN_BATCH_TOKENS=64)
+cells.Place.settings = lambda self, environ: dict(environ, ITERATIONS=steps(environ), TRAIN_BATCH_TOKENS=64)
 cells.finished = lambda experiment, folder: read_run(folder)
 sys.exit(study.main(sys.argv[1:], os.environ))
 """
@@ -194,7 +194,11 @@ def test_chosen_arms():
     for names, own, words in (
         ("nul", [], "--arms nul: must be some of noise, "),
         ("", [], "name an arm"),
-        ("null,null", [], "null is there twice"),
+        ("null,null", [], "^null: two arms of this name"),
+        ("", ["a/b:QK_GAIN_INIT=2", "a-b:QK_GAIN_INIT=3"], "^a/b: two arms of this name"),
+        ("", [f"{81 * 'x'}:QK_GAIN_INIT=2"], "a name has at most 80 letters"),
+        ("", ["a|b:QK_GAIN_INIT=2"], "a name has at most 80 letters, none of them |"),
+        ("", ["mine:SEED=3"], "--arm mine: SEED: every run of a study has its own"),
         ("", ["mine"], "--arm mine: must be NAME:SETTING=VALUE"),
         ("", ["mine:X"], "--arm mine:X: must be"),
     ):
@@ -313,7 +317,7 @@ def test_arms_that_go_on_from_the_control_wait_for_it(work):
 
 
 def test_failures_and_time_are_said(work):
-    broken = tool("--arm", "bad:BREAKS=1", "--arms", "null", "--seeds", "1")
+    broken = tool("--arm", "bad:TRAIN_SEQ_LEN=1", "--arms", "null", "--seeds", "1")
     output, errors = broken.communicate(timeout=PATIENCE)
     assert broken.returncode == 1 and "bad, seed 1: exit code 1: stand-in: no luck" in errors
     assert "| null |" in output
@@ -327,6 +331,10 @@ def test_failures_and_time_are_said(work):
     [
         (["--arms", "null", "--seeds", "0"], "--seeds 0: must be a number"),
         (["--arms", "null", "--seeds", "5-3"], "--seeds 5-3: must be"),
+        (["--arms", "null", "--seeds", "1-99999999999"], "--seeds 1-99999999999: must be"),
+        (["--arm", "mine:HELLO=1"], "arm mine: HELLO is no setting of a run"),
+        (["--arm", "mine:MATRIX_LR=0.01"], "arm mine: its settings are the control's"),
+        (["--arms", "null", "--json", "stand_in.py/x.json"], "stand_in.py"),
         (["--arms", "null", "--jobs", "0"], "--jobs 0: must be at least 1"),
         (["--arms", "null", "--study", "a/b"], "--study 'a/b': must be a name"),
         (["--arms", "null", "--seeds", "9"], "data/study/screen5: no data; make them: python tools/study.py"),
@@ -338,12 +346,18 @@ def test_failures_and_time_are_said(work):
         (["--prepare", "--docs", "nothing.jsonl"], "nothing.jsonl"),
         (["--show", "nothing.json"], "nothing.json: cannot be read"),
         (["--show", "stand_in.py"], "stand_in.py: not the JSON of a study"),
+        (["--show", "odd.json"], "odd.json: not the JSON of a study"),
+        (["--show", "none.json"], "none.json: not the JSON of a study"),
         (["--keep", "told.json"], "told.json: cannot be read"),
+        (["--show", "told.json", "--keep", "told.json"], "not allowed with argument --show"),
     ],
 )
 def test_mistakes_are_one_line(work, monkeypatch, capsys, arguments, words):
     settings = {"ITERATIONS": 8, "TRAIN_BATCH_TOKENS": 64}
     monkeypatch.setattr(cells.Place, "settings", lambda self, environ: settings)
+    for name, runs in (("odd", [1]), ("none", {"1": {"val_bpb": 0.0, "stages": {}, "seconds": 1.0}})):
+        arms = [{"name": arm, "source": "", "runs": runs} for arm in ("control", "mine")]
+        Path(f"{name}.json").write_text(json.dumps({"study": name, "arms": arms}))
     assert study.main(arguments, {"PATH": os.environ["PATH"]}) == 2
     error = capsys.readouterr().err
     assert error.startswith("study.py: error: ") and words in error and error.count("\n") == 1

@@ -1,11 +1,14 @@
 """The arms of a study: what each changes of the control, where the idea is from, what it needs."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 KINDS = ("screen", "confirm")
 CONTROL = "control"
+OURS = ("SEED", "RUN_ID", "ARTIFACT_DIR", "DATA_PATH")  # each run has its own
+LONGEST_NAME = 80  # of an arm: letters; it is a folder's name too
 OTHER_BATCHES = "other batches"  # the control on the next seed's stream: what chance does
 
 
@@ -17,6 +20,11 @@ class Arm(NamedTuple):
     source: str = ""
     start: str = ""  # "model" or "artifact": go on from the control's of the same seed, to save its making
     data: str = ""  # another form of the same documents: "fused"
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder of its runs."""
+        return re.sub(r"\W+", "-", self.name)
 
 
 def _arm(name: str, text: str, source: str, start: str = "", data: str = "") -> Arm:
@@ -102,10 +110,15 @@ def chosen_arms(names: str, own: Sequence[str]) -> list[Arm]:
         title, _, settings = text.partition(":")
         if not title or not settings.split() or not all("=" in pair for pair in settings.split()):
             raise ValueError(f"--arm {text}: must be NAME:SETTING=VALUE SETTING=VALUE")
+        if len(title) > LONGEST_NAME or re.search(r"[|\n\r]", title):
+            what = f"a name has at most {LONGEST_NAME} letters, none of them |"
+            raise ValueError(f"--arm {title[:LONGEST_NAME]!r}: {what}")
         found.append(_arm(title, settings, ""))
-    titles = [arm.name for arm in found]
-    if twice := next((title for title in titles if titles.count(title) > 1), ""):
-        raise ValueError(f"--arms {names}: {twice} is there twice")
+        if taken := [name for name in OURS if name in found[-1].settings]:
+            raise ValueError(f"--arm {title}: {taken[0]}: every run of a study has its own")
+    folders = [arm.folder for arm in found]
+    if twice := next((arm.name for arm in found if folders.count(arm.folder) > 1), ""):
+        raise ValueError(f"{twice}: two arms of this name, or of one that differs in signs alone")
     if len(found) < 2:
         raise ValueError("--arms: name an arm to compare with the control")
     return found

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -19,12 +18,14 @@ from harness.settings import read_settings
 from reproducing.seeds import Experiment, finished
 from runs import RunRecord
 from scripts import hash_on_disk
-from studying.arms import OTHER_BATCHES, Arm, folder_of
+from studying.arms import NOISE, OTHER_BATCHES, Arm, folder_of
 from studying.page import AT_SECONDS, STAGES
 from sweeping.running import Stop, guarded, last_line
 
 SCRIPT = ROOT / "train_gpt.py"
 CONFIRM_SEED = 100  # seeds of confirmation begin behind it
+NOISE_NAMES = {arm.name for arm in NOISE}
+KNOWN = {*tg.Config.__annotations__, "scale"}  # settings that an arm may have
 CONTROLS_FILE = {  # what an arm may go on from: its switch, its setting, the file
     "model": ("QUANTIZE_ONLY", "MODEL_PATH", "final_model.pt"),
     "artifact": ("TTT_EVAL_ONLY", "QUANTIZED_MODEL_PATH", "final_model.int6.ptz"),
@@ -65,7 +66,7 @@ class Cell:
 
     def __init__(self, place: Place, arm: Arm, number: int, control: "Cell | None" = None):
         self.place, self.arm, self.number, self.control = place, arm, number, control
-        self.folder = place.folder / re.sub(r"\W+", "-", arm.name) / f"seed{number}"
+        self.folder = place.folder / arm.folder / f"seed{number}"
         self.result, self.failure, self._record = self.folder / "run", "", None
         other = place.numbers[(place.numbers.index(number) + 1) % len(place.numbers)]
         data = place.data_folder(other if arm.name == OTHER_BATCHES else number, arm.data)
@@ -75,7 +76,17 @@ class Cell:
             switch, name, file = CONTROLS_FILE[arm.start]
             self.environ |= {switch: "1", name: str(control.result / file)}
         self.settings = place.settings(self.environ)
+        self._refuse_without_effect()
         self.environ |= {"ARTIFACT_DIR": str(self.result), "RUN_ID": f"{self.folder.parent.name}-{number}"}
+
+    def _refuse_without_effect(self) -> None:
+        """Raise Mistake for an arm that would be the control once more under another name."""
+        arm = self.arm
+        if unknown := [name for name in arm.settings if name.lower() not in KNOWN]:
+            raise Mistake(f"arm {arm.name}: {unknown[0]} is no setting of a run (train_gpt.py --help)")
+        same = self.control and not arm.data and self.settings == self.control.settings
+        if same and arm.name not in NOISE_NAMES:
+            raise Mistake(f"arm {arm.name}: its settings are the control's, so nothing would be compared")
 
     @property
     def record(self) -> RunRecord | None:
