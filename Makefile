@@ -64,7 +64,7 @@ data/demo_plain/manifest.json: prepare_caseops_data.py lossless_caps.py $(wildca
 
 ##@ Work on the code
 
-test: $(DEV)  ## all tests (13 to 15 minutes on 2 cores)
+test: $(DEV)  ## all tests (10 to 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -n 2 --durations 5
 
 stress: $(DEV)  ## fuzzers and cheats (an hour); other cases of them: docs/tools.md

@@ -42,6 +42,7 @@ HARMLESS = {  # names without effect here, and why
     "CHURN_LOG_EVERY": "that line of the log is not written here",
 }
 OF_SGD = ("TTT_LR", "TTT_EPOCHS", "TTT_MOMENTUM", "TTT_CHUNK_TOKENS")  # read with TTT_SGD=1 only
+OF_CLIPS = re.compile("(MATRIX|EMBED)_BITS|.*_CLIP_SIGMAS|LQER_.*")  # read with FIT_BYTES=0 only
 
 
 class Feature(NamedTuple):

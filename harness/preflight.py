@@ -111,7 +111,10 @@ def free_memory(ranks: Ranks) -> int:
 
 
 def check_fit(run: Run) -> None:
-    """Raise ConfigError where no steps of the matrices can make code and model of FIT_BYTES bytes."""
+    """Raise ConfigError where FIT_BYTES is surely too small, or larger than code and model can be.
+
+    What is a little too small is found after training, by the trials: how small a model gets, only they tell.
+    """
     cfg, ranks = run.cfg, run.ranks
     flat = flatten_banks(run.model.state_dict(), cfg.num_layers)
     matrices = [tensor for name, tensor in flat.items() if scheme_of(name, tensor, cfg).kind == "gptq"]

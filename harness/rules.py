@@ -193,7 +193,7 @@ def _other_rules(cfg: Config) -> Iterable[tuple[bool, str, str]]:
     fits = fits and all(0 < float(nats) <= MOST_NATS for _, nats in pairs)
     text = "must be ORDER:NATS,... such as 16:2.62,8:1.5: tokens of context, each number once"
     yield fits, "NGRAM_TILT", f"{text}; nats above 0 and at most {MOST_NATS}; empty: off"
-    text = "needs TTT_ENABLED=1 and TTT_SGD=0: the adaptation by documents is what is tilted"
+    text = "needs TTT_ENABLED=1 and TTT_SGD=0: the adaptation by documents is what is tilted; empty: off"
     yield not cfg.ngram_tilt or adapts, "NGRAM_TILT", text
     for names in EXCLUSIVE:
         chosen = [name for name in names if getattr(cfg, name.lower())]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import train_gpt
-from harness.lineage import OF_LORA, OF_SGD, VOCABULARY, in_our_names, same
+from harness.lineage import OF_CLIPS, OF_LORA, OF_SGD, VOCABULARY, in_our_names, same
 from harness.rules import EXCLUSIVE, check_settings, check_text, check_training
 from systems.layout import as_set
 from train_gpt import Config, ConfigError
@@ -273,15 +273,18 @@ def _give_way(given: dict[str, str], base: Mapping[str, str], preset: str) -> It
 
 
 def _unread(given: Mapping[str, str], base: Mapping[str, str]) -> Iterator[str]:
-    """Say of settings of an evaluation that it does not take place."""
+    """Say of settings of an evaluation, or of a way to quantise, that it does not take place."""
     names = ("TTT_ENABLED", "TTT_SGD", "SLIDING_WINDOW_ENABLED")
     adapts, sgd, slides = (same({**base, **given}[name], "1") for name in names)
     declined = same(given.get("TTT_ENABLED", "1"), "0")
     lora = [name for name in sorted(OF_LORA) if not (declined or same(given.get(name, "0"), "0"))]
+    clips = [name for name in sorted(base) if OF_CLIPS.fullmatch(name)]
+    fitted = not same({**base, **given}["FIT_BYTES"], "0")
     for names, is_read, needs in (
         (OF_SGD, adapts and sgd, "TTT_SGD=1 and TTT_ENABLED=1"),
         (lora, adapts and not sgd, "TTT_SGD=0 and TTT_ENABLED=1"),
         (("EVAL_STRIDE",), slides or (adapts and sgd), "SLIDING_WINDOW_ENABLED=1 or TTT_SGD=1"),
+        (clips, not fitted, "FIT_BYTES=0"),
     ):
         named = [f"{name}={given[name]}" for name in names if name in given]
         if named and not is_read:

@@ -245,6 +245,10 @@ def test_what_cannot_be_put_into_ours_is_refused(tg, environ, words):
             {"PHASED_TTT_ENABLED": "1", "PRESET": "pr1493"},
             "PHASED_TTT_ENABLED=1: no effect without TTT_SGD=0 and TTT_ENABLED=1",
         ),
+        (
+            {"FIT_BYTES": "9000000", "LQER_RANK": "2", "EMBED_BITS": "6"},
+            "EMBED_BITS=6 LQER_RANK=2: no effect without FIT_BYTES=0",
+        ),
         ({"EVAL_STRIDE": "32"}, "EVAL_STRIDE=32: no effect without SLIDING_WINDOW_ENABLED=1 or TTT_SGD=1"),
         ({"ttt_enabled": "0"}, "ttt_enabled=0: not read; did you mean TTT_ENABLED?"),
         ({"EVAL_ONLY_PATH": "x"}, "EVAL_ONLY_PATH=x: MODEL_PATH=x QUANTIZE_ONLY=1"),
