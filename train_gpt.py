@@ -148,7 +148,7 @@ class Config:
     num_kv_heads: Count = 4  # key/value heads (GQA)
     mlp_mult: Positive = 4.0  # MLP width / MODEL_DIM
     tie_embeddings: bool = True  # output matrix = embedding matrix
-    logit_softcap: Positive = 30.0  # logits are cap * tanh(z / cap)
+    logit_softcap: Annotated[float, Range(1e-30, 1000)] = 30.0  # cap * tanh(z / cap), rounded by larger ones
     rope_base: Positive = 10_000.0  # rotary base
     rope_dims: Whole = 16  # rotated dimensions of each head; 0: all
     rope_yarn: bool = False  # stretch the rotary base where documents are evaluated longer than trained on
@@ -232,7 +232,7 @@ class Config:
     compressor: Literal["brotli", "lzma", "ans"] = "brotli"  # artifact's codec; a trellis needs ans
 
     # Evaluation
-    val_batch_tokens: Annotated[int, Range(8)] = 524_288  # an evaluation row holds an eighth of these targets
+    val_batch_tokens: Annotated[int, Range(8, 10**9)] = 524_288  # an evaluation row has an eighth of these
     eval_seq_len: Count = 2048  # tokens; longer documents are cut in the standard evaluation
     val_doc_fraction: Annotated[float, Range(0, 1, above=True)] = 1.0  # below 1: a sample, never a full score
     sliding_window_enabled: bool = False  # score by sliding windows too (PR #1493)
@@ -2593,8 +2593,8 @@ def ttt_batches(documents: Sequence[Document], cfg: Config, first: int = 0) -> l
 
 
 def phase_boundaries(prefix_docs: int, num_phases: int, num_docs: int) -> list[int]:
-    """Numbers of scored documents at which the base weights are trained; an empty phase is none."""
-    return [n for i in range(num_phases) if (n := min(prefix_docs, num_docs) * (i + 1) // num_phases)]
+    """Numbers of scored documents at which the base weights are trained; a phase without new ones is none."""
+    return sorted({min(prefix_docs, num_docs) * (i + 1) // num_phases for i in range(num_phases)} - {0})
 
 
 def chunk_window(chunk: int, targets: int, size: int, max_window: int, uncached: int = 0) -> ChunkWindow:

@@ -7,7 +7,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -138,6 +138,18 @@ def check_fit(run: Run) -> None:
             raise ConfigError(f"FIT_BYTES={cfg.fit_bytes}: must be above {code}, what the code alone takes")
 
 
+def without_effect(cfg: Config, val: ValidationSet) -> Iterator[str]:
+    """What settings ask for that these validation data have no room for."""
+    if not cfg.ttt_enabled:
+        return
+    if cfg.ttt_sgd and cfg.ttt_chunk_tokens >= val.num_targets:
+        text = f"the {val.num_targets} targets are one chunk, so nothing is learnt before the score"
+        yield f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens}: no effect: {text}"
+    longest = max(length for _, length in val.documents)
+    if orders := [pair for pair in cfg.ngram_tilt.split(",") if pair and int(pair.split(":")[0]) >= longest]:
+        yield f"NGRAM_TILT={','.join(orders)}: no effect: no document is so long"
+
+
 class Preflight(Watch):
     """What a run needs, compared with what is there, before time is spent; its speed, before the clock runs.
 
@@ -219,6 +231,7 @@ class Preflight(Watch):
                 what = "no target has bytes (documents of white space alone?), must be text"
                 raise DataError(f"{run.cfg.data_folder}/fineweb_val_*: {what}")
             self.check_hashes(self.manifest, splits, wait=not run.trains)
+            self.notices += without_effect(run.cfg, run.val)
             if not run.cfg.ttt_eval_only:
                 self.check_memory(run.cfg, run.backends, run.trains, run.val)
         elif kind == "model":
@@ -294,6 +307,7 @@ class Preflight(Watch):
         if cfg.ttt_enabled and not cfg.ttt_sgd:
             adapters = adapter_bytes(cfg, len(val.documents))
             needs[f"{named} TTT_LORA_RANK TTT_BATCH_SIZE"] = 4 * weights + adapters
+            needs["VOCAB_SIZE TTT_CHUNK_SIZE"] = 4 * weights + 4 * cfg.ttt_chunk_size * cfg.vocab_size
         free = free_memory(ranks) // (1 if cuda else ranks.world_size)
         for names, need in needs.items():
             if need > free:

@@ -92,10 +92,10 @@ def _recurring(
     keys = keys[inside]
     keys.sort()
     context = keys >> bits
-    alike = context[1:] == context[:-1]
-    again = np.append(alike, False) | np.append(False, alike)
+    begins = np.append(True, context[1:] != context[:-1])[: len(keys)]  # of no keys too
+    again = ~(begins & np.append(begins[1:], True)[: len(keys)])
     places = (keys[again] & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
-    return places, ~np.append(False, alike)[again]
+    return places, begins[again]
 
 
 def find_hints(

@@ -125,7 +125,8 @@ def test_preflight_refuses_sizes_that_cannot_be_fitted(tg, run, work, monkeypatc
     monkeypatch.setattr(tg, "packed_script", lambda *_: (bytes(50_000), True))
     torch.save(tg.GPT(tg.Config.from_env(TINY)).state_dict(), work / "given.pt")
     code, said, error = run(**{"FLOAT16_MAX_ELEMENTS": 64} | settings | stage, ARTIFACT_DIR="unfitted")
-    assert code == 2 and len(error.splitlines()) == 1 and said == ""
+    notice, error = error.splitlines()
+    assert code == 2 and said == "" and notice.endswith("LQER_ASYM_GROUP=16: no effect without FIT_BYTES=0")
     assert error.startswith("train_gpt.py: error: FIT_BYTES=") and named in error
     assert not (work / "unfitted").exists()
 
@@ -134,12 +135,35 @@ def test_preflight_refuses_more_float16_than_fits(run):
     """Connections as wide as the stream, for which no allocation of bits makes room."""
     wide = {"MODEL_DIM": 256, "MUDD_WIDTH": 256, "FLOAT16_MAX_ELEMENTS": 64, "FIT_BYTES": 40_000}
     code, said, error = run(**wide, ARTIFACT_DIR="unfitted")
-    assert (code, said, len(error.splitlines())) == (2, "", 1)
+    assert (code, said, len(error.splitlines())) == (2, "", 2)  # a notice and the error
     assert "FIT_BYTES=40000 FLOAT16_MAX_ELEMENTS=64: must be at least 7" in error
 
 
 def test_preflight_fits_nothing_where_nothing_is_quantised(run):
     assert run(FIT_BYTES=10**6, PREQUANT_ONLY=1, ARTIFACT_DIR="unquantised")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"ngram_tilt": "10:2"}, ""),
+        ({"ngram_tilt": "9:2,11:1.5,400:1"}, "NGRAM_TILT=11:1.5,400:1: no effect: no document is so long"),
+        ({"ttt_sgd": True, "ttt_chunk_tokens": 11}, ""),
+        ({"ttt_sgd": True, "ttt_chunk_tokens": 12}, "TTT_CHUNK_TOKENS=12: no effect: the 12 targets are one"),
+        ({"ttt_enabled": False, "ttt_sgd": True, "ngram_tilt": "99:2"}, ""),
+    ],
+)
+def test_preflight_says_what_these_data_have_no_room_for(tg, settings, told):
+    """A document of ten tokens, with the BOS of the next one behind it, which is a target too."""
+    val = tg.ValidationSet.from_sidecar(torch.tensor([1, *[2] * 9, 1, 3, 4]), torch.ones(13))
+    found = [*tg.without_effect(tg.Config(**settings), val)]
+    assert len(found) == bool(told) and "".join(found).startswith(told)
+
+
+def test_preflight_refuses_chunks_that_no_memory_holds(run):
+    settings = {"TTT_CHUNK_SIZE": 10**9, "TTT_EVAL_SEQ_LEN": 10**9, "ARTIFACT_DIR": "unmade"}
+    code, said, error = run(**settings)
+    assert (code, said, len(error.splitlines())) == (2, "", 1) and "TTT_CHUNK_SIZE=1000000000: take" in error
 
 
 def test_preflight_counts_parameters_and_adapters_before_they_are_made(tg):

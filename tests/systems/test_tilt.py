@@ -183,6 +183,15 @@ def test_settings_are_checked(tg, text):
         tg.check_settings(tg.Config(ngram_tilt=text))
 
 
+@pytest.mark.parametrize("order", [18, 19, 20, 21, 9999])
+def test_contexts_may_be_longer_than_any_document(tg, order):
+    """Of 20 tokens: one of 19 has a token behind it, but stands nowhere else in its document."""
+    tokens = np.array([BOS, *[7] * 19] * 2).astype(np.uint16)
+    hints, nats = tg.find_hints(tokens, [[(0, 20)], [(20, 20)]], {order: 2.0}, 39)
+    assert (hints[38] == 7) == (nats[38] == 2) == (order < 20), "what the first document said"
+    assert (hints[:18] == -1).all() and (order < 20 or (hints == -1).all())
+
+
 def test_the_largest_tilt_is_finite(tg):
     """In float32, where a token that is certain is hinted and another follows, and the other way round."""
     losses, hinted, hits = (torch.tensor(pair) for pair in ([60.0, 60.0], [1e-6, 60.0], [0.0, 1.0]))
