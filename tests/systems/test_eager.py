@@ -122,6 +122,18 @@ def test_head_by_blocks_is_the_plain_loss(tg, rows):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_the_largest_softcap_rounds_no_loss(tg):
+    """In float32, of logits that it leaves as they are nearly: what preflight allows, every form can do."""
+    with pytest.raises(tg.ConfigError, match="LOGIT_SOFTCAP=1000.1: must be"):
+        tg.check_settings(tg.Config(logit_softcap=1000.1))
+    torch.manual_seed(0)
+    h, weight, targets = torch.randn(1, 99, 64), torch.randn(300, 64) / 8, torch.randint(300, (1, 99))
+    z = h.double() @ weight.double().mT
+    exact = tg.softcapped_cross_entropy(z, targets, 1000.0)
+    found = tg.head_loss(h, weight, targets, 1000.0, None)
+    assert (found.mean() - exact.mean()).abs() < 1e-5 and (found - exact).abs().max() < 5e-4
+
+
 @pytest.mark.parametrize("length", [40, 64, 150, 256])
 def test_attention_by_blocks_is_the_plain_one(tg, length):
     """Result and gradients, of heads that lie in a wider tensor; gradients come back in any layout."""
