@@ -148,7 +148,7 @@ class Config:
     num_kv_heads: Count = 4  # key/value heads (GQA)
     mlp_mult: Positive = 4.0  # MLP width / MODEL_DIM
     tie_embeddings: bool = True  # output matrix = embedding matrix
-    logit_softcap: Annotated[float, Range(1e-30, 1000)] = 30.0  # cap * tanh(z / cap), rounded by larger ones
+    logit_softcap: Annotated[float, Range(1e-30, 1000)] = 30.0  # cap * tanh(z / cap); a larger cap rounds it
     rope_base: Positive = 10_000.0  # rotary base
     rope_dims: Whole = 16  # rotated dimensions of each head; 0: all
     rope_yarn: bool = False  # stretch the rotary base where documents are evaluated longer than trained on
