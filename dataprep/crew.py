@@ -209,14 +209,18 @@ def _reply(place: memoryview, answer: _Answer) -> None:
     """Write an answer; an error, or a result, that cannot be pickled is told in words."""
     try:
         if answer.error:
-            answer.error.add_note(f"In another process:\n{''.join(format_exception(answer.error))}")
+            answer.error.add_note(_told(answer.error))
             pickle.loads(pickle.dumps(answer.error))
         fits = _put(place, answer)
     except Exception as error:
-        told = "".join(format_exception(answer.error or error))
-        fits = _put(place, _Answer(error=RuntimeError(f"In another process:\n{told}")))
+        fits = _put(place, _Answer(error=RuntimeError(_told(answer.error or error))))
     if not fits:
         _put(place, None)  # this takes 20 bytes, and the item had room
+
+
+def _told(error: Exception) -> str:
+    """An error with where it was raised, which pickling it loses."""
+    return f"In another process:\n{''.join(format_exception(error))}"
 
 
 def _next(todo: Connection) -> int | None:

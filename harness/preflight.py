@@ -22,6 +22,7 @@ from harness.backends import (
 from harness.hashes import NO_HASHES, Hashes
 from harness.manifest import check_data
 from systems.compiled import one_line
+from systems.tilt import boosts_of
 from train_gpt import (
     CONTEST_MICRO_BATCHES,
     KERNELS,
@@ -146,8 +147,8 @@ def without_effect(cfg: Config, val: ValidationSet) -> Iterator[str]:
         text = f"the {val.num_targets} targets are one chunk, so nothing is learnt before the score"
         yield f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens}: no effect: {text}"
     longest = max(length for _, length in val.documents)
-    if orders := [pair for pair in cfg.ngram_tilt.split(",") if pair and int(pair.split(":")[0]) >= longest]:
-        yield f"NGRAM_TILT={','.join(orders)}: no effect: no document is so long"
+    if orders := [str(order) for order in boosts_of(cfg.ngram_tilt) if order >= longest]:
+        yield f"NGRAM_TILT={cfg.ngram_tilt}: no effect of {' and '.join(orders)}: no document is so long"
 
 
 class Preflight(Watch):

@@ -36,6 +36,12 @@ WAVES = 8  # parts of the documents behind the last global phase
 FACTOR = 0x9E3779B97F4A7C15  # odd: what a hash of k tokens is multiplied with for one token more
 
 
+def boosts_of(text: str) -> dict[int, float]:
+    """Nats of each order that NGRAM_TILT names; none if it is empty."""
+    pairs = (pair.split(":") for pair in text.split(",") if pair)
+    return {int(order): float(nats) for order, nats in pairs}
+
+
 def _context_hashes(tokens: np.ndarray, order: int) -> np.ndarray:
     """A hash of the `order` tokens that end at each place (uint64 [n]); the first places lack some.
 
@@ -137,9 +143,8 @@ class Tilt:
         waves = [first + (documents - first) * wave // WAVES for wave in range(1, WAVES)]
         self.parts = split_at_boundaries(plan.batches, [*phases, *waves])
         spans = [[span for batch in part for _, span in batch.documents] for part in self.parts]
-        pairs = (pair.split(":") for pair in plan.cfg.ngram_tilt.split(","))
-        boosts = {int(order): float(nats) for order, nats in pairs}
-        self.hints, self.nats = find_hints(val.tokens.numpy(), spans, boosts, val.num_targets)
+        boosts, tokens = boosts_of(plan.cfg.ngram_tilt), val.tokens.numpy()
+        self.hints, self.nats = find_hints(tokens, spans, boosts, val.num_targets)
 
     def hints_of(self, part: ChunkBatch, ranks: Ranks) -> Tensor:
         """Hints of a chunk and their boosts, float32 [B, n, 2]."""

@@ -143,11 +143,14 @@ def test_preflight_fits_nothing_where_nothing_is_quantised(run):
     assert run(FIT_BYTES=10**6, PREQUANT_ONLY=1, ARTIFACT_DIR="unquantised")[0] == 0
 
 
+NO_SUCH_LENGTH = "NGRAM_TILT=9:2,11:1.5,400:1: no effect of 11 and 400: no document is so long"
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
         ({"ngram_tilt": "10:2"}, ""),
-        ({"ngram_tilt": "9:2,11:1.5,400:1"}, "NGRAM_TILT=11:1.5,400:1: no effect: no document is so long"),
+        ({"ngram_tilt": "9:2,11:1.5,400:1"}, NO_SUCH_LENGTH),
         ({"ttt_sgd": True, "ttt_chunk_tokens": 11}, ""),
         ({"ttt_sgd": True, "ttt_chunk_tokens": 12}, "TTT_CHUNK_TOKENS=12: no effect: the 12 targets are one"),
         ({"ttt_enabled": False, "ttt_sgd": True, "ngram_tilt": "99:2"}, ""),

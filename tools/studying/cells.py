@@ -14,6 +14,7 @@ from pathlib import Path
 import train_gpt as tg
 from command import ROOT, Mistake
 from dataprep.shards import MANIFEST, BusyError, locked
+from harness.lineage import VOCABULARY
 from harness.settings import read_settings
 from reproducing.seeds import Experiment, finished
 from runs import RunRecord
@@ -25,7 +26,7 @@ from sweeping.running import Stop, guarded, last_line
 SCRIPT = ROOT / "train_gpt.py"
 CONFIRM_SEED = 100  # seeds of confirmation begin behind it
 NOISE_NAMES = {arm.name for arm in NOISE}
-KNOWN = {*tg.Config.__annotations__, "scale"}  # settings that an arm may have
+KNOWN = {*tg.Config().as_env(), *VOCABULARY, "SCALE"}  # settings that an arm may have
 CONTROLS_FILE = {  # what an arm may go on from: its switch, its setting, the file
     "model": ("QUANTIZE_ONLY", "MODEL_PATH", "final_model.pt"),
     "artifact": ("TTT_EVAL_ONLY", "QUANTIZED_MODEL_PATH", "final_model.int6.ptz"),
@@ -82,7 +83,7 @@ class Cell:
     def _refuse_without_effect(self) -> None:
         """Raise Mistake for an arm that would be the control once more under another name."""
         arm = self.arm
-        if unknown := [name for name in arm.settings if name.lower() not in KNOWN]:
+        if unknown := [name for name in arm.settings if name not in KNOWN]:
             raise Mistake(f"arm {arm.name}: {unknown[0]} is no setting of a run (train_gpt.py --help)")
         same = self.control and not arm.data and self.settings == self.control.settings
         if same and arm.name not in NOISE_NAMES:
