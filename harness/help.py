@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import train_gpt
 from harness.rules import allowed
 from harness.settings import NO_SETTINGS, PRESETS, SCALES, WITHOUT, nearest_name
+from harness.unread import needs_of
 from systems.layout import as_set
 from train_gpt import Config, ConfigError
 
@@ -47,7 +48,8 @@ def help_text(source: str, topic: str = "") -> str:
     if topic == "presets":
         return _presets()
     if topic.upper() in rows:
-        return _joined(rows, [topic.upper()])
+        needs = needs_of(topic.upper())
+        return rows[topic.upper()] + f"\n      read only with {needs}" * bool(needs)
     if topic.lower() not in topics:
         near = nearest_name(topic.upper(), [*rows, *map(str.upper, topics)])
         meant = f"; did you mean {near}?" if near else ""

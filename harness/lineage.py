@@ -41,8 +41,6 @@ HARMLESS = {  # names without effect here, and why
     "TTT_HEARTBEAT_SECONDS": "the log has a line of progress without it",
     "CHURN_LOG_EVERY": "that line of the log is not written here",
 }
-OF_SGD = ("TTT_LR", "TTT_EPOCHS", "TTT_MOMENTUM", "TTT_CHUNK_TOKENS")  # read with TTT_SGD=1 only
-OF_CLIPS = re.compile("(MATRIX|EMBED)_BITS|.*_CLIP_SIGMAS|LQER_.*")  # read with FIT_BYTES=0 only
 
 
 class Feature(NamedTuple):
@@ -138,9 +136,6 @@ FEATURES = (
     Feature("shards by patterns; DATA_PATH here", "TRAIN_FILES VAL_FILES", ()),
 )
 _SETTINGS = {name.upper() for name in Config.__annotations__}
-_OF_BOTH = {"TTT_ENABLED", "TTT_SGD", "TTT_EVAL_ONLY", "GLOBAL_TTT_BATCH_SEQS", "GLOBAL_TTT_GRAD_CLIP"}
-_OF_ADAPTATION = {name for name in _SETTINGS if re.match("(TTT|PHASED_TTT|GLOBAL_TTT)_", name)}
-OF_LORA = _OF_ADAPTATION - {*OF_SGD, *_OF_BOTH} | {"PHASED_TTT_ENABLED"}  # read with TTT_SGD=0 only
 Settled = Mapping[str, str]  # all our settings as text: as given, of the preset, or the default
 
 

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import train_gpt
-from harness.lineage import OF_CLIPS, OF_LORA, OF_SGD, VOCABULARY, in_our_names, same
+from harness.lineage import VOCABULARY, in_our_names, same
 from harness.rules import EXCLUSIVE, check_settings, check_text, check_training
+from harness.unread import lacking, unread
 from systems.layout import as_set
 from train_gpt import Config, ConfigError
 
@@ -170,7 +171,8 @@ PRESETS: dict[str, dict[str, object]] = {
     **{f"{name}-demo": row | _DEMO | _DEMO_SIZES.get(name, {}) for name, row in _SYSTEMS.items()},
     "demo": _DEMO,
 }
-
+# Settings of a preset -> what they are when off, and what they need.
+NEEDS = {"GPTQ_DRIFT_BATCHES": ("0", "FIT_BYTES>0"), "NGRAM_TILT": ("", "TTT_SGD=0 and TTT_ENABLED=1")}
 
 SCALES = ("full", "demo", "study")
 NO_SETTINGS = {  # variable that changes no number of a run, or only which preset is meant -> values, help
@@ -235,7 +237,7 @@ def translate(environ: Mapping[str, str]) -> dict[str, str]:
     notices += [
         *in_our_names(given, base),
         *_give_way(given, base, preset),
-        *_unread({**environ, **given}, base),
+        *unread({**environ, **given}, base),
     ]
     notices += [*_in_lower_case(environ), *_alone_among_tasks(environ)]
     if environ.get("LOCAL_RANK", "0") == "0":
@@ -263,32 +265,20 @@ def console_form(environ: Mapping[str, str]) -> str:
 
 
 def _give_way(given: dict[str, str], base: Mapping[str, str], preset: str) -> Iterator[str]:
-    """Switch off what a preset has on and a variable excludes."""
+    """Switch off what a preset has on and a variable excludes, or takes away what it needs."""
     for names in EXCLUSIVE:
         wanted = [name for name in names if same(given.get(name, "0"), "1")]
         for name in names:
             if wanted and name not in given and same(base[name], "1"):
                 given[name] = "0"
                 yield f"{name}=1 of PRESET={preset} gives way to {wanted[0]}=1"
-
-
-def _unread(given: Mapping[str, str], base: Mapping[str, str]) -> Iterator[str]:
-    """Say of settings of an evaluation, or of a way to quantise, that it does not take place."""
-    names = ("TTT_ENABLED", "TTT_SGD", "SLIDING_WINDOW_ENABLED")
-    adapts, sgd, slides = (same({**base, **given}[name], "1") for name in names)
-    declined = same(given.get("TTT_ENABLED", "1"), "0")
-    lora = [name for name in sorted(OF_LORA) if not (declined or same(given.get(name, "0"), "0"))]
-    clips = [name for name in sorted(base) if OF_CLIPS.fullmatch(name)]
-    fitted = not same({**base, **given}["FIT_BYTES"], "0")
-    for names, is_read, needs in (
-        (OF_SGD, adapts and sgd, "TTT_SGD=1 and TTT_ENABLED=1"),
-        (lora, adapts and not sgd, "TTT_SGD=0 and TTT_ENABLED=1"),
-        (("EVAL_STRIDE",), slides or (adapts and sgd), "SLIDING_WINDOW_ENABLED=1 or TTT_SGD=1"),
-        (clips, not fitted, "FIT_BYTES=0"),
-    ):
-        named = [f"{name}={given[name]}" for name in names if name in given]
-        if named and not is_read:
-            yield f"{' '.join(named)}: no effect without {needs}"
+    for name, (off, needs) in NEEDS.items():
+        if name not in given and not same(base[name], off) and (terms := lacking(needs, {**base, **given})):
+            given[name] = off
+            wrong = [
+                f"{other}={given[other]}" for other in given if re.search(rf"\b{other}\b", " ".join(terms))
+            ]
+            yield f"{name}={base[name]} of PRESET={preset} gives way to {' '.join(wrong)}"
 
 
 def _in_lower_case(environ: Mapping[str, str]) -> Iterator[str]:

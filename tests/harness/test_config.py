@@ -788,6 +788,8 @@ def test_help_by_topics_has_every_setting_once(tg, fields, capsys):
     assert topics[-1] == "all" and sorted(found) == sorted([*fields, "SCALE", "CONSOLE", "VERIFY"])
     assert tg.main(["-h", "matrix_lr"], {}) == 0
     assert "  MATRIX_LR=0.026" in capsys.readouterr().out.splitlines()
+    assert tg.main(["--help", "SMEAR_BOS_MASK"], {}) == 0
+    assert capsys.readouterr().out.endswith("\n      read only with SMEAR_GATE_ENABLED=1\n")
 
 
 def test_help_on_presets_tells_what_each_changes(tg, capsys):

@@ -239,17 +239,27 @@ def test_what_cannot_be_put_into_ours_is_refused(tg, environ, words):
             "ATTN_OUT_GATE_ENABLED=1 of PRESET=pr1667 gives way to SPARSE_ATTN_GATE_ENABLED=1",
         ),
         ({"EVAL_BATCH_SEQS": "32"}, f"EVAL_BATCH_SEQS=32: {lineage.HARMLESS['EVAL_BATCH_SEQS']}"),
-        ({"TTT_LR": "0.002"}, "TTT_LR=0.002: no effect without TTT_SGD=1 and TTT_ENABLED=1"),
+        ({"TTT_LR": "0.002"}, "TTT_LR=0.002: no effect without TTT_SGD=1"),
         ({"PHASED_TTT_ENABLED": "0"}, "PHASED_TTT_ENABLED=0: PHASED_TTT_PREFIX_DOCS=0"),
         (
             {"PHASED_TTT_ENABLED": "1", "PRESET": "pr1493"},
-            "PHASED_TTT_ENABLED=1: no effect without TTT_SGD=0 and TTT_ENABLED=1",
+            "PHASED_TTT_ENABLED=1: no effect without TTT_SGD=0",
         ),
         (
             {"FIT_BYTES": "9000000", "LQER_RANK": "2", "EMBED_BITS": "6"},
             "EMBED_BITS=6 LQER_RANK=2: no effect without FIT_BYTES=0",
         ),
         ({"EVAL_STRIDE": "32"}, "EVAL_STRIDE=32: no effect without SLIDING_WINDOW_ENABLED=1 or TTT_SGD=1"),
+        ({"EMBED_LR": "0.5", "TIED_EMBED_LR": "0.02"}, "EMBED_LR=0.5: no effect without TIE_EMBEDDINGS=0"),
+        (
+            {"PRESET": "pr1394", "GLOBAL_TTT_BATCH_SEQS": "8"},
+            "GLOBAL_TTT_BATCH_SEQS=8: no effect without TTT_ENABLED=1",
+        ),
+        (
+            {"PRESET": "best", "FIT_BYTES": "0"},
+            "GPTQ_DRIFT_BATCHES=4 of PRESET=best gives way to FIT_BYTES=0",
+        ),
+        ({"PRESET": "best", "TTT_SGD": "1"}, "NGRAM_TILT=16:2.62 of PRESET=best gives way to TTT_SGD=1"),
         ({"ttt_enabled": "0"}, "ttt_enabled=0: not read; did you mean TTT_ENABLED?"),
         ({"EVAL_ONLY_PATH": "x"}, "EVAL_ONLY_PATH=x: MODEL_PATH=x QUANTIZE_ONLY=1"),
         (WITHOUT_TILT, "PRESET=pr1514: without its n-gram tilt (not built here)"),
@@ -259,6 +269,20 @@ def test_what_cannot_be_put_into_ours_is_refused(tg, environ, words):
 def test_what_is_taken_otherwise_is_said(tg, capsys, environ, notice):
     tg.read_settings(environ)
     assert capsys.readouterr().err == f"train_gpt.py: notice: {notice}\n"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"TTT_ENABLED": "0", "TTT_LORA_RANK": "8", "TTT_LR": "0.01"},
+        {"PHASED_TTT_PREFIX_DOCS": "0", "GLOBAL_TTT_LR": "0.01"},
+        {"LQER_ENABLED": "0", "LQER_RANK": "2"},
+        {"PRESET": "pr1493", "PHASED_TTT_PREFIX_DOCS": "0"},
+    ],
+)
+def test_what_the_user_has_switched_off_himself_is_not_said(tg, capsys, environ):
+    tg.read_settings(environ)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_path_is_no_mistyped_number(tg, capsys):
