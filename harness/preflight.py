@@ -140,7 +140,14 @@ def check_fit(run: Run) -> None:
 
 
 def without_effect(cfg: Config, val: ValidationSet) -> Iterator[str]:
-    """What settings ask for that these validation data have no room for."""
+    """What settings ask for that this model, or these validation data, have no room for."""
+    if cfg.lqer_enabled and cfg.lqer_asym_enabled and not cfg.fit_bytes:
+        group, widths = cfg.lqer_asym_group, sorted({cfg.model_dim, cfg.mlp_dim})
+        if odd := [str(width) for width in widths if cfg.lqer_rank * width % group]:
+            text = (
+                f"LQER_RANK times {' or '.join(odd)} columns is no multiple of it, so factors are symmetric"
+            )
+            yield f"LQER_ASYM_GROUP={group}: no effect where {text}"
     if not cfg.ttt_enabled:
         return
     if cfg.ttt_sgd and cfg.ttt_chunk_tokens >= val.num_targets:

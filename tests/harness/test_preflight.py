@@ -149,6 +149,12 @@ NO_SUCH_LENGTH = "NGRAM_TILT=9:2,11:1.5,400:1: no effect of 11 and 400: no docum
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
+        ({"lqer_asym_group": 1024}, ""),
+        (
+            {"lqer_asym_group": 4096},
+            "LQER_ASYM_GROUP=4096: no effect where LQER_RANK times 512 columns is no multiple of it",
+        ),
+        ({"lqer_asym_group": 4096, "fit_bytes": 10**6}, ""),
         ({"ngram_tilt": "10:2"}, ""),
         ({"ngram_tilt": "9:2,11:1.5,400:1"}, NO_SUCH_LENGTH),
         ({"ttt_sgd": True, "ttt_chunk_tokens": 11}, ""),
