@@ -304,6 +304,64 @@ def one_document(shop: Workshop, copy: Forgery) -> None:
     copy.forge()
 
 
+@cheat("an adaptation that did harm kept back", RECORDS, "E2", "the settings ask for stage ttt, and the result has none")
+def kept_back(shop: Workshop, copy: Forgery) -> None:
+    def result(told: dict) -> None:
+        best = told["stages"]["quantised"]
+        del told["stages"]["ttt"], told["seconds"]["ttt"]
+        told.update({name: best[name] for name in ("val_bpb", "val_loss")})
+        told.update(final_stage="quantised", eval_seconds=told["seconds"]["quantised"])
+
+    def records(found: list[dict]) -> None:
+        found[:] = [r for r in found if "ttt" not in (r.get("stage"), r.get("event", {}).get("stage"))]
+        found[-1]["accesses"] = [row for row in found[-1]["accesses"] if row[0] != "ttt"]
+
+    copy.result(result)
+    copy.json(copy.run / "documents.json", lambda told: told["losses"].pop("ttt"))
+    copy.forge(records)
+
+
+@cheat("time given back by the calibration", RECORDS, "T2", "calibration -150.0 s: below 0")
+def negative_calibration(shop: Workshop, copy: Forgery) -> None:
+    copy.result(
+        lambda told: told.update(calibrate_seconds=-150.0, seconds=told["seconds"] | {"calibrate": -150.0})
+    )
+    copy.forge()
+
+
+@cheat(
+    "a calibration that took no time",
+    RECORDS,
+    "T2",
+    "calibration: result.json says 0.0 and 0.0 s, the events",
+)
+def no_calibration(shop: Workshop, copy: Forgery) -> None:
+    copy.result(lambda told: told.update(calibrate_seconds=0.0, seconds=told["seconds"] | {"calibrate": 0.0}))
+    copy.forge()
+
+
+@cheat("steps that nothing timed", RECORDS, "R5", "a step of training or adaptation that nothing timed")
+def untimed_steps(shop: Workshop, copy: Forgery) -> None:
+    def between(records: list[dict]) -> None:
+        for record in records[1:]:
+            if record["stage"] == "train":
+                record["stage"] = "between stages"
+
+    copy.forge(between)
+
+
+@cheat("a rate told as lowered, so that steps are not repeated", RECORDS, "W1", "lr_multiplier 0.9999 after")
+def lowered_rate(shop: Workshop, copy: Forgery) -> None:
+    def lower(records: list[dict]) -> None:
+        for record in records:
+            event = record.get("event", {})
+            if event.get("stage") == "train" and event["step"] > 1:
+                event.update(lr_multiplier=0.9999, train_loss=event["train_loss"] / 2)
+
+    copy.result(lambda told: told["settings"].update(MAX_WALLCLOCK_SECONDS=3600.0))
+    copy.forge(lower)
+
+
 @cheat("documents.json halved", RECORDS, "E1", "lists 7 documents, not the 14")
 def halved_documents(shop: Workshop, copy: Forgery) -> None:
     def halve(told: dict) -> None:
@@ -387,7 +445,7 @@ def chunk_left_out(shop: Workshop, copy: Forgery) -> None:
     copy.forge(drop)
 
 
-@cheat("a run without its standard scores", RECORDS, "E1", "no standard score")
+@cheat("a run without its standard scores", RECORDS, "E1", "the settings ask for stage quantised")
 def no_standard_score(shop: Workshop, copy: Forgery) -> None:
     hidden = ("untrained", "prequant", "quantised")
     copy.result(lambda result: [result["stages"].pop(stage) for stage in hidden])

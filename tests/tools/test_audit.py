@@ -34,6 +34,7 @@ import audit  # noqa: E402
 import lossless_caps  # noqa: E402
 from auditing import box, data, packed, questions, shown, surroundings  # noqa: E402
 from auditing import run as auditing_run  # noqa: E402
+from auditing.artifact import OTHER_FSTRINGS  # noqa: E402
 from auditing.blackbox import subject_of  # noqa: E402
 from harness import packing  # noqa: E402
 from harness.hashes import Hashes  # noqa: E402
@@ -696,6 +697,9 @@ def test_s5_the_same_statements_of_another_python(copy):
     copy.counted(r"\Z", "\n\n# written otherwise\n")
     status, evidence = copy.verdict("S5")
     assert status == "NOT CHECKED" and "packed under Python 3.99.1, here is 3." in evidence, evidence
+    copy.counted(r"""(?s)\A(.*?\bf["'])""", r"\1{exec()}")
+    status, evidence = copy.verdict("S5")
+    assert status == "NOT CHECKED" and OTHER_FSTRINGS in evidence
     copy.counted("1e-10", "1e-09")
     copy.fails("S5", "not the packing of the script in the log")
 

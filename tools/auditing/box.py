@@ -132,6 +132,11 @@ def _lacks(namespaces: bool) -> str:
     return ""
 
 
+def _normalised(program: str) -> str:
+    """The program's path as the box knows it: there, no `..` leads to where it lies."""
+    return os.path.abspath(program) if os.sep in program else program
+
+
 def _run(
     command: Sequence[str],
     folder: Path,
@@ -146,7 +151,7 @@ def _run(
     given = {str(folder): True} | {os.path.abspath(path): False for path in readable}
     paths, links = _visible(given, namespaces)
     plan = {
-        "command": [str(part) for part in command],
+        "command": [_normalised(str(command[0])), *map(str, command[1:])],
         "environment": _environment(folder) | {name: str(value) for name, value in environment.items()},
         "folder": str(folder),
         "paths": paths,

@@ -15,6 +15,7 @@ from systems.layout import WITHOUT_EFFECT
 SCORES = ("ttt", "sliding", "quantised", "prequant")  # the last that was made is the run's
 AFTER_THE_END = ("limit", "final", "notice")  # events that follow the ledger's last line
 FITTED = ("compiler", "micro_batches")  # what a run may choose anew when its model does not compile or fit
+TIMED = ("start", "reset", "score", "adapt", "batch", "global", "slide", "sgd", "end")  # of an evaluation
 CLOCK_SECONDS = 0.01  # two readings of one clock
 
 
@@ -322,11 +323,15 @@ def _possible(audit: Audit, chain: Chain) -> None:
 
 
 def _clocks(chain: Chain) -> None:
-    """What rank 0 did in a stage lasted no longer than the stage did."""
+    """What rank 0 did in a stage lasted no longer than the stage did; and each was done in a stage."""
     lasted: dict[str, float] = {}
     latest: dict[str, Link] = {}
     own = [link for link in chain.links[1:] if link.record["rank"] == 0]
     own.sort(key=lambda link: link.record["order"])
+    for link in own:
+        timed = link.record["kind"] in TIMED or link.record.get("event", {}).get("stage") == "train"
+        outside = timed and link.record["stage"] == "between stages"
+        require(not outside, f"line {link.number}: a step of training or adaptation that nothing timed")
     for before, link in zip(own, own[1:], strict=False):
         stage, event = link.record["stage"], link.record.get("event", {})
         if before.record["stage"] == stage and stage != "between stages":

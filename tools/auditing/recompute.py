@@ -171,7 +171,8 @@ def _same_totals(audit: Audit, stage: str, found: Losses, bound: Bounds) -> str:
     for name, score in scores.items():
         same = math.isclose(told[name], score, rel_tol=bound.total)
         require(same, f"{stage}: {name} {told[name]:.8f} in result.json, recomputed {score:.8f}")
-    return f"{scores['val_bpb']:.6f} of {len(val.documents)} documents"
+    apart = f", {told['val_bpb']:.6f} in result.json," * (abs(told["val_bpb"] - scores["val_bpb"]) > 5e-7)
+    return f"{scores['val_bpb']:.6f}{apart} of {len(val.documents)} documents"
 
 
 # -- evaluators, as a whole or in part
@@ -345,6 +346,8 @@ def full_precision_model(audit: Audit):
 def e1_standard(audit: Audit) -> str:
     """Artifact and final_model.pt, scored by the repository's evaluators, against documents and totals."""
     stages, told = audit.result["stages"], []
+    _is_told(audit, "sliding", audit.cfg.sliding_window_enabled)
+    _is_told(audit, "quantised", True)
     for stage, evaluate in (("prequant", standard), ("quantised", standard), ("sliding", sliding)):
         if stage not in stages:
             continue
@@ -358,6 +361,13 @@ def e1_standard(audit: Audit) -> str:
         told.append(compare(audit, stage, found, bounds(audit, "standard")) + _drawn(audit, chosen))
     require(bool(told), "result.json has no standard score")
     return "; ".join(told)
+
+
+def _is_told(audit: Audit, stage: str, asked_for: bool) -> None:
+    """Raise Failed where the settings ask for a score that the result has not: the run's is the last one."""
+    called = asked_for and not audit.cfg.prequant_only
+    told = f"the settings ask for stage {stage}, and the result has none: {audit.result['final_stage']} scores"
+    require(stage in audit.result["stages"] or not called, told)
 
 
 def _drawn(audit: Audit, chosen: Sequence[int] | None) -> str:
@@ -492,6 +502,7 @@ def _outcome(audit: Audit) -> tuple[Losses, str]:
 @check("E2", "adapted score recomputed, by document", RECOMPUTED)
 def e2_adapted(audit: Audit) -> str:
     """The adaptation repeated by the repository's evaluator, against documents and totals."""
+    _is_told(audit, "ttt", audit.cfg.ttt_enabled)
     if "ttt" not in audit.result["stages"]:
         raise NotChecked(f"nothing adapts: stage {audit.result['final_stage']} gives the score")
     found, how = _outcome(audit)

@@ -131,6 +131,7 @@ def t2_training_seconds(audit: Audit) -> str:
         raise NotChecked("this run did not train")
     seconds = audit.result["seconds"]
     training, calibration = seconds["train"], seconds.get("calibrate", 0.0)
+    require(min(training, calibration) >= 0, f"training {training} s, calibration {calibration} s: below 0")
     total = training + calibration
     require(total <= TRAIN_LIMIT, f"training {training:.1f} s + calibration {calibration:.1f} s > 600")
     told = {event["train_seconds"] for event in audit.metrics if event["stage"] == "saved"}
@@ -138,6 +139,12 @@ def t2_training_seconds(audit: Audit) -> str:
     summary = audit.result["train_seconds"]
     agree = told == {training} and summary == training and max(steps, default=0.0) <= training
     require(agree, f"result.json says {training} and {summary} s, the events {sorted(told)} s")
+    told = {event["calibrate_seconds"] for event in audit.metrics if event["stage"] == "artifact"}
+    summary = audit.result["calibrate_seconds"]
+    agree = told <= {calibration} and summary == calibration
+    require(
+        agree, f"calibration: result.json says {calibration} and {summary} s, the events {sorted(told)} s"
+    )
     return f"training {training:.1f} s + calibration {calibration:.2f} s = {total:.1f} s of 600"
 
 

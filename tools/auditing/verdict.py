@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from auditing.artifact import OTHER_FSTRINGS
 from auditing.claims import contest_set
 from auditing.run import CONSISTENT, FAIL, NOT_CHECKED, VERIFIED, Audit, Verdict
 
@@ -35,6 +36,8 @@ def missing(audit: Audit, verdicts: Mapping[str, Verdict]) -> list[str]:
     excused = {*CONDITIONS, "D3", "D4", *TRAINED} if again else set()
     open_ = [name for name in carries(audit) if verdicts[name].status != VERIFIED and name not in excused]
     open_ += [name for name in RECORDED if verdicts[name].status == NOT_CHECKED]
+    if OTHER_FSTRINGS in verdicts["S5"].evidence:  # which may hold any code
+        open_.append("S5")
     words = [f"{name} {verdicts[name].status}" for name in open_]
     return words + [f"script unknown ({', '.join(audit.strange_files)})"] * (not audit.known and not again)
 

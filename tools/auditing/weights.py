@@ -94,13 +94,23 @@ def trains(audit: Audit) -> None:
 def told_steps(audit: Audit) -> dict[int, dict]:
     """What the run told of its first steps, by number, as far as they can be repeated.
 
-    A clock's fractions of the training are not known to the digit: where they lower the rate, that ends.
+    A clock's fractions of the training are not known to the digit: where they lower the rate, that ends. It
+    cannot be lowered before the time is there, with room for a first step that was slower than the others.
     """
+    cfg = audit.cfg
     told = {event["step"]: event for event in audit.metrics if event["stage"] == "train"}
     require(1 in told, "metrics.jsonl does not tell the first step of training")
     steps: dict[int, dict] = {}
     for step in range(1, min(LOGGED_STEPS, audit.result["steps"]) + 1):
-        if told.get(step, {}).get("lr_multiplier", 1) != 1 and audit.cfg.max_wallclock_seconds > 0:
+        event = told.get(step, {})
+        if event.get("lr_multiplier", 1) != 1 and cfg.max_wallclock_seconds > 0:
+            total = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
+            latest = min(1.0, LOGGED_STEPS * event["train_seconds"] / total)
+            possible = audit.script.lr_multiplier(latest, cfg.warmdown_frac, cfg.min_lr) < 1
+            factor = f"step {step}: lr_multiplier {event['lr_multiplier']:.6g}"
+            require(
+                possible, f"{factor} after {event['train_seconds']:.1f} s of {total:.1f}: it is 1 so early"
+            )
             break
         require(step in told, f"metrics.jsonl does not tell step {step}")
         steps[step] = told[step]

@@ -47,13 +47,26 @@ SPECIAL = re.compile(r"""["'\\(){}\[\]]""")
 
 def without_fstrings(text: str) -> str:
     """The source with "" for every f-string; all lines stay where they are."""
-    parts, last, at = [], 0, 0
+    parts, last = [], 0
+    for begin, end in _fstrings(text):
+        parts += [text[last:begin], '""', "\\\n" * text.count("\n", begin, end)]
+        last = end
+    return "".join([*parts, text[last:]])
+
+
+def words_of_fstrings(text: str) -> str:
+    """What all f-strings of a source say, but for what one Python may write otherwise: quotes and spaces."""
+    said = (re.sub(r"""^\w+|["'\\\s]""", "", text[begin:end]) for begin, end in _fstrings(text))
+    return "".join(said)
+
+
+def _fstrings(text: str) -> Iterator[tuple[int, int]]:
+    """Where the f-strings of a source begin and end."""
+    at = 0
     while match := COMMENT_OR_STRING.search(text, at):
         at = _end_of_string(text, match) if match[2] else match.end()
         if match[1]:
-            parts += [text[last : match.start()], '""', "\\\n" * text.count("\n", match.start(), at)]
-            last = at
-    return "".join([*parts, text[last:]])
+            yield match.start(), at
 
 
 def _end_of_string(text: str, begin: re.Match) -> int:
