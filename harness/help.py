@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import train_gpt
 from harness.rules import allowed
-from harness.settings import NO_SETTINGS, PRESETS, SCALES, WITHOUT, nearest_name
+from harness.settings import NEEDS, NO_SETTINGS, PRESETS, SCALES, WITHOUT, nearest_name
 from harness.unread import needs_of
 from systems.layout import as_set
 from train_gpt import Config, ConfigError
@@ -37,8 +37,9 @@ def help_text(source: str, topic: str = "") -> str:
     rows, topics = _rows(source), _topics(source)
     names = " ".join([*topics, "presets", "all"])
     if not topic:
+        shown = sum(not name.endswith(SIZED) for name in PRESETS)
         listed = "\n".join(f"  {name:<14}{len(found):>3} settings" for name, found in topics.items())
-        listed += f"\n  {'presets':<14}{len(PRESETS):>3} presets\n  {'all':<14}{len(rows):>3} settings"
+        listed += f"\n  {'presets':<14}{shown:>3} presets\n  {'all':<14}{len(rows):>3} settings"
         first = f"Settings are environment variables: {LIKE}\nThe ten that are changed first:"
         more = "Topics, for --help TOPIC; --help NAME tells of one setting:"
         return f"{_about()}\n\n{first}\n\n{_joined(rows, FIRST)}\n\n{more}\n\n{listed}"
@@ -48,7 +49,7 @@ def help_text(source: str, topic: str = "") -> str:
     if topic == "presets":
         return _presets()
     if topic.upper() in rows:
-        needs = needs_of(topic.upper())
+        needs = needs_of(topic.upper()) or NEEDS.get(topic.upper(), ("", ""))[1]
         return rows[topic.upper()] + f"\n      read only with {needs}" * bool(needs)
     if topic.lower() not in topics:
         near = nearest_name(topic.upper(), [*rows, *map(str.upper, topics)])

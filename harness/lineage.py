@@ -119,7 +119,7 @@ FEATURES = (
     Feature("pruning to a size; FIT_BYTES here", "TARGET_MB", ()),
     Feature("tensors by patterns of their names", _PATTERNS, ()),
     # Evaluation
-    Feature("the n-gram tilt (PR #1514)", "NGRAM_TILT_ENABLED", details=_NGRAM),
+    Feature("the n-gram tilt by these names; NGRAM_TILT here", "NGRAM_TILT_ENABLED", details=_NGRAM),
     Feature("a bias fitted to the logits", "ETLB_ENABLED", details="ETLB_CLIP ETLB_LR ETLB_STEPS"),
     Feature("a fitted temperature", "TEMP_SCALING"),
     Feature("a limit of validation tokens; VAL_DOC_FRACTION here", "VAL_MAX_TOKENS"),

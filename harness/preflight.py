@@ -7,7 +7,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,10 +19,10 @@ from harness.backends import (
     try_kernels,
     unused_attention,
 )
+from harness.effects import left_open, without_effect
 from harness.hashes import NO_HASHES, Hashes
 from harness.manifest import check_data
 from systems.compiled import one_line
-from systems.tilt import boosts_of
 from train_gpt import (
     CONTEST_MICRO_BATCHES,
     KERNELS,
@@ -139,25 +139,6 @@ def check_fit(run: Run) -> None:
             raise ConfigError(f"FIT_BYTES={cfg.fit_bytes}: must be above {code}, what the code alone takes")
 
 
-def without_effect(cfg: Config, val: ValidationSet) -> Iterator[str]:
-    """What settings ask for that this model, or these validation data, have no room for."""
-    if cfg.lqer_enabled and cfg.lqer_asym_enabled and not cfg.fit_bytes:
-        group, widths = cfg.lqer_asym_group, sorted({cfg.model_dim, cfg.mlp_dim})
-        if odd := [str(width) for width in widths if cfg.lqer_rank * width % group]:
-            text = (
-                f"LQER_RANK times {' or '.join(odd)} columns is no multiple of it, so factors are symmetric"
-            )
-            yield f"LQER_ASYM_GROUP={group}: no effect where {text}"
-    if not cfg.ttt_enabled:
-        return
-    if cfg.ttt_sgd and cfg.ttt_chunk_tokens >= val.num_targets:
-        text = f"the {val.num_targets} targets are one chunk, so nothing is learnt before the score"
-        yield f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens}: no effect: {text}"
-    longest = max(length for _, length in val.documents)
-    if orders := [str(order) for order in boosts_of(cfg.ngram_tilt) if order >= longest]:
-        yield f"NGRAM_TILT={cfg.ngram_tilt}: no effect of {' and '.join(orders)}: no document is so long"
-
-
 class Preflight(Watch):
     """What a run needs, compared with what is there, before time is spent; its speed, before the clock runs.
 
@@ -239,7 +220,7 @@ class Preflight(Watch):
                 what = "no target has bytes (documents of white space alone?), must be text"
                 raise DataError(f"{run.cfg.data_folder}/fineweb_val_*: {what}")
             self.check_hashes(self.manifest, splits, wait=not run.trains)
-            self.notices += without_effect(run.cfg, run.val)
+            self.notices += [*without_effect(run.cfg, run.val), *left_open(run)]
             if not run.cfg.ttt_eval_only:
                 self.check_memory(run.cfg, run.backends, run.trains, run.val)
         elif kind == "model":

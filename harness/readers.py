@@ -108,6 +108,7 @@ def check_header(header: Mapping, file_bytes: int, stream_bytes: int, cfg: Confi
     if not settings.keys() <= {*MODEL_SETTINGS, "enable_looping_at"}:
         raise ArtifactError("artifact has settings that no model has")
     try:
+        cfg = dataclasses.replace(cfg, quantizer="scalar", gptq_drift_batches=0)  # are not the artifact's
         check_settings(cfg := dataclasses.replace(cfg, **settings))
     except ConfigError as error:
         raise ArtifactError(f"artifact has settings that are not possible ({str(error)[:200]})") from None

@@ -72,6 +72,11 @@ def check_ranks(cfg: Config, environ: Mapping[str, str]) -> None:
     check_micro_batches(cfg, world_size)
 
 
+def adapts_documents(cfg: Config) -> bool:
+    """Whether the score is that of phased LoRA test-time training."""
+    return cfg.ttt_enabled and not (cfg.ttt_sgd or cfg.prequant_only)
+
+
 def allowed(annotation: object) -> str:
     """What a setting of this type may be, in words."""
     if get_origin(annotation) is Literal:
@@ -138,11 +143,13 @@ def _shape_rules(cfg: Config) -> Iterable[tuple[bool, str, str]]:
         fits = getattr(cfg, name.lower()) <= cfg.model_dim
         yield fits, name, f"must be at most {pair(cfg, 'MODEL_DIM')}"
     yield cfg.mlp_dim >= 2, "MLP_MULT", "must leave the MLP at least 2 hidden units (rows need a deviation)"
-    limit = cfg.ttt_eval_seq_len
-    yield cfg.ttt_chunk_size <= limit, "TTT_CHUNK_SIZE", f"must be at most {pair(cfg, 'TTT_EVAL_SEQ_LEN')}"
-    fits = cfg.global_ttt_chunk_tokens >= cfg.eval_seq_len
+    limit, adapts = cfg.ttt_eval_seq_len, adapts_documents(cfg)
+    fits = not adapts or cfg.ttt_chunk_size <= limit
+    yield fits, "TTT_CHUNK_SIZE", f"must be at most {pair(cfg, 'TTT_EVAL_SEQ_LEN')}"
+    phases = adapts and cfg.phased_ttt_prefix_docs
+    fits = not phases or cfg.global_ttt_chunk_tokens >= cfg.eval_seq_len
     yield fits, "GLOBAL_TTT_CHUNK_TOKENS", f"must be at least {chunk}"
-    fits = not cfg.ttt_cache_window or cfg.ttt_chunk_size <= cfg.ttt_cache_window <= limit
+    fits = not (adapts and cfg.ttt_cache_window) or cfg.ttt_chunk_size <= cfg.ttt_cache_window <= limit
     limits = f"{pair(cfg, 'TTT_CHUNK_SIZE')} to {pair(cfg, 'TTT_EVAL_SEQ_LEN')}"
     yield fits, "TTT_CACHE_WINDOW", f"must be 0 or {limits}"
     slides = cfg.sliding_window_enabled or cfg.ttt_sgd
@@ -169,9 +176,11 @@ def _other_rules(cfg: Config) -> Iterable[tuple[bool, str, str]]:
     yield bool(name), "RUN_ID", f"must be a name of letters, digits and . _ + -, at most {MOST_BYTES} bytes"
     files = [Path(path).name for path in (cfg.model_path, cfg.quantized_model_path)]
     for setting, file in zip(("MODEL_PATH", "QUANTIZED_MODEL_PATH"), files, strict=True):
-        taken = file in TAKEN or re.fullmatch(r"ledger\.\d+\.jsonl", file) or files.count(file) > 1
+        taken = file in TAKEN or re.fullmatch(r"ledger\.\d+\.jsonl", file)
         fits = len(file) <= 99 and len(os.fsencode(file)) <= MOST_BYTES
         yield fits and not taken, setting, "must name a file of its own, none that a run writes besides"
+    fits = files[0] != files[1]
+    yield fits, "MODEL_PATH QUANTIZED_MODEL_PATH", "must end in two names of files"
     seconds, reserve = cfg.max_wallclock_seconds, cfg.gptq_reserve_seconds
     fits = not 0 < seconds < reserve + 0.001
     yield fits, "GPTQ_RESERVE_SECONDS", f"must be below {pair(cfg, 'MAX_WALLCLOCK_SECONDS')}"
@@ -184,8 +193,8 @@ def _other_rules(cfg: Config) -> Iterable[tuple[bool, str, str]]:
     yield fits, "GPTQ_DRIFT_BATCHES", "needs FIT_BYTES (clip widths and LQER do not know the order of layers)"
     coded = cfg.quantizer == "scalar" or cfg.compressor == "ans"
     yield coded, "QUANTIZER COMPRESSOR", "a trellis needs COMPRESSOR=ans (levels are coded by its states)"
-    text = "must be 1 where TTT_ENABLED=0 or TTT_SGD=1: all documents are scored"
-    adapts = cfg.ttt_enabled and not cfg.ttt_sgd
+    text = "must be 1 where TTT_ENABLED=0, TTT_SGD=1 or PREQUANT_ONLY=1: all documents are scored"
+    adapts = adapts_documents(cfg)
     yield cfg.val_doc_fraction == 1 or adapts, "VAL_DOC_FRACTION", text
     pairs = re.findall(r"([0-9]{1,4}):([0-9]{1,2}(?:\.[0-9]+)?)(?:,|$)", cfg.ngram_tilt)
     again, orders = ",".join(map(":".join, pairs)), {int(order) for order, _ in pairs}
@@ -194,7 +203,7 @@ def _other_rules(cfg: Config) -> Iterable[tuple[bool, str, str]]:
     text = "must be ORDER:NATS,... such as 16:2.62,8:1.5: tokens of context, each number once"
     yield fits, "NGRAM_TILT", f"{text}; nats above 0 and at most {MOST_NATS}; empty: off"
     text = "needs TTT_ENABLED=1 and TTT_SGD=0: the adaptation by documents is what is tilted; empty: off"
-    yield not cfg.ngram_tilt or adapts, "NGRAM_TILT", text
+    yield not cfg.ngram_tilt or cfg.prequant_only or adapts, "NGRAM_TILT", text
     for names in EXCLUSIVE:
         chosen = [name for name in names if getattr(cfg, name.lower())]
         yield len(chosen) < 2, " ".join(chosen), "exclude each other: set at most one"

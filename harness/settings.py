@@ -134,8 +134,8 @@ _SYSTEMS = {
     "pr1477": _LOOPS_45 | {"parallel_start_layer": 7},
     "pr1413": _LOOPS_45 | {"qk_gain_init": 5.0},
     "pr1412": _LOOPS_45
-    | {"parallel_start_layer": 7, "ttt_enabled": False, "ttt_sgd": False, "ttt_lr": 0.0005, "ttt_epochs": 4},
-    "pr1394": _LOOPS_45 | {"ttt_enabled": False, "ttt_sgd": False},
+    | {"parallel_start_layer": 7, "ttt_enabled": False, "ttt_lr": 0.0005, "ttt_epochs": 4},
+    "pr1394": _LOOPS_45 | {"ttt_enabled": False},
 }
 WITHOUT = {  # what a preset leaves out of the published system, which is not built here
     "pr1514": "its n-gram tilt",
@@ -172,7 +172,11 @@ PRESETS: dict[str, dict[str, object]] = {
     "demo": _DEMO,
 }
 # Settings of a preset -> what they are when off, and what they need.
-NEEDS = {"GPTQ_DRIFT_BATCHES": ("0", "FIT_BYTES>0"), "NGRAM_TILT": ("", "TTT_SGD=0 and TTT_ENABLED=1")}
+NEEDS = {
+    "QUANTIZER": ("scalar", "COMPRESSOR=ans"),
+    "GPTQ_DRIFT_BATCHES": ("0", "FIT_BYTES>0"),
+    "NGRAM_TILT": ("", "TTT_SGD=0 and TTT_ENABLED=1"),
+}
 
 SCALES = ("full", "demo", "study")
 NO_SETTINGS = {  # variable that changes no number of a run, or only which preset is meant -> values, help
@@ -198,7 +202,13 @@ def given_settings(environ: Mapping[str, str]) -> Config:
         if (name := field.name.upper()) in given:
             check_text(name, given[name], field.type)
     cfg = Config.from_env(given, PRESETS)
-    check_settings(cfg)
+    try:
+        check_settings(cfg)
+    except ConfigError as error:
+        row = {name.upper() for name in PRESETS[cfg.preset]} - given.keys()
+        theirs = [name for name in re.findall(r"\b([A-Z]\w+)=", str(error)) if name in row]
+        of_preset = f" ({' and '.join(dict.fromkeys(theirs))} as PRESET={cfg.preset} has it)" * bool(theirs)
+        raise ConfigError(f"{error}{of_preset}") from None
     check_training(cfg)
     return cfg
 
@@ -226,6 +236,9 @@ def translate(environ: Mapping[str, str]) -> dict[str, str]:
     preset = given.get("PRESET", Config.preset)
     if f"{preset}-{scale}" in PRESETS:
         given["PRESET"] = f"{preset}-{scale}"
+    elif scale != "full" and preset in PRESETS and re.search("(^|-)(demo|study)$", preset):
+        if not preset.endswith(scale):
+            raise ConfigError(f"SCALE={scale} PRESET={preset}: that preset has a size of its own")
     elif scale == "study" and preset in PRESETS:
         raise ConfigError(
             f"SCALE=study PRESET={preset}: a study has CaseOps text; must be a system of such text"

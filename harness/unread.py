@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from harness.lineage import same
+from train_gpt import Config
 
 READ_WITH = (  # settings, as a pattern -> what must hold for a run to read them; of several rows the first
     ("EVAL_STRIDE", "SLIDING_WINDOW_ENABLED=1 or TTT_SGD=1 and TTT_ENABLED=1"),
@@ -20,9 +21,10 @@ READ_WITH = (  # settings, as a pattern -> what must hold for a run to read them
         "GLOBAL_TTT_.*|PHASED_TTT_NUM_PHASES",
         "PHASED_TTT_PREFIX_DOCS>0 and TTT_SGD=0 and TTT_ENABLED=1",
     ),
+    ("TTT_SGD", "TTT_ENABLED=1"),
+    ("TTT_EVAL_SEQ_LEN", "ROPE_YARN=1 or TTT_SGD=0 and TTT_ENABLED=1"),
     ("PHASED_TTT_.*|TTT_(?!ENABLED|SGD|EVAL_ONLY).*", "TTT_SGD=0 and TTT_ENABLED=1"),
     ("LQER_ASYM_GROUP", "FIT_BYTES=0 and LQER_ENABLED=1 and LQER_ASYM_ENABLED=1"),
-    ("LQER_FACTOR_BITS", "FIT_BYTES=0 and LQER_ENABLED=1 and LQER_ASYM_ENABLED=0"),
     ("LQER_(?!ENABLED).*", "FIT_BYTES=0 and LQER_ENABLED=1"),
     ("LQER_ENABLED|(MATRIX|EMBED)_BITS|.*_CLIP_SIGMAS", "FIT_BYTES=0"),
     ("EMBED_LR", "TIE_EMBEDDINGS=0"),
@@ -39,6 +41,8 @@ READ_WITH = (  # settings, as a pattern -> what must hold for a run to read them
     ("GATED_ATTN_INIT_STD", "GATED_ATTN_ENABLED=1"),
     ("GATED_ATTN_QUANT_GATE", "SPARSE_ATTN_GATE_ENABLED=1 or GATED_ATTN_ENABLED=1"),
     ("WD_TAPER_START_FRAC", "WD_TAPER_FINAL_MULT<1"),
+    ("MIN_LR", "WARMDOWN_FRAC>0"),
+    ("MUON_MOMENTUM_WARMUP_START", "MUON_MOMENTUM_WARMUP_STEPS>0"),
     ("CLIP_GLOBAL", "GRAD_CLIP_NORM>0"),
     ("GPTQ_RESERVE_SECONDS", "MAX_WALLCLOCK_SECONDS>0"),
 )
@@ -52,13 +56,14 @@ def needs_of(name: str) -> str:
 def unread(given: Mapping[str, str], base: Mapping[str, str]) -> Iterator[str]:
     """Say of given settings that nothing reads them, with what they lack; `base` has what is not given.
 
-    Nothing is said of what is as without it, of a 0, which asks for nothing, and where the user himself has
-    switched off what would read a setting.
+    Nothing is said of a 0, which asks for nothing, of a number that is as without it, and where the user
+    himself has switched off what would read a setting.
     """
     without: dict[str, list[str]] = {}
-    for name in sorted(given):
+    for name in sorted(given.keys() & {*base, "PHASED_TTT_ENABLED"}):  # other names are not ours
         terms = lacking(needs_of(name), {**base, **given})
-        asks = not (same(given[name], "0") or same(given[name], base.get(name, "0")))
+        switches = type(getattr(Config, name.lower(), True)) is bool
+        asks = not (same(given[name], "0") or same(given[name], "0" if switches else base[name]))
         if terms and asks and not any(_switched_off(term, given) for term in terms):
             without.setdefault(" ".join(terms), []).append(f"{name}={given[name]}")
     for text, named in without.items():

@@ -304,7 +304,12 @@ def one_document(shop: Workshop, copy: Forgery) -> None:
     copy.forge()
 
 
-@cheat("an adaptation that did harm kept back", RECORDS, "E2", "the settings ask for stage ttt, and the result has none")
+@cheat(
+    "an adaptation that did harm kept back",
+    RECORDS,
+    "E2",
+    "the settings ask for stage ttt",
+)
 def kept_back(shop: Workshop, copy: Forgery) -> None:
     def result(told: dict) -> None:
         best = told["stages"]["quantised"]

@@ -16,10 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def own_files(root: Path) -> list[Path]:
-    """The Python files of a checkout, those of hidden folders (.venv, .git), data and runs aside."""
+    """The Python files of a checkout, those of hidden folders (.venv, .git), data and runs aside.
+
+    The counted script of a run may lie anywhere: it is no text in UTF-8, as its first line says.
+    """
     aside = {"data", "runs"}
     inside = [path.relative_to(root) for path in sorted(root.rglob("*.py"))]
-    return [root / path for path in inside if path.parts[0] not in aside and path.parts[0][0] != "."]
+    own = [root / path for path in inside if path.parts[0] not in aside and path.parts[0][0] != "."]
+    return [path for path in own if not path.read_bytes().startswith(b"#coding:")]
 
 
 def roots(root: Path) -> tuple[Path, ...]:

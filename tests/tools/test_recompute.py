@@ -223,7 +223,7 @@ def test_a_first_steps_figure_edited(copy, key, step, factor):
 
 def test_no_step_is_repeated_of_a_clock_that_says_so(copy):
     """Under a clock only steps at the full rate can be repeated; a run that tells of none proves nothing."""
-    copy.result(lambda value: value["settings"].update(MAX_WALLCLOCK_SECONDS=1000.0))
+    copy.result(lambda value: value["settings"].update(MAX_WALLCLOCK_SECONDS=1000.0, WARMDOWN_FRAC=1.0))
     edit_events(copy, lambda steps: steps[0].update(lr_multiplier=0.999))
     assert copy.verdict("W1") == ("NOT CHECKED", "no step can be repeated: all were below the full rate")
 

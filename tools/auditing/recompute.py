@@ -366,8 +366,8 @@ def e1_standard(audit: Audit) -> str:
 def _is_told(audit: Audit, stage: str, asked_for: bool) -> None:
     """Raise Failed where the settings ask for a score that the result has not: the run's is the last one."""
     called = asked_for and not audit.cfg.prequant_only
-    told = f"the settings ask for stage {stage}, and the result has none: {audit.result['final_stage']} scores"
-    require(stage in audit.result["stages"] or not called, told)
+    lacks = f"the settings ask for stage {stage}, the result has {', '.join(audit.result['stages'])}"
+    require(stage in audit.result["stages"] or not called, lacks)
 
 
 def _drawn(audit: Audit, chosen: Sequence[int] | None) -> str:

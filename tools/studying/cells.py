@@ -16,12 +16,14 @@ from command import ROOT, Mistake
 from dataprep.shards import MANIFEST, BusyError, locked
 from harness.lineage import VOCABULARY
 from harness.settings import read_settings
+from harness.unread import lacking, needs_of
 from reproducing.seeds import Experiment, finished
 from runs import RunRecord
 from scripts import hash_on_disk
 from studying.arms import NOISE, OTHER_BATCHES, Arm, folder_of
 from studying.page import AT_SECONDS, STAGES
 from sweeping.running import Stop, guarded, last_line
+from systems.layout import as_variables
 
 SCRIPT = ROOT / "train_gpt.py"
 CONFIRM_SEED = 100  # seeds of confirmation begin behind it
@@ -85,6 +87,11 @@ class Cell:
         arm = self.arm
         if unknown := [name for name in arm.settings if name not in KNOWN]:
             raise Mistake(f"arm {arm.name}: {unknown[0]} is no setting of a run (train_gpt.py --help)")
+        settled = as_variables(self.settings)
+        unread = [name for name in arm.settings if lacking(needs_of(name), settled)]
+        if unread and unread == [*arm.settings]:
+            text = " ".join(lacking(needs_of(unread[0]), settled))
+            raise Mistake(f"arm {arm.name}: {unread[0]} has no effect without {text}")
         same = self.control and not arm.data and self.settings == self.control.settings
         if same and arm.name not in NOISE_NAMES:
             raise Mistake(f"arm {arm.name}: its settings are the control's, so nothing would be compared")
