@@ -127,6 +127,8 @@ class Split:
             "tokens",
             "bytes",
             "uncharged_bytes",
+            "overcharged_bytes",
+            "overcharged_documents",
             "round_trip_documents",
             "empty_documents",
             "bad_documents",
@@ -134,7 +136,8 @@ class Split:
         ),
     }
 
-    SELDOM = {"dropped_token_duplicates"}  # named where there are some: other manifests stay as they were
+    # Named where there are some: other manifests stay as they were.
+    SELDOM = {"dropped_token_duplicates", "overcharged_bytes", "overcharged_documents"}
 
     def __init__(self, name: str, *writers: ShardWriter) -> None:
         self.name, self.writers = name, writers
@@ -155,7 +158,11 @@ class Split:
             return "the input holds no documents"
         if not self.counts["documents"]:
             return "all these documents are empty" + " or broken" * bool(self.counts["bad_documents"])
-        return "" if self.counts["bytes"] else "these documents leave no bytes to score (white space alone?)"
+        if not self.counts["bytes"]:
+            return "these documents leave no bytes to score (white space alone?)"
+        more = self.counts["overcharged_bytes"] - self.counts["uncharged_bytes"]
+        too_many = f"these documents would be charged {more} bytes more than they have"
+        return f"{too_many}: the tokenizer's normaliser makes text longer" if more > 0 else ""
 
     def flush(self) -> None:
         """Write the last shard."""

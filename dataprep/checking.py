@@ -425,8 +425,10 @@ def report_table(manifest: dict) -> str:
     """The manifest's counts and report as a table, a column for each split; "-" where it is not known."""
     splits, report = manifest.get("splits", {}), manifest.get("report", {})
     columns = [name for name in ("train", "val") if name in splits]
-    keys = ("documents", "tokens", "bytes", "uncharged_bytes", "empty_documents", "bad_documents")
+    keys = ("documents", "tokens", "bytes", "uncharged_bytes", "overcharged_bytes")
     keys += (
+        "empty_documents",
+        "bad_documents",
         "dropped_duplicates",
         "dropped_space_duplicates",
         "dropped_token_duplicates",

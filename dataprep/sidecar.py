@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 
-from dataprep.encoding import OPERATORS, SPACE_PIECE
 from dataprep.shards import BOS_ID, FIRST_OPERATOR_ID, OPERATOR_COUNT, document_parts
+from dataprep.splitting import OPERATORS, SPACE_PIECE, rewrites
 
 ODD_BYTES_ALLOWED = 0.02  # share of tokens that may carry other bytes, where the tokenizer normalises
 ODD_LETTERS_ALLOWED = 0.01  # and of pieces of lower-case letters alone, which few texts write otherwise
@@ -62,8 +62,8 @@ class Odd(NamedTuple):
 
 
 def is_lossless(processor: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether the tokenizer gives back a text of all that normalisers change."""
-    return processor.decode(processor.encode(HOSTILE)) == HOSTILE
+    """Whether the tokenizer has no rules to rewrite text by, and gives back all that normalisers change."""
+    return not rewrites(processor) and processor.decode(processor.encode(HOSTILE)) == HOSTILE
 
 
 def pieces_of(processor: sentencepiece.SentencePieceProcessor) -> Pieces:

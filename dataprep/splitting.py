@@ -23,6 +23,7 @@ _QUOTES = "\u2018\u2019\u201c\u201d\u2013\u2014"  # as in words.c
 _NEUTRAL = _PRINTABLE.decode() + "".join(OPERATORS) + _QUOTES
 _NO_OPERATORS = dict.fromkeys(map(ord, OPERATORS))  # to str.translate()
 _NORMAL, _USER_DEFINED, _UNUSED, _BYTE = 1, 4, 5, 6  # SentencePiece's types of pieces
+_NORMALISERS, _RULES = (3, 5), 2  # fields of a model: before it encodes, after it decodes; of one, its table
 _FIXED = {1: 8, 5: 4}  # bytes of a protocol buffer's values of fixed size, by their kind
 
 Columns = list[np.ndarray]
@@ -93,6 +94,15 @@ def pieces_of_model(model: bytes) -> list[tuple[str, float, int]]:
             own = {1: b"", 2: bytes(4), 3: _NORMAL} | dict(_fields(value))
             pieces.append((own[1].decode(), *struct.unpack("<f", own[2]), own[3]))
     return pieces
+
+
+def rewrites(processor: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether the model has rules by which it rewrites characters, when it encodes or when it decodes.
+
+    Only its own table of them tells: no sample of texts has what any rule may be about.
+    """
+    specs = [dict(_fields(v)) for n, v in _fields(processor.serialized_model_proto()) if n in _NORMALISERS]
+    return any(spec.get(_RULES) for spec in specs)
 
 
 def merges_here(processor: sentencepiece.SentencePieceProcessor) -> bool:

@@ -97,8 +97,12 @@ class Worker:
             tokens.append(stored)
             token_bytes.append(charges.astype(np.uint16))
             charged = int(charges.sum(dtype=np.int64))
-            counts.update(
-                bytes=charged, uncharged_bytes=document.size - charged, round_trip_documents=round_trip
+            counts.update(  # each document by itself: what one lacks must not hide what another has too much
+                bytes=charged,
+                uncharged_bytes=max(document.size - charged, 0),
+                overcharged_bytes=max(charged - document.size, 0),
+                overcharged_documents=charged > document.size,
+                round_trip_documents=round_trip,
             )
         own = [document.identity for document in kept], refused
         return Result(_joined(tokens), _joined(token_bytes), _lengths(tokens), counts, bad, [], [], *own)

@@ -50,6 +50,14 @@ def told_by(capsys, *arguments: object) -> tuple[int, str]:
     return code, capsys.readouterr().err
 
 
+def lengthening(folder: Path, rule: str) -> encoding.Tokenizer:
+    """A tokenizer of plain text that rewrites it by a rule: code points, a tab, code points, in hex."""
+    path = folder / "rule.tsv"
+    path.write_text(f"{rule}\n")
+    spaces = {"add_dummy_prefix": False, "remove_extra_whitespaces": False}
+    return plain_model(normalization_rule_tsv=str(path), **spaces)._replace(plain=True)
+
+
 # ---- Leaks ------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +292,36 @@ def test_reading_texts_without_a_space_for_a_tokenizer(tmp_path, capsys, plain):
     model = (out / "tokenizer.model").read_bytes()
     tokenizer = encoding.make_tokenizer("t", model, plain=plain)
     assert tokenizer.processor.decode(tokenizer.processor.encode("a b")) == "a b"
+
+
+def test_data_charged_more_than_they_have_are_refused(tmp_path, capsys):
+    """The bytes of plain text are those that its tokens spell: a normaliser must not make them more."""
+    tokenizer = lengthening(tmp_path, "65\t65 65 65 65")
+    model, docs = tmp_path / "longer.model", write_jsonl(tmp_path / "docs.jsonl", ["no", "here it is", "x"])
+    model.write_bytes(tokenizer.model)
+    code, error = told_by(
+        capsys, "--docs", docs, "--sp", model, "--out", tmp_path / "out", "--val-docs", 2, "--plain"
+    )
+    assert code == 2 and "docs.jsonl line 2: has 10 bytes and would be charged 16" in error
+    assert not [*(tmp_path / "out").glob("*.bin")]
+
+
+@pytest.mark.parametrize("rule", ["65\t65 65 65 65", "7A\t5A 5A"])
+def test_tokenizer_with_rules_is_not_lossless_whatever_they_are_about(tmp_path, small, rule):
+    assert not sidecar.is_lossless(lengthening(tmp_path, rule).processor)
+    assert sidecar.is_lossless(small.processor)
+
+
+def test_data_that_nfkc_makes_longer(folding, tmp_path):
+    """As the published tokenizers do: one half is five bytes instead of two. In sum no text may gain."""
+    plain, texts = folding._replace(plain=True), ["a \u00bd b", "  two spaces  ", *sentences(10)]
+    manifest = made(texts, plain, tmp_path / "data", 2)
+    val = manifest["splits"]["val"]
+    assert (val["overcharged_bytes"], val["overcharged_documents"], val["uncharged_bytes"]) == (3, 1, 4)
+    assert val["bytes"] == sum(len(text.encode()) for text in texts[:2]) + 3 - 4
+    assert val["bytes"] == read_shard(tmp_path / "data" / SIZES).sum()
+    with pytest.raises(DataError, match="--val-docs 1: these documents would be charged 3 bytes more"):
+        made(texts, plain, tmp_path / "sum", 1)
 
 
 # ---- Files and pipes --------------------------------------------------------------------------------------

@@ -548,22 +548,95 @@ def test_a3_recounts_given_documents(copy, tmp_path):
     copy.fails("A3", "docs.jsonl line 3: has other tokens", docs=str(path))
 
 
+def plain_audit(tg, folder: Path, texts: list[str], tokenizer) -> SimpleNamespace:
+    """What A3 sees of a plain data set whose first 14 texts are its validation, which lies in `folder`."""
+    from test_smoke import prepare
+
+    docs = folder / "docs.jsonl"
+    docs.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    named = [prepare.make_document(text, f"document {i}") for i, text in enumerate(texts)]
+    manifest = prepare.prepare(named, tokenizer, folder / "plain", 14)
+    vocab = tokenizer.processor.get_piece_size()
+    cfg = tg.Config(data_path=str(folder / "plain"), caseops_enabled=False, vocab_size=vocab)
+    val = tg.load_validation(cfg)
+    facts = {"cfg": cfg, "script": tg, "options": SimpleNamespace(docs=""), "manifest": manifest}
+    facts |= {"tokens": val.tokens.numpy(), "sidecar": np.append([0], val.target_bytes.numpy())}
+    seen = SimpleNamespace(**facts)
+    seen.documents = seen._drawn_documents = auditing_run.Audit.documents.func(seen)
+    seen.texts = auditing_run.Audit.texts.func(seen)
+    return seen
+
+
+def a3(seen: SimpleNamespace, docs: str = "") -> audit.Verdict:
+    seen.options.docs = docs
+    return auditing_run.verdict_of(lambda: data.a3_bytes(seen), "VERIFIED")
+
+
 def test_a3_recounts_documents_of_plain_text(tg, tmp_path):
     """Whose tokenizer has no operators of CaseOps."""
     from test_smoke import documents, prepare
 
-    texts, docs = documents(40), tmp_path / "docs.jsonl"
-    docs.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    texts = documents(40)
     model = prepare.train_tokenizer(texts, 320, plain=True)
     tokenizer = prepare.make_tokenizer("tokenizer.model", model, lossless=True, plain=True)
-    named = [prepare.make_document(text, f"document {i}") for i, text in enumerate(texts)]
-    manifest = prepare.prepare(named, tokenizer, tmp_path / "plain", 14)
-    cfg = tg.Config(data_path=str(tmp_path / "plain"), caseops_enabled=False, vocab_size=320)
-    val = tg.load_validation(cfg)
-    facts = {"cfg": cfg, "script": tg, "options": SimpleNamespace(docs=str(docs)), "manifest": manifest}
-    sidecar = np.append([0], val.target_bytes.numpy())
-    told = data._recount(SimpleNamespace(**facts, tokens=val.tokens.numpy(), sidecar=sidecar))
-    assert f"bytes recounted from {docs}, 0 of the originals uncharged" in told
+    seen = plain_audit(tg, tmp_path, texts, tokenizer)
+    status, evidence = a3(seen)
+    assert status == "VERIFIED" and evidence.endswith("; tokenizer lossless")
+    status, evidence = a3(seen, docs := str(tmp_path / "docs.jsonl"))
+    assert status == "VERIFIED" and f"bytes recounted from {docs}, 0 of the originals uncharged" in evidence
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("rule", ["65\t65 65 65 65", "7A\t5A 5A 5A 5A"])
+def test_a3_plain_text_that_the_tokenizer_makes_longer(tg, tmp_path, monkeypatch, rule, told):
+    """Without the originals that is certain where it does so again; else nobody knows. A manifest may lie."""
+    from test_data_faults import lengthening
+    from test_smoke import documents, prepare
+
+    texts = [text.replace("t", "z") for text in documents(40)]
+    size = sum(len(text.encode()) for text in texts[:14])
+    tokenizer = lengthening(tmp_path, rule)
+    with monkeypatch.context() as careless:
+        careless.setattr("dataprep.encoding.most_bytes", lambda text: 1 << 30)
+        careless.setattr(prepare.Split, "lacks", lambda split: "")
+        seen = plain_audit(tg, tmp_path, texts, tokenizer)
+    charged = seen.sidecar.sum()
+    assert charged > 1.1 * size
+    seen.manifest["tokenizer"]["lossless"] = told
+    status, evidence = a3(seen)
+    if rule.startswith("65"):
+        assert status == "FAIL" and "longer when encoded and decoded again" in evidence
+    else:
+        assert status == "NOT CHECKED" and "LOSSY tokenizer, not the contest's" in evidence
+    assert evidence.startswith(f"{charged:,} bytes charged, {charged:,} decoded in 14 documents")
+    status, evidence = a3(seen, docs := str(tmp_path / "docs.jsonl"))
+    assert status == "FAIL" and f"{docs} line 1: " in evidence
+    assert f"{charged:,} bytes charged, the originals have {size:,}; charged more than they have" in evidence
+
+
+def test_a3_published_tokenizer_of_plain_text(tg, tmp_path, tokenizer_dir, monkeypatch):
+    """Its NFKC may make a document longer, not all of them together."""
+    from test_smoke import documents, prepare
+
+    path = tokenizer_dir / "fineweb_8192_bpe.model"
+    tokenizer = prepare.make_tokenizer(path.name, path.read_bytes(), plain=True)
+    (tmp_path / "much").mkdir()
+    texts = ["one \u00bd", "so      much space", *documents(38)]
+    seen, docs = plain_audit(tg, tmp_path, texts, tokenizer), str(tmp_path / "docs.jsonl")
+    status, evidence = a3(seen)
+    assert status == "VERIFIED" and evidence.endswith("; LOSSY tokenizer, the contest's")
+    status, evidence = a3(seen, docs)
+    assert status == "VERIFIED", evidence
+    assert evidence.endswith(
+        f"; NFKC adds 3 bytes; charged more than they have: 1 documents ({docs} line 1: 9 for 6)"
+    )
+    monkeypatch.setattr(data, "CONTEST_TOKENIZERS", set())
+    assert a3(seen).status == "NOT CHECKED" and a3(seen, docs).status == "VERIFIED"
+
+    monkeypatch.setattr(prepare.Split, "lacks", lambda split: "")
+    seen = plain_audit(tg, tmp_path / "much", [texts[0], *texts[2:]], tokenizer)
+    status, evidence = a3(seen, str(tmp_path / "much" / "docs.jsonl"))
+    assert status == "FAIL" and "charged more than they have: 1 documents" in evidence
 
 
 def test_a4_case_folding(copy, monkeypatch):
