@@ -306,9 +306,8 @@ def test_data_charged_more_than_they_have_are_refused(tmp_path, capsys):
     assert not [*(tmp_path / "out").glob("*.bin")]
 
 
-@pytest.mark.parametrize("rule", ["65\t65 65 65 65", "7A\t5A 5A"])
-def test_tokenizer_with_rules_is_not_lossless_whatever_they_are_about(tmp_path, small, rule):
-    assert not sidecar.is_lossless(lengthening(tmp_path, rule).processor)
+def test_tokenizer_with_rules_is_not_lossless_whatever_they_are_about(tmp_path, small):
+    assert "t" not in sidecar.HOSTILE and not sidecar.is_lossless(lengthening(tmp_path, "74\t54").processor)
     assert sidecar.is_lossless(small.processor)
 
 
