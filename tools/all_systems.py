@@ -172,7 +172,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--at-once", metavar="N", type=int, default=2)
     parser.add_argument("--one", metavar="PRESET", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--print", action="store_true")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, value in (("--steps", options.steps), ("--at-once", options.at_once)):
+        if value < 1:
+            parser.error(f"{name} {value}: must be at least 1")
+    return options
 
 
 def main(arguments: Sequence[str]) -> int:
