@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import itertools
-import json
 import os
 import shlex
 from collections import Counter
@@ -40,6 +39,7 @@ from systems.layout import (
     find_tokenizer,
     is_caseops,
     prepare_command,
+    strict_json,
 )
 
 SPLITS = ("train", "val", "val_bytes")
@@ -397,7 +397,7 @@ def too_near(found: Overlap, manifest: Mapping, documents: int, shards: int) -> 
 def read_manifest(path: Path) -> dict | None:
     """A manifest, None where the file is not one of this program."""
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = strict_json(path.read_bytes())
         known = manifest["format"] == FORMAT and isinstance(manifest["files"], dict)
     except (ValueError, TypeError, KeyError):
         known = False

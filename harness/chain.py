@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from systems.layout import strict_json
+
 # Kinds of lines that say what happened to the run; all other kinds say what it scored and learnt.
 EVENTS = ("joined", "line", "weights", "artifact", "close")
 
@@ -63,9 +65,9 @@ def _place(record: Mapping) -> tuple[int, int]:
 def _link(number: int, line: str) -> Link:
     """A line, read. Raises BrokenChain where it is none of a chain."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        raise BrokenChain(f"line {number}: not JSON") from None
+        record = strict_json(line)
+    except (ValueError, RecursionError) as error:
+        raise BrokenChain(f"line {number}: not JSON ({error})") from None
     types = {"kind": str, "rank": int, "order": int, "seconds": int | float, "stage": str, "prev": str}
     needed = types if number > 1 else {"kind": str, "run": str, "settings": dict, "environment": dict}
     if not isinstance(record, dict) or not all(isinstance(record.get(k), t) for k, t in needed.items()):

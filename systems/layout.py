@@ -1,12 +1,13 @@
 """Where the contest's data lie: on the hub, on a disk, and which tokenizer belongs to which data set."""
 
 import hashlib
+import json
 import os
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,3 +139,19 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def strict_json(text: str | bytes, **options: object) -> object:
+    """The value of a JSON text; `options` are those of `json.loads`. ValueError also for a name given twice.
+
+    Python takes the last of the two, other readers the first: one file would tell two things.
+    """
+    return json.loads(text, object_pairs_hook=_each_once, **options)
+
+
+def _each_once(pairs: Sequence[tuple[str, object]]) -> dict:
+    value, seen = dict(pairs), set()
+    if len(value) < len(pairs):
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"the name {twice[:60]!r} stands there twice")
+    return value

@@ -19,7 +19,7 @@ from logbook import ours
 from logbook.lines import LogError, Value, cleaned, once
 from logbook.published import is_published, read_published
 from scripts import FILE_LINE, LOGGED_SCRIPT, RULE, hash_told, sha256_of
-from systems.layout import WITHOUT_EFFECT
+from systems.layout import WITHOUT_EFFECT, strict_json
 
 TRAIN_LIMIT = EVAL_LIMIT = 600.0  # seconds
 SIZE_LIMIT = 16_000_000  # decimal bytes, code plus model
@@ -318,13 +318,14 @@ def _missing(environment: Mapping, audited: bool) -> tuple[str, ...]:
 def read_events(path: Path | str) -> list[dict]:
     """The events of metrics.jsonl, also of a run under way or a dead one: half a last line is left out."""
     events = []
-    lines = _read_text(Path(path)).splitlines()
+    text = _read_text(Path(path))
+    lines = text.splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            events.append(json.loads(line))
-        except (ValueError, RecursionError):
-            if number < len(lines):
-                raise ReadError(f"{path}: line {number} is not JSON") from None
+            events.append(strict_json(line))
+        except (ValueError, RecursionError) as error:
+            if number < len(lines) or text.endswith("\n"):
+                raise ReadError(f"{path}: line {number} is not JSON ({error})") from None
     return events
 
 
@@ -355,7 +356,7 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path) -> dict:
     text = _read_text(path)
     try:
-        value = json.loads(text)
+        value = strict_json(text)
     except (ValueError, RecursionError) as error:
         raise ReadError(f"{path}: not JSON, or cut off ({error})") from None
     if not isinstance(value, dict):

@@ -291,6 +291,28 @@ def test_damaged_records_are_a_mistake_and_no_broken_rule(copy, capsys, name, ch
     assert not out and err.count("\n") == 1 and re.search(f"{name}: .*{said}|{said}", err), err
 
 
+RECORDS = (
+    "result.json",
+    "submission.json",
+    "documents.json",
+    "ledger.jsonl",
+    "metrics.jsonl",
+    "manifest.json",
+)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_name_given_twice_in_a_record_is_a_mistake(copy, capsys, name):
+    """One reader takes the first value, another the last."""
+    path = (copy.data if name == "manifest.json" else copy.run) / name
+    text = path.read_text() if path.is_file() else '{"val_bpb": 1.0}'
+    path.write_text(text.replace("{", '{"twice": 1, "twice": 2, ', 1))
+    assert audit.main([str(copy.run), "--data", str(copy.data), "--only", "R1"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1
+    assert re.search(f"{name}: .*cannot be read as JSON .the name 'twice' stands there twice", err), err
+
+
 def test_links_and_pipes_in_the_folder_are_a_mistake(copy, capsys):
     """Neither is read: the one leads to files that are not the run's, the other never ends."""
     for make, what in (

@@ -309,8 +309,8 @@ CHANGES = {
     "bytes: at most 16000001, limit 16000000": replaced("submission.json", "15907550", "16000001"),
     "fields: submission.json is not a JSON object": replaced("submission.json", "{", "["),
     "val_bpb 1E-999999999": replaced("submission.json", "1.06108", "1e-999999999"),
-    "JSON object, or": replaced("submission.json", '"x"', "[" * 100_000 + "]" * 100_000),
-    "object, or says a name twice": replaced(
+    "JSON object (maximum recursion": replaced("submission.json", '"x"', "[" * 100_000 + "]" * 100_000),
+    "object (the name 'val_bpb' stands there twice)": replaced(
         "submission.json", '"val_bpb_std":', '"val_bpb": 1.1, "val_bpb_std":'
     ),
 }

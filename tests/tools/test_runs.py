@@ -114,6 +114,7 @@ def test_a_log_cut_off_anywhere_is_refused(published_logs, tmp_path, name):
         ("bytes.log", "\0\1\2\xff", "neither a log"),
         ("list.json", "[1]", "not a JSON object"),
         ("half.json", '{"stages": {', "cut off"),
+        ("twice.json", '{"stages": {}, "stages": {"ttt": {}}}', "the name 'stages' stands there twice"),
         ("other.json", '{"stages": 3}', "not the result of a run"),
         (
             "number.json",
@@ -136,6 +137,9 @@ def test_missing_files_and_unfinished_runs(tmp_path):
     with pytest.raises(runs.Unfinished, match="has not ended"):
         runs.read(tmp_path)
     assert runs.read_events(tmp_path / "metrics.jsonl") == [{"stage": "train", "step": 1}]
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "train", "step": 1, "step": 2}\n')
+    with pytest.raises(runs.ReadError, match="line 1 is not JSON .the name 'step' stands there twice"):
+        runs.read_events(tmp_path / "metrics.jsonl")
     (tmp_path / "metrics.jsonl").write_text(f"{'[' * 9999}{']' * 9999}\n{{}}\n")
     with pytest.raises(runs.ReadError, match="metrics.jsonl: line 1 is not JSON"):
         runs.read_events(tmp_path / "metrics.jsonl")

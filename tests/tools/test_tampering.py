@@ -312,6 +312,8 @@ def test_chains_of_two_ranks_are_apart():
         follow(two_ranks()[:3] + two_ranks()[4:])
     with pytest.raises(BrokenChain, match="line 2: record 0 of rank 3|line 4: not JSON"):
         follow([*two_ranks()[:3], "no"])
+    with pytest.raises(BrokenChain, match="line 2: not JSON .the name 'rank' stands there twice"):
+        follow([two_ranks()[0], two_ranks()[1].replace("{", '{"rank": 7, ')])
 
 
 # -- the chain is whole, other files say other things

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from auditing.records import read_json
 from auditing.run import RECORDS, Audit, AuditError, Failed, NotChecked, check, require, short
 from harness.chain import BrokenChain, Link, anchor, follow
 from scripts import sha256_of
@@ -389,7 +390,7 @@ def _steps(audit: Audit, chain: Chain) -> None:
 
 def _documents(audit: Audit, chain: Chain) -> None:
     """The losses of documents.json make the loss of every stage."""
-    told = json.loads((audit.folder / "documents.json").read_text(encoding="utf-8"))
+    told = read_json(audit.folder / "documents.json")
     links = {event["stage"]: (link, event) for link, event in chain.events if "val_bpb" in event}
     for stage, (link, event) in links.items():
         losses, nats = told["losses"].get(stage, []), event["val_loss"] * event["targets"]

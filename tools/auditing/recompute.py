@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from auditing.records import read_json
 from auditing.run import RECOMPUTED, Audit, Failed, NotChecked, check, require
 
 BUDGET = 120.0  # seconds up to which a stage is repeated as a whole
@@ -116,7 +117,7 @@ def told_losses(audit: Audit, stage: str) -> np.ndarray | None:
     path = audit.folder / "documents.json"
     if not path.is_file():
         return None
-    told, documents = json.loads(path.read_text(encoding="utf-8")), validation(audit).documents
+    told, documents = read_json(path), validation(audit).documents
     same = told["documents"] == [list(span) for span in documents]
     require(
         same, f"documents.json lists {len(told['documents'])} documents, not the {len(documents)} of the data"

@@ -1,11 +1,11 @@
 """A run's result, ledger and events, their forms checked: damage is a mistake, and breaks no rule."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from command import Mistake
+from systems.layout import strict_json
 
 NUMBER, SETTING = (int, float), (str, int, float)
 RESULT = {  # what every result has, and each check may rely on
@@ -41,7 +41,7 @@ def read_json(path: Path) -> dict:
 
 
 def _object(text: str) -> dict:
-    value = json.loads(text)
+    value = strict_json(text)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value

@@ -266,6 +266,7 @@ class Audit:
             "ledger.jsonl": lambda _: self.ledger,
             "metrics.jsonl": lambda _: self.metrics,
             "documents.json": read_json,
+            "submission.json": read_json,
         }
         for path in map(self.folder.joinpath, readers):
             if path.is_file():
@@ -287,7 +288,9 @@ class Audit:
             torch.use_deterministic_algorithms(True, warn_only=True)
 
     def need_data(self) -> None:
-        """Raise AuditError where the validation data or their tokenizer are not there."""
+        """Raise AuditError where validation data or tokenizer are not there, or the manifest is none."""
+        if (manifest := self.data_folder / "manifest.json").is_file():
+            read_json(manifest)
         tokenizer = self.script.tokenizer_file(self.cfg)
         if not self.shards("val"):
             raise AuditError(f"{self.data_folder}: no fineweb_val_*.bin, the run's data: --data says where")

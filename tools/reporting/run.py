@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 import runs  # noqa: E402
 import train_gpt as tg  # noqa: E402
 from harness.readers import load_weights, read_artifact  # noqa: E402
+from systems.layout import strict_json  # noqa: E402
 
 LONGEST_LABEL = 24
 GROUPS = ("code", "embeddings", "attention", "MLP", "scales", "rest")
@@ -224,7 +225,7 @@ class Run:
         if "ttt" not in self.record.stages:
             raise Missing("no test-time training")
         try:
-            found = json.loads((self.folder / "documents.json").read_text(encoding="utf-8"))
+            found = strict_json((self.folder / "documents.json").read_text(encoding="utf-8"))
             lengths = np.array([length - 1 for _, length in found["documents"]])
             before, after = (np.array(found["losses"][stage]) for stage in ("quantised", "ttt"))
             if not before.shape == after.shape == lengths.shape:

@@ -6,7 +6,6 @@ results and compared digit by digit.
 """
 
 import datetime
-import json
 import math
 import re
 import statistics
@@ -19,6 +18,7 @@ from reproducing import claim, folder, submission
 from reproducing.folder import EXPECTED, REQUIRED
 from runs import SIZE_LIMIT, ReadError, RunRecord, log_beside, read, read_log
 from scripts import HouseError, logged_house
+from systems.layout import strict_json
 
 STATUSES = GOOD, WRONG, UNKNOWN, NOTE = "ok", "DISAGREES", "cannot be told", "note"
 SEED_IN_NAME = re.compile(r"(?:seed_?|train)(\d+)")
@@ -50,7 +50,7 @@ class Folder:
     def __init__(self, path: Path):
         self.path = path
         self.readme = _text(path / "README.md")
-        self.told = _submission(path / "submission.json")
+        self.told, self.fault = _submission(path / "submission.json")
         self.logs: list[RunRecord] = []
         self.unreadable: list[Unreadable] = []
         self.contradictions: list[str] = []  # logs of ours and the results beside them
@@ -120,19 +120,13 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _submission(path: Path) -> dict:
-    """submission.json with its numbers as they are printed; {} where it is none, or says a name twice."""
+def _submission(path: Path) -> tuple[dict, str]:
+    """submission.json with its numbers as they are printed, {} where it is none; and then why."""
     try:
-        told = json.loads(_text(path), parse_float=Decimal, object_pairs_hook=_each_once)
-    except (ValueError, RecursionError):
-        return {}
-    return told if isinstance(told, dict) else {}
-
-
-def _each_once(pairs: Sequence[tuple[str, object]]) -> dict:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name stands there twice")
-    return dict(pairs)
+        told = strict_json(_text(path), parse_float=Decimal)
+    except (ValueError, RecursionError) as error:
+        return {}, str(error)
+    return (told, "") if isinstance(told, dict) else ({}, "another value")
 
 
 def _seed_named(path: Path) -> int | None:
@@ -226,7 +220,7 @@ def _source(log: RunRecord) -> Found:
 
 def _fields(record: Folder) -> Found:
     if not record.told:
-        yield WRONG, "fields", "submission.json is not a JSON object, or says a name twice"
+        yield WRONG, "fields", f"submission.json is not a JSON object ({record.fault or 'an empty one'})"
         return
     absent = [name for name in EXPECTED if record.told.get(name) in ("", None, [], {})]
     required = [name for name in absent if name in REQUIRED]
