@@ -1122,6 +1122,45 @@ def test_r3_hidden_run(copy):
     assert copy.verdict("R3").status in PASSES, "no result at all"
 
 
+def test_r2_submission_of_other_figures(copy):
+    """Each figure that the result has too; seconds and scores may be rounded."""
+    result = json.loads((copy.run / "result.json").read_text())
+    names = ("val_bpb", "val_loss", "artifact_bytes", "code_bytes", "model_bytes", "steps")
+    one = {name: result[name] for name in (*names, "train_seconds", "eval_seconds", "legal")}
+    one |= {"stages": {name: round(stage["val_bpb"], 5) for name, stage in result["stages"].items()}}
+    told = {
+        "val_bpb": round(result["val_bpb"], 5),
+        "val_loss": result["val_loss"],
+        "seed_results": {"42": one},
+    }
+    told |= {f"bytes_{part}": result[f"{part}_bytes"] for part in ("code", "model")}
+    told |= {"bytes_total": result["artifact_bytes"], "seeds": [42]}
+    one |= {"train_seconds": round(result["train_seconds"], 1)}
+    path = copy.run / "submission.json"
+    path.write_text(json.dumps(told))
+    assert "in result.json, metrics.jsonl, log, submission.json;" in copy.verdict("R2").evidence
+    wrong = json.loads(path.read_text())
+    places = [wrong, wrong["seed_results"]["42"], wrong["seed_results"]["42"]["stages"]]
+    changed = [
+        (place, name) for place in places for name, value in place.items() if isinstance(value, float | int)
+    ]
+    for place, name in changed:
+        place[name] += 1
+    path.write_text(json.dumps(wrong))
+    evidence = copy.verdict("R2").evidence
+    assert evidence.startswith("submission.json says val_bpb ") and evidence.count(", not ") == len(changed)
+    for name in (
+        "bytes_total",
+        "seed 42 steps",
+        "seed 42 legal",
+        "seed 42 stages ttt",
+        "seed 42 train_seconds",
+    ):
+        assert f"{name} " in evidence, name
+    path.write_text("{}")
+    copy.fails("R2", "submission.json tells no val_bpb")
+
+
 def test_r5_ledger_of_another_seed(copy):
     """All other tamperings of the records are in test_tampering.py."""
     copy.ledger(lambda head, records: head["settings"].update(SEED=43))

@@ -120,6 +120,38 @@ def test_a_folder_of_ours_stays_one_without_its_checksums(made):
         assert any(line.startswith("DISAGREES       made again") for line in wrong(made)), lost
 
 
+TOLD = [("val_loss",), ("val_loss_std",), ("bytes_total",), ("bytes_code",), ("bytes_model",)]
+TOLD += [("seed_results", "314", "stages", "prequant")]
+NAMES = ("val_bpb", "val_loss", "artifact_bytes", "code_bytes", "model_bytes", "steps", "legal")
+NAMES += ("train_seconds", "calibrate_seconds", "eval_seconds")
+TOLD += [("seed_results", "314", name) for name in NAMES]
+
+
+def test_without_checksums_each_figure_is_compared_with_the_results(made):
+    """Of a folder that says no more that it is ours; and that it is not made again is said."""
+    path, readme = made / "submission.json", made / "README.md"
+    readme.write_text(readme.read_text().replace(folder.BEGIN, ""))
+    lost = ("files", "script_sha256", "seeds")
+    told = {name: value for name, value in json.loads(path.read_text()).items() if name not in lost}
+    told["seed_results"]["42"]["eval_seconds"] = round(told["seed_results"]["42"]["eval_seconds"], 1)
+    path.write_text(json.dumps(told))
+    assert wrong(made) == []
+    notes = [str(f) for f in checking.check_folder(made) if f.status == checking.NOTE]
+    assert any("made again: not done, for submission.json has no checksums" in note for note in notes)
+    for places in TOLD:
+        value = told
+        for place in places:
+            value = value[place]
+        edit_json(path, *places, not value if value is True else value + 1)
+        found = [
+            line
+            for line in wrong(made)
+            if f" {places[-1]} " in line and ("result" in line or "largest" in line)
+        ]
+        assert found, places
+        path.write_text(json.dumps(told))
+
+
 def test_another_script_in_a_log_is_found_and_a_file_without_checksum_named(made):
     (made / "harness").mkdir()
     (made / "harness" / "mine.py").write_text("")

@@ -1,6 +1,7 @@
 """Checks R1-R4: the report."""
 
 import contextlib
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from auditing.records import AuditError, read_json, read_result
 from auditing.run import RECORDS, Audit, check, require, short
+from reproducing import checking
 from runs import config_hash, felt_settings
 from scripts import hash_told
 from systems.layout import WITHOUT_EFFECT, as_set
@@ -62,12 +64,24 @@ def r2_records_agree(audit: Audit) -> str:
     require(audit.result["legal"] is legal, f"legal is {audit.result['legal']}, the limits say {legal}")
     path = audit.folder / "submission.json"
     if path.is_file():
-        told = read_json(path).get("val_bpb")
-        same = told is not None and math.isclose(told, audit.result["val_bpb"], abs_tol=5e-6)
-        require(same, f"submission.json says {told}")
+        _submission_agrees(read_json(path), audit.result)
     also = ", submission.json" if path.is_file() else ""
     figure = f"val_bpb {audit.result['val_bpb']:.6f} in result.json, metrics.jsonl, log{also}"
     return f"{figure}; the log holds all {size} files of the script that ran"
+
+
+def _submission_agrees(told: Mapping, result: Mapping) -> None:
+    """Raise Failed where a submission.json tells other figures than the run beside which it lies."""
+    seed = result["settings"]["SEED"]
+    require("val_bpb" in told, "submission.json tells no val_bpb")
+    of_seed = checking.figures_of_seed(checking.told_of(told, seed), result)
+    parts = {"": checking.totals(told, result), f"seed {seed} ": of_seed}
+    apart = [
+        f"{part}{name} {str(value)[:40]}, not {right}"
+        for part, figures in parts.items()
+        for name, value, right in itertools.filterfalse(checking.same_figure, figures)
+    ]
+    require(not apart, f"submission.json says {'; '.join(apart)}")
 
 
 @check("R3", "seed fixed before the run, no run hidden", RECORDS)

@@ -6,10 +6,9 @@ results and compared digit by digit.
 """
 
 import datetime
-import math
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +23,11 @@ STATUSES = GOOD, WRONG, UNKNOWN, NOTE = "ok", "DISAGREES", "cannot be told", "no
 SEED_IN_NAME = re.compile(r"(?:seed_?|train)(\d+)")
 MOST_DIGITS = 25  # fewer than Decimal computes with
 DECIMALS = 4  # of a score that is one: 1.06 may be anything
+# What submission.json says of its seeds together, of one seed, and by which name a result has it.
+TOTALS = {"val_bpb": "val_bpb", "val_loss": "val_loss", "bytes_total": "artifact_bytes"}
+TOTALS |= {"bytes_code": "code_bytes", "bytes_model": "model_bytes"}
+OF_SEED = ("val_bpb", "val_loss", "artifact_bytes", "code_bytes", "model_bytes", "steps", "legal")
+OF_SEED += ("train_seconds", "calibrate_seconds", "eval_seconds")
 
 
 class Finding(NamedTuple):
@@ -79,20 +83,22 @@ class Folder:
     @property
     def seeds(self) -> list[int]:
         """The seeds that submission.json names."""
-        seeds = self.told.get("seeds")
+        seeds = self.told.get("seeds", self.told.get("seed_results"))
         return [int(s) for s in seeds if str(s).isdecimal()] if isinstance(seeds, list | dict) else []
 
     def result(self, seed: int) -> dict:
-        """What submission.json says of a seed; older folders have it under `seeds`."""
-        for key in ("seed_results", "seeds"):
-            results = self.told.get(key)
-            if isinstance(results, dict) and isinstance(results.get(str(seed)), dict):
-                return results[str(seed)]
-        return {}
+        """What submission.json says of a seed."""
+        return told_of(self.told, seed)
 
     def logs_of(self, seed: int) -> list[RunRecord]:
         """The logs of a seed, by what they say or by their names."""
         return [log for log in self.logs if log.seed == seed or _seed_named(log.path) == seed]
+
+    @property
+    def results(self) -> list[RunRecord]:
+        """The results of ours that lie there, one of each seed; none where a seed lacks it."""
+        found = [next((log for log in self.logs_of(s) if log.form == "run"), None) for s in self.seeds]
+        return [] if None in found else found
 
     def unread(self, seed: int) -> bool:
         """Whether a log that is not understood may be of this seed."""
@@ -129,6 +135,15 @@ def _submission(path: Path) -> tuple[dict, str]:
     return (told, "") if isinstance(told, dict) else ({}, "another value")
 
 
+def told_of(told: Mapping, seed: int) -> dict:
+    """What submission.json says of a seed; older folders have it under `seeds`."""
+    for key in ("seed_results", "seeds"):
+        results = told.get(key)
+        if isinstance(results, dict) and isinstance(results.get(str(seed)), dict):
+            return results[str(seed)]
+    return {}
+
+
 def _seed_named(path: Path) -> int | None:
     found = SEED_IN_NAME.search(path.stem)
     return int(found[1]) if found else None
@@ -142,10 +157,10 @@ def _unit(value: object) -> Decimal:
 
 def _number(value: object) -> Decimal | None:
     """A number as it is printed; None for anything else, and for what is no score of anything (1e-999999)."""
-    if isinstance(value, bool) or not isinstance(value, Decimal | int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Decimal | int | float):
         return None
     number = Decimal(str(value))
-    return number if abs(number.adjusted()) < MOST_DIGITS else None
+    return number if number.is_finite() and abs(number.adjusted()) < MOST_DIGITS else None
 
 
 def _whole(value: object) -> int | None:
@@ -167,6 +182,39 @@ def _follows(told: object, computed: float, scores: Sequence[Decimal]) -> bool:
     if number is None:
         return False
     return abs(number - Decimal(computed)) <= _unit(number) / 2 + max(map(_unit, scores))
+
+
+# -- submission.json and a result
+
+Figure = tuple[str, object, object]  # name, what submission.json says, and what the result does
+
+
+def totals(told: Mapping, result: Mapping) -> Iterator[Figure]:
+    """What submission.json says of all its seeds, of which the result is the only one."""
+    return ((name, told[name], result.get(key)) for name, key in TOTALS.items() if name in told)
+
+
+def figures_of_seed(told: Mapping, result: Mapping) -> Iterator[Figure]:
+    """What submission.json says of the seed of a result."""
+    yield from ((name, told[name], result.get(name)) for name in OF_SEED if name in told)
+    stages = told.get("stages", {})
+    if not isinstance(stages, dict):
+        yield "stages", stages, "an object"
+        return
+    for name, score in stages.items():
+        yield f"stages {name}", score, result["stages"].get(name, {}).get("val_bpb")
+
+
+def same_figure(figure: Figure) -> bool:
+    """Whether a figure may be the result's: scores and seconds as they are printed, all else exactly."""
+    name, told, right = figure
+    if not name.endswith("_seconds"):
+        exact = "bytes" in name or name in ("steps", "legal")
+        return type(told) is type(right) and told == right if exact else agree(told, right)
+    one, other = _number(told), _number(right)
+    if one is None or other is None:
+        return False
+    return abs(one - other) <= Decimal(1).scaleb(min(one.as_tuple().exponent, 0)) / 2
 
 
 # -- the checks
@@ -255,6 +303,21 @@ def _seeds(record: Folder) -> Found:
             bad = UNKNOWN if record.unread(seed) else WRONG
             logged = ", ".join(map(str, values))
             yield (GOOD if good else bad), check, f"{key} {told[key]}, its logs {logged}"
+        yield from _result(record, seed)
+
+
+def _result(record: Folder, seed: int) -> Found:
+    """Of a seed: all that its result tells too, where one of ours lies there."""
+    told = record.result(seed)
+    tried = [[*figures_of_seed(told, log.result)] for log in record.logs_of(seed) if log.form == "run"]
+    if not told or not tried:
+        return
+    apart = min(([f for f in figures if not same_figure(f)] for figures in tried), key=len)
+    for name, value, right in apart:
+        status = UNKNOWN if record.unread(seed) else WRONG
+        yield status, f"seed {seed}", f"{name} {value}, its result {right}"
+    if not apart:
+        yield GOOD, f"seed {seed}", f"{len(tried[0])} figures are those of its result"
 
 
 def _scores(record: Folder) -> list[tuple[int, Decimal | None]]:
@@ -275,6 +338,7 @@ def _mean(record: Folder) -> Found:
     if not scores or len(scores) < len(record.seeds):
         yield UNKNOWN, "mean", "not every seed has a score"
         return
+    yield from _losses(record)
     mean, deviation = claim.mean_and_std([float(score) for score in scores])
     told = record.told.get("val_bpb")
     good = _follows(told, mean, scores)
@@ -289,6 +353,17 @@ def _mean(record: Folder) -> Found:
         yield NOTE, "spread", f"val_bpb_std {spread} is the population's, the sample's is {deviation:.5f}"
     else:
         yield WRONG, "spread", f"val_bpb_std {spread}, sample {deviation:.5f}, population {population:.5f}"
+
+
+def _losses(record: Folder) -> Found:
+    """Mean and spread of the losses, where results of ours tell those of all seeds."""
+    losses = [log.val_loss for log in record.results]
+    computed = zip(("val_loss", "val_loss_std"), claim.mean_and_std(losses) if losses else (), strict=False)
+    for name, value in computed:
+        told = record.told.get(name)
+        if told is not None and value is not None:
+            good = _follows(told, value, [*map(_number, losses)])
+            yield (GOOD if good else WRONG), "mean", f"{name} {told}, of the results {value:.8f}"
 
 
 def _mean_of_logs(record: Folder) -> Found:
@@ -313,6 +388,11 @@ def _bytes(record: Folder) -> Found:
     for key, value in claims.items() if sizes else ():
         good = value == max(sizes)
         yield (GOOD if good else WRONG), "bytes", f"{key} {value}, the largest artifact is {max(sizes)}"
+    worst = max(record.results, key=lambda log: log.artifact_bytes or 0, default=None)
+    for figure in totals(record.told, worst.result) if worst else ():
+        if figure[0] in ("bytes_code", "bytes_model"):
+            status = GOOD if same_figure(figure) else WRONG
+            yield status, "bytes", f"{figure[0]} {figure[1]}, of the largest artifact {figure[2]}"
     largest = max(sizes | ({*map(_whole, claims.values())} - {None}), default=None)
     if largest is None:
         yield UNKNOWN, "bytes", "neither logs nor submission.json tell"
@@ -383,6 +463,9 @@ def _remarks(record: Folder) -> Found:
 def _made_again(record: Folder) -> Found:
     """A folder of ours: submission.json and README made again from the results, and every file's checksum."""
     if not record.ours:
+        if any(log.form in ("run", "log") for log in record.logs):
+            lacks = f"submission.json has no checksums of the files, README.md no {submission.BEGIN.strip()}"
+            yield NOTE, "made again", f"not done, for {lacks}"
         return
     if not isinstance(record.told.get("files"), dict):
         yield WRONG, "made again", "submission.json has no checksums of the files"
