@@ -35,7 +35,6 @@ import functools
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -50,7 +49,6 @@ from auditing.run import (
     CHECKS,
     REPLAYED,
     ROOT,
-    STATUSES,
     Audit,
     AuditError,
     Verdict,
@@ -60,7 +58,7 @@ from auditing.run import (
 )
 from auditing.shown import folded, table_lines
 from auditing.strange import boxed_verdicts
-from auditing.verdict import EXIT_CODES, outcome, worst
+from auditing.verdict import EXIT_CODES, counted, outcome, worst
 from runs import hashes_of_files
 from scripts import sha256_of
 
@@ -125,12 +123,6 @@ def named_judge(told: Mapping) -> str:
     """The same in a line."""
     changed = f", CHANGED SINCE: {', '.join(told['changed'])}" * bool(told["changed"])
     return f"code {short(told['sha256'])} of commit {short(told['commit']) or 'unknown'}{changed}"
-
-
-def counted(verdicts: Mapping[str, Verdict]) -> dict[str, int]:
-    """How many checks have each status; a status that none has is left out."""
-    found = Counter(verdict.status for verdict in verdicts.values())
-    return {status: found[status] for status in STATUSES if found[status]}
 
 
 def parse_arguments(arguments: Sequence[str]) -> dict:

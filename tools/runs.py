@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from auditing.verdict import follows
 from logbook import ours
 from logbook.lines import LogError, Value, cleaned, once
 from logbook.published import is_published, read_published
@@ -74,7 +75,8 @@ class RunRecord:
     missing: tuple[str, ...]
     notices: tuple[str, ...] = ()  # what a reader of the numbers must know
     events: list[dict] = field(repr=False, default_factory=list)  # as in metrics.jsonl
-    audit: Mapping | None = field(repr=False, default=None)  # audit.json
+    audit: Mapping | None = field(repr=False, default=None)  # audit.json, where it is believed
+    audit_doubt: str = ""  # why it is not
     result: Mapping = field(repr=False, default_factory=dict)  # result.json, {} of a log
 
     @property
@@ -197,7 +199,8 @@ def read_run(folder: Path | str) -> RunRecord:
 def read_result(path: Path | str) -> RunRecord:
     """A result: `result.json` in its folder, or a copy NAME.json with its log and NAME_audit.json beside it.
 
-    The log, where there is one, must say the same as the result.
+    The log, where there is one, must say the same as the result. An audit whose verdict is not what its own
+    rows come to is as if there were none, with a notice.
     """
     path = Path(path)
     result = _read_json(path)
@@ -217,12 +220,19 @@ def read_result(path: Path | str) -> RunRecord:
         for key, told, value in _told_twice(result, logged):
             if ours.shown(told) != ours.shown(value):
                 raise ReadError(f"{path}: says {key} {told}, its log {log} {value}")
+    judged = _read_json(audit) if audit.is_file() else None
+    doubt = ""
+    if judged is not None and not follows(judged, result):
+        doubt = f"{audit.name} is not believed, its verdict is not what its rows come to: audit it again"
+        judged = None
     return _checked(
         path=path.parent if in_folder else path,
         form="run",
-        audit=_read_json(audit) if audit.is_file() else None,
+        audit=judged,
         events=events,
-        missing=_missing(result.get("environment", {}), audit.is_file()),
+        missing=_missing(result.get("environment", {}), judged is not None),
+        audit_doubt=doubt,
+        notices=(doubt,) if doubt else (),
         **_fields(result),
     )
 

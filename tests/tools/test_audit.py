@@ -34,8 +34,8 @@ import audit  # noqa: E402
 import lossless_caps  # noqa: E402
 from auditing import box, data, packed, questions, shown, surroundings  # noqa: E402
 from auditing import run as auditing_run  # noqa: E402
-from auditing.artifact import OTHER_FSTRINGS  # noqa: E402
 from auditing.blackbox import subject_of  # noqa: E402
+from auditing.verdict import OTHER_FSTRINGS  # noqa: E402
 from harness import packing  # noqa: E402
 from harness.hashes import Hashes  # noqa: E402
 

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -155,6 +156,45 @@ def test_our_log_alone_tells_the_same_as_its_result():
     assert alone.script_sha256 == both.script_sha256
     assert {"steps", "digits beyond six"} <= set(alone.missing) and both.steps == both.result["steps"]
     assert both.audit["verdict"] == "VERIFIED" and "FAIL" not in both.audit["counts"]
+
+
+def copied(place: Path) -> tuple[Path, dict]:
+    """A copy of the committed demo run, and what its audit says."""
+    for end in (".json", ".txt", "_audit.json"):
+        shutil.copy(DEMO.with_name(f"{DEMO.stem}{end}"), place)
+    return place / DEMO.with_suffix(".json").name, json.loads((place / f"{DEMO.stem}_audit.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"verdict": "FAIL"},
+        {"counts": {"VERIFIED": 36}},
+        {"headline": "VERIFIED: val_bpb 1.000000 is the score of this artifact"},
+        {"val_bpb": 1.0},
+        {"repository_script_is_the_same": False},
+        {"strange_files": ["train_gpt.py"]},
+        {"strange_files": None},
+        {"checks": {}},
+        {"checks": {"A1": "VERIFIED"}},
+        {"checks": [7]},
+    ],
+)
+def test_an_audit_whose_verdict_is_not_what_its_rows_come_to_is_as_none(tmp_path, change):
+    result, told = copied(tmp_path)
+    assert runs.read(result).audit == told and not runs.read(result).notices
+    (tmp_path / f"{DEMO.stem}_audit.json").write_text(json.dumps(told | change))
+    record = runs.read(result)
+    assert record.audit is None and "audit" in record.missing
+    assert "is not believed, its verdict is not what its rows come to" in record.notices[0]
+
+
+def test_a_row_of_an_audit_changed_alone_is_noticed(tmp_path):
+    result, told = copied(tmp_path)
+    for status in ("FAIL", "NOT CHECKED", "fine"):
+        told["checks"]["E2"]["status"] = status
+        (tmp_path / f"{DEMO.stem}_audit.json").write_text(json.dumps(told))
+        assert runs.read(result).audit is None, status
 
 
 def test_the_log_of_a_resumed_run_tells_its_script_twice(tmp_path):

@@ -30,12 +30,12 @@ from auditing.run import (
     short,
     write_values,
 )
+from auditing.verdict import OTHER_FSTRINGS
 from auditing.wrappers import Unreadable, layers, parse, without_fstrings, words_of_fstrings
 from runs import SIZE_LIMIT
 from scripts import sha256_of
 from systems.layout import as_variables
 
-OTHER_FSTRINGS = "other words in f-strings"  # of S5: what they hold is not known
 SECONDS_ALONE = 7200  # an evaluation alone that takes longer hangs
 
 

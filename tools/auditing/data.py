@@ -12,7 +12,6 @@ import numpy as np
 import sentencepiece
 
 import lossless_caps
-from auditing.claims import contest_set
 from auditing.run import (
     BOS,
     FEWEST_DOCUMENTS,
@@ -25,13 +24,13 @@ from auditing.run import (
     require,
     short,
 )
+from auditing.sets import CONTEST_DOCUMENTS, contest_set
 from dataprep.checking import SHARED, too_near
 from dataprep.encoding import Encoder, make_tokenizer, most_bytes
 from dataprep.fusion import fused, marker_pairs, pairs_of, unfused
 from dataprep.leaks import NearIndex, Overlap
 from dataprep.reading import Reader, parse_block
 from dataprep.sidecar import is_lossless
-from reproducing.submission import CONTEST_DOCUMENTS
 from scripts import sha256_of
 
 PREFIX_TOKENS = 64  # what counts as the same opening of a document

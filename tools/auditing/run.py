@@ -26,6 +26,15 @@ sys.path.insert(0, str(ROOT))
 import lossless_caps  # noqa: E402
 from auditing.house import AuditedHouse  # noqa: E402
 from auditing.records import AuditError, check_settings, read_json, read_lines, read_result  # noqa: E402
+from auditing.verdict import (  # noqa: E402, F401 - the checks take them from here
+    CONSISTENT,
+    FAIL,
+    NOT_CHECKED,
+    STATUSES,
+    VERIFIED,
+    Verdict,
+    evaluator_of,
+)
 from command import Mistake  # noqa: E402
 from dataprep.fusion import pairs_of, unfused  # noqa: E402
 from scripts import CORE, HouseError, hash_told, house_beside, logged_house  # noqa: E402
@@ -44,16 +53,8 @@ class Failed(Exception):
     """A rule is broken; the figure that shows it."""
 
 
-STATUSES = VERIFIED, CONSISTENT, NOT_CHECKED, FAIL = "VERIFIED", "CONSISTENT", "NOT CHECKED", "FAIL"
 # What a check that passes proves: by code of the repository; by the run's own script; by the run's word.
 RECOMPUTED, REPLAYED, RECORDS = "recomputed", "replayed", "records"
-
-
-class Verdict(NamedTuple):
-    """What a check found."""
-
-    status: str  # of STATUSES
-    evidence: str
 
 
 class Check(NamedTuple):
@@ -392,10 +393,7 @@ class Audit:
     @property
     def evaluator(self) -> str:
         """What gives the score: lora (`ScoreFirstTTT`), sgd or sliding (on the stream), or standard."""
-        final = self.result["final_stage"]
-        if final == "ttt":
-            return "sgd" if self.cfg.ttt_sgd else "lora"
-        return "sliding" if final == "sliding" else "standard"
+        return evaluator_of(self.result["final_stage"], self.cfg.ttt_sgd)
 
     @property
     def adapted(self) -> bool:

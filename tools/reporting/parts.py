@@ -236,9 +236,8 @@ def audit_table(run: Run, folded: bool) -> str:
     """The verdicts of tools/audit.py, open or folded away."""
     audit = run.record.audit
     if not audit:
-        return absent(
-            f"Audit of {run.label}", f"no audit.json: python tools/audit.py {run.folder or 'RUN_DIR'}"
-        )
+        reason = run.record.audit_doubt or "no audit.json"
+        return absent(f"Audit of {run.label}", f"{reason}: python tools/audit.py {run.folder or 'RUN_DIR'}")
     rows = [
         [
             name,

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from auditing.sets import CONTEST_DOCUMENTS
 from marked import MarkError, with_part, write_whole
 from reproducing import claim
 from reproducing.bases import BASES
@@ -18,7 +19,7 @@ TYPED = ("name", "author", "github_id", "date", "command", "base")  # what no lo
 # What an audit of a run checks, each by name; W2 trains again, which its audit does on demand only.
 KINDS = {"A": range(1, 6), "T": range(1, 6), "W": (1, 3, 4), "S": range(1, 7), "E": (1, 2), "D": range(1, 10)}
 NEEDED = [f"{kind}{number}" for kind, numbers in (KINDS | {"R": range(1, 6)}).items() for number in numbers]
-CONTEST_DOCUMENTS, CONTEST_SEEDS, CONTEST_GPUS = 50_000, 3, 8
+CONTEST_SEEDS, CONTEST_GPUS = 3, 8
 
 
 class SubmissionError(ValueError):
@@ -48,6 +49,8 @@ def _objections(record: RunRecord) -> Iterable[str]:
         yield "; ".join(record.broken_limits) or "its result is not legal"
     if unverified := record.result.get("unverified_data"):
         yield f"on unverified data: {unverified}"
+    if record.audit_doubt:
+        yield record.audit_doubt
     if record.audit is None:
         return
     if (record.audit.get("run"), record.audit.get("val_bpb")) != (record.name, record.val_bpb):
