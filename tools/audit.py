@@ -211,7 +211,7 @@ def audited(audit: Audit, only: Sequence[str], in_full: bool = False) -> str:
     print(folded(summary["headline"]))
     text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
     try:
-        audit.script.write_whole(audit.folder / "audit.json", text.encode())
+        audit.script.write_whole(audit.folder / "audit.json", text.encode(errors="backslashreplace"))
     except audit.script.RunError as error:  # the verdict stands where its file cannot be written
         complain("audit.py", error)
     return summary["verdict"]

@@ -11,6 +11,7 @@ both messages are one line that names the file.
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -282,12 +283,12 @@ def _checked(**fields: object) -> RunRecord:
     for name, stage in record.stages.items():
         for key in ("val_loss", "val_bpb"):
             score = stage.get(key) if name == record.final_stage else stage.get(key, 1)
-            if not isinstance(score, int | float) or not 0 < score < math.inf:
-                raise ReadError(f"{record.path}: its score {key} of {name} is {score}")
+            if not isinstance(score, int | float) or not 0 < score <= sys.float_info.max:
+                raise ReadError(f"{record.path}: its score {key} of {name} is {str(score)[:60]}")
     sizes = {name: getattr(record, name) or 0 for name in ("artifact_bytes", "code_bytes", "model_bytes")}
     for name, value in {**{f"seconds of {name}": s for name, s in record.seconds.items()}, **sizes}.items():
-        if not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ReadError(f"{record.path}: its {name} are {value}")
+        if not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
+            raise ReadError(f"{record.path}: its {name} are {str(value)[:60]}")
     named = re.findall(r"(?i)(?<!\d)seed[ _-]?(\d+)", record.path.name)
     seed = int(named[-1]) if named else record.seed
     if record.seed == seed:

@@ -269,6 +269,15 @@ def test_data_that_have_moved_are_a_mistake_and_a_folder_that_is_read_only_is_no
         ("result.json", {"stages.quantised": [[]]}, "damaged: stages quantised is .* must be an object"),
         ("result.json", {"seconds.train": "x"}, "damaged: seconds train is 'x', must be a number"),
         ("result.json", {"settings.NUM_LAYERS": "x"}, "settings NUM_LAYERS is 'x', must be a whole"),
+        ("result.json", {"val_bpb": 10**400}, "damaged: val_bpb is 1000+, must be a number"),
+        ("result.json", {"stages.ttt.targets": -(10**400)}, "targets is -1000+, must be a whole number"),
+        ("result.json", {"settings.SEED": 10**400}, "settings SEED is 1000+, must be"),
+        ("result.json", {"run": "tiny\ud800"}, r"run is 'tiny\\ud800', must be the name of its log"),
+        ("result.json", {"run": "x" * 5000}, "run is 'xxx+, must be the name of its log"),
+        ("result.json", {"run": "../tiny"}, "run is '../tiny', must be the name of its log"),
+        ("result.json", {"run": ""}, "run is '', must be the name of its log"),
+        ("result.json", {"settings.QUANTIZED_MODEL_PATH": "x" * 5000}, "MODEL_PATH is 'xxx+, must be a path"),
+        ("result.json", {"settings.TOKENIZER_PATH": f"a/{'x' * 300}/b"}, "_PATH is 'a/xxx+, must be a path"),
         ("ledger.jsonl", b"", "empty, must hold what the run told"),
         ("ledger.jsonl", b'{"kind": "run"}\n\xff\n', "cannot be read .*can't decode byte 0xff"),
         ("ledger.jsonl", b'{"kind": "run"}\n{"kind": "jo', "line 2 cannot be read as JSON"),
@@ -1333,6 +1342,11 @@ def test_audit_of_a_folder_that_cannot_be_written_gives_its_verdict(tg, tmp_path
     told = capsys.readouterr()
     assert "all is well" in told.out
     assert told.err == f"audit.py: error: {tmp_path}/audit.json: cannot be written (Is a directory)\n"
+    (tmp_path / "audit.json").rmdir()
+    summary = {"verdict": "VERIFIED", "headline": "all is well", "strange_files": ["a\ud800"]}
+    monkeypatch.setattr(audit, "summary_of", lambda *_: summary)
+    assert audit.audited(SimpleNamespace(**facts, unchanged=lambda: None), []) == "VERIFIED"
+    assert json.loads((tmp_path / "audit.json").read_text(encoding="utf-8")) == summary
 
 
 @pytest.mark.parametrize(

@@ -337,6 +337,10 @@ CHANGES = {
     "train_seed0.log ran with SEED=42": lambda place: shutil.copy(
         place / "train_seed42.log", place / "train_seed0.log"
     ),
+    f"val_bpb {10**400}": replaced("submission.json", "1.06108", str(10**400)),
+    "seeds: submission.json names no seed: ['9999": replaced(
+        "submission.json", "[42, 0, 1234]", f'["{"9" * 5000}"]'
+    ),
     "seeds: submission.json names no seed": replaced("submission.json", "[42, 0, 1234]", '"three"'),
     "bytes: at most 16000001, limit 16000000": replaced("submission.json", "15907550", "16000001"),
     "fields: submission.json is not a JSON object": replaced("submission.json", "{", "["),

@@ -298,6 +298,15 @@ def test_half_a_stage_is_none(tmp_path):
     assert "prequant" not in runs.read_log(path).stages
 
 
+@pytest.mark.parametrize("key", ["val_bpb", "artifact_bytes"])
+def test_a_number_that_no_float_holds_is_refused(tmp_path, key):
+    result = json.loads(DEMO.with_suffix(".json").read_text()) | {key: 10**400}
+    result["stages"]["ttt"] |= {key: 10**400}
+    (tmp_path / "huge.json").write_text(json.dumps(result))
+    with pytest.raises(runs.ReadError, match=f"huge.json: its (score )?{key} .{{2,9}} 1000+$"):
+        runs.read(tmp_path / "huge.json")
+
+
 @pytest.mark.parametrize("name", ["demo", "demo.v2"])
 @pytest.mark.parametrize("key, value", [("val_bpb", 2.2), ("artifact_bytes", 1), ("legal", False)])
 def test_a_result_that_its_log_contradicts_is_refused(tmp_path, key, value, name):

@@ -23,6 +23,8 @@ RESULT |= dict.fromkeys(("train_seconds", "calibrate_seconds", "eval_seconds"), 
 STAGE = {"val_loss": NUMBER, "val_bpb": NUMBER, "targets": int, "bytes": int}
 ENVIRONMENT = {"device": str, "source_sha256": str, "house_sha256": dict, "ranks": int, "micro_batches": int}
 MAY_LACK = {"steps": int, "resumed": int, "ledger_sha256": str}
+MOST = 2**63  # a whole number beyond it is no figure of a run, and more than a float may hold
+LONGEST_NAME = 255  # bytes that a file system lets a name have
 KINDS = {str: "text", int: "a whole number", NUMBER: "a number", dict: "an object", list: "a list"}
 KINDS |= {bool: "true or false", SETTING: "text or a number"}
 
@@ -68,9 +70,26 @@ def read_result(path: Path) -> dict:
     plain = {"settings": SETTING, "seconds": NUMBER}
     for part, kinds in plain.items():
         _need(path, f"{part} ", result[part], dict.fromkeys(result[part], kinds))
+    _need_names(path, result)
     _need(path, "house_sha256 ", environment["house_sha256"], dict.fromkeys(environment["house_sha256"], str))
     _need(path, "seconds ", result["seconds"], {result["final_stage"]: NUMBER})
     return result
+
+
+def _need_names(path: Path, result: Mapping) -> None:
+    """Raise AuditError unless what files are called by can be the name of one."""
+    run, places = result["run"], result["settings"].items()
+    named = run.isprintable() and Path(run).name == run != "" and _longest(run) <= LONGEST_NAME - len(".txt")
+    if not named:
+        raise AuditError(f"{path}: damaged: run is {_shown(run)}, must be the name of its log")
+    for name, value in places:
+        if name.endswith(("_PATH", "_DIR")) and _longest(str(value)) > LONGEST_NAME:
+            raise AuditError(f"{path}: damaged: settings {name} is {_shown(value)}, must be a path")
+
+
+def _longest(place: str) -> int:
+    """Bytes of the longest name in a path."""
+    return max(map(len, place.encode("utf-8", "surrogatepass").split(b"/")))
 
 
 def check_settings(path: Path, settings: Mapping[str, object], defaults: Mapping[str, object]) -> None:
@@ -80,13 +99,14 @@ def check_settings(path: Path, settings: Mapping[str, object], defaults: Mapping
 
 
 def _need(path: Path, place: str, values: object, kinds: Mapping[str, type | tuple[type, ...]]) -> None:
-    """Raise AuditError unless values of these kinds are there; scores and seconds are finite."""
+    """Raise AuditError unless values of these kinds are there, finite and of a size that a run may tell."""
     if not isinstance(values, dict):
         raise AuditError(f"{path}: damaged: {place}is {_shown(values)}, must be an object")
     for name, kind in kinds.items():
         value = values.get(name)
         is_setting = kind == SETTING
         fits = isinstance(value, kind) and (kind is bool or is_setting or type(value) is not bool)
+        fits = fits and not (isinstance(value, int) and abs(value) > MOST)
         if not fits or isinstance(value, float) and not (is_setting or math.isfinite(value)):
             raise AuditError(f"{path}: damaged: {place}{name} is {_shown(value)}, must be {KINDS[kind]}")
 

@@ -84,7 +84,8 @@ class Folder:
     def seeds(self) -> list[int]:
         """The seeds that submission.json names."""
         seeds = self.told.get("seeds", self.told.get("seed_results"))
-        return [int(s) for s in seeds if str(s).isdecimal()] if isinstance(seeds, list | dict) else []
+        names = [str(seed) for seed in seeds] if isinstance(seeds, list | dict) else []
+        return [int(name) for name in names if name.isdecimal() and len(name) < MOST_DIGITS]
 
     def result(self, seed: int) -> dict:
         """What submission.json says of a seed."""
