@@ -269,9 +269,9 @@ def test_data_that_have_moved_are_a_mistake_and_a_folder_that_is_read_only_is_no
         ("result.json", {"stages.quantised": [[]]}, "damaged: stages quantised is .* must be an object"),
         ("result.json", {"seconds.train": "x"}, "damaged: seconds train is 'x', must be a number"),
         ("result.json", {"settings.NUM_LAYERS": "x"}, "settings NUM_LAYERS is 'x', must be a whole"),
-        ("result.json", {"val_bpb": 10**400}, "damaged: val_bpb is 1000+, must be a number"),
-        ("result.json", {"stages.ttt.targets": -(10**400)}, "targets is -1000+, must be a whole number"),
-        ("result.json", {"settings.SEED": 10**400}, "settings SEED is 1000+, must be"),
+        ("result.json", {"val_bpb": 10**400}, r"damaged: val_bpb is 1000+, must be within 2\^63"),
+        ("result.json", {"stages.ttt.targets": -(10**400)}, r"targets is -1000+, must be within 2\^63"),
+        ("result.json", {"settings.SEED": 10**400}, "settings SEED is 1000+, must be within"),
         ("result.json", {"run": "tiny\ud800"}, r"run is 'tiny\\ud800', must be the name of its log"),
         ("result.json", {"run": "x" * 5000}, "run is 'xxx+, must be the name of its log"),
         ("result.json", {"run": "../tiny"}, "run is '../tiny', must be the name of its log"),
@@ -320,6 +320,17 @@ def test_a_name_given_twice_in_a_record_is_a_mistake(copy, capsys, name):
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1
     assert re.search(f"{name}: .*cannot be read as JSON .the name 'twice' stands there twice", err), err
+
+
+def test_data_that_no_path_or_manifest_leads_to_are_a_mistake(copy, capsys):
+    copy.result(lambda result: result["settings"].update(TOKENIZER_PATH=""))
+    copy.json(copy.data / "manifest.json", lambda manifest: manifest.update(tokenizer=5))
+    assert audit.main([str(copy.run), "--data", str(copy.data), "--only", "R1"]) == 2
+    copy.ledger(lambda head, records: head.update(data_folder="\x1b" + "x" * 5000))
+    assert audit.main([str(copy.run), "--only", "R1"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 2 and "\x1b" not in err and len(err) < 1000
+    assert "manifest.json: not a manifest of" in err and "cannot be read (File name too long)" in err
 
 
 def test_links_and_pipes_in_the_folder_are_a_mistake(copy, capsys):

@@ -106,7 +106,8 @@ def _need(path: Path, place: str, values: object, kinds: Mapping[str, type | tup
         value = values.get(name)
         is_setting = kind == SETTING
         fits = isinstance(value, kind) and (kind is bool or is_setting or type(value) is not bool)
-        fits = fits and not (isinstance(value, int) and abs(value) > MOST)
+        if fits and isinstance(value, int) and abs(value) > MOST:
+            raise AuditError(f"{path}: damaged: {place}{name} is {_shown(value)}, must be within 2^63")
         if not fits or isinstance(value, float) and not (is_setting or math.isfinite(value)):
             raise AuditError(f"{path}: damaged: {place}{name} is {_shown(value)}, must be {KINDS[kind]}")
 

@@ -290,13 +290,20 @@ class Audit:
 
     def need_data(self) -> None:
         """Raise AuditError where validation data or tokenizer are not there, or the manifest is none."""
-        if (manifest := self.data_folder / "manifest.json").is_file():
-            read_json(manifest)
-        tokenizer = self.script.tokenizer_file(self.cfg)
-        if not self.shards("val"):
-            raise AuditError(f"{self.data_folder}: no fineweb_val_*.bin, the run's data: --data says where")
-        if not tokenizer.is_file():
-            raise AuditError(f"{tokenizer}: no such tokenizer: --data says where it lies beside the data")
+        folder = printable(str(self.data_folder))
+        try:
+            if (manifest := self.data_folder / "manifest.json").is_file():
+                read_json(manifest)
+            tokenizer = self.script.tokenizer_file(self.cfg)
+            if not self.shards("val"):
+                raise AuditError(f"{folder}: no fineweb_val_*.bin, the run's data: --data says where")
+            if not tokenizer.is_file():
+                where = "--data says where it lies beside the data"
+                raise AuditError(f"{printable(str(tokenizer))}: no such tokenizer: {where}")
+        except OSError as error:  # as of a name that is too long
+            raise AuditError(f"{folder[:200]}: cannot be read ({error.strerror})") from None
+        except self.script.DataError as error:
+            raise AuditError(str(error)) from None
 
     def unchanged(self) -> None:
         """Raise AuditError where a file of the run changed, came or went since the audit began."""
