@@ -87,7 +87,7 @@ class Cell:
         arm = self.arm
         if unknown := [name for name in arm.settings if name not in KNOWN]:
             raise Mistake(f"arm {arm.name}: {unknown[0]} is no setting of a run (train_gpt.py --help)")
-        settled = as_variables(self.settings)
+        settled = as_variables(tg.Config().as_env() | self.settings)
         unread = [name for name in arm.settings if lacking(needs_of(name), settled)]
         if unread and unread == [*arm.settings]:
             text = " ".join(lacking(needs_of(unread[0]), settled))
