@@ -49,13 +49,20 @@ def help_text(source: str, topic: str = "") -> str:
     if topic == "presets":
         return _presets()
     if topic.upper() in rows:
-        needs = needs_of(topic.upper()) or NEEDS.get(topic.upper(), ("", ""))[1]
-        return rows[topic.upper()] + f"\n      read only with {needs}" * bool(needs)
+        return rows[topic.upper()] + _needed(topic.upper())
     if topic.lower() not in topics:
         near = nearest_name(topic.upper(), [*rows, *map(str.upper, topics)])
         meant = f"; did you mean {near}?" if near else ""
         raise ConfigError(f"--help {topic}: must be one of {names}, or a setting{meant}")
     return _joined(rows, topics[topic.lower()])
+
+
+def _needed(name: str) -> str:
+    """A line with what a setting needs, to be read or to be on; empty where that is nothing."""
+    if needs := needs_of(name):
+        return f"\n      read only with {needs}"
+    off, needs = NEEDS.get(name, ("", ""))
+    return f"\n      other than {off or 'empty'} only with {needs}" * bool(needs)
 
 
 def _about() -> str:

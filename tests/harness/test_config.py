@@ -790,6 +790,8 @@ def test_help_by_topics_has_every_setting_once(tg, fields, capsys):
     assert "  MATRIX_LR=0.026" in capsys.readouterr().out.splitlines()
     assert tg.main(["--help", "SMEAR_BOS_MASK"], {}) == 0
     assert capsys.readouterr().out.endswith("\n      read only with SMEAR_GATE_ENABLED=1\n")
+    assert tg.main(["--help", "QUANTIZER"], {}) == 0
+    assert capsys.readouterr().out.endswith("\n      other than scalar only with COMPRESSOR=ans\n")
 
 
 def test_help_on_presets_tells_what_each_changes(tg, capsys):
