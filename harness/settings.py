@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import train_gpt
 from harness.lineage import VOCABULARY, in_our_names, same
 from harness.rules import EXCLUSIVE, check_settings, check_text, check_training
-from harness.unread import lacking, unread
+from harness.unread import lacking, name_of, unread
 from systems.layout import as_set
 from train_gpt import Config, ConfigError
 
@@ -234,14 +234,14 @@ def translate(environ: Mapping[str, str]) -> dict[str, str]:
     if scale not in SCALES:
         raise ConfigError(f"SCALE={scale!r}: must be one of {', '.join(SCALES)}")
     preset = given.get("PRESET", Config.preset)
+    size = preset.rpartition("-")[2]
     if f"{preset}-{scale}" in PRESETS:
         given["PRESET"] = f"{preset}-{scale}"
-    elif scale != "full" and preset in PRESETS and re.search("(^|-)(demo|study)$", preset):
-        if not preset.endswith(scale):
+    elif preset in PRESETS and scale not in ("full", size):
+        if size in SCALES:
             raise ConfigError(f"SCALE={scale} PRESET={preset}: that preset has a size of its own")
-    elif scale == "study" and preset in PRESETS:
         raise ConfigError(
-            f"SCALE=study PRESET={preset}: a study has CaseOps text; must be a system of such text"
+            f"SCALE={scale} PRESET={preset}: a study has CaseOps text; must be a system of such text"
         )
     row = Config(**PRESETS.get(given.get("PRESET", preset), {}))
     base = {name: str(value) for name, value in row.as_env().items()}
@@ -288,9 +288,8 @@ def _give_way(given: dict[str, str], base: Mapping[str, str], preset: str) -> It
     for name, (off, needs) in NEEDS.items():
         if name not in given and not same(base[name], off) and (terms := lacking(needs, {**base, **given})):
             given[name] = off
-            wrong = [
-                f"{other}={given[other]}" for other in given if re.search(rf"\b{other}\b", " ".join(terms))
-            ]
+            others = [other for other in dict.fromkeys(map(name_of, terms)) if other in given]
+            wrong = [f"{other}={given[other]}" for other in others]
             yield f"{name}={base[name]} of PRESET={preset} gives way to {' '.join(wrong)}"
 
 

@@ -63,7 +63,7 @@ def unread(given: Mapping[str, str], base: Mapping[str, str]) -> Iterator[str]:
     for name in sorted(given.keys() & {*base, "PHASED_TTT_ENABLED"}):  # other names are not ours
         terms = lacking(needs_of(name), {**base, **given})
         switches = type(getattr(Config, name.lower(), True)) is bool
-        asks = not (same(given[name], "0") or same(given[name], "0" if switches else base[name]))
+        asks = not same(given[name], "0") and (switches or not same(given[name], base[name]))
         if terms and asks and not any(_switched_off(term, given) for term in terms):
             without.setdefault(" ".join(terms), []).append(f"{name}={given[name]}")
     for text, named in without.items():
@@ -78,6 +78,11 @@ def lacking(needs: str, settled: Mapping[str, str]) -> list[str]:
     ways = [[term for term in way.split(" and ") if not _holds(term, settled)] for way in needs.split(" or ")]
     least = min(map(len, ways))
     return " or ".join(" and ".join(way) for way in ways if len(way) == least).split() if least else []
+
+
+def name_of(term: str) -> str:
+    """The setting that a term is about; the word itself for what is none."""
+    return re.split("[=<>]", term)[0]
 
 
 def _holds(term: str, settled: Mapping[str, str]) -> bool:
@@ -95,4 +100,4 @@ def _holds(term: str, settled: Mapping[str, str]) -> bool:
 
 def _switched_off(term: str, given: Mapping[str, str]) -> bool:
     """Whether the user has said himself that what a term needs is to be off."""
-    return re.split("[=<>]", term)[0] in given and term.endswith(("_ENABLED=1", ">0"))
+    return name_of(term) in given and term.endswith(("_ENABLED=1", ">0"))

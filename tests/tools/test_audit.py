@@ -1177,6 +1177,8 @@ def test_r2_submission_of_other_figures(copy):
         "seed 42 train_seconds",
     ):
         assert f"{name} " in evidence, name
+    path.write_text(json.dumps({"val_bpb": round(result["val_bpb"], 2)}))
+    copy.fails("R2", "submission.json says val_bpb")
     path.write_text("{}")
     copy.fails("R2", "submission.json tells no val_bpb")
 

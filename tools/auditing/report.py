@@ -82,6 +82,8 @@ def _submission_agrees(told: Mapping, result: Mapping) -> None:
         for name, value, right in itertools.filterfalse(checking.same_figure, figures)
     ]
     require(not apart, f"submission.json says {'; '.join(apart)}")
+    near = math.isclose(told["val_bpb"], result["val_bpb"], abs_tol=5e-6)  # as printed, 1.06 may be 1.0649
+    require(near, f"submission.json says val_bpb {told['val_bpb']}, not {result['val_bpb']}")
 
 
 @check("R3", "seed fixed before the run, no run hidden", RECORDS)

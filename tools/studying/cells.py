@@ -88,10 +88,10 @@ class Cell:
         if unknown := [name for name in arm.settings if name not in KNOWN]:
             raise Mistake(f"arm {arm.name}: {unknown[0]} is no setting of a run (train_gpt.py --help)")
         settled = as_variables(tg.Config().as_env() | self.settings)
-        unread = [name for name in arm.settings if lacking(needs_of(name), settled)]
-        if unread and unread == [*arm.settings]:
-            text = " ".join(lacking(needs_of(unread[0]), settled))
-            raise Mistake(f"arm {arm.name}: {unread[0]} has no effect without {text}")
+        lacks = {name: lacking(needs_of(name), settled) for name in arm.settings}
+        if lacks and all(lacks.values()):
+            name, terms = next(iter(lacks.items()))
+            raise Mistake(f"arm {arm.name}: {name} has no effect without {' '.join(terms)}")
         same = self.control and not arm.data and self.settings == self.control.settings
         if same and arm.name not in NOISE_NAMES:
             raise Mistake(f"arm {arm.name}: its settings are the control's, so nothing would be compared")
