@@ -1492,7 +1492,7 @@ class SlotAdapters(NamedTuple):
         if maps is None:
             return None
         maps, active = maps if role == "head" else maps[self.slot], self.lora.active
-        A, B = (factor[-rows:] for factor in maps.factors or (maps.A, maps.B))
+        A, B = (f if len(f) == rows else f[-rows:] for f in maps.factors or (maps.A, maps.B))
         if active is not None and (A.is_cuda or torch.compiler.is_compiling() or not active[-rows:].all()):
             A, B = (torch.where(active[-rows:, None, None], factor, 0.0) for factor in (A, B))
         return A, B * self.lora.scale

@@ -199,8 +199,9 @@ class Adapted(torch.autograd.Function):
         if raw is not None:
             dscale = (dB * raw).sum((0, 2))
         dA, dB = torch.bmm(dnarrow.mT, x), dB if scale is None else dB.mul_(scale[:, None])
+        dx = torch.bmm(dnarrow, A) if ctx.needs_input_grad[1] else None
         pairs = ((dA[:, columns], dB[:, rows, columns]) for rows, columns in ctx.places)
-        return dy, torch.bmm(dnarrow, A), dscale, None, *itertools.chain.from_iterable(pairs)
+        return dy, dx, dscale, None, *itertools.chain.from_iterable(pairs)
 
 
 def adapted(

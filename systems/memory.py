@@ -78,7 +78,7 @@ class LossesByRows(torch.autograd.Function):
             own = slice(start, start + len(rows[0]) or None)
             leaves = [factor[own].detach().requires_grad_() for factor in factors]
             use_factors(lora, leaves)
-            lora.active = None if active is None else active[own]
+            lora.active = None if active is None or active[own].all() else active[own]
             with torch.enable_grad():
                 part = losses(*rows)
             gradients = torch.autograd.grad(part, leaves, torch.ones_like(part))

@@ -57,7 +57,7 @@ TINY = {
     "VAL_BATCH_TOKENS": "2048",
     "EVAL_SEQ_LEN": "64",
     "TTT_BATCH_SIZE": "4",
-    "TTT_CHUNK_SIZE": "16",
+    "TTT_CHUNK_SIZE": "32",
     "TTT_EVAL_SEQ_LEN": "64",
     "TTT_LORA_RANK": "2",
     "TTT_LORA_ALPHA": "4",
