@@ -10,7 +10,8 @@ machine may be busy; neighbours still cost cache, so a figure is worth what its 
 `step`, `step_looping`: `Trainer.step` at demo size; `step_middle`: 8 layers x 256, vocabulary 8,192, before
 and after looping; `ttt`: test-time training of eight documents; `standard`: the standard evaluation; `load`:
 an `ans` artifact to a state dict; `demo`, `demo_rss`: a whole run of the demo, its seconds and peak memory;
-`help`: `train_gpt.py --help`. The peer is a black box, so it is compared in `demo` and `demo_rss` alone.
+`help`: `train_gpt.py --help`. The peer is a black box, so it is compared in `demo` and `demo_rss` alone
+(published scripts do nothing without a GPU). Rows are also told on stderr as they come.
 """
 
 import argparse
@@ -183,7 +184,7 @@ def compare(
 ) -> list[dict[str, object]]:
     """A row for each key: A B B A so many times; each side with variables of its own.
 
-    Seconds and memory of the demo are of the same runs.
+    Seconds and memory of the demo are of the same runs. Each row is told at once: a later key may fail.
     """
     sides, runs, rows = {"A": (before, other), "B": (ROOT, ours)}, {}, []
     for key in keys:
@@ -191,6 +192,7 @@ def compare(
         if work not in runs:
             runs[work] = [[measured(work, *sides[letter]) for letter in "ABBA"] for _ in range(blocks)]
         rows.append({"key": key, **summary([[spent[column] for spent in block] for block in runs[work]])})
+        print(*(f"{name}:{value}" for name, value in rows[-1].items()), file=sys.stderr, flush=True)
     return rows
 
 
@@ -277,17 +279,17 @@ def main() -> None:
         sys.exit(f"bench: --peer {args.peer}: no such file")
     rows = []
     with tempfile.TemporaryDirectory(prefix="side_by_side-") as folder:
+        if args.peer:
+            theirs, root = peer_environ(Path(folder) / "stand_in"), args.peer.resolve().parent
+            chosen = [key for key in keys if key in PROCESSES[:2]]
+            for row in compare(chosen, root, args.blocks, theirs, demo_environ()):
+                rows.append(row | {"key": f"peer_{row['key']}"})
         if args.before:
             before, ours = unpack(args.before, Path(folder) / "before"), demo_environ()
             other = ours | add_packages(before, Path(folder) / "packages")
             for root, environ in ((before, other), (ROOT, ours)) if "load" in keys else ():
                 make_artifact(root, environ)
             rows += compare(keys, before, args.blocks, other, ours)
-        if args.peer:
-            theirs, root = peer_environ(Path(folder) / "stand_in"), args.peer.resolve().parent
-            chosen = [key for key in keys if key in PROCESSES[:2]]
-            for row in compare(chosen, root, args.blocks, theirs, demo_environ()):
-                rows.append(row | {"key": f"peer_{row['key']}"})
     from common import environment, report, tg  # not in a child, which has the other revision's script
 
     heading = {"benchmark": "side_by_side", "before": args.before, "peer": str(args.peer or "")}
