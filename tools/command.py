@@ -38,17 +38,23 @@ def start(main: Callable[..., int], *arguments: object) -> NoReturn:
     """Run a tool to its end, also where its output cannot be written, and leave with its exit code.
 
     Where that would be 0 without all of the output, it is that of a closed pipe (`| head`, without a word).
+    What the system refuses is a mistake that names the file: a name that is too long, a folder of others.
     """
     keep_consoles()
-    code = main(*arguments)
+    tool = Path(sys.argv[0]).name
+    try:
+        code = main(*arguments)
+    except OSError as error:
+        code = complain(tool, error)
     sys.stdout.flush()
     lost = getattr(sys.stdout, "lost", "")
     if lost not in ("", os.strerror(errno.EPIPE)):
-        complain(Path(sys.argv[0]).name, OSError(f"standard output cannot be written ({lost})"))
+        complain(tool, OSError(f"standard output cannot be written ({lost})"))
     sys.exit(code or (128 + signal.SIGPIPE if lost else 0))
 
 
 def complain(tool: str, error: Exception) -> int:
-    """Print a mistake as one line; returns the exit code."""
-    print(f"{tool}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    """Print a mistake as one line; returns the exit code. An OSError names its file first, as ours do."""
+    told = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+    print(f"{tool}: error: {' '.join(told.split())}", file=sys.stderr)
     return 2

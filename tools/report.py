@@ -186,10 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, png in report.pictures.items():
             tg.write_whole(options.out / name, png)
         tg.write_whole(options.out / "report.html", page.page(title, content, made).encode())
-    except (Mistake, reader.ReadError) as error:
+    except (Mistake, reader.ReadError, tg.RunError) as error:
         return complain("report.py", error)
-    except OSError as error:
-        return complain("report.py", Mistake(f"{options.out}: cannot be written ({error.strerror})"))
     print(f"Open {options.out / 'report.html'} in a browser; {len(report.pictures)} pictures lie beside it")
     return 0
 

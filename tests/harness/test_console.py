@@ -125,6 +125,16 @@ def test_console_of_a_tool(tmp_path, console, code, error):
     assert (done.returncode, done.stderr, end.exists()) == (code, error, True)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"), [("n" * 300, "File name too long"), ("no/such/file", "No such file or directory")]
+)
+def test_what_the_system_refuses_a_tool_is_one_line(tmp_path, name, reason):
+    command = [sys.executable, "-c", TOOL.format(file=f"{tmp_path}/{name}")]
+    done = subprocess.run(command, env={"PYTHONPATH": str(ROOT / "tools")}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "a line\n")
+    assert done.stderr == f"a.py: error: {tmp_path}/{name}: {reason}\n"
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 def test_the_consoles_end_and_other_signals_stop_a_run(tg, name):
     number = getattr(signal, name)

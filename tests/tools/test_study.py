@@ -43,8 +43,9 @@ with open(folder + "/steps.jsonl", "w") as file:
 stages = {"prequant": {"val_loss": 2 * bpb, "val_bpb": bpb, "seconds": 1.0, "targets": 9}}
 result = {"run": os.environ["RUN_ID"], "final_stage": "prequant", "stages": stages, "steps": steps,
           "settings": {"SEED": seed}, "val_bpb": bpb, "val_loss": 2 * bpb, "artifact_bytes": 0}
-with open(folder + "/result.json", "w") as file:
+with open(folder + "/.result.json", "w") as file:
     json.dump(result, file)
+os.replace(folder + "/.result.json", folder + "/result.json")  # whole, as a run does: others look for it
 """
 # The tool with the stand-in; what it would ask the script for its settings is answered here.
 TOOL = f"""
