@@ -58,6 +58,7 @@ import runs  # noqa: E402
 import train_gpt as tg  # noqa: E402
 from harness.lineage import SWITCHES, same  # noqa: E402
 from harness.settings import read_settings  # noqa: E402
+from harness.unread import lacking, name_of, needs_of  # noqa: E402
 from scripts import hash_on_disk  # noqa: E402
 from sweeping.owner import holding, is_gone, myself  # noqa: E402
 from sweeping.running import GUARD, Stop, guarded, last_line  # noqa: E402, F401
@@ -191,6 +192,16 @@ def check_ends(variables: Sequence[Variable], environ: Mapping[str, str]) -> Non
                 raise errors[0]
 
 
+def check_read(variables: Sequence[Variable], base: tg.Config) -> None:
+    """Something must read each variable, with the settings as they are or with another variable's values."""
+    names = {variable.name for variable in variables}
+    settled = {name: str(value) for name, value in base.as_env().items()}
+    for variable in variables:
+        terms = lacking(needs_of(variable.name), settled)
+        if terms and not names & set(map(name_of, terms)):
+            raise SweepError(f"--set {variable.name}: no effect without {' '.join(terms)}")
+
+
 def check_metric(metric: str) -> None:
     """Refuse what no result.json holds."""
     stage, _, key = metric.rpartition(".")
@@ -235,6 +246,7 @@ def parse_arguments(arguments: Sequence[str], environ: Mapping[str, str]) -> arg
         raise SweepError("--set: name each variable once" if names else "--set is missing: what shall vary?")
     options.base = settle(environ)
     check_ends(options.variables, environ)
+    check_read(options.variables, options.base)
     check_metric(options.metric)
     if options.prune:
         check_pruning(options.metric, options.base)

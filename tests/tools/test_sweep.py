@@ -132,6 +132,16 @@ def test_a_wrong_variable_is_refused_before_anything_starts(work, capsys, text, 
     assert [path.name for path in work.iterdir()] == ["stand_in.py"]
 
 
+def test_what_nothing_reads_cannot_vary(work, capsys):
+    """Unless another variable has values with which it is read."""
+    environ = {"PATH": os.environ["PATH"]}
+    assert sweep.main(arguments("TTT_EPOCHS=2,3"), environ) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "sweep.py: error: --set TTT_EPOCHS: no effect without TTT_SGD=1"
+    read = [sweep.Variable(name, "list", values=("0", "1")) for name in ("TTT_EPOCHS", "TTT_SGD")]
+    sweep.check_read(read, sweep.settle(environ))
+
+
 def test_what_is_switched_off_cannot_vary(work, capsys):
     """PHASED_TTT_ENABLED=0 makes the setting 0, whatever a trial says."""
     environ = {"PHASED_TTT_ENABLED": "0", "PATH": os.environ["PATH"]}
