@@ -45,6 +45,8 @@ def start(main: Callable[..., int], *arguments: object) -> NoReturn:
     try:
         code = main(*arguments)
     except OSError as error:
+        if error.filename is None:  # of no file that the command could have named
+            raise
         code = complain(tool, error)
     sys.stdout.flush()
     lost = getattr(sys.stdout, "lost", "")
