@@ -31,6 +31,7 @@ SIZES = {
     "GRAD_ACCUM_STEPS": MICRO_BATCHES,
     "ITERATIONS": STEPS,
     "GPTQ_CALIBRATION_BATCHES": 3,
+    "TTT_CHUNK_SIZE": 16,  # many steps, so that adapters do something
 }
 THREE = {"TRAIN_BATCH_TOKENS": 384, "GRAD_ACCUM_STEPS": 3}  # what three ranks can share
 FIT_BUDGET = 16_000  # bytes of the fitted model

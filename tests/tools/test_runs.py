@@ -265,7 +265,7 @@ def test_lines_lost_from_our_log_are_noticed(tmp_path, lost, wanted):
     [
         ("artifact_bytes", "405468", "artifact_bytes of its last line stands nowhere"),
         ("calibrate_seconds", "0.37351", "calibrate_seconds of its last line"),
-        ("train_seconds", "63.899", r"[\d.]+ s of training, then 63.899"),
+        ("train_seconds", "0.899", r"[\d.]+ s of training, then 0.899"),
         ("train_seconds", "nan", "says train_seconds:nan in its last line"),
         ("legal", "False", "says legal:False"),
     ],
