@@ -195,7 +195,7 @@ def check_ends(variables: Sequence[Variable], environ: Mapping[str, str]) -> Non
 def check_read(variables: Sequence[Variable], base: tg.Config) -> None:
     """Something must read each variable, with the settings as they are or with another variable's values."""
     names = {variable.name for variable in variables}
-    settled = {name: str(value) for name, value in base.as_env().items()}
+    settled = as_variables(base.as_env())
     for variable in variables:
         terms = lacking(needs_of(variable.name), settled)
         if terms and not names & set(map(name_of, terms)):
