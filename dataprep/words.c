@@ -126,50 +126,65 @@ static u64 mixed(u64 value) {
     return value ^ value >> 32;
 }
 
-static u64 slot_of(const Merge *merges, u64 mask, u64 pair) {
-    u64 slot = mixed(pair) & mask;
-    while (merges[slot] != FREE && merges[slot] >> SYMBOL_BITS != pair) slot = (slot + 1) & mask;
-    return slot;
+/* The two places where the merge of a pair may be: found without a loop, whose end would be guessed wrong. */
+typedef struct { u64 first, second; } Places;
+
+static Places places(u64 mask, u64 pair) {
+    u64 value = mixed(pair);
+    return (Places){value & mask, value >> 32 & mask};
 }
 
-/* Put merges into a table of more slots than there are, a power of two: mask is one less. */
-void fill(Merge *merges, int64_t mask, const Merge *known, int64_t count) {
+/* Put merges into a table of more places than there are, a power of two: mask is one less. Of two at one place
+the first goes to its other one. Returns 0 if that has no end. */
+int64_t fill(Merge *merges, int64_t mask, const Merge *known, int64_t count) {
     memset(merges, 0xFF, (mask + 1) * sizeof *merges);
-    for (int64_t i = 0; i < count; i++) merges[slot_of(merges, mask, known[i] >> SYMBOL_BITS)] = known[i];
+    for (int64_t i = 0; i < count; i++) {
+        Merge own = known[i], other;
+        u64 place = places(mask, own >> SYMBOL_BITS).first;
+        for (int64_t left = mask; (other = merges[place], merges[place] = own, other != FREE); own = other) {
+            Places both = places(mask, other >> SYMBOL_BITS);
+            place = place == both.first ? both.second : both.first;
+            if (!left--) return 0;
+        }
+    }
+    return 1;
 }
 
 /* What two symbols become, NEVER if they do not merge. */
 static u64 merged(const Model *model, u64 left, u64 right) {
     u64 pair = left << SYMBOL_BITS | right;
-    Merge found = model->merges[slot_of(model->merges, model->merge_mask, pair)];
+    Places both = places(model->merge_mask, pair);
+    Merge first = model->merges[both.first], second = model->merges[both.second];
+    u64 found = second >> SYMBOL_BITS == pair ? second : FREE;
+    found = first >> SYMBOL_BITS == pair ? first : found;
     return found & SYMBOL;  /* of FREE that is NEVER */
 }
 
 /* Merge the symbols of a word: always the pair that becomes the lowest, of equal ones the first. Returns how many. */
 static int merge_all(const Model *model, int32_t *symbols, int count) {
-    u64 parts[LONGEST];  /* a symbol, and above it what it becomes with the next one */
-    for (int i = 0; i < count; i++)
-        parts[i] = symbols[i] | (i + 1 < count ? merged(model, symbols[i], symbols[i + 1]) : NEVER) << 32;
-    for (;;) {
-        int best = 0;
-        u64 low = NEVER;
-        for (int i = 0; i + 1 < count; i++) {
-            u64 made = parts[i] >> 32;
-            best = made < low ? i : best;
-            low = made < low ? made : low;
-        }
-        if (low == NEVER) break;
-        count--;
-        memmove(parts + best + 1, parts + best + 2, (count - best - 1) * sizeof *parts);
-        u64 next = best + 1 < count ? merged(model, low, parts[best + 1] & SYMBOL) : NEVER;
-        parts[best] = low | next << 32;
-        if (best) {
-            u64 before = parts[best - 1] & SYMBOL;
-            parts[best - 1] = before | merged(model, before, low) << 32;
-        }
+    u64 parts[LONGEST];  /* a symbol, above it its place, and above that what it becomes with the next one */
+    u16 before[LONGEST + 1], after[LONGEST + 1];  /* places of its neighbours */
+    for (int i = 0; i < count; i++) {
+        u64 made = i + 1 < count ? merged(model, symbols[i], symbols[i + 1]) : NEVER;
+        parts[i] = made << 32 | (u64)i << 20 | symbols[i];
+        before[i] = i - 1, after[i] = i + 1;
     }
-    for (int i = 0; i < count; i++) symbols[i] = parts[i] & SYMBOL;
-    return count;
+    for (;;) {
+        u64 low = FREE;
+        for (int i = 0; i < count; i++) low = parts[i] < low ? parts[i] : low;
+        u64 made = low >> 32, place = low >> 20 & 0xFFF, gone = after[place], next = after[gone];
+        if (made >= NEVER) break;
+        parts[gone] = FREE;
+        after[place] = next, before[next] = place;
+        low = next < count ? merged(model, made, parts[next] & SYMBOL) : NEVER;
+        parts[place] = low << 32 | place << 20 | made;
+        if (!place) continue;
+        u64 left = parts[before[place]] & (((u64)1 << 32) - 1);
+        parts[before[place]] = merged(model, left & SYMBOL, made) << 32 | left;
+    }
+    int left = 0;
+    for (int i = 0; i < count; i = after[i]) symbols[left++] = parts[i] & SYMBOL;
+    return left;
 }
 
 /* The symbol of the character at a place, and the bytes that it has. */
@@ -208,7 +223,8 @@ static void cut(const Model *model, Cut *own, const u8 *start, int64_t length, i
     memcpy(kept, (const u8 *)ones + 24 - length, sizeof kept);
     for (int i = 0; i < 3; i++) key[i] &= kept[i];
     key[2] |= (u64)length << 56;
-    own->known = model->words + (mixed(key[0] ^ mixed(key[1] ^ mixed(key[2]))) & model->word_mask & ~1);
+    u64 hash = key[0] * FACTOR ^ key[1] * 0xC2B2AE3D27D4EB4F ^ key[2] * 0x165667B19E3779F9;
+    own->known = model->words + (mixed(hash ^ hash >> 32) & model->word_mask & ~1);
     for (int i = 0; i < 3; i++) own->key[i] = key[i];
     __builtin_prefetch(own->known);
 }
@@ -304,7 +320,7 @@ int64_t encode(const Model *model, u8 *raw, int64_t size, u16 *tokens, int64_t *
             if (stop == end) break;
             more = after - stop - 1;
             start = after - 1, at = after;
-            *start = ' ';
+            if (*start != ' ') *start = ' ';  /* `cut` reads it at once: a write would be waited for */
         }
         *ends++ = place;
         at = next;

@@ -56,7 +56,7 @@ def library() -> ctypes.CDLL | None:
 def _loaded(path: Path) -> ctypes.CDLL:
     functions, pointer, count = ctypes.CDLL(str(path)), ctypes.c_void_p, ctypes.c_int64
     functions.caps.argtypes, functions.caps.restype = [pointer, count, pointer], count
-    functions.fill.argtypes, functions.fill.restype = [pointer, count, pointer, count], None
+    functions.fill.argtypes, functions.fill.restype = [pointer, count, pointer, count], count
     functions.bare.argtypes, functions.bare.restype = [pointer, count, pointer], count
     functions.hashes.argtypes, functions.hashes.restype = [pointer, pointer, count, pointer, pointer], None
     functions.windows.argtypes = [pointer, count, pointer, count, pointer, pointer]
@@ -126,7 +126,8 @@ class Model:
         `merges`: left, right and new symbol in one integer each, of SYMBOL_BITS, (n,) uint64.
         """
         slots = np.empty(1 << (2 * len(merges)).bit_length(), np.uint64)
-        library().fill(slots.ctypes.data, len(slots) - 1, merges.ctypes.data, len(merges))
+        while not library().fill(slots.ctypes.data, len(slots) - 1, merges.ctypes.data, len(merges)):
+            slots = np.empty(2 * len(slots), np.uint64)
         self._held = {**tables, "merges": slots, "words": _lines(KEPT)}
         masks = {"merge_mask": len(slots) - 1, "word_mask": KEPT - 1}
         pointers = {name: array.ctypes.data for name, array in self._held.items()}

@@ -67,8 +67,9 @@ class Worker:
         filled = [document for document in documents if document.utf8]
         notes += [f"{d.origin}: empty document left out" for d in documents if not d.utf8]
         result = self._validation(filled) if self._held_out is None else self._training(filled)
-        operator = result.tokens - np.uint16(FIRST_OPERATOR_ID) < OPERATOR_COUNT
-        operator &= not self._encoder.tokenizer.plain  # there the same numbers are of other pieces
+        operators = 0
+        if not self._encoder.tokenizer.plain:  # there the same numbers are of other pieces
+            operators = np.count_nonzero(result.tokens - np.uint16(FIRST_OPERATOR_ID) < OPERATOR_COUNT)
         bad += result.bad
         counts = Counter(
             result.counts,
@@ -76,7 +77,7 @@ class Worker:
             bad_documents=len(bad),
             documents=len(result.lengths),
             tokens=len(result.tokens),
-            operator_tokens=int(np.count_nonzero(operator)),
+            operator_tokens=int(operators),
         )
         return result._replace(counts=counts, bad=bad, notes=notes)
 
