@@ -311,7 +311,7 @@ def _held_bytes(processor: sentencepiece.SentencePieceProcessor) -> tuple[bytes,
     """The bytes that pieces of text decode to; which pieces are of a single byte, (vocab,) bool."""
     every = range(processor.get_piece_size())
     is_byte = np.array([processor.is_byte(token) for token in every])
-    texts = [processor.decode([token]) for token in np.flatnonzero(~is_byte).tolist()]
+    texts = processor.decode([[token] for token in np.flatnonzero(~is_byte).tolist()])
     return bytes({*"".join([" ", *texts]).encode("utf-8")}), is_byte
 
 
