@@ -17,7 +17,8 @@ from harness.variables import Locals, boolean_names
 from train_gpt import RunError
 
 ENDS = (ast.Return, ast.Raise, ast.Continue, ast.Break)
-ROUNDS = 40
+LEAST_ROUNDS, MOST_ROUNDS = 3, 20
+SETTLED = 0.995  # of a tree's nodes: a round that leaves more is the last, as the next would win nothing
 
 
 def fold(
@@ -33,20 +34,20 @@ def fold(
         replace_config(tree, config)
     Stripper(tree).visit(tree)
     foreign, impure = foreign_names(tree), impure_properties(tree)
-    prune_definitions(tree)
-    before = ""
-    for _ in range(ROUNDS):
+    wrong = RunError("packing: folding comes to no end")
+    for number in range(1, MOST_ROUNDS + 1):
+        before = len(walk(tree))
         fold_once(tree, facts, impure, foreign)
-        after = ast.dump(tree)
-        if after == before:
-            break
-        before = after
-    else:
-        raise RunError("packing: folding comes to no end")
-    if config:
-        drop_unread_settings(tree, config)
-    check(ast.fix_missing_locations(tree), own, foreign)
-    return tree
+        if number < LEAST_ROUNDS or len(walk(tree)) <= SETTLED * before:
+            continue
+        if config:
+            drop_unread_settings(tree, config)
+        try:
+            check(ast.fix_missing_locations(tree), own, foreign)
+            return tree
+        except RunError as error:  # what reads a name that is gone may itself go in the next round
+            wrong = error
+    raise wrong
 
 
 def fold_once(tree: ast.Module, facts: Facts, impure: set[str], foreign: frozenset[str]) -> None:

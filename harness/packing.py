@@ -48,7 +48,7 @@ def packed_script(
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Trees are all cycles and no garbage: to look for some would be a third of the time."""
+    """Trees are many objects and no garbage: to look for some would be a third of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

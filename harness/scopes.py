@@ -202,6 +202,11 @@ class Analysis(Visitor):
             for node in getattr(scope.node, "body", []) if scope.outer else []:
                 self._declare(node, scope)
 
+    def __del__(self):
+        """Take the scopes apart: they know each other, and would be left to Python's search for garbage."""
+        for scope in [*self.module.walk()]:
+            vars(scope).clear()
+
     def _declare(self, node: ast.AST, scope: Scope) -> None:
         for child in walk(node):
             if isinstance(child, (ast.Global, ast.Nonlocal)):
@@ -222,7 +227,9 @@ class Analysis(Visitor):
         if name in scope.outer:
             self.pending.append((name, node, field, scope))
         else:
-            binding = scope.names.setdefault(name, Binding(name, scope))
+            binding = scope.names.get(name)
+            if binding is None:
+                binding = scope.names[name] = Binding(name, scope)
             binding.stores.append((node, field))
             self.binding[node] = binding
 
