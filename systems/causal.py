@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 ATTENTION_BLOCK = 64  # queries of one product; keys behind the last of them are left out
-KEPT_LENGTHS = range(128, 513)  # of rows: shorter ones gain nothing, longer ones would keep too much
+BLOCK_LENGTHS = range(128, 513)  # of rows: shorter ones gain nothing, longer ones would keep too much
+BLOCK_TOKENS = 256  # of all rows together, at least
 
 
 class CausalAttention(torch.autograd.Function):

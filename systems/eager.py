@@ -6,7 +6,6 @@ its small matrix instead of its large result, and gradients by formula, in place
 gradients that are asked for: test-time training freezes the weights.
 """
 
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -14,49 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from systems.causal import KEPT_LENGTHS, CausalAttention
+from systems.causal import BLOCK_LENGTHS, BLOCK_TOKENS, CausalAttention
 from systems.heads import ExcludeAndGate, NormedHeads, inverse_rms, rotation
 from systems.memory import keep_heap, spare_compiler
+from systems.products import product, products, weight_gradient
 from train_gpt import GPT, BatchedLoRA, Block, BlockContext, Segments, SlotAdapters, at_positions, attend_from
 
 MLP_BLOCK = 512  # tokens: three of its tensors fit into a core's cache
 
 keep_heap()
 spare_compiler()
-
-
-@functools.cache
-def by_onednn() -> bool:
-    """Whether oneDNN's products are the faster ones: on some AMD processors twice, on Intel's MKL's are."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions do not tell
-    name = capabilities.get("cpu_name", "")
-    return torch.backends.mkldnn.is_available() and "Intel" not in name
-
-
-def product(x: Tensor, weight: Tensor, *, add: Tensor | None = None, slope: float = 1.0) -> Tensor:
-    """x [..., i] times weight [o, i] transposed, plus `add` [..., o] or through a leaky ReLU; no gradient."""
-    if x.dtype == torch.float32 and by_onednn():
-        # Of matrices that are neither whole nor wholly transposed oneDNN makes a hundred times the work.
-        x, weight = (m if m.is_contiguous() or m.mT.is_contiguous() else m.contiguous() for m in (x, weight))
-        linear = torch.ops.mkldnn._linear_pointwise
-        if add is not None:
-            return linear.binary(x, add, weight, None, "add")
-        return linear(x, weight, None, "none" if slope == 1 else "leaky_relu", [slope], "")
-    if add is not None:
-        return torch.addmm(add.flatten(0, -2), x.flatten(0, -2), weight.mT).view(add.shape)
-    y = F.linear(x, weight)
-    return y if slope == 1 else F.leaky_relu_(y, slope)
-
-
-def weight_gradient(dy: Tensor, x: Tensor, total: Tensor | None = None) -> Tensor:
-    """The sum of outer products dy [..., o] x [..., i] over all positions -> [o, i], added to `total`."""
-    dy, x = dy.flatten(0, -2), x.flatten(0, -2)
-    if x.dtype != torch.float32 or not by_onednn():
-        return dy.mT @ x if total is None else total.addmm_(dy.mT, x)
-    if dy.size(1) > x.size(1):  # the wider one is laid out anew
-        return weight_gradient(x, dy, None if total is None else total.mT).mT
-    dw = product(dy.mT, x.mT)
-    return dw if total is None else total.add_(dw)
 
 
 class Linear(torch.autograd.Function):
@@ -187,7 +153,7 @@ class Adapted(torch.autograd.Function):
             ctx.places.append((slice(start, start + factor.size(1)), slice(i * rank, (i + 1) * rank)))
             B[:, *ctx.places[-1]] = factor
         raw, B = B, B if scale is None else B * scale[:, None]
-        narrow = x @ A.mT
+        narrow = products(x, A.mT)
         ctx.save_for_backward(x, A, B, narrow, scale, raw if ctx.needs_input_grad[2] else None)
         return torch.baddbmm(y, narrow, B.mT)
 
@@ -195,11 +161,11 @@ class Adapted(torch.autograd.Function):
     def backward(ctx: object, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of y, x, scale and the factors."""
         x, A, B, narrow, scale, raw = ctx.saved_tensors
-        dnarrow, dB, dscale = torch.bmm(dy, B), torch.bmm(dy.mT, narrow), None
+        dnarrow, dB, dscale = products(dy, B), products(dy.mT, narrow), None
         if raw is not None:
             dscale = (dB * raw).sum((0, 2))
-        dA, dB = torch.bmm(dnarrow.mT, x), dB if scale is None else dB.mul_(scale[:, None])
-        dx = torch.bmm(dnarrow, A) if ctx.needs_input_grad[1] else None
+        dA, dB = products(dnarrow.mT, x), dB if scale is None else dB.mul_(scale[:, None])
+        dx = products(dnarrow, A) if ctx.needs_input_grad[1] else None
         pairs = ((dA[:, columns], dB[:, rows, columns]) for rows, columns in ctx.places)
         return dy, dx, dscale, None, *itertools.chain.from_iterable(pairs)
 
@@ -232,7 +198,7 @@ class SoftcappedHead(torch.autograd.Function):
     ) -> Tensor:
         """h [b, n, D], weight [V, D], targets [b, n], adapters A [b, r, D] and B [b, V, r] -> nats [b, n]."""
         wide = h.new_empty(*targets.shape, len(weight)) if any(ctx.needs_input_grad) else None
-        narrow, losses = None if A is None else h @ A.mT, torch.empty_like(h[..., 0])
+        narrow, losses = None if A is None else products(h, A.mT), torch.empty_like(h[..., 0])
         rows = 256 if A is None else targets.size(1)  # logits of so many tokens stay in the cache
         parts = (h, targets[..., None], losses[..., None], *([] if wide is None else [wide]))
         scaled = weight * (2 / cap)  # tanh(u) is 2 sigmoid(2 u) - 1, and the softmax does not see the 1
@@ -259,8 +225,8 @@ class SoftcappedHead(torch.autograd.Function):
         dh = product(wide, weight.mT).mul_(factor)
         dweight = weight_gradient(wide, h * factor) if ctx.needs_input_grad[1] else None
         if A is not None:
-            dnarrow = (wide @ B).mul_(factor)
-            dh, dA, dB = dh.baddbmm_(dnarrow, A), dnarrow.mT @ h, wide.mT @ (narrow * factor)
+            dnarrow = products(wide, B).mul_(factor)
+            dh, dA, dB = dh.baddbmm_(dnarrow, A), products(dnarrow.mT, h), products(wide.mT, narrow * factor)
         return dh, dweight, None, None, dA, dB
 
 
@@ -285,7 +251,7 @@ def attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) 
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if q.requires_grad and q.size(1) in KEPT_LENGTHS:
+    if q.size(1) in BLOCK_LENGTHS and q.size(0) * q.size(1) >= BLOCK_TOKENS:
         return CausalAttention.apply(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)

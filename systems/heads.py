@@ -69,7 +69,7 @@ class ExcludeAndGate(torch.autograd.Function):
     def forward(ctx: object, y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
         """y [..., H, d], v [..., G, d], gate [..., H] -> [..., H, d]."""
         grouped, gates, own = by_group(y, gate, v)
-        length = torch.linalg.vector_norm(own, dim=-1, keepdim=True)
+        length = torch.linalg.vector_norm(own[..., :1, :], dim=-1, keepdim=True)
         inverse = length.clamp_min_(1e-12).square_().reciprocal_()
         share = (grouped * own).sum(-1, keepdim=True).mul_(inverse)
         ctx.save_for_backward(y, v, gate, inverse, share)
@@ -93,6 +93,7 @@ class ExcludeAndGate(torch.autograd.Function):
 
 
 def by_group(y: Tensor, gate: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y [..., H, d] as [..., G, H/G, d], its gates [..., G, H/G, 1], and their values v as [..., G, 1, d]."""
+    """y [..., H, d] as [..., G, H/G, d], its gates [..., G, H/G, 1], and for each head its value v again."""
     groups = v.size(-2)
-    return y.unflatten(-2, (groups, -1)), gate.unflatten(-1, (groups, -1))[..., None], v[..., None, :]
+    y = y.unflatten(-2, (groups, -1))
+    return y, gate.unflatten(-1, (groups, -1))[..., None], v[..., None, :].expand_as(y).contiguous()

@@ -8,6 +8,8 @@ import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    gc.disable()  # until the libraries are loaded, as a run does
 
 import torch  # noqa: E402
 

@@ -43,7 +43,8 @@ REPLACED = {
     ("ATTENTION_BACKEND", "torch_varlen"): "varlen",
 }
 UNASKED = {"attention_kernels", "compiled", "prefetch", "eager", "memory"}  # used if there; two on a CPU
-TAKEN_ALONG = {"console", "early", "layout", "causal", "heads"}  # by harness/, data preparation, eager.py
+# By harness/, data preparation, eager.py.
+TAKEN_ALONG = {"console", "early", "layout", "causal", "heads", "products"}
 NO_MATTER = {  # read in harness/ alone, and without effect on what a script alone does
     "RESUME": "nothing is kept from which it could go on",
     "ALLOW_UNVERIFIED_DATA": "no manifest is read",

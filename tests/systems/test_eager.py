@@ -146,22 +146,25 @@ def test_attention_by_blocks_is_the_plain_one(tg, length):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("length", "learns"), [(127, True), (128, True), (512, True), (513, True), (256, False)]
-)
-def test_which_rows_keep_their_probabilities(tg, length, learns):
-    """Short ones with gradients do, not very short ones: where it is worth its memory."""
-    q, v = torch.randn(1, length, 2, 4, requires_grad=learns), torch.randn(1, length, 1, 4)
-    y = tg.attend_segments(q, v, v, None)
-    assert ("CausalAttention" in str(y.grad_fn)) == (learns and 128 <= length <= 512)
+@pytest.mark.parametrize(("rows", "length"), [(2, 127), (2, 128), (1, 255), (1, 256), (1, 512), (1, 513)])
+def test_which_rows_are_attended_in_blocks(tg, rows, length):
+    """Not very short or very long ones, nor a few tokens alone: where it is faster, and worth its memory."""
+    q, v = (torch.randn(rows, length, heads, 4, requires_grad=True) for heads in (2, 1))
+    y = tg._causal(q, v, v)
+    assert ("CausalAttention" in str(y.grad_fn)) == (128 <= length <= 512 and rows * length >= 256)
+    with torch.no_grad():
+        torch.testing.assert_close(tg._causal(q, v, v), y)
+    plain = torch.nn.functional.scaled_dot_product_attention
+    heads_first = (x.transpose(1, 2) for x in (q, v, v))
+    torch.testing.assert_close(y, plain(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2))
 
 
 @pytest.mark.parametrize("onednn", [False, True])
 def test_products_of_any_layout_are_right(tg, monkeypatch, onednn):
     """Parts of wider matrices and transposed ones, in single precision, as oneDNN and MKL take them."""
-    from systems import eager
+    from systems import products
 
-    monkeypatch.setattr(eager, "by_onednn", lambda: onednn)
+    monkeypatch.setattr(products, "by_onednn", lambda: onednn)
     wide, weight, add = (numbers(*shape).float() for shape in ((6, 40), (9, 16), (6, 9)))
     for x in (wide[:, :16], wide[:, 3:19], wide[:, ::2][:, :16], wide[:, :16].mT.contiguous().mT):
         for w in (weight, weight.mT.contiguous().mT, numbers(9, 40).float()[:, 5:21]):
@@ -173,6 +176,8 @@ def test_products_of_any_layout_are_right(tg, monkeypatch, onednn):
         torch.testing.assert_close(tg.weight_gradient(dy, x), dy.mT @ x)
         total = torch.ones(dy.size(1), x.size(1))
         torch.testing.assert_close(tg.weight_gradient(dy, x, total.clone()), total + dy.mT @ x)
+    for a, b in ((numbers(3, 9, 5), numbers(3, 5, 2)), (numbers(3, 5, 9).mT, numbers(3, 7, 5).mT)):
+        torch.testing.assert_close(tg.products(a, b), a @ b)  # a narrow result and a wide one
 
 
 def pair(tg, **settings):
