@@ -31,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Load torch where tests run: not in the process that hands them out, for which all others wait."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
+    gc.disable()  # until all tests are found: what is loaded and made for that is no garbage
     import torch
 
     atexit.register(gc.freeze)  # else Python looks for garbage in all of torch when it ends: 0.5 s
@@ -40,6 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
         from bench import interpreter
 
         interpreter.mend()
+
+
+def pytest_collection_finish() -> None:
+    """From here on there is garbage, and none of it in what is there already."""
+    gc.freeze()
+    gc.enable()
 
 
 def _outside_folder(variable: str, default: str) -> Path:
