@@ -83,7 +83,7 @@ class Guard(Watch):
         if step_in:
             step_in(**facts)
         # What the part that ended leaves free between its tensors is no use to the next one (on a CPU).
-        if kind in ("finished", "batch_done", "global_sgd") and (memory := sys.modules.get("systems.memory")):
+        if kind == "finished" and (memory := sys.modules.get("systems.memory")):
             memory.trim_heap()
 
     def _opened(self, run: Run) -> None:

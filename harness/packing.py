@@ -102,6 +102,7 @@ def minify(tree: ast.Module) -> tuple[str, bool]:
     folded = (  # what folding and renaming have done
         "rename_locals", "hoist_literals", "remove_annotations", "remove_explicit_return_none",
         "remove_object_base", "convert_posargs_to_args", "remove_builtin_exception_brackets",
+        "constant_folding",
     )  # fmt: skip
     begin = OuterFString.__init__
     with mock.patch.object(OuterFString, "__init__", lambda self, node, pep701: begin(self, node)):

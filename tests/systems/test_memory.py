@@ -33,7 +33,7 @@ kept = tensors[::8]
 del tensors
 held = resident()
 from harness.guards import Guard
-Guard(None).see("batch_done")
+Guard(None).see("finished", stage="quantised", run=None)
 print(held - resident())
 """
 COMPILER = """
