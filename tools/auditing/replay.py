@@ -15,6 +15,8 @@ from auditing.run import BOS, Audit, NotChecked, digest, require
 from auditing.tilt import declared_boosts, hints_at, tilted_distributions
 from scripts import sha256_of
 
+SHORT_ROW = 64  # tokens
+
 
 class Entry(NamedTuple):
     """A scored chunk of a replay: its number in its batch, spans, state of all weights, and its loss sum."""
@@ -151,9 +153,17 @@ def first_difference(one: Sequence[Entry], other: Sequence[Entry]) -> tuple[int,
     return state, loss
 
 
-@torch.no_grad()
 def model_flip(audit: Audit, lora: object, tokens: Tensor) -> int:
-    """Losses of a row before a flipped token must not move by a bit. Returns how many were compared."""
+    """Losses of a row before a flipped token must not move by a bit. Returns how many were compared.
+
+    A short row too: rows of other lengths may be attended by other functions.
+    """
+    rows = [tokens] if len(tokens) <= SHORT_ROW else [tokens, tokens[:SHORT_ROW]]
+    return sum(_row_flip(audit, lora, row) for row in rows)
+
+
+@torch.no_grad()
+def _row_flip(audit: Audit, lora: object, tokens: Tensor) -> int:
     model, device = audit.model(0.02), audit.ranks.device
     place = 2 * len(tokens) // 3
     while int(tokens[place]) == BOS:
