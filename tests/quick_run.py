@@ -36,5 +36,7 @@ def without_compiler() -> None:
 if __name__ == "__main__":
     packing.packed_script = stub
     without_compiler()
+    gc.freeze()
+    gc.enable()
     atexit.register(gc.freeze)  # else Python looks for garbage in all of torch when it ends: 0.5 s
     sys.exit(train_gpt.main(sys.argv[1:], os.environ))
