@@ -10,10 +10,12 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from systems.layout import file_sha256
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 BOS_ID, FIRST_OPERATOR_ID, OPERATOR_COUNT = 1, 4, 4
@@ -92,9 +94,14 @@ os.register_at_fork(after_in_child=_forget_locks)
 
 def shard_bytes(values: np.ndarray) -> bytes:
     """A shard file that holds `values`, (n,) integers below 65,536."""
+    return b"".join(shard_buffers([values]))
+
+
+def shard_buffers(parts: Sequence[np.ndarray]) -> list[memoryview]:
+    """What one after the other are a shard file of all values: not copied where they are uint16 already."""
     header = np.zeros(SHARD_HEADER_INTS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(values)
-    return b"".join([header.data, np.ascontiguousarray(values, "<u2").data])
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, sum(map(len, parts))
+    return [header.data, *(np.ascontiguousarray(part, "<u2").data for part in parts)]
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -125,12 +132,15 @@ def document_parts(tokens: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
     return itertools.pairwise([0, *inner, len(tokens)])
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Let a complete file appear under `path`, or none: temporary name, fsync, rename, fsync the folder."""
+def write_whole(path: Path, *data: bytes | memoryview) -> None:
+    """Let a complete file of these bytes appear under `path`, or none.
+
+    A temporary name, fsync, rename, fsync of the folder.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.writelines(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -179,21 +189,23 @@ class DataFolder:
                 old.unlink()
         self._complete = (path / MANIFEST).exists()
 
-    def publish(self, name: str, data: bytes) -> None:
-        """Let a complete file appear under its name. One that is there with the same bytes is kept.
+    def publish(self, name: str, *data: bytes | memoryview) -> None:
+        """Let a complete file of these bytes appear under its name. One that is there with the same is kept.
 
         Raises:
             DataError: without `overwrite`, and there is another file of that name.
         """
-        target = self.path / name
-        self.sha256[name] = hashlib.sha256(data).hexdigest()
+        target, digest = self.path / name, hashlib.sha256()
+        for part in data:
+            digest.update(part)
+        self.sha256[name] = digest.hexdigest()
         if target.exists():
-            if target.read_bytes() == data:
+            if file_sha256(target) == self.sha256[name]:
                 return
             if not self.overwrite:
                 raise self._other_data(target)
         self._created.append(target)
-        write_whole(target, data)
+        write_whole(target, *data)
 
     def begin(self, job: dict) -> dict:
         """What the folder remembers of this job, nothing but the job itself if it is new.
@@ -281,6 +293,6 @@ class ShardWriter:
         """Write what is held, if anything, as one shard."""
         if self._held:
             name = self._pattern % len(self.tokens)
-            self._folder.publish(name, shard_bytes(self.held))
+            self._folder.publish(name, *shard_buffers(self._parts))
             self.tokens[name] = self._held
             self._parts, self._held = [], 0
