@@ -1,5 +1,6 @@
 """Work in one process or several: the same results in the same order."""
 
+import gc
 import itertools
 import mmap
 import multiprocessing
@@ -63,6 +64,7 @@ class Crew:
         self._answers, answers = context.Pipe(duplex=False)
         os.set_blocking(self._todo.fileno(), False)
         arguments = make, self._work if forked else None, shared, self._todo, self._give, answers
+        gc.freeze()  # a search for garbage writes to all that it looks at, which would copy it for a process
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until a process ignores it
         try:
             for _ in range(workers - 1):

@@ -55,7 +55,7 @@ def document_hashes(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 class Windows(NamedTuple):
-    """Sampled windows: their hashes (n,) uint64, and the number of the document of each (n,), from 0."""
+    """Sampled windows in order: their hashes (n,) uint64, and the document of each (n,), from 0."""
 
     hashes: np.ndarray
     documents: np.ndarray
@@ -91,7 +91,7 @@ class NearIndex:
     """Sampled windows of the validation documents, to find training documents near one of them."""
 
     def __init__(self, windows: Windows) -> None:
-        order = np.lexsort((windows.documents, windows.hashes))
+        order = np.argsort(windows.hashes, kind="stable")  # of equal ones the first document stays first
         hashes, documents = windows.hashes[order], windows.documents[order]
         new = np.diff(hashes, prepend=~hashes[:1]) != 0
         new_pair = new | (np.diff(documents, prepend=-1) != 0)

@@ -482,10 +482,10 @@ def test_a_run_that_ends_early_leaves_nothing_or_whole_shards(tokenizer, tmp_pat
     publish, out = DataFolder.publish, tmp_path / "out"
     for fatal in ("fineweb_train_000000.bin", "fineweb_train_000003.bin"):
 
-        def broken(self, name, data, fatal=fatal):
+        def broken(self, name, *data, fatal=fatal):
             if name == fatal:
                 raise interruption
-            publish(self, name, data)
+            publish(self, name, *data)
 
         monkeypatch.setattr(reading, "BLOCK_BYTES", 100)
         monkeypatch.setattr(DataFolder, "publish", broken)
