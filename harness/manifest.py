@@ -19,6 +19,7 @@ from systems.layout import (
     is_caseops,
     prepare_command,
     set_name,
+    strict_json,
 )
 from systems.plain_text import load_tokenizer, read_manifest, tokenizer_file
 from train_gpt import (
@@ -68,6 +69,7 @@ def check_data(cfg: Config, training_splits: Sequence[str] = ("train",)) -> dict
     if totals["val"] < 2:
         raise DataError(f"{folder}/fineweb_val_*: {totals['val']} tokens, must be at least 2")
     manifest = read_manifest(folder)
+    _check_names(folder / "manifest.json")
     try:
         _check_manifest(cfg, manifest, counts, totals)
     except DataError as error:
@@ -138,6 +140,14 @@ def check_command(cfg: Config, manifest: dict) -> str:
     model = "" if same else f" --sp {shlex.quote(given or 'MODEL')}"
     write = "" if manifest else " --write-manifest"
     return f"{prepare_command()} --check {shlex.quote(str(folder))}{write}{model}"
+
+
+def _check_names(path: Path) -> None:
+    """DataError where a name stands twice in the manifest: two readers would be told two things."""
+    try:
+        strict_json(path.read_bytes() if path.is_file() else "{}")
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def _check_manifest(cfg: Config, manifest: dict, counts: dict[str, int], totals: dict[str, int]) -> None:

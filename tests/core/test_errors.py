@@ -194,6 +194,14 @@ def test_tokenizer_is_the_manifests_to_the_byte(work, refused):
     assert said in refused(TOKENIZER_PATH="other.model")
 
 
+def test_manifest_with_a_name_twice(work, refused):
+    """Python takes the last of the two, other readers the first; nothing overrides that."""
+    path = work / "data" / MANIFEST
+    path.write_text('{"val_docs": 1,' + path.read_text().removeprefix("{"))
+    message = refused(ALLOW_UNVERIFIED_DATA=1)
+    assert "data/manifest.json: the name 'val_docs' stands there twice" in message
+
+
 def test_truncated_tokenizer(work, refused):
     content = (work / "data" / "tokenizer.model").read_bytes()
     (work / "other.model").write_bytes(content[: len(content) // 2])
