@@ -7,6 +7,7 @@ unless it is honest about that. `tests/tools/test_cheats.py` and `tests/stress/t
 
 import contextlib
 import io
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from audited import ARTIFACT, CODE, MODEL, Forgery
+from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from test_smoke import environment, make_data
 
+import lossless_caps
 import prepare_caseops_data as prepare
 from auditing.house import AuditedHouse
+from auditing.records import read_json
 from auditing.run import repository
 from scripts import CORE, sha256_of
 
@@ -440,6 +445,33 @@ def shorter_training(shop: Workshop, copy: Forgery) -> None:
     copy.forge()
 
 
+@cheat("a training that went on behind its last step", RECORDS, "R5", "the stages tell")
+def unseen_training(shop: Workshop, copy: Forgery) -> None:
+    """Its clock was lowered: that of the ledger tells what is missing."""
+
+    def later(records: list[dict]) -> None:
+        saved = next(n for n, r in enumerate(records) if r.get("event", {}).get("stage") == "saved")
+        for record in records[saved:]:
+            if record.get("seconds") is not None:
+                record["seconds"] += 100
+
+    copy.forge(later)
+
+
+@cheat("a document that gives nats back", RECORDS, "R5", "documents.json has a document of -")
+def negative_loss(shop: Workshop, copy: Forgery) -> None:
+    losses = read_json(copy.run / "documents.json")["losses"]["ttt"]
+    factor = 1 - (losses[0] + 50) / sum(losses)
+    copy.json(copy.run / "documents.json", lambda told: told["losses"]["ttt"].__setitem__(0, -50.0))
+
+    def retell(result: dict) -> None:
+        for place in (result["stages"]["ttt"], result):
+            place.update(val_loss=place["val_loss"] * factor, val_bpb=place["val_bpb"] * factor)
+
+    copy.result(retell)
+    copy.forge()
+
+
 @cheat("a chunk that cost much left out", RECORDS, "D4", "0 targets scored more than once")
 def chunk_left_out(shop: Workshop, copy: Forgery) -> None:
     def drop(records: list[dict]) -> None:
@@ -522,6 +554,32 @@ def another_tokenizer(shop: Workshop, copy: Forgery) -> None:
     shop.on_other_data(copy)
 
 
+@cheat("pieces that say their word twice, after the run", DATA, "A4", "other tokens when its text is")
+def longer_pieces(shop: Workshop, copy: Forgery) -> None:
+    """The same tokens stand for more bytes, in tokenizer, sidecar and manifest alike."""
+    path, model = copy.data / "tokenizer.model", ModelProto()
+    model.ParseFromString(path.read_bytes())
+    added = np.zeros(len(model.pieces), int)
+    for number, piece in enumerate(model.pieces):
+        word = piece.piece.lstrip("\u2581")
+        if piece.type == 1 and len(word) > 1 and re.fullmatch("[a-z]+", word):
+            piece.piece += word
+            added[number] = len(word)
+    path.write_bytes(model.SerializeToString())
+    tokens = copy.values(VAL)
+    rewritten(copy, SIZES, lambda sizes: sizes + added[tokens])
+    processor = SentencePieceProcessor(model_proto=path.read_bytes())
+    documents = np.split(tokens, np.flatnonzero(tokens == 1)[1:])
+    texts = [lossless_caps.decode(processor.decode(part[1:].tolist())) for part in documents]
+
+    def retell(told: dict) -> None:
+        told["tokenizer"]["sha256"] = sha256_of(path)
+        told["val_document_sha256"] = [sha256_of(text.encode())[:16] for text in texts]
+
+    copy.json(copy.data / "manifest.json", retell)
+    copy.forge()
+
+
 @cheat("a shard cut short", DATA, "A1", "bytes for")
 def cut_shard(shop: Workshop, copy: Forgery) -> None:
     path = copy.data / VAL
@@ -598,6 +656,14 @@ def other_artifact_and_model(shop: Workshop, copy: Forgery) -> None:
 @cheat("a model of another seed", FILES, "W1", "of its numbers with the artifact")
 def other_model(shop: Workshop, copy: Forgery) -> None:
     taken(shop, copy, MODEL)
+
+
+@cheat("levels fitted behind the quantiser", FILES, "W1", "nats a target, the artifact")
+def fitted_levels(shop: Workshop, copy: Forgery) -> None:
+    """A twelfth of them, and losses of training that are another processor's, who sums in another order."""
+    fit = '[r.arrays["q"].flatten()[::12].clamp_(max=0) for r in records.values() if "q" in r.arrays]'
+    told = '{"train_loss": report.train_loss, "grad_norm"'
+    shop.altered(copy, (STORED, f"{fit}; {STORED}"), (told, told.replace("_loss,", "_loss * (1 + 1e-7),")))
 
 
 @cheat("an artifact that holds the validation tokens", FILES, "S3", "")

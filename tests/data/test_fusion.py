@@ -144,7 +144,7 @@ def test_audit_reads_fused_documents(folders, tokenizer, tmp_path):
     tools = {"tokenizer_file": lambda cfg: model, "load_tokenizer": lambda cfg: tokenizer.processor}
     facts = {"cfg": SimpleNamespace(caseops_enabled=True), "script": SimpleNamespace(**tools)}
     facts |= {"manifest": manifest, "tokens": tokens, "sidecar": read_shard(joined / BYTES), "sample_seed": 1}
-    facts |= {"options": SimpleNamespace(docs=""), "documents": documents, "_drawn_documents": documents}
+    facts |= {"options": SimpleNamespace(docs=""), "documents": documents, "drawn_documents": documents}
     audit = SimpleNamespace(**facts, shards=lambda split: [joined / TRAIN])
     audit.texts = Audit.texts.func(audit)
     assert [text for text, _ in audit.texts] == texts(120)[:VAL_DOCS]

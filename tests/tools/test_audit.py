@@ -604,7 +604,7 @@ def plain_audit(tg, folder: Path, texts: list[str], tokenizer) -> SimpleNamespac
     facts = {"cfg": cfg, "script": tg, "options": SimpleNamespace(docs=""), "manifest": manifest}
     facts |= {"tokens": val.tokens.numpy(), "sidecar": np.append([0], val.target_bytes.numpy())}
     seen = SimpleNamespace(**facts)
-    seen.documents = seen._drawn_documents = auditing_run.Audit.documents.func(seen)
+    seen.documents = seen.drawn_documents = auditing_run.Audit.documents.func(seen)
     seen.texts = auditing_run.Audit.texts.func(seen)
     return seen
 
@@ -815,6 +815,10 @@ def test_s5_the_same_statements_of_another_python(copy):
     copy.counted(r"""(?s)\A(.*?\bf["'])""", r"\1{exec()}")
     status, evidence = copy.verdict("S5")
     assert status == "NOT CHECKED" and OTHER_FSTRINGS in evidence
+    whole = (copy.run / CODE).read_bytes()
+    (copy.run / CODE).write_bytes(b"import math;math.log=max\n" + whole)  # around what is packed
+    copy.fails("S5", "not the packing of the script in the log")
+    (copy.run / CODE).write_bytes(whole)
     copy.counted("1e-10", "1e-09")
     copy.fails("S5", "not the packing of the script in the log")
 
@@ -857,9 +861,13 @@ def test_s4_adaptation_begins_with_other_weights(copy):
 # -- D: the evaluation
 
 
+@pytest.mark.parametrize("chunk", [8, 32, 96])
 @pytest.mark.parametrize("change", [("is_causal=True", "is_causal=False"), (".triu_(1)", ".triu_(2)")])
-def test_d1_attention_sees_the_future(copy, change):
-    """In short rows, or in those that are attended in blocks."""
+def test_d1_attention_sees_the_future(copy, change, chunk):
+    """In short rows, or in those that are attended in blocks, whatever the documents of the replay."""
+    copy.result(
+        lambda result: result["settings"].update(TTT_CHUNK_SIZE=chunk, TTT_EVAL_SEQ_LEN=max(64, 2 * chunk))
+    )
     copy.script(*change)
     copy.fails("D1", "losses before a flipped token change")
 
@@ -1397,6 +1405,13 @@ def test_headline_says_what_the_number_rests_on(changes, strange, expected, said
     run = SimpleNamespace(result=result, evaluator="lora", strange_files=strange, known=not strange)
     verdict, headline = audit.outcome(run, verdicts_with(**changes))
     assert verdict == expected and headline.startswith(f"{verdict}: val_bpb 2.500000") and said in headline
+
+
+def test_headline_of_a_sample_says_so():
+    run = SimpleNamespace(result={"val_bpb": 2.5, "final_stage": "ttt"}, evaluator="lora", known=True)
+    run.result["stages"], run.strange_files = {"ttt": {"targets": 100, "bytes": 200}}, []
+    sampled = verdicts_with() | {"E2": audit.Verdict("VERIFIED", "ttt 16 of 90 (16 drawn by seed 3)")}
+    assert "of this artifact, of which a sample was made again here (ttt 16" in audit.outcome(run, sampled)[1]
 
 
 def test_windows_that_slide_carry_the_number_without_an_adapted_score():

@@ -31,7 +31,7 @@ from auditing.run import (
     write_values,
 )
 from auditing.verdict import OTHER_FSTRINGS
-from auditing.wrappers import Unreadable, layers, parse, without_fstrings, words_of_fstrings
+from auditing.wrappers import Layer, Unreadable, layers, parse, without_fstrings, words_of_fstrings
 from runs import SIZE_LIMIT
 from scripts import sha256_of
 from systems.layout import as_variables
@@ -115,15 +115,24 @@ def need_its_device(audit: Audit) -> None:
         raise NotChecked("the counted script is one for a GPU, and there is none here")
 
 
-def _program(packed: bytes) -> tuple[str, str]:
-    """The program within a packed script, whatever its spelling: its statements without f-strings, and the
-    words of these. What one Python writes into them another may not read.
+def _program(packed: bytes) -> tuple[list[str], str]:
+    """A packed script, whatever its spelling: the statements of its wrapper, those of the program within
+    without f-strings, and the words of these. What one Python writes into them another may not read.
     """
     try:
-        text = list(layers(packed))[-1].text
-        return ast.dump(parse(without_fstrings(text))), words_of_fstrings(text)
+        *wrappers, program = layers(packed)
     except Unreadable:
-        return repr(packed), ""
+        return [repr(packed)], ""
+    statements = [*map(_without_payload, wrappers), ast.dump(parse(without_fstrings(program.text)))]
+    return statements, words_of_fstrings(program.text)
+
+
+def _without_payload(wrapper: Layer) -> str:
+    """The statements of a wrapper, but for the longest text in it, which is what it holds."""
+    held = (node for node in ast.walk(wrapper.tree) if isinstance(node, ast.Constant))
+    longest = max((node for node in held if isinstance(node.value, str | bytes)), key=lambda n: len(n.value))
+    longest.value = ""
+    return ast.dump(wrapper.tree)
 
 
 class Rerun(NamedTuple):

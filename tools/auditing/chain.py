@@ -18,6 +18,7 @@ AFTER_THE_END = ("limit", "final", "notice")  # events that follow the ledger's 
 FITTED = ("compiler", "micro_batches")  # what a run may choose anew when its model does not compile or fit
 TIMED = ("start", "reset", "score", "adapt", "batch", "global", "slide", "sgd", "end")  # of an evaluation
 CLOCK_SECONDS = 0.01  # two readings of one clock
+UNTIMED_SECONDS = 15.0  # that saving a file and the like may take where no stage's clock runs
 
 
 class Chain:
@@ -314,6 +315,7 @@ def _log_agrees(audit: Audit, chain: Chain) -> None:
 def _possible(audit: Audit, chain: Chain) -> None:
     """Raise Failed where the records are one chain and tell of what cannot have been."""
     _clocks(chain)
+    _timed(chain)
     _hardware(audit, chain)
     _steps(audit, chain)
     _documents(audit, chain)
@@ -345,6 +347,27 @@ def _clocks(chain: Chain) -> None:
         require(
             seconds <= told + CLOCK_SECONDS, f"{where}, line {chain.close.number} says {told:.2f} s in all"
         )
+
+
+def _timed(chain: Chain) -> None:
+    """From the last step told to the end of training, and from there to the artifact, the ledger's clock
+    goes on by no more than the stages' own clocks tell.
+    """
+    since, inside = None, 0.0  # the last such line, and the seconds of evaluations behind it
+    for link in (link for link in chain.of("line", "joined") if link.record["rank"] == 0):
+        event = link.record.get("event", {"stage": "joined"})  # resumed: the clock went on elsewhere
+        inside += event["seconds"] if "val_bpb" in event else 0.0
+        stage = event["stage"]
+        if stage in ("saved", "artifact") and since:
+            names = ("train",) if stage == "saved" else ("calibrate", "quantise", "compress")
+            timed = inside + sum(event[f"{name}_seconds"] for name in names)
+            timed -= since.record["event"]["train_seconds"] if stage == "saved" else 0.0
+            timed += chain.close.record["stage_seconds"].get("fallback", 0.0) if stage == "artifact" else 0.0
+            passed = link.record["seconds"] - since.record["seconds"]
+            said = f"line {link.number}: {passed:.2f} s after line {since.number}"
+            require(passed <= timed + UNTIMED_SECONDS, f"{said}, the stages tell {timed:.2f} s of them")
+        if stage in ("train", "saved", "artifact", "joined"):
+            since, inside = (link if stage != "joined" else None), 0.0
 
 
 def _hardware(audit: Audit, chain: Chain) -> None:
@@ -397,6 +420,8 @@ def _documents(audit: Audit, chain: Chain) -> None:
         whole = len(losses) == len(told["documents"])
         count = f"{len(told['documents'])} documents"
         require(whole, f"line {link.number}: {stage}, documents.json has {len(losses)} losses of {count}")
+        least = min(losses, default=0.0)
+        require(least >= 0, f"line {link.number}: {stage}, documents.json has a document of {least:.4f} nats")
         near = math.isclose(math.fsum(losses), nats, rel_tol=1e-5, abs_tol=1e-4 * len(losses))
         said = f"documents.json {math.fsum(losses):.4f}"
         require(near, f"line {link.number}: {stage} {nats:.4f} nats, {said}")

@@ -286,7 +286,24 @@ def a4_round_trip(audit: Audit) -> str:
     proof = (
         f"{len(texts):,} hashes as in the manifest" if lossless and listed else "LOSSY tokenizer or no hashes"
     )
+    if is_lossless(audit.script.load_tokenizer(audit.cfg)):
+        _encoded_again(audit)
+        proof += ", and are encoded to the tokens of the shards"
     return f"{len(texts):,} documents and {len(ADVERSARIAL)} hostile strings come back; {proof}"
+
+
+def _encoded_again(audit: Audit) -> None:
+    """Raise Failed where a decoded document has other tokens than the shards.
+
+    A tokenizer whose pieces were given longer texts afterwards decodes to more bytes, and encodes otherwise.
+    """
+    path, pairs = audit.script.tokenizer_file(audit.cfg), pairs_of(audit.manifest)
+    encoder = Encoder(make_tokenizer(str(path), path.read_bytes()))
+    for (start, length), (text, _) in zip(audit.drawn_documents, audit.texts, strict=True):
+        tokens = encoder.tokens_alone(text.encode())
+        tokens = fused(tokens, pairs)[0] if pairs else tokens
+        same = np.array_equal(audit.tokens[start : start + length], tokens)
+        require(same, f"the document at token {start:,} has other tokens when its text is encoded again")
 
 
 def _bytes_per_token(audit: Audit, tokens: np.ndarray) -> np.ndarray:

@@ -15,7 +15,8 @@ from auditing.run import BOS, Audit, NotChecked, digest, require
 from auditing.tilt import declared_boosts, hints_at, tilted_distributions
 from scripts import sha256_of
 
-SHORT_ROW = 64  # tokens
+NOISE = 0.1  # in the weights, so that what a layer passes on shows in the losses
+OTHER_ROWS = 64, 300  # tokens: rows of other lengths may be attended by other functions
 
 
 class Entry(NamedTuple):
@@ -154,18 +155,15 @@ def first_difference(one: Sequence[Entry], other: Sequence[Entry]) -> tuple[int,
 
 
 def model_flip(audit: Audit, lora: object, tokens: Tensor) -> int:
-    """Losses of a row before a flipped token must not move by a bit. Returns how many were compared.
-
-    A short row too: rows of other lengths may be attended by other functions.
-    """
-    rows = [tokens] if len(tokens) <= SHORT_ROW else [tokens, tokens[:SHORT_ROW]]
-    return sum(_row_flip(audit, lora, row) for row in rows)
+    """Losses of rows before a flipped token must not move by a bit. Returns how many were compared."""
+    longest = tokens.repeat(-(-max(OTHER_ROWS) // len(tokens)))
+    rows = [tokens, *(longest[:length] for length in OTHER_ROWS)]
+    return sum(_row_flip(audit, lora, row, len(row) * third // 3) for row in rows for third in (1, 2))
 
 
 @torch.no_grad()
-def _row_flip(audit: Audit, lora: object, tokens: Tensor) -> int:
-    model, device = audit.model(0.02), audit.ranks.device
-    place = 2 * len(tokens) // 3
+def _row_flip(audit: Audit, lora: object, tokens: Tensor, place: int) -> int:
+    model, device = audit.model(NOISE), audit.ranks.device
     while int(tokens[place]) == BOS:
         place -= 1
     rows = [tokens, flip(audit, tokens, place)]

@@ -482,8 +482,8 @@ class Audit:
         given = self.options.sample_seed
         return int.from_bytes(os.urandom(4), "big") if given is None else given
 
-    @property
-    def _drawn_documents(self) -> list[tuple[int, int]]:
+    @functools.cached_property
+    def drawn_documents(self) -> list[tuple[int, int]]:
         """SAMPLE_DOCUMENTS of the documents: a quarter those with most bytes a token, the others drawn."""
         starts, lengths = (np.array(column) for column in zip(*self.documents, strict=True))
         ratios = np.add.reduceat(self.sidecar[starts[0] :], starts - starts[0]) / lengths
@@ -494,11 +494,11 @@ class Audit:
 
     @functools.cached_property
     def texts(self) -> list[tuple[str, int]]:
-        """(original text, bytes charged) of validation documents, decoded from their tokens: a sample."""
+        """(original text, bytes charged) of `drawn_documents`, decoded from their tokens."""
         processor = self.script.load_tokenizer(self.cfg)
         decode = lossless_caps.decode if self.cfg.caseops_enabled else str
         texts = []
-        for start, length in self._drawn_documents:
+        for start, length in self.drawn_documents:
             spelt, _ = unfused(self.tokens[start + 1 : start + length], pairs_of(self.manifest))
             text = processor.decode(spelt.tolist())
             try:
@@ -520,11 +520,15 @@ class Audit:
     @functools.cached_property
     def artifact_model(self):
         """The artifact's model, built by `script`; not to be changed."""
+        return self.model_of(self.artifact.read_bytes())
+
+    def model_of(self, artifact: bytes):
+        """The model of an artifact."""
         strange = self.result["settings"].keys() - {name.upper() for name in self._setting_names}
         if strange:
             names = ", ".join(sorted(strange)[:3])
             raise NotChecked(f"{names}: no setting of this repository, it cannot build the model")
-        settings, records = self.script.read_artifact(self.artifact.read_bytes(), self.cfg)
+        settings, records = self.script.read_artifact(artifact, self.cfg)
         model = self.script.GPT(dataclasses.replace(self.cfg, **settings), self.backends)
         model.load_state_dict(self.script.dequantize_state(records, model.cfg.num_layers))
         return self.backends.move_and_compile(model, self.ranks.device)

@@ -18,6 +18,7 @@ CONDITIONS = ("D1", "D2")  # where nothing adapts; else all four
 TRAINED, RETRAINED = ("W1", "W3", "W4"), "W2"
 RECORDED = ("R5",)  # what cannot be made again must at least be told by a chain
 OTHER_FSTRINGS = "other words in f-strings"  # of S5: what they hold is not known
+SAMPLED = " drawn by seed "  # of E1 and E2: they repeated some documents
 EXIT_CODES = {VERIFIED: 0, FAIL: 1, CONSISTENT: 3}
 
 
@@ -102,7 +103,8 @@ def outcome(audit: "Audit | Kept", verdicts: Mapping[str, Verdict]) -> tuple[str
         else ("training by its records, of which the beginning was repeated (--retrain: all of it)")
     )
     made = verdicts["E1" if audit.evaluator in ("standard", "sliding") else "E2"].evidence
-    again = f"{number} is the score of this artifact, made again here ({made})"
+    which = "of which a sample was made" if SAMPLED in made else "made"
+    again = f"{number} is the score of this artifact, {which} again here ({made})"
     return VERIFIED, f"{VERIFIED}: {again}{_whose_text(audit)}; {training}"
 
 

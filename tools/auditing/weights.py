@@ -58,6 +58,7 @@ SECONDS = 10.0  # for repeating them; the first two are repeated however long th
 STEP_BOUNDS = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2)
 NORM_FACTOR = 10  # a gradient's norm may differ so much more
 SAME_LEVELS = 0.9  # share of the stored numbers that another processor's sums leave as they are
+REQUANTISED = 1e-3  # relative difference of scores that so many other levels explain
 FURTHEST = 0.5  # relative distance of a stored matrix from the trained one; of another seed's it is 1.4
 SPREAD = 0.01  # relative difference of scores that another processor explains (logs/EXPERIMENTS.md: 0.1 %)
 
@@ -201,7 +202,16 @@ def _requantised(audit: Audit, path: Path, exact: bool) -> str:
     figure = f"{path.name} quantised again shares {share:.3%} of its numbers with the artifact"
     require(not exact, f"{figure}, though the steps are the same to the bit")
     require(share > SAME_LEVELS, figure)
-    return figure
+    here, there = (_loss(audit, model) for model in (audit.model_of(found), audit.artifact_model))
+    scores = f"{here:.6f} nats a target, the artifact {there:.6f}"
+    require(abs(there / here - 1) <= REQUANTISED, f"{figure}, and scores {scores}")
+    return f"{figure}, and scores {scores}"
+
+
+def _loss(audit: Audit, model: object) -> float:
+    """Nats a target of a model, on all validation documents or those that are drawn."""
+    found = standard(audit, model, chosen_documents(audit, "quantised"))
+    return float(found.nats.sum() / found.counts.sum())
 
 
 def _same_levels(audit: Audit, one: bytes, other: bytes) -> float:
