@@ -104,11 +104,11 @@ Backend = Literal["auto", "fa3", "fa4", "torch_varlen", "flex", "plain"]
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run; impossible ones raise `ConfigError` here, before a device is touched."""
+    """All settings of a run, as they were given; `harness/rules.py` refuses impossible ones."""
 
     # Run
     preset: str = "pr1851"  # base that explicit variables change; --help presets has them
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 42  # seed of initial weights and adapters
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 42  # of initial weights, adapters, VAL_DOC_FRACTION's sample
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA when there is one
     cpu_threads: Annotated[int, Range(0, 1024)] = 0  # threads on a CPU; 0: torch decides; 1: exact repeats
     run_id: str = ""  # name of the run; empty: preset, seed and start time
@@ -148,7 +148,7 @@ class Config:
     num_kv_heads: Count = 4  # key/value heads (GQA)
     mlp_mult: Positive = 4.0  # MLP width / MODEL_DIM
     tie_embeddings: bool = True  # output matrix = embedding matrix
-    logit_softcap: Annotated[float, Range(1e-30, 1000)] = 30.0  # cap * tanh(z / cap); a larger cap rounds it
+    logit_softcap: Annotated[float, Range(1e-30, 1000)] = 30.0  # cap * tanh(z / cap) in float32
     rope_base: Positive = 10_000.0  # rotary base
     rope_dims: Whole = 16  # rotated dimensions of each head; 0: all
     rope_yarn: bool = False  # stretch the rotary base where documents are evaluated longer than trained on
@@ -213,7 +213,7 @@ class Config:
     # Quantisation and artifact
     matrix_bits: Bits = 6  # integer bits of the matrices
     embed_bits: Bits = 7  # integer bits of embedding and head
-    matrix_clip_sigmas: Positive = 12.85  # clip width in row standard deviations, other matrices
+    matrix_clip_sigmas: Positive = 12.85  # clip width in row standard deviations, of no other matrices
     attn_clip_sigmas: Positive = 13.0  # attention matrices
     mlp_clip_sigmas: Positive = 12.0  # MLP matrices
     embed_clip_sigmas: Positive = 15.0  # embedding and head
@@ -232,7 +232,7 @@ class Config:
     compressor: Literal["brotli", "lzma", "ans"] = "brotli"  # artifact's codec; a trellis needs ans
 
     # Evaluation
-    val_batch_tokens: Annotated[int, Range(8, 10**9)] = 524_288  # an evaluation row has an eighth of these
+    val_batch_tokens: Annotated[int, Range(8, 10**9)] = 524_288  # a row has an eighth; it cuts documents
     eval_seq_len: Count = 2048  # tokens; longer documents are cut in the standard evaluation
     val_doc_fraction: Annotated[float, Range(0, 1, above=True)] = 1.0  # below 1: a sample, never a full score
     sliding_window_enabled: bool = False  # score by sliding windows too (PR #1493)
@@ -651,8 +651,7 @@ class Worker:
     """A stage whose `units()` works and yields after each unit; between two of them it may be cut off."""
 
     done, total = 0.0, 1.0  # how far it is
-    # Whose `state()` (tensors, plain values) is kept, from which `load_state` goes on: "rank 0" for all,
-    kept_by = ""  # "each rank" its own; empty: nobody's
+    kept_by = ""  # whose `state()` (tensors, plain values) is kept: "rank 0" for all, "each rank" its own
     seconds, stop_requested = 0.0, False  # by which all ranks decide together when "rank 0" keeps it
 
 
@@ -1742,7 +1741,7 @@ class Trainer(Worker):
             self.loader = Prefetched(loader)
         self.looping = False
         self.micro_batches, self.micro_tokens = micro_batches(cfg, model.backends, ranks.world_size)
-        self.steps = 0  # done; `seconds` is rank 0's clock one step before
+        self.steps, self.first = 0, 0.0  # done; rank 0's clock behind the first, `seconds` one before
         self.reports: list[StepReport] = []  # of the last two steps
         self.capped = cfg.max_wallclock_seconds > 0
         self.total = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if self.capped else cfg.iterations
@@ -1880,8 +1879,9 @@ class Trainer(Worker):
                 self._log_step(report)
             if len(self.reports) == 2:
                 self.seconds, self.stop_requested = self.reports[0].elapsed(), self.reports[0].stop_requested
-            if self.capped and self.steps <= 2:  # The clock of the reports still says 0.
+            if self.capped and self.steps <= 3:  # The clock of the reports says too little.
                 self.seconds = self.ranks.gather(run.clock.elapsed("train"))[0]
+                self.first = self.first or self.seconds
             self.done = self.seconds if self.capped else self.steps
             yield
         for report in self.reports:
@@ -1893,9 +1893,9 @@ class Trainer(Worker):
 
     def _fraction(self) -> float:
         """Share of the training that is over: of the steps or, by the clock of all ranks, of the time."""
-        late = 2 * (self.steps > 2)  # The clock is so many steps late.
-        seconds = self.seconds * self.steps / max(self.steps - late, 1)
-        return seconds / self.total if self.capped else self.steps / self.cfg.iterations
+        # From step 4 on the clock is two steps late. They last as others do; the first may have compiled.
+        late = 2 * (self.seconds - self.first) / (self.steps - 3) if self.steps > 3 else 0.0
+        return (self.seconds + late) / self.total if self.capped else self.steps / self.cfg.iterations
 
     def _log_step(self, report: StepReport) -> None:
         report.elapsed()  # waits for the end of the step; raises if it was not finite
@@ -1907,7 +1907,7 @@ class Trainer(Worker):
 
     def state(self) -> dict:
         """All that later steps depend on, on the CPU; the same on all ranks, which call this together."""
-        state = self.snapshot() | {"step": self.steps, "rng": torch.get_rng_state()}
+        state = self.snapshot() | {"step": self.steps, "first": self.first, "rng": torch.get_rng_state()}
         state["clocks"] = [report.elapsed() for report in self.reports]
         banks = self.muon.param_groups[0]["params"]
         for number, entry in state["muon"]["state"].items():
@@ -1926,7 +1926,7 @@ class Trainer(Worker):
         self.restore(state | {"ema": copy_tensors(state["ema"], lambda tensor: tensor.to(ranks.device))})
         measured = [Pending(torch.tensor([0.0, 0.0, clock, 0.0, 0.0])) for clock in state["clocks"]]
         self.reports = [StepReport(state["step"], values, 1.0, 0.0, self.looping) for values in measured]
-        self.steps, self.seconds = state["step"], state["clocks"][0]
+        self.steps, self.first, self.seconds = state["step"], state["first"], state["clocks"][0]
 
     def snapshot(self) -> dict:
         """A copy of everything that a step changes."""
@@ -2684,8 +2684,7 @@ class ScoreFirstTTT(Evaluation):
         self.batches = ttt_batches(list(enumerate(documents)), cfg)
         phases = cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases
         self.boundaries = phase_boundaries(*phases, len(documents))
-        self.phases = self.diverged = self._constructed = 0
-        self._batches = 0  # This rank has done so many in the current phase.
+        self.phases = self.diverged = self._constructed = self._batches = 0  # batches: in the current phase
         self._reusable: BatchedLoRA | None = None  # Memory and, with a warm start, A go from batch to batch.
 
     def units(self) -> Iterable[None]:
@@ -2708,8 +2707,9 @@ class ScoreFirstTTT(Evaluation):
                 self.done += len(batch.documents)
                 yield
             self.ranks.wait_for_all("ttt")
-            self.phases, self._batches, self._reusable = self.phases + 1, 0, None
+            self.phases, self._batches = self.phases + 1, 0
             if self.phases <= len(self.boundaries):
+                self._reusable = None
                 self._global_phase([batch for part in parts[: self.phases] for batch in part])
                 yield
         self.model.requires_grad_(True)
@@ -3106,8 +3106,8 @@ class Run:
             if not COUNTED and "harness/readers.py" in self.sources:
                 from harness.readers import read_artifact as read
             settings, records = read(self.artifact, self.cfg)
-            if settings.pop("enable_looping_at", 0):  # It was trained without its loops.
-                self.result["looping"] = False
+            loops = settings.get("num_loops", self.looping)  # A published one does not say it.
+            self.result["looping"] = bool(loops and not settings.pop("enable_looping_at", 0))
             model = self.new_model(self.cfg if COUNTED else dataclasses.replace(self.cfg, **settings))
             model.load_state_dict(dequantize_state(records, model.cfg.num_layers))
         except Exception as error:  # a foreign header may break anything

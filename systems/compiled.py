@@ -36,6 +36,7 @@ def one_line(error: Exception) -> str:
 def compile_graphs(run: Run, stage: str, warm_up: Callable[[], int]) -> None:
     """Make a stage's graphs before its clock starts, or say why not; what fits none of them runs without."""
     with run.clock.stage(f"{stage}_warm_up"):
+        torch.compiler.set_stance("default")  # the stage before made no more graphs
         torch.compiler.reset()  # a limited number of forms is compiled for each function
         try:
             facts = {f"{stage}_warm_up": warm_up()}

@@ -296,6 +296,18 @@ def test_windows_on_the_stream_are_compiled(tg, make_run, eager_shapes, stage, g
     torch.testing.assert_close(run.model.qo_bank, plain.qo_bank, rtol=1e-4, atol=1e-6)
 
 
+def test_a_stage_behind_another_is_compiled_too(tg, make_run, monkeypatch):
+    """What the first one leaves, "no more graphs", holds for itself alone."""
+    stance = torch.compiler.set_stance
+    run, said = make_run(**SMALL_TTT | STREAM)
+    monkeypatch.setattr(torch.compiler, "set_stance", stance)
+    with stance("default"):
+        for stage in ("sliding", "ttt"):
+            tg.score_stream(run, stage)
+    graphs = {name: n for values in said for name, n in values.items() if name.endswith("_warm_up")}
+    assert graphs == {"sliding_warm_up": 1, "ttt_warm_up": 2}
+
+
 def test_shapes_that_no_graph_fits_are_counted(tg, monkeypatch, make_run):
     """Chunks of two sizes, of which the warm-up sees one: the other's shapes are all that run eagerly."""
     seen = {4: set(), 8: set()}

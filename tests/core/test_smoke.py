@@ -537,6 +537,17 @@ def test_what_was_trained_without_loops_is_scored_without_them(unlooped, data, i
     assert (tmp_path / "weights" / name).read_bytes() == (work / "run" / name).read_bytes()
 
 
+def test_what_was_trained_with_loops_is_scored_with_them(finished, eval_data, in_process, tmp_path):
+    """Whatever ENABLE_LOOPING_AT says to a re-evaluation: the artifact knows."""
+    first = read_result(finished[0] / "run")
+    assert first["looping"] is True
+    artifact = {"QUANTIZED_MODEL_PATH": finished[0] / "run/final_model.int6.ptz", "DATA_PATH": eval_data}
+    settings = {"TTT_EVAL_ONLY": 1, "TTT_ENABLED": 0, "ENABLE_LOOPING_AT": 1, "ARTIFACT_DIR": "again"}
+    assert in_process(tmp_path, **artifact, **settings)[0] == 0
+    again = read_result(tmp_path / "again")["stages"]["quantised"]
+    assert again["val_bpb"] == first["stages"]["quantised"]["val_bpb"]
+
+
 def test_loops_that_cannot_turn_on_are_refused(tg, data, in_process, tmp_path, capsys):
     settings = {"DATA_PATH": data, "ARTIFACT_DIR": "run", "ENABLE_LOOPING_AT": 1}
     assert in_process(tmp_path, **settings)[0] == 2 and not (tmp_path / "run").exists()

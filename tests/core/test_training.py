@@ -441,6 +441,16 @@ def test_the_first_steps_go_by_the_clock_too(tg, make_trainer, run_log, stopwatc
     assert trainer.looping == (len(rates) > 1)
 
 
+@pytest.mark.parametrize("first", [1.0, 20.0])
+def test_a_slow_first_step_is_no_measure_of_the_others(make_trainer, first):
+    """It may compile: the clock, two steps late, is carried on by what the steps behind it took."""
+    trainer = make_trainer(iterations=1000, max_wallclock_seconds=60.0, gptq_reserve_seconds=0.0)
+    trainer.first = first
+    for step in range(4, 30):
+        trainer.steps, trainer.seconds = step, first + (step - 3)  # seconds of the steps that are told
+        assert trainer._fraction() == pytest.approx((first + step - 1) / 60.0)
+
+
 def test_a_lines_clock_is_read_when_its_step_has_ended(tg, make_trainer, run_log, stopwatch, monkeypatch):
     """Reading the step's loss waits for the device; what is read before would say nothing of the step."""
     trainer = make_trainer(iterations=2)

@@ -130,6 +130,15 @@ def test_an_adaptation_learns_the_same_and_scores_what_is_tilted(tg):
     assert sum(differ) > 0
 
 
+def test_a_tilt_leaves_warm_started_adapters_warm(tg):
+    """A tilt of almost nothing changes nothing: what is inherited is renewed at phases only."""
+    warm = SHORT | {"ttt_warm_start_a": True, "phased_ttt_prefix_docs": 0}
+    scores = [
+        run(tg, documents_stream(), warm | {"ngram_tilt": t})[1].val_loss for t in ("", "3:0.000000001")
+    ]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-7)
+
+
 def repeated_stream():
     """Documents that say the same sentence again and again."""
     sentence = torch.arange(2, 12).repeat(8)
