@@ -1,9 +1,13 @@
 """What settings ask for and do not get, as model, data and given files are; preflight says it in notices."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from systems.layout import strict_json
 from systems.tilt import boosts_of
-from train_gpt import Config, Run, ValidationSet
+from train_gpt import MODEL_SETTINGS, Config, Run, ValidationSet, find_file
+
+NOT_THE_MODELS = {"train_seq_len", "fit_bytes"}  # of the settings that an artifact holds
+NAMED = 6  # settings that a notice names
 
 
 def left_open(run: Run) -> Iterator[str]:
@@ -14,6 +18,32 @@ def left_open(run: Run) -> Iterator[str]:
         yield f"TTT_EVAL_ONLY=1: the code is counted as that of a run without {untold}"
     if cfg.prequant_only and run.trains and "/" in cfg.model_path:
         yield f"MODEL_PATH={cfg.model_path}: is not there, so that a model is trained"
+
+
+def another_model(cfg: Config, run: Run) -> Iterator[str]:
+    """Settings of the model that are not those it was made with: by its artifact, which is right, or for a
+    checkpoint by the result.json beside it.
+    """
+    if cfg.ttt_eval_only:
+        if told := _others(cfg, run.cfg.model_settings()):
+            yield f"TTT_EVAL_ONLY=1: the model is as its artifact says, with {told}"
+    elif not run.trains:
+        path = find_file(cfg, "model_path")
+        try:
+            made = strict_json((path.parent / "result.json").read_bytes())["settings"]
+            told = _others(cfg, {name.lower(): value for name, value in made.items()})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # there is none that says it
+            return
+        if told:
+            yield f"MODEL_PATH={path}: result.json beside it says that it was trained with {told}"
+
+
+def _others(cfg: Config, made: Mapping[str, object]) -> str:
+    """What a model was made with, where the settings here are others; empty where they are the same."""
+    names = [name for name in MODEL_SETTINGS if name in made and name not in NOT_THE_MODELS]
+    apart = [name for name in names if made[name] != getattr(cfg, name)]
+    told = [f"{name.upper()}={made[name]} (here {getattr(cfg, name)})" for name in apart[:NAMED]]
+    return ", ".join(told) + f" and {len(apart) - NAMED} more" * (len(apart) > NAMED)
 
 
 def without_effect(cfg: Config, val: ValidationSet) -> Iterator[str]:

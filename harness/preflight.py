@@ -19,7 +19,7 @@ from harness.backends import (
     try_kernels,
     unused_attention,
 )
-from harness.effects import left_open, without_effect
+from harness.effects import another_model, left_open, without_effect
 from harness.hashes import NO_HASHES, Hashes
 from harness.manifest import check_data
 from systems.compiled import one_line
@@ -224,6 +224,7 @@ class Preflight(Watch):
             if not run.cfg.ttt_eval_only:
                 self.check_memory(run.cfg, run.backends, run.trains, run.val)
         elif kind == "model":
+            self.notices += another_model(self.cfg, run)
             if run.cfg.ttt_eval_only:  # the artifact knows the model's sizes
                 self.check_memory(run.model.cfg, run.backends, False, run.val)
             self.check_disk(run.trains, run.val.num_targets)

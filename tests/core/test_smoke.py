@@ -548,6 +548,27 @@ def test_what_was_trained_with_loops_is_scored_with_them(finished, eval_data, in
     assert again["val_bpb"] == first["stages"]["quantised"]["val_bpb"]
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"TTT_EVAL_ONLY": 1, "QUANTIZED_MODEL_PATH": "final_model.int6.ptz"},
+            "TTT_EVAL_ONLY=1: the model is as its artifact says, with LOGIT_SOFTCAP=30.0 (here 20.0)",
+        ),
+        (
+            {"QUANTIZE_ONLY": 1, "MODEL_PATH": "final_model.pt"},
+            "result.json beside it says that it was trained with LOGIT_SOFTCAP=30.0 (here 20.0)",
+        ),
+    ],
+)
+def test_settings_of_another_model_are_named(finished, data, in_process, tmp_path, given, said):
+    """Some leave no trace in the shapes of its tensors, and give another score or none of their own."""
+    given = {k: finished[0] / "run" / v if k.endswith("_PATH") else v for k, v in given.items()}
+    common = {"TTT_ENABLED": 0, "DATA_PATH": data, "ARTIFACT_DIR": "again"}
+    assert said in in_process(tmp_path, **common, **given, LOGIT_SOFTCAP=20)[1]
+    assert "(here " not in in_process(tmp_path, **common, **given)[1]
+
+
 def test_loops_that_cannot_turn_on_are_refused(tg, data, in_process, tmp_path, capsys):
     settings = {"DATA_PATH": data, "ARTIFACT_DIR": "run", "ENABLE_LOOPING_AT": 1}
     assert in_process(tmp_path, **settings)[0] == 2 and not (tmp_path / "run").exists()
