@@ -541,8 +541,8 @@ def _check_making(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         pipe = path == "-" or os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
         if pipe and options.train_tokenizer is not None:
             parser.error(f"--docs {path}: --train-tokenizer reads the documents twice and needs a file")
-        if pipe and times > 1:
-            parser.error(f"--docs {path}: can be read once only, and is named {times} times")
+        if times > 1:
+            parser.error(f"--docs {path}: is named {times} times")
     if (options.train_tokenizer or 0) > MAX_VOCAB:
         limit = f"a shard can hold at most {MAX_VOCAB} pieces"
         parser.error(f"--train-tokenizer {options.train_tokenizer}: {limit}")

@@ -27,6 +27,7 @@ from dataprep.splitting import (
 )
 
 MAX_TOKEN_BYTES, MAX_VOCAB = 65_535, 65_536  # uint16 values
+FIXED_PIECES = 4 + 256  # control pieces and bytes of a tokenizer that is trained here
 RARE_MARK = "\u2585"  # what SentencePiece writes, in training, for a character that is in no piece
 CHUNK_BYTES = 1 << 20  # longer documents go through SentencePiece in parts: it takes 100 bytes for each
 
@@ -115,6 +116,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, plain: bool = False, 
         if failures:
             raise failures[0] from None
         reason = str(error).rpartition("] ")[2].strip() or "no training text"
+        fixed = FIXED_PIECES + len(OPERATORS) * (not plain)
+        if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
+            reason = f"must be at least {least[1]} for these texts"
+        elif vocab_size <= fixed:
+            reason = f"must be more than the {fixed} control pieces, operators and bytes"
         raise DataError(f"--train-tokenizer {vocab_size}: {reason}") from error
     return model.getvalue()
 

@@ -25,6 +25,7 @@ READ_WITH = (  # settings, as a pattern -> what must hold for a run to read them
     ("TTT_EVAL_SEQ_LEN", "ROPE_YARN=1 or TTT_SGD=0 and TTT_ENABLED=1"),
     ("PHASED_TTT_.*|TTT_(?!ENABLED|SGD|EVAL_ONLY).*", "TTT_SGD=0 and TTT_ENABLED=1"),
     ("LQER_ASYM_GROUP", "FIT_BYTES=0 and LQER_ENABLED=1 and LQER_ASYM_ENABLED=1"),
+    ("LQER_FACTOR_BITS", "FIT_BYTES=0 and LQER_ENABLED=1 and LQER_ASYM_ENABLED=0"),
     ("LQER_(?!ENABLED).*", "FIT_BYTES=0 and LQER_ENABLED=1"),
     ("LQER_ENABLED|(MATRIX|EMBED)_BITS|.*_CLIP_SIGMAS", "FIT_BYTES=0"),
     ("EMBED_LR", "TIE_EMBEDDINGS=0"),
@@ -45,6 +46,14 @@ READ_WITH = (  # settings, as a pattern -> what must hold for a run to read them
     ("MUON_MOMENTUM_WARMUP_START", "MUON_MOMENTUM_WARMUP_STEPS>0"),
     ("CLIP_GLOBAL", "GRAD_CLIP_NORM>0"),
     ("GPTQ_RESERVE_SECONDS", "MAX_WALLCLOCK_SECONDS>0"),
+)
+
+
+# What a run without quantisation and adaptation does not read. Of published commands, which name them all,
+# nothing is said; nobody would search for their best values.
+AFTER_TRAINING = (
+    r"PHASED_TTT_.*|GLOBAL_TTT_.*|TTT_(?!EVAL_SEQ_LEN).*|NGRAM_TILT|LQER_.*|GPTQ_(?!RESERVE_SECONDS).*|"
+    r"(MATRIX|EMBED)_BITS|.*_CLIP_SIGMAS|COMPRESSOR|QUANTIZER|FIT_BYTES|SLIDING_WINDOW_ENABLED|EVAL_STRIDE"
 )
 
 

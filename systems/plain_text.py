@@ -91,7 +91,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def _is_manifest(manifest: object) -> bool:
-    if not isinstance(manifest, dict):
+    if not (isinstance(manifest, dict) and manifest):
         return False
     tokenizer, *groups = (manifest.get(key, {}) for key in ("tokenizer", "splits", "files"))
     entries = [entry for group in groups if isinstance(group, dict) for entry in group.values()]

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import command  # noqa: E402, F401
+from command import Mistake, Parser, complain  # noqa: E402
 
 # What follows may not be installed: `command` says so.
 # isort: split
@@ -45,13 +45,17 @@ def table() -> str:
 
 def main(arguments: list[str]) -> int:
     """Exit code 1 when `--check` finds other tables on the page, or there is no place for them."""
+    parser = Parser(__doc__)
+    parser.add_argument("--check", action="store_true")
     page = ROOT / PAGE
     try:
-        if "--check" not in arguments:
+        if not parser.parse_args(arguments).check:
             write_part(page, BEGIN, END, table())
             return 0
         right = with_part(page, BEGIN, END, table()) == page.read_text(encoding="utf-8")
         wrong = "" if right else OUT_OF_DATE
+    except Mistake as error:
+        return complain("readme_settings.py", error)
     except MarkError as error:
         wrong = str(error)
     if wrong:

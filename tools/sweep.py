@@ -58,7 +58,7 @@ import runs  # noqa: E402
 import train_gpt as tg  # noqa: E402
 from harness.lineage import SWITCHES, same  # noqa: E402
 from harness.settings import read_settings  # noqa: E402
-from harness.unread import lacking, name_of, needs_of  # noqa: E402
+from harness.unread import AFTER_TRAINING, lacking, name_of, needs_of  # noqa: E402
 from scripts import hash_on_disk  # noqa: E402
 from sweeping.owner import holding, is_gone, myself  # noqa: E402
 from sweeping.running import GUARD, Stop, guarded, last_line  # noqa: E402, F401
@@ -197,6 +197,8 @@ def check_read(variables: Sequence[Variable], base: tg.Config) -> None:
     names = {variable.name for variable in variables}
     settled = as_variables(base.as_env())
     for variable in variables:
+        if base.prequant_only and re.fullmatch(AFTER_TRAINING, variable.name):
+            raise SweepError(f"--set {variable.name}: no effect with PREQUANT_ONLY=1")
         terms = lacking(needs_of(variable.name), settled)
         if terms and not names & set(map(name_of, terms)):
             raise SweepError(f"--set {variable.name}: no effect without {' '.join(terms)}")

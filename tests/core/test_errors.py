@@ -202,6 +202,12 @@ def test_manifest_with_a_name_twice(work, refused):
     assert "data/manifest.json: the name 'val_docs' stands there twice" in message
 
 
+def test_manifest_that_says_nothing(work, refused):
+    """It is there, and is not what the command that writes one where it is missing would replace."""
+    (work / "data" / MANIFEST).write_text("{}")
+    assert "data/manifest.json: not a manifest of prepare_caseops_data.py" in refused()
+
+
 def test_truncated_tokenizer(work, refused):
     content = (work / "data" / "tokenizer.model").read_bytes()
     (work / "other.model").write_bytes(content[: len(content) // 2])

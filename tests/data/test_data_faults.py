@@ -326,6 +326,14 @@ def test_data_that_nfkc_makes_longer(folding, tmp_path):
 # ---- Files and pipes --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "vocab, said", [(3, "more than the 264 control"), (266, "at least [0-9]+ for these")]
+)
+def test_a_tokenizer_of_too_few_pieces_says_how_many_it_takes(vocab, said):
+    with pytest.raises(DataError, match=f"^--train-tokenizer {vocab}: must be {said}"):
+        encoding.train_tokenizer(["a few words and letters"] * 40, vocab)
+
+
 def test_reading_twice_from_a_pipe_is_refused(tmp_path, capsys):
     def refused(*arguments: object) -> str:
         with pytest.raises(SystemExit) as left:
@@ -338,8 +346,8 @@ def test_reading_twice_from_a_pipe_is_refused(tmp_path, capsys):
     os.mkfifo(pipe)
     told = f"--docs {pipe}: --train-tokenizer reads the documents twice and needs a file"
     assert told in refused("--docs", pipe, "--train-tokenizer", 400)
-    for twice in (pipe, "-"):
-        told = f"--docs {twice}: can be read once only, and is named 2 times"
+    for twice in (pipe, "-", "docs.jsonl"):
+        told = f"--docs {twice}: is named 2 times"
         assert told in refused("--docs", twice, twice, "--sp", "m")
     assert "--workers 99999: must be at most" in refused("--docs", "d", "--sp", "m", "--workers", 99_999)
 

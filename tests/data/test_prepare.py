@@ -635,7 +635,7 @@ def test_tokenizer_that_is_no_model(docs, tmp_path, data):
     assert_refused(result, str(path), "not a SentencePiece model")
 
 
-@pytest.mark.parametrize(("vocab", "words"), [(300, ["smaller than required"]), (60_000, ["too high"])])
+@pytest.mark.parametrize(("vocab", "words"), [(300, ["must be at least"]), (60_000, ["too high"])])
 def test_vocabulary_that_does_not_suit_the_text(docs, tmp_path, vocab, words):
     out = tmp_path / "out"
     result = run("--docs", docs, "--train-tokenizer", vocab, "--out", out, "--val-docs", VAL_DOCS)

@@ -414,9 +414,10 @@ def test_the_counted_script_gives_the_digits_alone(tg, data_folders, tmp_path, c
     preset = variant if variant in PRESETS else "demo"
     settings = {"PRESET": preset, "AUDIT": 0, "TTT_CHUNK_TOKENS": 128, "EVAL_STRIDE": 16, "TTT_LORA_ALPHA": 2}
     settings |= {"TTT_CHUNK_SIZE": 32, "GLOBAL_TTT_CHUNK_TOKENS": 256}  # still several of them in a document
-    data = data_folders[tg.read_settings({"PRESET": preset}).caseops_enabled]
+    cfg = tg.read_settings({"PRESET": preset})
+    data, fitted = data_folders[cfg.caseops_enabled], {"FIT_BYTES": 60_000} if cfg.fit_bytes else {}
     whole, folder = tmp_path / "whole", tmp_path / "alone"
-    settings |= {"DATA_PATH": data, "ARTIFACT_DIR": whole, "RUN_ID": "r"} | VARIANTS.get(variant, {})
+    settings |= {"DATA_PATH": data, "ARTIFACT_DIR": whole, "RUN_ID": "r"} | fitted | VARIANTS.get(variant, {})
     torch.set_num_threads(1)
     assert tg.main([], smoke.environment(**settings)) == 0, capsys.readouterr().err
     if variant in ("demo", "pr1667-demo"):

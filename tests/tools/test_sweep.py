@@ -138,6 +138,9 @@ def test_what_nothing_reads_cannot_vary(work, capsys):
     assert sweep.main(arguments("TTT_EPOCHS=2,3"), environ) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "sweep.py: error: --set TTT_EPOCHS: no effect without TTT_SGD=1"
+    assert sweep.main(arguments("TTT_LORA_RANK=8,16"), environ | {"PREQUANT_ONLY": "1"}) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "sweep.py: error: --set TTT_LORA_RANK: no effect with PREQUANT_ONLY=1"
     read = [sweep.Variable(name, "list", values=("0", "1")) for name in ("TTT_EPOCHS", "TTT_SGD")]
     sweep.check_read(read, sweep.settle(environ))
 
