@@ -604,6 +604,20 @@ def near_overlap(shop: Workshop, copy: Forgery) -> None:
     shop.on_other_data(copy)
 
 
+@cheat("validation text in training with every tenth word another", DATA, "A2", "with other words")
+def reworded_overlap(shop: Workshop, copy: Forgery) -> None:
+    """Twice, with other words each time: no window of 16 tokens is whole."""
+    dice, reworded = np.random.default_rng(1), []
+    documents = np.split(tokens := copy.values(VAL), np.flatnonzero(tokens == 1)[1:])
+    for document in [d for d in documents * 2 if len(d) > 40]:
+        changed = document.copy()
+        places = np.arange(5 + dice.integers(5), len(document), 10)
+        changed[places] = dice.choice(document[1:], len(places))
+        reworded.append(changed)
+    rewritten(copy, TRAIN, lambda train: np.concatenate([train, *reworded]))
+    shop.on_other_data(copy)
+
+
 @cheat("documents joined, for more context", DATA, "A4", "not in the manifest")
 def joined_documents(shop: Workshop, copy: Forgery) -> None:
     second = np.flatnonzero(copy.values(VAL) == 1)[1]

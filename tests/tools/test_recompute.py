@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import audit  # noqa: E402
-from auditing import recompute, weights  # noqa: E402
+from auditing import phrases, recompute, weights  # noqa: E402
 from auditing.run import CONSISTENT, Failed  # noqa: E402
 from bench import contaminate  # noqa: E402
 
@@ -105,6 +105,20 @@ def test_without_carried_state_drawn_documents_are_adapted_alone(copy):
     judged.close()
     assert whole.whole.all()
     np.testing.assert_allclose(found.nats[found.whole], whole.nats[found.whole], rtol=1e-5)
+
+
+def test_phrases_are_those_of_a_plain_reading():
+    """All windows of six tokens within a document, each once a document; a sample of them by their hashes."""
+    tokens = np.random.default_rng(0).choice(np.arange(1, 6), 3000, p=[0.05, 0.4, 0.3, 0.2, 0.05])
+    tokens[0] = 1
+    documents = np.split(tokens, np.flatnonzero(tokens == 1))[1:]
+    read = [{d[i : i + 6].tobytes() for i in range(1, len(d) - 5)} for d in documents]
+    found = phrases.phrases_of(tokens, 1)
+    counts = np.bincount(found.documents, minlength=len(documents) + 1)[1:]
+    assert counts.tolist() == [*map(len, read)]
+    assert len({*found.hashes.tolist()}) == len(set().union(*read))
+    some = phrases.phrases_of(tokens, 4)
+    assert {*some.hashes.tolist()} < {*found.hashes.tolist()} and len(some.hashes) > 0.2 * len(found.hashes)
 
 
 @pytest.mark.parametrize("hidden", [0.0, 0.12])

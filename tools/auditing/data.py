@@ -12,6 +12,7 @@ import numpy as np
 import sentencepiece
 
 import lossless_caps
+from auditing.phrases import no_nearer
 from auditing.run import (
     BOS,
     FEWEST_DOCUMENTS,
@@ -129,7 +130,7 @@ def a2_no_overlap(audit: Audit) -> str:
     figure = f"{len(openings):,} openings of {PREFIX_TOKENS} tokens, {len(alike) or 'none'} among {seen:,}"
     others = " (of other documents)" * bool(alike)
     nearly = f"{near.documents:,} training documents near one"
-    return f"{figure} training documents{others}; {again}; {nearly}"
+    return f"{figure} training documents{others}; {again}; {nearly}{no_nearer(audit, paths)}"
 
 
 def _passages(audit: Audit) -> set[bytes]:
