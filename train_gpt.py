@@ -151,7 +151,7 @@ class Config:
     logit_softcap: Annotated[float, Range(1e-30, 1000)] = 30.0  # cap * tanh(z / cap) in float32
     rope_base: Positive = 10_000.0  # rotary base
     rope_dims: Whole = 16  # rotated dimensions of each head; 0: all
-    rope_yarn: bool = False  # stretch the rotary base where documents are evaluated longer than trained on
+    rope_yarn: bool = False  # one rotary base for training too, stretched for the longest row evaluated
     ln_scale: bool = True  # scale normed inputs of layer i by 1/sqrt(i+1)
     num_loops: Loops = 2  # extra passes through layers LOOP_START..LOOP_END (depth recurrence)
     loop_start: Whole = 3  # first looped layer
@@ -1503,7 +1503,7 @@ class SlotAdapters(NamedTuple):
 
 
 class LoRAOptimizer:
-    """AdamW on the adapters of a batch. Rows of finished documents rest; they decay when the batch ends."""
+    """AdamW on a batch's adapters. Rows of finished documents rest, momentum too, and decay when it ends."""
 
     def __init__(self, cfg: Config, lora: BatchedLoRA):
         self.cfg, self.lora, self.factors = cfg, lora, lora.use_last(lora.batch)
