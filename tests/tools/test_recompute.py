@@ -107,8 +107,10 @@ def test_without_carried_state_drawn_documents_are_adapted_alone(copy):
     np.testing.assert_allclose(found.nats[found.whole], whole.nats[found.whole], rtol=1e-5)
 
 
-def test_phrases_are_those_of_a_plain_reading():
+@pytest.mark.parametrize("part", [100, 1 << 20])
+def test_phrases_are_those_of_a_plain_reading(monkeypatch, part):
     """All windows of six tokens within a document, each once a document; a sample of them by their hashes."""
+    monkeypatch.setattr(phrases, "PART", part)
     tokens = np.random.default_rng(0).choice(np.arange(1, 6), 3000, p=[0.05, 0.4, 0.3, 0.2, 0.05])
     tokens[0] = 1
     documents = np.split(tokens, np.flatnonzero(tokens == 1))[1:]

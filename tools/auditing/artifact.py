@@ -121,17 +121,18 @@ def _program(packed: bytes) -> tuple[list[str], str]:
     """
     try:
         *wrappers, program = layers(packed)
+        statements = [*map(_without_payload, wrappers), ast.dump(parse(without_fstrings(program.text)))]
     except Unreadable:
         return [repr(packed)], ""
-    statements = [*map(_without_payload, wrappers), ast.dump(parse(without_fstrings(program.text)))]
     return statements, words_of_fstrings(program.text)
 
 
 def _without_payload(wrapper: Layer) -> str:
     """The statements of a wrapper, but for the longest text in it, which is what it holds."""
-    held = (node for node in ast.walk(wrapper.tree) if isinstance(node, ast.Constant))
-    longest = max((node for node in held if isinstance(node.value, str | bytes)), key=lambda n: len(n.value))
-    longest.value = ""
+    constants = (node for node in ast.walk(wrapper.tree) if isinstance(node, ast.Constant))
+    texts = [node for node in constants if isinstance(node.value, str | bytes)]
+    for longest in sorted(texts, key=lambda node: len(node.value))[-1:]:
+        longest.value = ""
     return ast.dump(wrapper.tree)
 
 

@@ -20,6 +20,7 @@ LEAST = 20  # phrases of a document of which a share can be told
 ENOUGH = 1 << 25  # training tokens that are looked at: shards are drawn until they have so many
 WHOLE = 1 << 22  # tokens of which every phrase is looked at; of more a sixteenth, by their hashes
 SAMPLE = 16
+PART = 1 << 20  # tokens hashed at once
 GAP, ERRORS = 0.1, 4.0  # share, and standard errors, by which validation may be nearer to training text
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
@@ -39,17 +40,19 @@ class Phrases(NamedTuple):
 
 def phrases_of(tokens: np.ndarray, sample: int) -> Phrases:
     """Phrases within the documents of a stream, (T,) integers: all, or one in `sample` by their hashes."""
-    count = len(tokens) - PHRASE + 1
-    if count < 1:
-        return Phrases(np.empty(0, np.uint64), np.empty(0, np.int64))
-    starts = np.cumsum(tokens == BOS)
-    hashes = np.zeros(count, np.uint64)
-    values = token_values(tokens.astype(np.uint16))
-    for place in range(PHRASE):
-        hashes = hashes * FACTOR + values[place : place + count]
-    inside = (starts[PHRASE - 1 :] == starts[:count]) & (tokens[:count] != BOS)
-    chosen = inside & ((hashes >> np.uint64(32)) % np.uint64(sample) == 0)
-    pairs = np.unique(np.stack([hashes[chosen], starts[:count][chosen].astype(np.uint64)], 1), axis=0)
+    found, begun = [np.empty((0, 2), np.uint64)], 0
+    for first in range(0, len(tokens) - PHRASE + 1, PART):
+        part = tokens[first : first + PART + PHRASE - 1]
+        count = len(part) - PHRASE + 1
+        starts, hashes = begun + np.cumsum(part == BOS), np.zeros(count, np.uint64)
+        values = token_values(part.astype(np.uint16))
+        for place in range(PHRASE):
+            hashes = hashes * FACTOR + values[place : place + count]
+        inside = (starts[PHRASE - 1 :] == starts[:count]) & (part[:count] != BOS)
+        chosen = inside & ((hashes >> np.uint64(32)) % np.uint64(sample) == 0)
+        found.append(np.stack([hashes[chosen], starts[:count][chosen].astype(np.uint64)], 1))
+        begun = int(starts[min(count, PART) - 1])
+    pairs = np.unique(np.concatenate(found), axis=0)
     return Phrases(pairs[:, 0], pairs[:, 1].astype(np.int64))
 
 
