@@ -91,9 +91,10 @@ def test_what_a_folder_holds(made, capsys):
     records = [read(made / f"train_seed{seed}.log") for seed in SEEDS]
     assert told["bytes_total"] == max(record.artifact_bytes for record in records)
     text = (made / "README.md").read_text()
+    checks = json.loads((made / f"train_seed{SEEDS[0]}_audit.json").read_text())["checks"]
     for part in (
         "# Demo of PR1851\n",
-        "VERIFIED, 975 losses before a flipped token",
+        f"VERIFIED, {checks['D1']['evidence'].partition(' bit-')[0]}",
         r"\|sum - 1\|",
         "PR #1729",
     ):
