@@ -144,14 +144,23 @@ def test_data_crew_tells_where_an_error_was_raised(tmp_path, kind, words):
         told([*range(AHEAD + 3)], functools.partial(failing, tmp_path, kind), 2)
 
 
-def leaving() -> Callable[[int], int]:
-    parent = os.getpid()
-    return lambda item: item if os.getpid() == parent else sys.exit(7)
+def leaving(folder: Path) -> Callable[[int], int]:
+    """This process does nothing before the other one has begun something, and so has left."""
+    parent, left = os.getpid(), folder / "left"
+
+    def work(item: int) -> int:
+        if os.getpid() != parent:
+            left.touch()
+            sys.exit(7)
+        wait_for(left.exists)
+        return item
+
+    return work
 
 
-def test_data_crew_does_not_take_a_fault_for_a_kill():
+def test_data_crew_does_not_take_a_fault_for_a_kill(tmp_path):
     with pytest.raises(RuntimeError, match="by itself, with exit code 7"):
-        told([*range(500)], leaving, 2)
+        told([*range(500)], functools.partial(leaving, tmp_path), 2)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
