@@ -12,7 +12,7 @@ import numpy as np
 import sentencepiece
 
 import lossless_caps
-from auditing.phrases import no_nearer
+from auditing.phrases import no_nearer, window_sums
 from auditing.run import (
     BOS,
     FEWEST_DOCUMENTS,
@@ -37,7 +37,6 @@ from scripts import sha256_of
 PREFIX_TOKENS = 64  # what counts as the same opening of a document
 PASSAGE = 32  # tokens, from anywhere in a document, that count as the same text
 AT_ONCE = 1 << 22  # tokens whose passages are looked at together
-PRIME = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 NAMED = 3  # documents that a verdict names
 LONGEST_PIECE = 64  # characters; SentencePiece makes none of more than 16
 BETTER, ERRORS = 1.05, 4.0  # bytes a token on validation text by chance: times, and standard errors
@@ -144,26 +143,19 @@ def _passages(audit: Audit) -> set[bytes]:
 
 def _found(tokens: np.ndarray, passages: Collection[bytes]) -> set[bytes]:
     """Those of some passages that stand anywhere in a stream."""
-    wanted = np.array([_sums(np.frombuffer(passage, np.uint16))[0] for passage in passages], np.uint64)
+    wanted = np.array(
+        [window_sums(np.frombuffer(passage, np.uint16), PASSAGE)[0] for passage in passages], np.uint64
+    )
     first_bits = np.zeros(1 << 20, bool)
     first_bits[wanted >> np.uint64(44)] = True
     found = set()
     for start in range(0, len(tokens) - PASSAGE + 1, AT_ONCE):
         part = np.asarray(tokens[start : start + AT_ONCE + PASSAGE - 1], np.uint16)
-        sums = _sums(part)
+        sums = window_sums(part, PASSAGE)
         likely = np.flatnonzero(first_bits[sums >> np.uint64(44)])
         places = likely[np.isin(sums[likely], wanted)]
         found |= {part[place : place + PASSAGE].tobytes() for place in places.tolist()}
     return found & set(passages)
-
-
-def _sums(tokens: np.ndarray) -> np.ndarray:
-    """A checksum of each passage of a stream: a polynomial modulo 2**64, (N - PASSAGE + 1,)."""
-    powers, inverse = (
-        np.cumprod(np.full(len(tokens), base, np.uint64)) for base in (PRIME, pow(PRIME, -1, 1 << 64))
-    )
-    sums = np.append(np.uint64(0), np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * powers))
-    return (sums[PASSAGE:] - sums[:-PASSAGE]) * inverse[: len(tokens) - PASSAGE + 1]
 
 
 def _with_next_start(paths: Sequence[Path]) -> Iterator[np.ndarray]:
@@ -230,11 +222,15 @@ def _lengthens(processor: sentencepiece.SentencePieceProcessor, text: str) -> bo
     return longer and processor.unk_id() not in tokens
 
 
+def _encoder(audit: Audit) -> Encoder:
+    """What makes tokens of texts, by the run's tokenizer."""
+    path = audit.script.tokenizer_file(audit.cfg)
+    return Encoder(make_tokenizer(str(path), path.read_bytes(), plain=not audit.cfg.caseops_enabled))
+
+
 def _recount(audit: Audit) -> str:
     """Tokens and bytes of the validation documents made anew from the original texts."""
-    path = audit.script.tokenizer_file(audit.cfg)
-    plain = not audit.cfg.caseops_enabled
-    encoder = Encoder(make_tokenizer(str(path), path.read_bytes(), plain=plain))
+    encoder = _encoder(audit)
     documents = (
         document for block in Reader([audit.options.docs]) for document in parse_block(block).documents
     )
@@ -298,8 +294,7 @@ def _encoded_again(audit: Audit) -> None:
 
     A tokenizer whose pieces were given longer texts afterwards decodes to more bytes, and encodes otherwise.
     """
-    path, pairs = audit.script.tokenizer_file(audit.cfg), pairs_of(audit.manifest)
-    encoder = Encoder(make_tokenizer(str(path), path.read_bytes()))
+    encoder, pairs = _encoder(audit), pairs_of(audit.manifest)
     for (start, length), (text, _) in zip(audit.drawn_documents, audit.texts, strict=True):
         tokens = encoder.tokens_alone(text.encode())
         tokens = fused(tokens, pairs)[0] if pairs else tokens

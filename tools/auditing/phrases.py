@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 
 from auditing.run import BOS, FEWEST_DOCUMENTS, Audit, read_values, require
-from dataprep.leaks import token_values
 
 PHRASE = 6  # tokens
 LEAST = 20  # phrases of a document of which a share can be told
@@ -22,7 +21,7 @@ WHOLE = 1 << 22  # tokens of which every phrase is looked at; of more a sixteent
 SAMPLE = 16
 PART = 1 << 20  # tokens hashed at once
 GAP, ERRORS = 0.1, 4.0  # share, and standard errors, by which validation may be nearer to training text
-FACTOR = np.uint64(0x9E3779B97F4A7C15)
+PRIME = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 
 
 class Phrases(NamedTuple):
@@ -38,20 +37,26 @@ class Phrases(NamedTuple):
         return found[counts >= LEAST] / counts[counts >= LEAST]
 
 
+def window_sums(tokens: np.ndarray, width: int) -> np.ndarray:
+    """A checksum of each window of a stream: a polynomial modulo 2**64, (T - width + 1,)."""
+    powers, inverse = (
+        np.cumprod(np.full(len(tokens), base, np.uint64)) for base in (PRIME, pow(PRIME, -1, 1 << 64))
+    )
+    sums = np.append(np.uint64(0), np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * powers))
+    return (sums[width:] - sums[:-width]) * inverse[: len(tokens) - width + 1]
+
+
 def phrases_of(tokens: np.ndarray, sample: int) -> Phrases:
     """Phrases within the documents of a stream, (T,) integers: all, or one in `sample` by their hashes."""
     found, begun = [np.empty((0, 2), np.uint64)], 0
     for first in range(0, len(tokens) - PHRASE + 1, PART):
         part = tokens[first : first + PART + PHRASE - 1]
         count = len(part) - PHRASE + 1
-        starts, hashes = begun + np.cumsum(part == BOS), np.zeros(count, np.uint64)
-        values = token_values(part.astype(np.uint16))
-        for place in range(PHRASE):
-            hashes = hashes * FACTOR + values[place : place + count]
+        starts, hashes = begun + np.cumsum(part == BOS), window_sums(part, PHRASE)
         inside = (starts[PHRASE - 1 :] == starts[:count]) & (part[:count] != BOS)
         chosen = inside & ((hashes >> np.uint64(32)) % np.uint64(sample) == 0)
         found.append(np.stack([hashes[chosen], starts[:count][chosen].astype(np.uint64)], 1))
-        begun = int(starts[min(count, PART) - 1])
+        begun = int(starts[count - 1])
     pairs = np.unique(np.concatenate(found), axis=0)
     return Phrases(pairs[:, 0], pairs[:, 1].astype(np.int64))
 
